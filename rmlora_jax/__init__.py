@@ -1,0 +1,46 @@
+"""RM-LoRA in JAX: low-rank adapters with orthogonal factors and randomly masked gradients."""
+
+from rmlora_jax.adapt import adapt  # a Flax module -> the same module with low-rank factors
+from rmlora_jax.intrinsic import (
+    intrinsic_dimension,  # the spectrum of each Delta W, from its factors
+    trajectory_dimension,  # the spectrum of what training explored
+)
+from rmlora_jax.lora import LoRA  # what is adapted, how, and what else is trained
+from rmlora_jax.masking import (
+    kept_fraction,  # how much of the factors the last mask let through
+    lazily_masked,  # an optimizer that leaves hidden directions wholly untouched
+    mask_gradients,  # an optax transformation: a random part of the factors moves at each step
+    step_masks,  # the masks of a step, for logging
+)
+from rmlora_jax.orthogonality import (
+    add_orthogonality,  # the penalty's gradient as an optax transformation
+    orthogonality,  # the penalty
+)
+from rmlora_jax.rm_lora import authors_exact, rm_lora  # penalty, clip, mask and AdamW in one chain
+from rmlora_jax.tree import (
+    attach,  # factors for a base that is loaded
+    join,  # trainable, frozen -> params
+    merge,  # params with factors -> params of the unadapted model
+    split,  # params -> trainable, frozen
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoRA",
+    "adapt",
+    "add_orthogonality",
+    "attach",
+    "authors_exact",
+    "intrinsic_dimension",
+    "join",
+    "kept_fraction",
+    "lazily_masked",
+    "mask_gradients",
+    "merge",
+    "orthogonality",
+    "rm_lora",
+    "split",
+    "step_masks",
+    "trajectory_dimension",
+]

@@ -1,0 +1,274 @@
+"""``adapt`` for Linen: the module, with the low-rank product beside each targeted layer."""
+
+import dataclasses
+import functools
+import inspect
+import types
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from flax.core import meta
+
+from rmlora_jax.adapt import product
+from rmlora_jax.lora import FACTORS, LoRA
+
+WEIGHTS = ("kernel", "embedding")
+
+# What is running is part of the key of every jit inside it. Otherwise a model with nn.jit inside
+# would run a trace made for another description.
+_running = jax.make_user_context(default_value=None)
+
+
+class _Layer(NamedTuple):
+    kind: type[nn.Module]
+    weight: str
+    attends: bool = False
+
+
+# Layers are known by the method about to run, not by their class: nn.vmap(nn.Dense) reaches an
+# interceptor twice and a subclass may replace __call__, but Dense's own arithmetic runs just once.
+_LAYERS = {
+    inspect.unwrap(method): layer
+    for method, layer in (
+        (nn.Dense.__call__, _Layer(nn.Dense, "kernel")),
+        (nn.DenseGeneral.__call__, _Layer(nn.DenseGeneral, "kernel")),
+        (nn.Conv.__call__, _Layer(nn.Conv, "kernel")),
+        (nn.Embed.__call__, _Layer(nn.Embed, "embedding")),
+        (nn.Embed.attend, _Layer(nn.Embed, "embedding", attends=True)),
+    )
+}
+_TRANSFORMS_WEIGHT = (nn.WeightNorm, nn.SpectralNorm)
+
+
+class Adapted(nn.Module):
+    """``base`` with the low-rank factors of ``lora``; made by ``adapt``.
+
+    It shares the scope of ``base``, so that parameter paths are those of ``base``. Methods of
+    ``base`` are there under their own names and run adapted, as does ``apply(..., method=...)``.
+    """
+
+    base: nn.Module
+    lora: LoRA
+
+    def setup(self):
+        nn.share_scope(self, self.base)
+
+    def __call__(self, *args, **kwargs):
+        return self._run("__call__", *args, **kwargs)
+
+    def _run(self, method, *args, **kwargs):
+        if isinstance(method, str):
+            call = getattr(self.base, method)
+        else:
+            call = functools.partial(method, self.base)
+        if self.lora.target is None:
+            return call(*args, **kwargs)
+        with _running(self.lora), nn.intercept_methods(_interceptor(self.lora, self.path)):
+            return call(*args, **kwargs)
+
+    @nn.nowrap
+    def apply(self, variables, *args, method=None, **kwargs):
+        return super().apply(variables, *args, method=_forward(method), **kwargs)
+
+    @nn.nowrap
+    def init_with_output(self, rngs, *args, method=None, **kwargs):
+        if self.lora.target is not None and self.lora.init == "pissa":
+            raise ValueError(
+                'LoRA.init "pissa" splits weights that are already loaded: make the parameters '
+                "with the base module (init or a checkpoint), then call attach."
+            )
+        out, variables = super().init_with_output(rngs, *args, method=_forward(method), **kwargs)
+        check_adapted(variables.get("params", {}), self.lora)
+        return out, variables
+
+    @nn.nowrap
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "base" not in vars(self):
+                raise
+        value = getattr(self.base, name)
+        if isinstance(value, nn.Module) and self.lora.target is not None:
+            raise AttributeError(
+                f"{name!r} is a submodule of the adapted module and would run without its factors "
+                f"when reached this way. Call it inside: "
+                f"apply(variables, ..., method=lambda m, *args: m.{name}(*args))."
+            )
+        if not inspect.ismethod(value):
+            return value
+        return types.MethodType(lambda self, *args, **kw: self._run(name, *args, **kw), self)
+
+
+def adapt_linen(module: nn.Module, lora: LoRA) -> Adapted:
+    if isinstance(module, Adapted):
+        raise ValueError(
+            "adapt was given a module that is adapted already. Adapt the base module instead, "
+            "with one description: adapt(module.base, lora)."
+        )
+    return Adapted(module, lora)
+
+
+def check_adapted(params, lora: LoRA) -> None:
+    """Raises ValueError unless every layer that ``lora`` targets in ``params`` has its factors."""
+    if lora.target is None:
+        return
+    names: dict[str, set[str]] = {}
+    for path in traverse_util.flatten_dict(params):
+        names.setdefault("/".join(path[:-1]), set()).add(path[-1])
+    weighted = {path for path, leaves in names.items() if leaves & set(WEIGHTS)}
+    lora.check_targets(weighted)
+    for path in sorted(weighted):
+        if lora.targets(path) and not names[path] >= set(FACTORS):
+            raise ValueError(
+                f"LoRA.target {lora.target!r} matches {path!r}, which has a weight but is not a "
+                "Dense, DenseGeneral, Conv or Embed layer of flax.linen (or computes in its own "
+                "way), so it cannot be adapted: leave it out with LoRA.exclude."
+            )
+
+
+def _forward(method):
+    """The function of a bound ``Adapted`` that runs ``method`` of its base."""
+    if method is None:
+        method = "__call__"
+    if isinstance(getattr(method, "__self__", None), Adapted):
+        return method.__func__
+    if not isinstance(method, str):
+        method = getattr(method, "__func__", method)
+    return lambda self, *args, **kwargs: self._run(method, *args, **kwargs)
+
+
+def _interceptor(lora: LoRA, root: tuple[str, ...]):
+    depth = {"inside product": 0, "inside transform": 0}
+
+    def within(what, fun, *args, **kwargs):
+        depth[what] += 1
+        try:
+            return fun(*args, **kwargs)
+        finally:
+            depth[what] -= 1
+
+    def intercept(next_fun, args, kwargs, context):
+        module = context.module
+        if depth["inside product"] or module.scope is None:
+            return next_fun(*args, **kwargs)
+        if isinstance(module, Adapted):
+            raise ValueError(
+                f"the module to adapt holds an adapted module at {'/'.join(module.path)!r}: adapt "
+                "the outermost module only, with one description for all layers."
+            )
+        if isinstance(module, _TRANSFORMS_WEIGHT):
+            return within("inside transform", next_fun, *args, **kwargs)
+        path = "/".join(module.path[len(root) :])
+        layer = _LAYERS.get(getattr(context.orig_method, "func", None))
+        if layer is None:
+            if not lora.alpha_pattern:
+                return next_fun(*args, **kwargs)
+            # Layers that share one nn.jit trace may still differ in alpha.
+            with _running((lora, path)):
+                return next_fun(*args, **kwargs)
+        if not lora.targets(path):
+            if module.has_variable("params", FACTORS[0]):
+                raise ValueError(
+                    f"the parameters hold factors at {path!r}, which LoRA.target {lora.target!r} "
+                    "does not select: use the description that the factors were made with."
+                )
+            return next_fun(*args, **kwargs)
+        if depth["inside transform"]:
+            raise ValueError(
+                f"{path!r} is wrapped in WeightNorm or SpectralNorm, which transforms its weight, "
+                "so that factors could not be merged: leave it out with LoRA.exclude."
+            )
+        return _adapted_call(lora, path, layer, next_fun, args, kwargs, context, within)
+
+    return intercept
+
+
+def _adapted_call(lora, path, layer, next_fun, args, kwargs, context, within):
+    module, kind = context.module, layer.kind
+    if kind is nn.Conv and (module.mask is not None or not module.shared_weights):
+        raise ValueError(
+            f"the convolution {path!r} has a mask or unshared weights (ConvLocal), which its "
+            "factors would not have: leave it out with LoRA.exclude."
+        )
+    # At init the layer makes its own weight first; the factors follow its shape and its box.
+    initialising = not module.has_variable("params", FACTORS[0])
+    merged = lora.execution == "merged" and not initialising
+    y = None if merged else next_fun(*args, **kwargs)
+    weight = module.get_variable("params", layer.weight)
+    a, b = _factors(module, lora, path, kind, weight)
+    weight = meta.unbox(weight)
+    if merged:
+        params = {name: meta.unbox(module.get_variable("params", name)) for name in _owned(module)}
+        params[layer.weight] = product.merged(weight, a, b, lora.scale_of(path))
+        fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(kind) if f.init}
+        plain = kind(**(fields | {"parent": None, "name": None}))
+        method = context.method_name
+        return within(
+            "inside product", plain.apply, {"params": params}, *args, method=method, **kwargs
+        )
+    (x,) = [*args, *kwargs.values()]
+    scale = lora.scale_of(path)
+    if layer.attends:
+        return y + product.low_rank_attend(x, y, a, b, scale)
+    if lora.dropout and module.has_rng("dropout") and jnp.issubdtype(x.dtype, jnp.inexact):
+        kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - lora.dropout, x.shape)
+        x = jnp.where(kept, x / (1 - lora.dropout), 0).astype(x.dtype)
+    delta = within(
+        "inside product", product.low_rank, kind, module, weight.shape, x, y, a, b, scale
+    )
+    return y + delta
+
+
+def _owned(module):
+    return [name for name in ("kernel", "bias", "embedding") if module.has_variable("params", name)]
+
+
+def _factors(module, lora, path, kind, weight):
+    """A and B of the layer from its parameters; at init they are made there."""
+    shape = jnp.shape(meta.unbox(weight))
+    axes = product.layout(kind, module, len(shape))
+    shapes = product.factor_shapes(shape, axes, lora.rank_of(path))
+    if not module.has_variable("params", FACTORS[0]):
+        if not module.is_mutable_collection("params"):
+            raise ValueError(
+                f"the parameters hold no factors at {path!r}: make them with "
+                "params = attach(key, adapted, base_params, *example_args)."
+            )
+        key = module.make_rng("params")
+        values = (
+            product.initial_a(key, shapes[0], lora.init, lora.dtype),
+            jnp.zeros(shapes[1], lora.dtype),
+        )
+        for name, value, names in zip(FACTORS, values, _names(weight, axes), strict=True):
+            if names is not None:
+                value = weight.replace(value=value, names=names)
+            module.put_variable("params", name, value)
+    a, b = (meta.unbox(module.get_variable("params", name)) for name in FACTORS)
+    if (a.shape, b.shape) != shapes:
+        raise ValueError(
+            f"the factors at {path!r} have shapes {a.shape} and {b.shape}, but the description "
+            f"(rank {lora.rank_of(path)}) and the weight {shape} ask for {shapes[0]} and "
+            f"{shapes[1]}: use the description that the factors were made with."
+        )
+    return a, b
+
+
+def _names(weight, axes: product.Layout):
+    """Partition names of A and B: a flattened axis has its first axis's name, the rank axis None.
+
+    DenseGeneral hands its initialiser a flat matrix, so a box around a weight of more axes may
+    have two names only.
+    """
+    if not isinstance(weight, nn.Partitioned):
+        return None, None
+    names, ndim = weight.names, jnp.ndim(weight.unbox())
+    if len(names) == ndim:
+        batch = names[: axes.batch]
+        name_in, name_out = names[axes.batch], names[axes.batch + axes.inputs]
+    else:
+        batch, (name_in, name_out) = (None,) * axes.batch, names[-2:]
+    return (*batch, name_in, None), (*batch, None, name_out)

@@ -1,0 +1,50 @@
+"""Compressed images to uint8 arrays on the host, with pillow."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+def decode(encoded: bytes, channels: int = 3, size: int | None = None) -> np.ndarray:
+    """A PNG, JPEG or other image file as uint8 (H, W, channels).
+
+    Args:
+      encoded: the file's bytes. Palettes, alpha, CMYK and gray become ``channels`` channels.
+      channels: 1 or 3.
+      size: if given, the result is (size, size, channels): the shorter side is resized to ``size``
+        (bilinear, antialiased) and the middle taken. JPEGs are then decoded at the smallest of
+        1/1, 1/2, 1/4 and 1/8 of their size that is still large enough, which is several times
+        faster.
+
+    >>> file = io.BytesIO()
+    >>> Image.new("L", (6, 4), 7).save(file, "PNG")
+    >>> decode(file.getvalue()).shape, decode(file.getvalue(), 1, size=2).ravel().tolist()
+    ((4, 6, 3), [7, 7, 7, 7])
+    """
+    image = Image.open(io.BytesIO(encoded))
+    mode = _MODES[channels]
+    if size is not None:
+        image.draft(mode, (size, size))
+    if image.mode != mode:
+        image = image.convert(mode)
+    if size is not None:
+        image = _square(image, size)
+    array = np.asarray(image)
+    return array[..., None] if channels == 1 else array
+
+
+def resize_square(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (H, W, C) to (size, size, C): shorter side to ``size``, then the middle (bilinear)."""
+    pil = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    return np.asarray(_square(pil, size)).reshape(size, size, image.shape[-1])
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)

@@ -1,0 +1,295 @@
+"""Which examples each process sees at each step, and their images.
+
+The order is a function of (number of examples, seed, step) alone. Position ``j`` of the global
+batch of step ``t`` is element ``t * global_batch + j`` of an endless sequence of shuffled passes;
+process ``p`` of ``P`` takes the contiguous positions from ``p * B/P`` up to ``(p + 1) * B/P``. So
+any number of processes sees the same global batches in the same order, and a run starts at any
+step.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from rmlora_jax.data.dataset import ArraySource, Dataset, ImageSource
+from rmlora_jax.data.progress import progress
+from rmlora_jax.errors import UserError
+
+RESIDENT_LIMIT = 2 << 30
+
+
+class Storage(NamedTuple):
+    """How the images of a data set are held.
+
+    Attributes:
+      resident: all on the device as one array, or streamed.
+      size: side to which the host brings every image; None where they stay as they are.
+      shape: (H, W, C) of a held image.
+      center: the middle part of a held image that evaluation uses, for ``vision.augment``.
+      nbytes: of the images of all splits so held.
+    """
+
+    resident: bool
+    size: int | None
+    shape: tuple[int, int, int]
+    center: float
+    nbytes: int
+
+
+def plan_storage(
+    data: Dataset,
+    image_size: int,
+    *,
+    mode: str = "auto",
+    resident_limit: int = RESIDENT_LIMIT,
+    storage_size: int | None = None,
+) -> Storage:
+    """Chooses how to hold ``data`` for a model of ``image_size`` pixels.
+
+    Square images of one size up to ``storage_size`` stay as they are. All others are brought to
+    ``storage_size`` (default ``image_size * 256 / 224``, the common margin for random crops), of
+    which evaluation uses the middle ``image_size``.
+
+    >>> from rmlora_jax.data.digits import load_digits
+    >>> plan_storage(load_digits(), 32)
+    Storage(resident=True, size=None, shape=(8, 8, 3), center=1.0, nbytes=345024)
+
+    Raises:
+      UserError: on an unknown ``mode``.
+    """
+    if mode not in ("auto", "resident", "stream"):
+        raise UserError(f"data.mode={mode!r}: must be auto, resident or stream")
+    size = storage_size or round(image_size * 256 / 224)
+    shape = data.image_shape
+    if shape is not None and shape[0] == shape[1] <= size:
+        side, center = None, 1.0
+    else:
+        side, shape = size, (size, size, data.channels)
+        center = min(1.0, image_size / size)
+    splits = (data.train, data.validation, data.test)
+    nbytes = math.prod(shape) * sum(len(s) for s in splits if s is not None)
+    resident = mode == "resident" or (mode == "auto" and nbytes <= resident_limit)
+    return Storage(resident, side, shape, center, nbytes)
+
+
+def load_resident(
+    source: ImageSource, size: int | None = None, *, threads: int = 8, desc: str = "decoding"
+) -> tuple[np.ndarray, np.ndarray]:
+    """All of ``source`` as uint8 (N, H, W, C) and int32 labels (N,), with a progress bar.
+
+    Args:
+      source: images of one shape, or any with ``size``.
+      size: from :class:`Storage`.
+      threads: that read and decode.
+      desc: of the progress bar.
+    """
+    if isinstance(source, ArraySource) and size is None:
+        return source.images, source.labels.astype(np.int32)
+    n = len(source)
+    labels = np.empty(n, np.int32)
+    first, _ = source.load(0, size)
+    images = np.empty((n, *first.shape), np.uint8)
+
+    def fill(start: int) -> int:
+        stop = min(start + 256, n)
+        for i in range(start, stop):
+            images[i], labels[i] = source.load(i, size)
+        return stop - start
+
+    pool = ThreadPoolExecutor(threads)
+    try:
+        # A small set is there before a bar could be read.
+        with progress(n, desc, " images", disable=n < 2000) as bar:
+            for done in pool.map(fill, range(0, n, 256)):
+                bar.update(done)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return images, labels
+
+
+def local_size(global_batch: int, process_count: int) -> int:
+    """Examples of each global batch that fall to each process.
+
+    Raises:
+      UserError: if they cannot be shared equally.
+    """
+    if global_batch < 1 or global_batch % process_count:
+        raise UserError(
+            f"a batch of {global_batch} cannot be shared by {process_count} processes: "
+            f"give a multiple of {process_count}"
+        )
+    return global_batch // process_count
+
+
+def batch_ids(
+    n: int,
+    global_batch: int,
+    *,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[np.ndarray]:
+    """The example ids of each step from ``start_step``: int32 (global_batch / process_count,).
+
+    Endless. Element j is position ``process_index * global_batch / process_count + j`` of the
+    global batch. Each pass over the ``n`` examples is shuffled anew and none is dropped: a batch may hold the end
+    of one pass and the beginning of the next.
+
+    >>> ids = batch_ids(10, 4, seed=0)
+    >>> sorted(np.concatenate([next(ids) for _ in range(5)]).tolist()) == sorted([*range(10)] * 2)
+    True
+    """
+    share = _Share(n, local_size(global_batch, process_count), global_batch, process_index, seed)
+    return _id_batches(share, start_step)
+
+
+def _id_batches(share: "_Share", step: int) -> Iterator[np.ndarray]:
+    while True:
+        first = step * share.local
+        yield np.array([share(k) for k in range(first, first + share.local)], np.int32)
+        step += 1
+
+
+class _Share:
+    """k-th example of this process -> example id. A class, so that worker processes can have it."""
+
+    def __init__(self, n: int, local: int, global_batch: int, process_index: int, seed: int):
+        import grain
+
+        if n < 1:
+            raise UserError("the training split is empty: lower --config.data.validation")
+        self.local, self.global_batch = local, global_batch
+        self.offset = process_index * local
+        self.ids = grain.MapDataset.range(n).seed(seed).shuffle().repeat(None)
+
+    def __call__(self, k: int) -> int:
+        step, j = divmod(int(k), self.local)
+        return self.ids[step * self.global_batch + self.offset + j]
+
+
+class _Load:
+    """Example id (or -1 for padding) -> its image and label."""
+
+    def __init__(self, source: ImageSource, size: int | None):
+        self.source, self.size = source, size
+
+    def __call__(self, index: int) -> dict:
+        real = index >= 0
+        image, label = self.source.load(index if real else 0, self.size)
+        return {
+            "image": image,
+            "label": np.int32(label),
+            "id": np.int32(index if real else 0),
+            "mask": np.bool_(real),
+        }
+
+
+def stream_batches(
+    source: ImageSource,
+    global_batch: int,
+    *,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    size: int | None = None,
+    threads: int = 8,
+    workers: int = 0,
+) -> Iterator[dict]:
+    """Endless batches of this process: the examples of :func:`batch_ids`, in the same order.
+
+    Yields:
+      ``{"image": uint8 (b, size, size, C), "label": int32 (b,), "id": int32 (b,)}`` with
+      ``b = global_batch / process_count``. Closing the generator stops its threads.
+
+    Args:
+      source, global_batch, seed, start_step, process_index, process_count: see ``batch_ids``.
+      size: from :class:`Storage`.
+      threads: that decode, in each process; decoding runs outside Python's lock.
+      workers: processes that decode, 0 for threads of this one. Neither number changes a batch.
+    """
+    import grain
+
+    local = local_size(global_batch, process_count)
+    share = _Share(len(source), local, global_batch, process_index, seed)
+    first = start_step * local
+    ids = grain.MapDataset.range(first, first + _endless(local)).map(share)
+    for batch in _read(ids.map(_Load(source, size)), local, threads, workers):
+        del batch["mask"]
+        yield batch
+
+
+def _endless(local: int) -> int:
+    """A length that no run reaches, whole in batches and safe to count with in 64 bits."""
+    return (sys.maxsize // 4 // local) * local
+
+
+def eval_batches(
+    data: int | ImageSource,
+    global_batch: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    size: int | None = None,
+    threads: int = 8,
+) -> Iterator[dict]:
+    """Each example once and in order, padded to whole global batches.
+
+    Every process yields the same number of batches of the same shape, so that none waits for
+    another for ever. Padding repeats example 0 with ``mask`` False.
+
+    Args:
+      data: a number of examples, or their source.
+      global_batch: examples of all processes.
+      size, threads: for a source, as in :func:`stream_batches`.
+
+    Yields:
+      ``{"id": int32 (b,), "mask": bool (b,)}``, and with a source also "image" and "label".
+
+    >>> [b["id"][b["mask"]].tolist() for b in eval_batches(5, 4)]
+    [[0, 1, 2, 3], [4]]
+    """
+    local = local_size(global_batch, process_count)
+    n = data if isinstance(data, int) else len(data)
+    ids = np.full(math.ceil(n / global_batch) * global_batch, -1, np.int32)
+    ids[:n] = np.arange(n, dtype=np.int32)
+    mine = ids.reshape(-1, process_count, local)[:, process_index]
+    if isinstance(data, int):
+        return ({"id": np.maximum(row, 0), "mask": row >= 0} for row in mine)
+    import grain
+
+    loaded = grain.MapDataset.source(mine.ravel().tolist()).map(_Load(data, size))
+    return _read(loaded, local, threads, workers=0)
+
+
+def _read(examples, local: int, threads: int, workers: int) -> Iterator[dict]:
+    """Batches of a grain MapDataset, decoded ahead by threads or worker processes."""
+    import grain
+
+    if workers:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # worker processes read absl flags
+            flags.FLAGS.mark_as_parsed()
+        # Workers take whole batches in turn: their number does not show in the order.
+        batches = (
+            examples.batch(local)
+            .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+            .mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        )
+    else:
+        ahead = max(2 * threads, 2 * local)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        batches = examples.to_iter_dataset(options).batch(local)
+    iterator = iter(batches)
+    try:
+        for batch in iterator:
+            # A worker's arrays lie in memory it shares: a copy gives that back at once.
+            yield {k: np.array(v) for k, v in batch.items()} if workers else batch
+    finally:
+        iterator.close()

@@ -1,0 +1,110 @@
+"""``load_images``: any data set the trainer knows, by name."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from rmlora_jax.data.cifar import ARCHIVES, prepare_cifar
+from rmlora_jax.data.dataset import Dataset, Subset, with_validation
+from rmlora_jax.data.digits import load_digits
+from rmlora_jax.data.tfds_images import (
+    Name,
+    default_data_dir,
+    find_prepared,
+    image_features,
+    not_prepared,
+    open_builder,
+    open_split,
+)
+from rmlora_jax.errors import UserError
+
+
+def load_images(
+    name: str,
+    *,
+    data_dir: os.PathLike | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+    train_split: str = "train",
+    test_split: str | None = None,
+    image_key: str = "image",
+    label_key: str = "label",
+    limit: int | None = None,
+    download: bool = True,
+    base_url: str | None = None,
+) -> Dataset:
+    """A labelled image data set with three fixed splits.
+
+    Args:
+      name: "digits"; or a TFDS name: "cifar100", "eurosat/rgb", "beans:0.1.0". CIFAR-10 and
+        CIFAR-100 are fetched and prepared on first use, others must lie prepared (as array_record)
+        in ``data_dir``.
+      data_dir: of TFDS; default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      validation: fraction (below 1) or number of training images to hold out; 0 for none.
+      seed: of the choice of those. Not the training's: it should be the same in all runs that are
+        compared.
+      train_split, test_split: TFDS split names or slices such as "train[:80%]". Without
+        ``test_split``: "test" where it has labels, else "validation".
+      image_key, label_key: names of the features.
+      limit: use only this many training images, after the hold-out; None or 0 for all.
+      download: False never uses the network.
+      base_url: of the CIFAR archives, see :func:`rmlora_jax.data.cifar.prepare_cifar`.
+
+    Raises:
+      UserError: what is wrong with the name, the folder, the network or the features.
+
+    >>> data = load_images("digits", validation=200)
+    >>> len(data.train), len(data.validation), data.train[0]["image"].shape
+    (1237, 200, (8, 8, 3))
+    """
+    if name == "digits":
+        data = load_digits(validation=validation, seed=seed)
+        return _limited(data, limit)
+    data_dir = Path(data_dir).expanduser() if data_dir else default_data_dir()
+    parsed = Name.parse(name)
+    folder = find_prepared(parsed, data_dir)
+    if folder is None and parsed in (Name("cifar10"), Name("cifar100")):
+        if not download:
+            raise UserError(
+                f"{name} is not prepared in {data_dir}: type\n"
+                f"python -m rmlora_jax.data.prepare {name} --data_dir={data_dir}"
+            )
+        folder = prepare_cifar(ARCHIVES[name], data_dir, base_url=base_url)
+    if folder is None:
+        raise not_prepared(name, parsed, data_dir)
+
+    shape, channels, class_names = image_features(folder, image_key, label_key)
+
+    def split(which: str):
+        return open_split(folder, which, image_key, label_key, channels)
+
+    train = split(train_split)
+    test = split(test_split) if test_split else _default_test(folder, split)
+    for which, source in ((train_split, train), (test_split or "test", test)):
+        if len(source) == 0 or source.label(0) < 0:
+            raise UserError(f"split {which!r} of {name} has no labelled images")
+    train, held = with_validation(train, validation, seed=seed)
+    data = Dataset(name, train, held, test, len(class_names), class_names, shape, channels)
+    return _limited(data, limit)
+
+
+def _default_test(folder: Path, split):
+    """Some data sets publish their test split without labels, as -1; "validation" stands in."""
+    info = open_builder(folder).info
+    for which in ("test", "validation"):
+        if which in info.splits:
+            source = split(which)
+            if len(source) and source.label(0) >= 0:
+                return source
+    raise UserError(
+        f"{info.full_name} has no labelled test or validation split, only "
+        f"{', '.join(sorted(info.splits))}\nName parts of one, such as "
+        "--config.data.train_split='train[:80%]' --config.data.test_split='train[80%:]'"
+    )
+
+
+def _limited(data: Dataset, limit: int | None) -> Dataset:
+    if not limit or limit >= len(data.train):
+        return data
+    return dataclasses.replace(data, train=Subset(data.train, range(limit)))
+

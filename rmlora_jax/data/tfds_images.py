@@ -1,0 +1,225 @@
+"""Prepared TFDS image data sets as random-access sources, without TensorFlow.
+
+Folders are found by looking (``data_dir/name[/config]/version``), not through the builders' code:
+faster, works for data sets TFDS has never heard of, and never imports TensorFlow.
+"""
+
+import dataclasses
+import difflib
+import logging
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from rmlora_jax.data.decode import decode
+from rmlora_jax.errors import UserError
+
+_NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>[\d.*]+))?")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+def import_tfds():
+    """tensorflow_datasets, when first needed (0.3 s), without its advice to install OpenCV."""
+    import tensorflow_datasets
+
+    logging.getLogger("absl").addFilter(_is_no_advice)
+    return tensorflow_datasets
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return "OpenCV is not installed" not in str(record.msg)
+
+
+def default_data_dir() -> Path:
+    """$TFDS_DATA_DIR, or ~/tensorflow_datasets as in TFDS."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """``name[/config][:version]`` taken apart; the version may hold ``*``."""
+
+    name: str
+    config: str | None = None
+    version: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Name":
+        """
+        >>> Name.parse("eurosat/rgb:2.0.0")
+        Name(name='eurosat', config='rgb', version='2.0.0')
+        """
+        match = _NAME.fullmatch(text)
+        if not match:
+            raise UserError(
+                f"{text!r} is not the name of a data set: type name, name/config or name:1.0.0"
+            )
+        return cls(**match.groupdict())
+
+
+def find_prepared(name: Name, data_dir: Path) -> Path | None:
+    """The folder of the newest fitting version, or None.
+
+    Raises:
+      UserError: if ``name`` has several configs there and none was asked for.
+    """
+    root = data_dir / name.name
+    if name.config:
+        return _newest(root / name.config, name.version)
+    if found := _newest(root, name.version):
+        return found
+    configs = {p.name: v for p in _folders(root) if (v := _newest(p, name.version))}
+    if len(configs) > 1:
+        raise UserError(
+            f"{data_dir} has several configs of {name.name}: {', '.join(sorted(configs))}\n"
+            f"Choose one, such as --config.data.name={name.name}/{min(configs)}"
+        )
+    return next(iter(configs.values()), None)
+
+
+def _newest(folder: Path, wanted: str | None) -> Path | None:
+    pattern = re.escape(wanted or "*").replace(r"\*", r".*")
+    versions = [
+        p
+        for p in _folders(folder)
+        if _VERSION.fullmatch(p.name)
+        and re.fullmatch(pattern, p.name)
+        and (p / "features.json").exists()
+    ]
+    return max(versions, key=lambda p: tuple(map(int, p.name.split("."))), default=None)
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+
+
+def not_prepared(text: str, name: Name, data_dir: Path) -> UserError:
+    """What to say, and to type, where :func:`find_prepared` found nothing."""
+    tfds = import_tfds()
+
+    here = sorted(p.name for p in _folders(data_dir / name.name))
+    if here:
+        return UserError(
+            f"{text} is not prepared in {data_dir}, which has of {name.name}: {', '.join(here)}\n"
+            "Ask for one of those with --config.data.name, or for another folder with "
+            "--config.data.data_dir"
+        )
+    known = set(tfds.list_builders(with_community_datasets=False))
+    if name.name in known:
+        return UserError(
+            f"{text} is not prepared in {data_dir}; preparing it needs TensorFlow, once: type\n"
+            f"pip install 'rmlora-jax[prepare]' && "
+            f"python -m rmlora_jax.data.prepare {text} --data_dir={data_dir}"
+        )
+    choices = known | {"digits"} | {p.name for p in _folders(data_dir)}
+    near = difflib.get_close_matches(name.name, choices, 3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see tensorflow.org/datasets/catalog"
+    return UserError(
+        f"no data set {name.name!r} is known, nor in {data_dir}: {hint}\n"
+        "A data set of your own is found there by its folder name; "
+        "--config.data.data_dir names another folder"
+    )
+
+
+class TfdsImages:
+    """One split of a prepared data set; :class:`rmlora_jax.data.dataset.ImageSource`.
+
+    It pickles as its arguments, so that worker processes open the files themselves.
+    """
+
+    def __init__(self, folder: str, split: str, image_key: str, label_key: str, channels: int):
+        tfds = import_tfds()
+
+        self._arguments = (folder, split, image_key, label_key, channels)
+        builder = open_builder(Path(folder))
+        # Left encoded, the image is decoded here: at a reduced size where it can be.
+        decoders = {image_key: tfds.decode.SkipDecoding()}
+        self._records = builder.as_data_source(split=split, decoders=decoders)
+        self._image_key, self._label_key, self._channels = image_key, label_key, channels
+
+    def __reduce__(self):
+        return type(self), self._arguments
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict:
+        image, label = self.load(index)
+        return {"image": image, "label": label}
+
+    def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
+        record = self._records[index]
+        return decode(record[self._image_key], self._channels, size), int(record[self._label_key])
+
+    def label(self, index: int) -> int:
+        return int(self._records[index][self._label_key])
+
+
+def open_builder(folder: Path):
+    """TFDS's read-only builder of a prepared folder."""
+    tfds = import_tfds()
+
+    try:
+        return tfds.builder_from_directory(str(folder))
+    except Exception as error:  # TFDS raises many kinds on a damaged or foreign folder
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{folder} cannot be read as a TFDS data set: {type(error).__name__}: {first}\n"
+            "Delete it and prepare it again, or name another folder with --config.data.data_dir"
+        ) from error
+
+
+def open_split(folder: Path, split: str, image_key: str, label_key: str, channels: int):
+    """:class:`TfdsImages`, or a UserError that says what is wrong with the split or its files."""
+    builder = open_builder(folder)
+    try:
+        return TfdsImages(str(folder), split, image_key, label_key, channels)
+    except NotImplementedError as error:
+        name, where = builder.info.full_name, folder.parents[builder.info.full_name.count("/")]
+        kind = builder.info.file_format
+        raise UserError(
+            f"{name} in {where} is stored as {kind.value if kind else 'an unknown format'}, which "
+            "cannot be read at random; prepare it again in another folder: type\n"
+            f"python -m rmlora_jax.data.prepare {name.replace('/' + str(builder.version), '')} "
+            "--data_dir=OTHER, then use --config.data.data_dir=OTHER"
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"{builder.info.full_name} has no split {split!r}; it has "
+            f"{', '.join(sorted(builder.info.splits))}"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{folder} is damaged: {error}\nDelete it and prepare it again"
+        ) from error
+
+
+def image_features(folder: Path, image_key: str, label_key: str):
+    """(shape or None, channels, class names) from the declared features.
+
+    Raises:
+      UserError: if this is no single-label classification of 8-bit images.
+    """
+    tfds = import_tfds()
+
+    info = open_builder(folder).info
+    features = dict(info.features) if isinstance(info.features, tfds.features.FeaturesDict) else {}
+    images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
+    labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+    if image_key not in images:
+        hint = f"; its images are under {', '.join(images)}" if images else ""
+        raise UserError(f"{info.full_name} has no image under {image_key!r}{hint}")
+    if label_key not in labels or not features[label_key].num_classes:
+        hint = f"its labels are under {', '.join(labels)}" if labels else "it has no class labels"
+        raise UserError(
+            f"{info.full_name} cannot be used to train a classifier by {label_key!r}: {hint}"
+        )
+    image = features[image_key]
+    shape = tuple(image.shape)
+    channels = 1 if shape[-1] == 1 else 3
+    if np.dtype(image.np_dtype) != np.uint8:
+        raise UserError(f"{info.full_name} has images of {image.np_dtype}; only uint8 can be used")
+    whole = (*shape[:2], channels) if None not in shape[:2] else None
+    return whole, channels, tuple(features[label_key].names)

@@ -1,0 +1,201 @@
+"""Crop, flip, resize and normalisation on the accelerator, to be called inside jit.
+
+Every image draws from its own key, ``fold_in(key, position in the global batch)``: the same numbers
+however the batch is split over devices, processes and micro-batches. Resizing is two matrix
+products with interpolation matrices, one for rows and one for columns, which is what an
+accelerator does best; its values are pillow's (bilinear, antialiased when shrinking).
+"""
+
+import jax
+import jax.numpy as jnp
+
+_MAX = 255.0
+
+
+def augment(
+    images: jax.Array,
+    key: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    *,
+    image_size: int,
+    train: bool,
+    crop: str | None = "pad",
+    flip: bool = True,
+    pad: float = 0.125,
+    fill: str = "reflect",
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    center: float = 1.0,
+    mean: float | tuple[float, ...] = 0.5,
+    std: float | tuple[float, ...] = 0.5,
+    dtype=jnp.float32,
+) -> jax.Array:
+    """uint8 images as stored to what a model takes.
+
+    Training: a random window (``crop``), mirrored with probability 1/2 (``flip``), is resized to
+    ``image_size`` and normalised, ``(x / 255 - mean) / std``. Evaluation: the middle window, not
+    mirrored. The window's side is ``center`` times the stored side.
+
+    Args:
+      images: uint8 (B, H, W, C), C 1 or 3; one channel is repeated to three.
+      key: a jax.random key, the same on every device; needed only for training.
+      positions: int (B,), each image's place in the global batch; needed only for training.
+      image_size: side of the result in pixels.
+      train: False for evaluation; ``crop`` and ``flip`` are then ignored.
+      crop: "pad" moves the window by up to ``pad`` times the side in each direction, beyond the
+        edge ``fill`` decides (He et al. 2016, section 4.2); "resized" takes a window whose area is
+        a random part in ``scale`` of the image and whose aspect, width over height, is in
+        ``ratio`` (Szegedy et al. 2015, section 6); None or "none" takes the middle window.
+      flip: whether to mirror left and right. Not for digits or text.
+      pad: fraction of the side, rounded to whole pixels.
+      fill: "reflect" mirrors at the edge, without repeating it; "zero" is black.
+      scale, ratio: of "resized".
+      center: window's side over the stored side; below 1 where images are stored larger than used.
+      mean, std: of the channels after scaling to 0..1.
+      dtype: of the result; everything before the cast is float32.
+
+    Returns:
+      (B, image_size, image_size, 3) of ``dtype``.
+
+    Raises:
+      ValueError: on an unknown ``crop`` or ``fill``, images that are not uint8 (B, H, W, 1 or 3),
+        or training without ``key`` and ``positions``.
+
+    >>> images = jnp.zeros((2, 8, 8, 3), jnp.uint8)
+    >>> batch = augment(images, jax.random.key(0), jnp.arange(2), image_size=16, train=True)
+    >>> batch.shape, float(batch[0, 0, 0, 0])
+    ((2, 16, 16, 3), -1.0)
+    """
+    images = jnp.asarray(images)
+    if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"images must be uint8 (B, H, W, 1 or 3), got {images.dtype} {images.shape}"
+        )
+    if crop not in ("pad", "resized", "none", None):
+        raise ValueError(f"crop={crop!r}: must be 'pad', 'resized' or None")
+    if fill not in ("reflect", "zero"):
+        raise ValueError(f"fill={fill!r}: must be 'reflect' or 'zero'")
+    if train and (key is None or positions is None):
+        raise ValueError("train=True draws at random: pass key and positions")
+
+    height, width = images.shape[1:3]
+    if not train:
+        x = _middle(images, image_size, center)
+    else:
+        keys = jax.vmap(lambda p: jax.random.fold_in(key, p))(positions)
+        mirrored = jax.vmap(_coin)(keys) if flip else jnp.zeros(len(images), bool)
+        if crop == "resized":
+            top, left, h, w = jax.vmap(
+                lambda k: _random_box(k, height, width, scale, ratio)
+            )(keys)
+            rows = jax.vmap(lambda t, s: interpolation(t, s, height, image_size))(top, h)
+            columns = jax.vmap(lambda t, s: interpolation(t, s, width, image_size))(left, w)
+            columns = jnp.where(mirrored[:, None, None], columns[:, ::-1], columns)
+            x = _separable(images, rows, columns)
+        else:
+            reach = pad if crop == "pad" else 0.0
+            windows = _shifted(images, keys, mirrored, reach=reach, center=center, fill=fill)
+            x = resize(windows, image_size)
+    x = (x / _MAX - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+    return jnp.broadcast_to(x, (*x.shape[:3], 3)).astype(dtype)
+
+
+def interpolation(start, length, size: int, out: int) -> jax.Array:
+    """The (out, size) float32 matrix that resizes the part [start, start + length) of a line.
+
+    Row o holds the triangle filter around ``start + (o + 1/2) length / out``, as wide as a source
+    pixel when enlarging and as a result pixel when shrinking, cut at the line's ends and
+    normalised. ``start`` and ``length`` may be traced and fractional.
+
+    >>> interpolation(0, 2, 2, 4).tolist()
+    [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
+    """
+    step = jnp.asarray(length, jnp.float32) / out
+    centre = start + (jnp.arange(out, dtype=jnp.float32) + 0.5) * step
+    pixels = jnp.arange(size, dtype=jnp.float32) + 0.5
+    distance = jnp.abs(pixels[None, :] - centre[:, None]) / jnp.maximum(step, 1.0)
+    weights = jnp.maximum(0.0, 1.0 - distance)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def resize(images: jax.Array, image_size: int) -> jax.Array:
+    """(B, H, W, C) to float32 (B, image_size, image_size, C), bilinear; the identity if equal."""
+    height, width = images.shape[1:3]
+    if (height, width) == (image_size, image_size):
+        return images.astype(jnp.float32)
+    rows = interpolation(0.0, height, height, image_size)
+    columns = interpolation(0.0, width, width, image_size)
+    return _separable(images, rows, columns)
+
+
+def _separable(images, rows, columns) -> jax.Array:
+    """rows (out, H) and columns (out, W), or one of each for every image."""
+    r = "boh" if rows.ndim == 3 else "oh"
+    c = "bpw" if columns.ndim == 3 else "pw"
+    # The default precision would round pixels to 8 or 10 bits on accelerators.
+    highest = jax.lax.Precision.HIGHEST
+    x = images.astype(jnp.float32)
+    x = jnp.einsum(f"{r},bhwc->bowc", rows, x, precision=highest)
+    return jnp.einsum(f"{c},bowc->bopc", columns, x, precision=highest)
+
+
+def _middle(images, image_size, center) -> jax.Array:
+    top, h = _middle_window(images.shape[1], center)
+    left, w = _middle_window(images.shape[2], center)
+    return resize(images[:, top : top + h, left : left + w], image_size)
+
+
+def _middle_window(size: int, center: float) -> tuple[int, int]:
+    length = round(size * center)
+    return (size - length) // 2, length
+
+
+def _coin(key) -> jax.Array:
+    return jax.random.bernoulli(jax.random.fold_in(key, 0))
+
+
+def _shifted(images, keys, mirrored, *, reach, center, fill) -> jax.Array:
+    """Windows of a common size at random whole-pixel offsets from the middle."""
+    height, width = images.shape[1:3]
+
+    def line(key, axis, size):
+        first, length = _middle_window(size, center)
+        most = round(size * reach)
+        shift = 0
+        if most:
+            shift = jax.random.randint(jax.random.fold_in(key, axis), (), -most, most + 1)
+        return first + shift + jnp.arange(length)
+
+    def one(image, key, mirror):
+        rows, columns = line(key, 1, height), line(key, 2, width)
+        columns = jnp.where(mirror, columns[::-1], columns)
+        window = image[_reflect(rows, height)][:, _reflect(columns, width)]
+        if fill == "zero":
+            inside = _inside(rows, height)[:, None] & _inside(columns, width)
+            window = jnp.where(inside[..., None], window, 0)
+        return window
+
+    return jax.vmap(one)(images, keys, mirrored)
+
+
+def _reflect(index, size: int) -> jax.Array:
+    """Indices beyond the edge, mirrored at the edge pixel's centre: -1 -> 1, size -> size - 2."""
+    if size == 1:
+        return jnp.zeros_like(index)
+    index = jnp.abs(index) % (2 * (size - 1))
+    return jnp.minimum(index, 2 * (size - 1) - index)
+
+
+def _inside(index, size: int) -> jax.Array:
+    return (index >= 0) & (index < size)
+
+
+def _random_box(key, height, width, scale, ratio):
+    """top, left, height and width, fractional, of a random part of the image."""
+    draw = jax.random.uniform(jax.random.fold_in(key, 1), (4,))
+    area = height * width * (scale[0] + draw[0] * (scale[1] - scale[0]))
+    low, high = jnp.log(jnp.asarray(ratio, jnp.float32))
+    aspect = jnp.exp(low + draw[1] * (high - low))
+    h = jnp.minimum(jnp.sqrt(area / aspect), height)
+    w = jnp.minimum(jnp.sqrt(area * aspect), width)
+    return draw[2] * (height - h), draw[3] * (width - w), h, w

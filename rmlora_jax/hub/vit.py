@@ -1,0 +1,231 @@
+"""ViT checkpoints of the Hugging Face layout, without PyTorch."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from rmlora_jax.errors import UserError
+from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_folder, read_json
+from rmlora_jax.hub.weights import AS_IS, CONV, LINEAR, Entry, Tensors, read_params
+from rmlora_jax.models.positions import resize_positions
+from rmlora_jax.models.vit import ViT, truncated_normal
+from rmlora_jax.models.vit_config import ViTConfig
+
+# Files of a bare ViTModel leave it out.
+PREFIX = "vit."
+
+# Modules of a layer: path here, name up to transformers 5.8, name since 5.9.
+_LINEARS = (
+    ("attention/query", "attention.attention.query", "attention.q_proj"),
+    ("attention/key", "attention.attention.key", "attention.k_proj"),
+    ("attention/value", "attention.attention.value", "attention.v_proj"),
+    ("attention/out", "attention.output.dense", "attention.o_proj"),
+    ("mlp/fc1", "intermediate.dense", "mlp.fc1"),
+    ("mlp/fc2", "output.dense", "mlp.fc2"),
+)
+_NORMS = (("norm1", "layernorm_before"), ("norm2", "layernorm_after"))
+
+HEAD = (
+    Entry("head/kernel", LINEAR, ("classifier.weight",)),
+    Entry("head/bias", AS_IS, ("classifier.bias",)),
+)
+
+# Path here, axes, names in files; read it in either direction.
+TABLE = (
+    Entry("embed/cls_token", AS_IS, ("vit.embeddings.cls_token",)),
+    Entry("embed/position", AS_IS, ("vit.embeddings.position_embeddings",)),
+    Entry("embed/patch/kernel", CONV, ("vit.embeddings.patch_embeddings.projection.weight",)),
+    Entry("embed/patch/bias", AS_IS, ("vit.embeddings.patch_embeddings.projection.bias",)),
+    *(
+        Entry(
+            f"encoder/layers/{path}/{leaf}",
+            axes,
+            (f"vit.encoder.layer.{{}}.{old}.{name}", f"vit.layers.{{}}.{new}.{name}"),
+        )
+        for path, old, new in _LINEARS
+        for leaf, name, axes in (("kernel", "weight", LINEAR), ("bias", "bias", AS_IS))
+    ),
+    *(
+        Entry(
+            f"encoder/layers/{path}/{leaf}",
+            AS_IS,
+            (f"vit.encoder.layer.{{}}.{norm}.{name}", f"vit.layers.{{}}.{norm}.{name}"),
+        )
+        for path, norm in _NORMS
+        for leaf, name in (("scale", "weight"), ("bias", "bias"))
+    ),
+    Entry("encoder/norm/scale", AS_IS, ("vit.layernorm.weight",)),
+    Entry("encoder/norm/bias", AS_IS, ("vit.layernorm.bias",)),
+    *HEAD,
+)
+
+# What other ViT classes leave in a file and a classifier does not use: the pooler of ViTModel,
+# the mask token and the decoder of masked-image modelling.
+LEFTOVERS = (
+    r"(vit\.)?pooler\.dense\.(weight|bias)",
+    r"(vit\.)?embeddings\.mask_token",
+    r"decoder\..*",
+)
+
+
+class Pretrained(NamedTuple):
+    """A pretrained ViT, ready for ``ViT(config, num_classes)``.
+
+    Attributes:
+      config: the architecture, with the image size asked for.
+      params: nested dict of numpy arrays, the parameters of ``ViT(config, num_classes)``.
+      num_classes: outputs of the head.
+      image_mean, image_std: per channel, for pixels in [0, 1]: x = (pixel - mean) / std.
+      image_size: side of the image in pixels; equals ``config.image_size``.
+      labels: class names, or None where the head is new.
+      dropped: names of tensors in the file that were left out.
+      new: paths of parameters that are newly initialised.
+      source: what was loaded, as given.
+    """
+
+    config: ViTConfig
+    params: dict[str, Any]
+    num_classes: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    image_size: int
+    labels: tuple[str, ...] | None
+    dropped: tuple[str, ...]
+    new: tuple[str, ...]
+    source: str
+
+
+def load_vit(
+    source: str | Path,
+    *,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    key: jax.Array | None = None,
+    dtype=jnp.float32,
+    revision: str | None = None,
+) -> Pretrained:
+    """Loads a ViT of the Hugging Face layout.
+
+    Reads safetensors, sharded or not, in float32, float16 or bfloat16, with or without the
+    ``vit.`` prefix, in the names of every release of transformers. A classifier of another size
+    is replaced by a new one: truncated normal of standard deviation ``config.initializer_range``,
+    bias 0.
+
+    Args:
+      source: a local folder, a bundled model or a name on the hub, looked up in this order.
+      num_classes: outputs of the head; None keeps the file's classifier.
+      image_size: side of the images in pixels; position embeddings are interpolated with
+        PyTorch's bicubic kernel. None keeps the model's.
+      key: for a new head; default ``jax.random.key(0)``.
+      dtype: of all parameters but the head, which is trained and therefore always float32.
+      revision: branch, tag or commit on the hub.
+
+    Raises:
+      UserError: a model that is not found or not supported, tensors that are missing, unexpected
+        or misshapen, or ``num_classes`` left out where the file has no classifier.
+
+    >>> vit = load_vit("vit-tiny-patch8-64-tinyimagenet", num_classes=10)
+    >>> vit.config.hidden_size, vit.image_size, vit.new
+    (192, 64, ('head/kernel', 'head/bias'))
+    """
+    folder = find_folder(source, revision)
+    raw = read_json(folder / CONFIG)
+    try:
+        config = ViTConfig.from_hf(raw)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
+    resized = config if image_size is None else _resized(config, image_size)
+    tensors = Tensors(folder)
+
+    stored = _stored_classes(tensors)
+    classes = stored if num_classes is None else num_classes
+    if classes is None:
+        raise UserError(f"{folder} has no classifier; say how many classes with num_classes=...")
+    if not isinstance(classes, int) or classes < 1:
+        raise UserError(f"num_classes is {classes!r}; it must be a whole number of at least 1")
+    keep_head = stored == classes
+    leftovers = LEFTOVERS if keep_head else (*LEFTOVERS, r"classifier\.(weight|bias)")
+    shapes = _shapes(config, classes)
+    if not keep_head:
+        shapes = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
+    params, dropped = read_params(
+        tensors, TABLE, shapes, prefix=PREFIX, leftovers=leftovers, dtype=dtype
+    )
+
+    embed = params["embed"]
+    embed["position"] = resize_positions(embed["position"], resized.grid)
+    if keep_head:
+        params["head"] = jax.tree.map(lambda x: x.astype(np.float32), params["head"])
+    else:
+        key = jax.random.key(0) if key is None else key
+        init = truncated_normal(config.initializer_range)
+        kernel = np.asarray(init(key, (config.hidden_size, classes), jnp.float32))
+        params["head"] = {"kernel": kernel, "bias": np.zeros((classes,), np.float32)}
+    mean, std = _normalisation(folder, config.num_channels)
+    return Pretrained(
+        config=resized,
+        params=params,
+        num_classes=classes,
+        image_mean=mean,
+        image_std=std,
+        image_size=resized.image_size,
+        labels=_labels(raw, classes) if keep_head else None,
+        dropped=dropped,
+        new=() if keep_head else tuple(entry.path for entry in HEAD),
+        source=str(source),
+    )
+
+
+def _resized(config: ViTConfig, image_size: int) -> ViTConfig:
+    try:
+        return dataclasses.replace(config, image_size=image_size)
+    except ValueError:
+        raise UserError(
+            f"image_size is {image_size!r}; it must be a whole number of pixels, "
+            f"at least the patch size {config.patch_size}"
+        ) from None
+
+
+def _stored_classes(tensors: Tensors) -> int | None:
+    name = HEAD[0].names[0]
+    return tensors.shape(name)[0] if name in tensors else None
+
+
+def _shapes(config: ViTConfig, num_classes: int) -> dict[str, tuple[int, ...]]:
+    images = jax.ShapeDtypeStruct(
+        (1, config.image_size, config.image_size, config.num_channels), jnp.float32
+    )
+    model = ViT(config, num_classes, attention="xla")
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+
+
+def _normalisation(folder: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation for pixels in [0, 1]; ViTImageProcessor's defaults are 0.5."""
+    path = folder / PREPROCESSOR
+    raw = read_json(path) if path.exists() else {}
+    mean = std = (0.5,) * channels
+    if not raw.get("do_normalize", True):
+        mean, std = (0.0,) * channels, (1.0,) * channels
+    else:
+        mean = tuple(raw.get("image_mean") or mean)
+        std = tuple(raw.get("image_std") or std)
+    if not len(mean) == len(std) == channels:
+        raise UserError(f"{path}: image_mean and image_std need {channels} numbers each")
+    # The processor normalises pixel * rescale_factor, where we normalise pixel / 255.
+    factor = raw.get("rescale_factor", 1 / 255) if raw.get("do_rescale", True) else 1.0
+    if abs(255 * factor - 1) > 1e-6:
+        mean, std = (tuple(x / (255 * factor) for x in values) for values in (mean, std))
+    return mean, std
+
+
+def _labels(raw: dict[str, Any], num_classes: int) -> tuple[str, ...] | None:
+    names = {int(index): str(name) for index, name in (raw.get("id2label") or {}).items()}
+    if sorted(names) != list(range(num_classes)):
+        return None
+    return tuple(names[index] for index in range(num_classes))

@@ -1,0 +1,202 @@
+"""Tensors of Hugging Face checkpoints as parameter trees, driven by one table a model family."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from rmlora_jax.errors import UserError
+from rmlora_jax.hub.source import INDEX, WEIGHTS, shards
+
+# How a stored tensor becomes a parameter: the axes for numpy.transpose. PyTorch's Linear keeps
+# (out, in), its Conv2d (out, in, height, width). The inverse permutation leads back.
+AS_IS = None
+LINEAR = (1, 0)
+CONV = (2, 3, 1, 0)
+
+MISMATCH = "Do its config.json and weights belong together?"
+
+
+class Entry(NamedTuple):
+    """One parameter and its names in published files.
+
+    Attributes:
+      path: '/'-joined path in the parameter tree.
+      axes: axes for ``numpy.transpose`` from file to parameter (of one layer), None for none.
+      names: its spellings in files, the oldest generation first; ``{}`` stands for the layer's
+        number, and then the parameter is stacked over the layers on axis 0.
+    """
+
+    path: str
+    axes: tuple[int, ...] | None
+    names: tuple[str, ...]
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of a folder by name, sharded or not; each is read only when it is asked for.
+
+    Files are memory-mapped. float16 and bfloat16 come as they are stored (bfloat16 through
+    ml_dtypes).
+
+    Raises:
+      UserError: no safetensors in the folder, a missing shard, a damaged file.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files = {}
+        for path in _weight_files(folder):
+            handle = _open(path)
+            self._files.update(dict.fromkeys(handle.keys(), handle))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._files))
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header alone."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).exists():
+        files = [folder / shard for shard in shards(folder)]
+        for file in files:
+            if not file.exists():
+                raise UserError(f"{folder} lacks {file.name}, which its {INDEX} lists; copy it too")
+        return files
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickled:
+        raise UserError(
+            f"{folder} has {pickled[0]} but no {WEIGHTS}. Save it as safetensors where PyTorch is: "
+            "AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}; is it a model's folder?")
+
+
+def _open(path: Path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}); copy it again") from None
+
+
+def read_params(
+    tensors: Tensors,
+    table: Sequence[Entry],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    prefix: str,
+    leftovers: Iterable[str],
+    dtype,
+) -> tuple[dict, tuple[str, ...]]:
+    """The parameters that ``shapes`` asks for, read through the family's table.
+
+    Args:
+      tensors: the checkpoint.
+      table: one entry a parameter.
+      shapes: '/'-joined path -> shape of every parameter to read; stacked ones start with L.
+      prefix: the part of the table's names that a file may leave out, such as ``"vit."``.
+      leftovers: regular expressions (full match) of tensors to leave out.
+      dtype: of the parameters; each tensor is cast once.
+
+    Returns:
+      A nested dict of numpy arrays, and the names of the leftovers that were found.
+
+    Raises:
+      UserError: a tensor is missing, unexpected, twice there, of another shape, or not floating.
+    """
+    table = [entry for entry in table if entry.path in shapes]
+    slots = {
+        name: (entry.path, layer)
+        for entry in table
+        for spelling in entry.names
+        for layer in range(_layers(entry, shapes))
+        for name in (spelling.format(layer), spelling.format(layer).removeprefix(prefix))
+    }
+    found: dict[tuple[str, int], str] = {}
+    dropped, unexpected = [], []
+    for name in tensors:
+        if name in slots:
+            twin = found.setdefault(slots[name], name)
+            if twin != name:
+                raise UserError(f"{tensors.folder}: {twin!r} and {name!r} are the same parameter")
+        elif any(re.fullmatch(pattern, name) for pattern in leftovers):
+            dropped.append(name)
+        else:
+            unexpected.append(name)
+    missing = [
+        entry.names[0].format(layer)
+        for entry in table
+        for layer in range(_layers(entry, shapes))
+        if (entry.path, layer) not in found
+    ]
+    if missing or unexpected:
+        parts = [("lacks", missing), ("has unexpected", unexpected)]
+        what = "; ".join(f"{verb} {some(names)}" for verb, names in parts if names)
+        raise UserError(
+            f"{tensors.folder}: {what}. Do its config.json and weights belong together?"
+        )
+    flat = {entry.path: _read(tensors, entry, found, shapes[entry.path], dtype) for entry in table}
+    return unflatten_dict(flat, sep="/"), tuple(dropped)
+
+
+def _layers(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return shapes[entry.path][0] if _stacked(entry) else 1
+
+
+def _stacked(entry: Entry) -> bool:
+    return "{}" in entry.names[0]
+
+
+def _read(tensors: Tensors, entry: Entry, found, shape, dtype) -> np.ndarray:
+    out = np.empty(shape, dtype)
+    for layer in range(len(out) if _stacked(entry) else 1):
+        name = found[entry.path, layer]
+        target = out[layer] if _stacked(entry) else out
+        expected = stored_shape(target.shape, entry.axes)
+        if tensors.shape(name) != expected:
+            raise UserError(
+                f"{tensors.folder}: {name!r} has shape {tensors.shape(name)}, but config.json "
+                f"asks for {expected}. {MISMATCH}"
+            )
+        tensor = tensors[name]
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise UserError(
+                f"{tensors.folder}: {name!r} is {tensor.dtype}; only float32, float16 and "
+                "bfloat16 weights can be read, not quantised ones"
+            )
+        target[...] = tensor if entry.axes is None else tensor.transpose(entry.axes)
+    return out
+
+
+def stored_shape(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape in the file of a parameter (of one layer): the inverse of ``Entry.axes``.
+
+    >>> stored_shape((16, 16, 3, 768), CONV)
+    (768, 3, 16, 16)
+    """
+    return shape if axes is None else tuple(shape[i] for i in np.argsort(axes))
+
+
+def some(names: Sequence[str], shown: int = 3) -> str:
+    """The first few names for an error message.
+
+    >>> some(["a", "b", "c", "d", "e"])
+    "'a', 'b', 'c' and 2 more"
+    """
+    text = ", ".join(map(repr, names[:shown]))
+    return text if len(names) <= shown else f"{text} and {len(names) - shown} more"

@@ -1,0 +1,308 @@
+"""The Vision Transformer as an image classifier (Flax Linen, layers scanned)."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rmlora_jax.models.attention import IMPLEMENTATIONS, attend
+from rmlora_jax.models.vit_config import ViTConfig
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+# Standard deviation of a unit normal cut at two standard deviations.
+TRUNCATED_STD = 0.87962566103423978
+
+
+def truncated_normal(std: float):
+    """Initialiser: a normal cut at 2 sigma, scaled so that its standard deviation is ``std``."""
+    return nn.initializers.truncated_normal(std / TRUNCATED_STD)
+
+
+class Embed(nn.Module):
+    """Patches, class token and position embeddings: (B, S, S, C) -> (B, 1 + grid^2, D)."""
+
+    config: ViTConfig
+    dtype: Any
+    param_dtype: Any
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, images):
+        c = self.config
+        init = truncated_normal(c.initializer_range)
+        patch = (c.patch_size, c.patch_size)
+        x = nn.Conv(
+            c.hidden_size,
+            patch,
+            strides=patch,
+            padding="VALID",
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=init,
+            name="patch",
+        )(images)
+        x = x.reshape(x.shape[0], c.grid**2, c.hidden_size)
+        token = self.param("cls_token", init, (1, 1, c.hidden_size), self.param_dtype)
+        shape = (1, 1 + c.grid**2, c.hidden_size)
+        position = self.param("position", init, shape, self.param_dtype)
+        token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, c.hidden_size))
+        x = jnp.concatenate([token, x], axis=1) + position.astype(x.dtype)
+        return nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)(x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, N, D) -> (B, N, D), every projection a plain Dense."""
+
+    config: ViTConfig
+    dtype: Any
+    param_dtype: Any
+    attention: str
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        dense = functools.partial(
+            nn.Dense,
+            c.hidden_size,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=truncated_normal(c.initializer_range),
+        )
+        heads = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
+        query, key, value = (
+            dense(use_bias=c.qkv_bias, name=name)(x).reshape(heads)
+            for name in ("query", "key", "value")
+        )
+        if c.attention_probs_dropout_prob and not self.deterministic:
+            mixed = self.attend_with_dropout(query, key, value)
+        else:
+            mixed = attend(query, key, value, self.attention)
+        return dense(name="out")(mixed.reshape(x.shape))
+
+    def attend_with_dropout(self, query, key, value):
+        # jax.nn.dot_product_attention has no dropout on the weights.
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5).astype(value.dtype)
+        rate = self.config.attention_probs_dropout_prob
+        weights = nn.Dropout(rate, deterministic=False)(weights)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+class MLP(nn.Module):
+    """fc2(act(fc1(x))): (B, N, D) -> (B, N, D)."""
+
+    config: ViTConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        dense = functools.partial(
+            nn.Dense,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=truncated_normal(c.initializer_range),
+        )
+        x = ACTIVATIONS[c.hidden_act](dense(c.intermediate_size, name="fc1")(x))
+        return dense(c.hidden_size, name="fc2")(x)
+
+
+class Layer(nn.Module):
+    """One pre-norm layer as the body of a scan: x -> (x, x where ``collect``, else None)."""
+
+    config: ViTConfig
+    dtype: Any
+    param_dtype: Any
+    attention: str
+    deterministic: bool
+    collect: bool
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        norm = functools.partial(layer_norm, c, self.dtype, self.param_dtype)
+        drop = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)
+        attention = Attention(
+            c, self.dtype, self.param_dtype, self.attention, self.deterministic, name="attention"
+        )
+        x = x + drop(attention(norm("norm1")(x)))
+        x = x + drop(MLP(c, self.dtype, self.param_dtype, name="mlp")(norm("norm2")(x)))
+        return x, x if self.collect else None
+
+
+def layer_norm(config: ViTConfig, dtype, param_dtype, name: str) -> nn.LayerNorm:
+    # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
+    return nn.LayerNorm(
+        epsilon=config.layer_norm_eps,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+class Encoder(nn.Module):
+    """All layers, then the norm of the class token: (B, N, D) -> (B, D) and the hidden states."""
+
+    config: ViTConfig
+    dtype: Any
+    param_dtype: Any
+    attention: str
+    deterministic: bool
+    collect: bool
+    unroll: int
+    remat: str
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        layer = Layer
+        if self.remat != "none":
+            # Inside a loop nothing can undo the rematerialisation; unrolled code needs barriers.
+            layer = nn.remat(
+                Layer, policy=REMAT[self.remat], prevent_cse=self.unroll >= c.num_hidden_layers
+            )
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=c.num_hidden_layers,
+            unroll=self.unroll,
+        )(
+            c,
+            self.dtype,
+            self.param_dtype,
+            self.attention,
+            self.deterministic,
+            self.collect,
+            name="layers",
+        )
+        out, after = layers(x)
+        token = layer_norm(c, self.dtype, self.param_dtype, "norm")(out[:, 0])
+        return token, jnp.concatenate([x[None], after]) if self.collect else None
+
+
+class ViT(nn.Module):
+    """Vision Transformer classifier; equals PyTorch's ``ViTForImageClassification``.
+
+    Parameters live under ``embed`` (cls_token, position, patch), ``encoder/layers/attention/``
+    {query, key, value, out}, ``encoder/layers/mlp/`` {fc1, fc2}, ``encoder/layers/`` {norm1,
+    norm2}, ``encoder/norm`` and ``head``. Everything under ``encoder/layers`` is stacked over
+    the layers on axis 0.
+
+    Attributes:
+      config: the architecture.
+      num_classes: outputs of the head.
+      dtype: compute dtype of everything but layer-norm statistics, softmax and head, which are
+        float32.
+      param_dtype: dtype of new parameters; loaded ones keep their own.
+      unroll: layers per iteration of the scan; a larger value compiles longer and runs faster.
+      remat: what the backward pass recomputes: ``"none"`` nothing, ``"dots"`` everything but
+        the outputs of the linear layers, ``"full"`` each layer from its input.
+      attention: ``"xla"``, ``"cudnn"`` or ``"auto"``, see ``rmlora_jax.models.attention``.
+
+    Source: Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, equations 1 to 4.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> config = ViTConfig(hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
+    ...                    intermediate_size=16, image_size=8, patch_size=4)
+    >>> model = ViT(config, num_classes=5)
+    >>> images = jnp.zeros((2, 8, 8, 3))
+    >>> params = model.init(jax.random.key(0), images)["params"]
+    >>> params["encoder"]["layers"]["mlp"]["fc1"]["kernel"].shape
+    (2, 12, 16)
+    >>> model.apply({"params": params}, images).shape
+    (2, 5)
+    """
+
+    config: ViTConfig
+    num_classes: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    unroll: int = 1
+    remat: str = "none"
+    attention: str = "auto"
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False, hidden_states: bool = False):
+        """Logits of a batch.
+
+        Args:
+          images: (B, S, S, C) floating, already normalised, S = ``config.image_size``.
+          train: apply the dropout of the config (needs the rng ``dropout`` where it is above 0).
+          hidden_states: also return the residual stream before the first and after every layer.
+
+        Returns:
+          (B, num_classes) float32 logits; with ``hidden_states`` a pair of the logits and an
+          array (L + 1, B, 1 + grid^2, D) in the compute dtype.
+
+        Raises:
+          TypeError: the images are not floating.
+          ValueError: a wrong image shape, or an attribute out of its range.
+        """
+        c = self.config
+        self.check(images)
+        x = Embed(c, self.dtype, self.param_dtype, not train, name="embed")(images)
+        token, states = Encoder(
+            c,
+            self.dtype,
+            self.param_dtype,
+            self.attention,
+            not train,
+            hidden_states,
+            self.unroll,
+            self.remat,
+            name="encoder",
+        )(x)
+        logits = nn.Dense(
+            self.num_classes,
+            dtype=jnp.float32,
+            param_dtype=self.param_dtype,
+            kernel_init=truncated_normal(c.initializer_range),
+            name="head",
+        )(token)
+        return (logits, states) if hidden_states else logits
+
+    def check(self, images):
+        for name, value, allowed in (
+            ("remat", self.remat, tuple(REMAT)),
+            ("attention", self.attention, IMPLEMENTATIONS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"ViT: {name} is {value!r}; it must be one of {allowed}")
+        for name in ("num_classes", "unroll"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(
+                    f"ViT: {name} is {value!r}; it must be a whole number of at least 1"
+                )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise TypeError(
+                f"ViT: images are {images.dtype}; divide by 255, normalise and pass floats"
+            )
+        c = self.config
+        expected = (c.image_size, c.image_size, c.num_channels)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise ValueError(
+                f"ViT: images have shape {images.shape}; expected (batch, {expected[0]}, "
+                f"{expected[1]}, {expected[2]}). Resize them, or load the model with image_size=..."
+            )

@@ -1,0 +1,70 @@
+"""Orbax checkpoints of what a run changes: step, trainable parameters, optimizer state.
+
+The base is never written: it comes from where the config says. Kept are the latest checkpoint, from
+which a run continues, and the best one by validation.
+"""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
+
+from rmlora_jax.errors import UserError
+from rmlora_jax.train.step import State
+
+
+class Score(NamedTuple):
+    """Validation figures of a checkpoint, in the order in which checkpoints are compared."""
+
+    accuracy: float
+    negative_loss: float
+
+
+def score(metrics: dict) -> Score:
+    return Score(metrics["accuracy"], -metrics["loss"])
+
+
+def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
+    """The manager of ``workdir/checkpoints``; saves are asynchronous, close it to wait for them."""
+    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file it touches
+    policy = preservation_policy
+    options = ocp.CheckpointManagerOptions(
+        save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),
+        preservation_policy=policy.AnyPreservationPolicy(
+            [policy.LatestN(1), policy.BestN(get_metric_fn=score, n=1)]
+        ),
+        best_fn=lambda metrics: metrics["accuracy"],  # without it orbax writes no metrics
+        cleanup_tmp_directories=True,  # what a killed save left behind
+    )
+    return ocp.CheckpointManager(workdir / "checkpoints", options=options)
+
+
+def save(manager: ocp.CheckpointManager, state: State, validation: dict[str, float]) -> None:
+    manager.save(
+        int(state.step), args=ocp.args.StandardSave(state._asdict()), metrics=validation
+    )
+
+
+def restore(manager: ocp.CheckpointManager, like: State, step: int) -> State:
+    """Reads a step into the shapes, dtypes and shardings of ``like``.
+
+    Raises:
+      UserError: files of the checkpoint are missing or damaged.
+    """
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+    try:
+        return State(**manager.restore(step, args=ocp.args.StandardRestore(target)))
+    except Exception as e:  # orbax and tensorstore raise many kinds for damaged files
+        raise UserError(
+            f"the checkpoint {manager.directory / str(step)} cannot be read "
+            f"({type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else 'no details'}). "
+            "Delete that folder to continue from an older one, or start anew with another --workdir"
+        ) from e
+
+
+def best_step(manager: ocp.CheckpointManager) -> int:
+    """The step with the best validation score; of equals the latest, which is the one kept."""
+    return max(manager.all_steps(), key=lambda s: (score(manager.metrics(s)), s))

@@ -1,0 +1,171 @@
+"""Every field of a run, with its meaning, and the checks made before anything is loaded."""
+
+import difflib
+import re
+import types
+
+import ml_collections
+from ml_collections import config_dict
+
+from rmlora_jax.errors import UserError
+
+METHODS = ("rm_lora", "lora", "full", "head")
+
+# Fields that may differ between a run and its continuation: they change where things are, or what is
+# written, and no number.
+FREE_ON_RESUME = frozenset({"data.data_dir", "data.workers", "log_every", "compilation_cache"})
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The fields of a run. A file in ``configs/`` starts from these and changes what it needs."""
+    c = ml_collections.ConfigDict()
+    c.method = "rm_lora"  # rm_lora, lora, full (every parameter), head (the classifier alone)
+    c.seed = 0  # of the factors, the order of the data, the augmentation and the masks
+    c.epochs = 8.0  # passes over the training split; ignored where steps is set
+    c.steps = 0  # optimizer steps; 0: from epochs
+    c.batch_size = 64  # examples an optimizer step, over all devices of all processes
+    c.accumulate = 1  # micro-batches a step: memory of batch_size / accumulate, same numbers
+    c.eval_batch_size = 256  # examples an evaluation step, over all devices
+    c.eval_every = 0  # steps between evaluations (each is a checkpoint); 0: once an epoch
+    c.log_every = 20  # steps between lines of metrics.jsonl
+    c.parallel = "mesh"  # mesh: jit(shard_map); pmap: jax.pmap
+    c.compilation_cache = "~/.cache/rmlora_jax/xla"  # folder of compiled programs; "": none
+
+    c.model = ml_collections.ConfigDict()
+    c.model.source = "google/vit-base-patch16-224-in21k"  # folder, bundled name, or hub name
+    c.model.image_size = 0  # pixels; 0: the checkpoint's own. Positions are interpolated
+    c.model.dtype = "bfloat16"  # of the computation: bfloat16, float16, float32
+    c.model.base_dtype = "float32"  # in which the frozen base is held: float32, bfloat16
+    c.model.attention = "auto"  # xla, cudnn, or auto: cudnn where it runs
+    c.model.unroll = 1  # layers a turn of the scan: 1 compiles fastest, all layers run fastest
+    c.model.remat = "none"  # none, dots (keep matrix products), full: less memory, more time
+
+    c.data = ml_collections.ConfigDict()
+    c.data.name = "cifar100"  # digits, or an image-classification name of TFDS
+    c.data.data_dir = config_dict.placeholder(str)  # of TFDS; None: its own default
+    c.data.validation = 0.1  # fraction (below 1) or number of training images held out
+    c.data.limit = 0  # use this many training images only; 0: all
+    c.data.mode = "auto"  # resident: all on the device; stream; auto: resident if it fits
+    c.data.workers = 8  # threads that decode a streamed data set
+    c.data.flip = True  # mirror training images at random
+    c.data.crop = "pad"  # pad: shift by up to an eighth; resized: random part; none
+
+    c.lora = ml_collections.ConfigDict()
+    c.lora.rank = 4
+    c.lora.alpha = 16.0  # the low-rank product is scaled by alpha / rank
+    c.lora.target = r"encoder/layers/.*"  # regex on module paths: every linear layer inside
+    c.lora.train = r"head"  # regex on paths trained in full beside the factors
+    c.lora.dropout = 0.0  # on the adapters' input, in training
+    c.lora.init = "kaiming"  # kaiming, normal, gaussian, orthogonal, pissa
+    c.lora.rs = False  # scale by alpha / sqrt(rank)
+    c.lora.rank_pattern = ()  # ((regex, rank), ...): first match wins
+    c.lora.alpha_pattern = ()  # ((regex, alpha), ...)
+
+    c.rm = ml_collections.ConfigDict()  # the two parts of RM-LoRA; only method rm_lora reads them
+    c.rm.penalty = 0.1  # weight of the orthogonality penalty
+    c.rm.kind = "norm"  # norm, squared, cosine
+    c.rm.keep = 0.5  # probability that a rank direction moves (draw exact: how many)
+    c.rm.draw = "bernoulli"  # bernoulli, exact
+    c.rm.unit = "rank"  # rank, element, matrix
+    c.rm.coupling = "paired"  # paired: A and B share a draw; independent
+    c.rm.start_step = 1  # first step that is masked
+    c.rm.resample_every = 1  # steps between draws
+    c.rm.rescale = False  # divide what is kept by keep
+    c.rm.placement = "before"  # mask before the optimizer, after it, or lazy
+
+    c.optimizer = ml_collections.ConfigDict()  # AdamW
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.schedule = "linear"  # linear or cosine to 0, constant
+    c.optimizer.warmup = 0.0  # fraction of the steps in which the rate rises from 0
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.clip = 1.0  # global norm of the gradient; 0: no clipping
+    c.optimizer.label_smoothing = 0.0
+    return c
+
+
+def flatten(config) -> dict:
+    """``{"optimizer.learning_rate": 0.001, ...}``."""
+    flat = {}
+    for name, value in dict(config).items():
+        if hasattr(value, "items"):
+            flat |= {f"{name}.{k}": v for k, v in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def check_config(c: ml_collections.ConfigDict) -> None:
+    """Raises one UserError that lists every mistake in the fields' values."""
+    wrong = []
+
+    def need(ok: bool, field: str, allowed: str):
+        if not ok:
+            wrong.append(f"config.{field}={flatten(c)[field]!r}: must be {allowed}")
+
+    def one_of(field: str, *allowed: str):
+        value = flatten(c)[field]
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            wrong.append(f"config.{field}={value!r}: must be one of {', '.join(allowed)}{hint}")
+
+    flat = types.SimpleNamespace(**flatten(c))
+    one_of("method", *METHODS)
+    one_of("parallel", "mesh", "pmap")
+    one_of("model.dtype", "bfloat16", "float16", "float32")
+    one_of("model.base_dtype", "bfloat16", "float16", "float32")
+    one_of("model.attention", "auto", "xla", "cudnn")
+    one_of("model.remat", "none", "dots", "full")
+    one_of("data.mode", "auto", "resident", "stream")
+    one_of("data.crop", "pad", "resized", "none")
+    one_of("lora.init", "kaiming", "normal", "gaussian", "orthogonal", "pissa")
+    one_of("rm.kind", "norm", "squared", "cosine")
+    one_of("rm.draw", "bernoulli", "exact")
+    one_of("rm.unit", "rank", "element", "matrix")
+    one_of("rm.coupling", "paired", "independent")
+    one_of("rm.placement", "before", "after", "lazy")
+    one_of("optimizer.schedule", "linear", "cosine", "constant")
+    for field in ("batch_size", "accumulate", "eval_batch_size", "log_every", "lora.rank",
+                  "model.unroll", "data.workers"):
+        need(vars(flat)[field] >= 1, field, "at least 1")
+    for field in ("steps", "eval_every", "model.image_size", "data.limit", "rm.penalty",
+                  "optimizer.weight_decay", "optimizer.clip", "rm.start_step"):
+        need(vars(flat)[field] >= 0, field, "0 or more")
+    need(c.steps > 0 or c.epochs > 0, "epochs", "above 0 where steps is 0")
+    need(c.optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0")
+    need(0 <= c.optimizer.warmup < 1, "optimizer.warmup", "a fraction of the steps in [0, 1)")
+    need(0 <= c.optimizer.label_smoothing < 1, "optimizer.label_smoothing", "in [0, 1)")
+    need(0 <= c.lora.dropout < 1, "lora.dropout", "in [0, 1)")
+    need(c.data.validation > 0, "data.validation", "above 0: the best step is chosen on it")
+    need(c.batch_size % c.accumulate == 0, "accumulate", f"a divisor of batch_size {c.batch_size}")
+    need(0 <= c.seed < 2**31, "seed", "from 0 to 2147483647")
+    if c.rm.draw == "bernoulli":
+        need(0 < c.rm.keep <= 1, "rm.keep", "a probability in (0, 1]")
+    else:
+        need(c.rm.keep >= 1 and c.rm.keep == int(c.rm.keep), "rm.keep", "a whole number with draw exact")
+        need(c.rm.unit == "rank", "rm.unit", "rank with draw exact")
+    for field in ("lora.target", "lora.train"):
+        try:
+            re.compile(vars(flat)[field])
+        except re.error as e:
+            wrong.append(f"config.{field}={vars(flat)[field]!r}: not a regular expression: {e}")
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """The fields that a continuation must share and does not, as ``field: old -> new``."""
+    old, new = flatten(old), flatten(new)
+    return [
+        f"{k}: {old.get(k)!r} -> {new.get(k)!r}"
+        for k in sorted(old.keys() | new.keys())
+        if k not in FREE_ON_RESUME and _plain(old.get(k)) != _plain(new.get(k))
+    ]
+
+
+def _plain(value):
+    """JSON has no tuples."""
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,137 @@
+"""How examples reach the step: ids into arrays on the device, or streamed images.
+
+Both give the same examples in the same order at the same step, so that resident or streamed is a
+matter of memory alone.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from rmlora_jax import data
+from rmlora_jax.errors import UserError
+from rmlora_jax.hub import Pretrained
+from rmlora_jax.train.mesh import Devices, replicate
+
+
+class Feed(NamedTuple):
+    """The inputs of a run.
+
+    ``train(step)`` iterates over this process's batches from that step on, ``evaluate(split)``
+    over those of "validation" or "test"; leaves are numpy arrays. ``prepare_train`` and
+    ``prepare_eval`` run inside the step and give (inputs, labels); ``resident`` is what they
+    index into, {} where batches are streamed.
+    """
+
+    sizes: dict[str, int]
+    train: Callable[[int], Iterator[dict]]
+    evaluate: Callable[[str], Iterator[dict]]
+    resident: dict
+    prepare_train: Callable  # (key, positions, resident, batch)
+    prepare_eval: Callable  # (resident, batch)
+
+    @property
+    def train_size(self) -> int:
+        return self.sizes["train"]
+
+
+def load(config: ml_collections.ConfigDict) -> data.Dataset:
+    """The data set that the config names, with a validation split carved from train."""
+    c = config.data
+    return data.load_images(
+        c.name, data_dir=c.data_dir, validation=c.validation, limit=c.limit or None
+    )
+
+
+def open_feed(
+    config: ml_collections.ConfigDict,
+    images: data.Dataset,
+    pretrained: Pretrained,
+    devices: Devices,
+) -> Feed:
+    """Decodes what fits onto the device, or opens the stream."""
+    c = config.data
+    splits = {"train": images.train, "validation": images.validation, "test": images.test}
+    sizes = {name: len(split) for name, split in splits.items()}
+    storage = data.plan_storage(images, pretrained.image_size, mode=c.mode)
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    augment = functools.partial(
+        data.augment,
+        image_size=pretrained.image_size,
+        center=storage.center,
+        mean=pretrained.image_mean,
+        std=pretrained.image_std,
+    )
+    options = {"seed": config.seed, **process}
+
+    if storage.resident:
+        arrays = {
+            name: data.load_resident(
+                split, storage.size, threads=c.workers, desc=f"decoding {images.name} {name}"
+            )
+            for name, split in splits.items()
+        }
+        for name, (_, labels) in arrays.items():
+            check_labels(labels, images.num_classes, f"{images.name}, split {name}")
+        # One array for all splits: the evaluation step then compiles once.
+        first = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
+        resident = replicate(
+            {
+                "image": np.concatenate([pixels for pixels, _ in arrays.values()]),
+                "label": np.concatenate([labels for _, labels in arrays.values()]),
+            },
+            devices,
+        )
+
+        def train(step):
+            ids = data.batch_ids(sizes["train"], config.batch_size, start_step=step, **options)
+            return ({"id": i} for i in ids)
+
+        def evaluate(split):
+            for batch in data.eval_batches(sizes[split], config.eval_batch_size, **process):
+                yield {"id": batch["id"] + np.int32(first[split]), "mask": batch["mask"]}
+    else:
+        resident = {}
+        reading = {"size": storage.size, "threads": c.workers}
+
+        def train(step):
+            return data.stream_batches(
+                images.train, config.batch_size, start_step=step, **options, **reading
+            )
+
+        def evaluate(split):
+            batches = data.eval_batches(splits[split], config.eval_batch_size, **process, **reading)
+            for batch in batches:
+                check_labels(batch["label"], images.num_classes, f"{images.name}, split {split}")
+                yield batch
+
+    def examples(resident, batch):
+        if resident:
+            return resident["image"][batch["id"]], resident["label"][batch["id"]]
+        return batch["image"], batch["label"]
+
+    def prepare_train(key, positions, resident, batch):
+        pixels, labels = examples(resident, batch)
+        inputs = augment(pixels, key, positions, train=True, crop=c.crop, flip=c.flip)
+        return inputs.astype(jnp.dtype(config.model.dtype)), labels
+
+    def prepare_eval(resident, batch):
+        pixels, labels = examples(resident, batch)
+        return augment(pixels, train=False).astype(jnp.dtype(config.model.dtype)), labels
+
+    return Feed(sizes, train, evaluate, resident, prepare_train, prepare_eval)
+
+
+def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
+    """Raises a UserError for a label that the head has no output for."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        raise UserError(
+            f"{where}: example {wrong[0]} has label {labels[wrong[0]]}, but the data set declares "
+            f"{num_classes} classes, 0 to {num_classes - 1}; correct the data set's features"
+        )

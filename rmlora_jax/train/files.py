@@ -1,0 +1,103 @@
+"""Files that are whole or not there: written under a temporary name, then renamed into place."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import uuid
+from typing import Any
+
+import numpy as np
+
+
+def write_bytes_atomic(path: str | os.PathLike, data: bytes) -> pathlib.Path:
+    """Writes ``data`` to ``path`` so that a reader, or a crash, sees the old file or the new one.
+
+    The bytes go to a temporary name in the same folder (created if missing), are flushed to the
+    disk, and the name is then replaced. Returns the path.
+
+    Raises:
+      OSError: the folder cannot be written; nothing of the attempt is left behind.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+    return path
+
+
+def write_text_atomic(path: str | os.PathLike, text: str) -> pathlib.Path:
+    """`write_bytes_atomic` of ``text`` in UTF-8."""
+    return write_bytes_atomic(path, text.encode())
+
+
+def write_json(path: str | os.PathLike, value: Any) -> pathlib.Path:
+    """Writes ``value`` (as `plain` makes it) as indented JSON, atomically.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     read_json(write_json(folder + "/a.json", {"loss": np.float32(0.1), "rank": (4, 8)}))
+    {'loss': 0.1, 'rank': [4, 8]}
+
+    Raises:
+      TypeError: ``value`` holds something JSON has no word for.
+    """
+    return write_text_atomic(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The value in a JSON file. Raises FileNotFoundError or json.JSONDecodeError, a ValueError."""
+    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+
+
+def plain(value: Any) -> Any:
+    """``value`` in the types of strict JSON: numbers and arrays of numpy and jax included.
+
+    A float32 becomes the shortest decimal that reads back as the same float32 (0.1, not
+    0.10000000149011612). NaN and infinities, which strict JSON lacks, become None.
+
+    >>> plain({"a": np.float32([0.1, np.nan]), "b": np.int32(3), "c": (1, True)})
+    {'a': [0.1, None], 'b': 3, 'c': [1, True]}
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if type(value) is float:
+        return value if math.isfinite(value) else None
+    if hasattr(value, "items"):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if not hasattr(value, "dtype"):
+        return value  # json.dumps names the type in its own error
+    array = np.asarray(value)
+    if array.dtype.kind in "biu":
+        return array.tolist()
+    if array.dtype.kind != "f":
+        array = array.astype(np.float32)  # bfloat16 and its relatives are no floats to numpy
+    if array.ndim:
+        return [plain(v) for v in array]
+    return float(str(array)) if np.isfinite(array) else None
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    """Makes a rename survive a power cut, on systems whose folders can be flushed."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,261 @@
+"""The numbers a run leaves behind: metrics.jsonl, intrinsic.jsonl and TensorBoard events.
+
+``metrics.jsonl`` has one object a line, in strict JSON, ``"step"`` first:
+
+    {"step": 20, "train/loss": 3.91, "train/accuracy": 0.12, "learning_rate": 0.00098}
+
+A number that is not finite is ``null``, and the line says which under ``"nonfinite"``:
+
+    {"step": 40, "train/loss": null, "nonfinite": {"train/loss": "nan"}}
+
+Steps only ever increase. A run that continues after step s first drops the lines of later steps
+(and a last line that a killed process left half written), so that no step is missing or repeated.
+For that to hold write a step's line before its checkpoint.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import numpy as np
+
+from rmlora_jax.errors import UserError
+from rmlora_jax.train.files import plain, write_text_atomic
+from rmlora_jax.train.terminal import Progress
+
+METRICS = "metrics.jsonl"
+INTRINSIC = "intrinsic.jsonl"
+EVENTS = "tensorboard"
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
+    """The lines of ``metrics.jsonl`` by increasing step; [] if there is no such file.
+
+    Numbers that are not finite come back as float nan, inf and -inf.
+
+    Raises:
+      UserError: a line other than the last is not a JSON object with a step.
+    """
+    rows = []
+    for row in _read_lines(pathlib.Path(workdir) / METRICS):
+        nonfinite = row.pop("nonfinite", {})
+        rows.append(row | {key: float(text) for key, text in nonfinite.items()})
+    return rows
+
+
+def append_intrinsic(
+    workdir: str | os.PathLike, step: int, modules: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Adds one line to ``intrinsic.jsonl``: ``{"step": s, "modules": {path: {name: numbers}}}``.
+
+    ``modules`` is what `rmlora_jax.intrinsic_dimension` returns: for each module path the arrays
+    ``singular_values`` (*layers, r) and ``effective_rank``, ... (*layers,). Values that are not
+    finite are written as null.
+    """
+    line = json.dumps({"step": int(step), "modules": plain(modules)}, allow_nan=False)
+    _append(pathlib.Path(workdir) / INTRINSIC, line)
+
+
+def read_intrinsic(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """What `append_intrinsic` wrote, as ``{"step": s, "modules": {path: {name: float64 array}}}``.
+
+    [] if there is no such file; null comes back as nan.
+
+    Raises:
+      UserError: as `read_metrics`.
+    """
+    return [
+        {"step": row["step"],
+         "modules": {path: {name: np.asarray(value, np.float64) for name, value in values.items()}
+                     for path, values in row.get("modules", {}).items()}}
+        for row in _read_lines(pathlib.Path(workdir) / INTRINSIC)
+    ]
+
+
+def drop_after(path: str | os.PathLike, step: int) -> None:
+    """Keeps the lines of a JSON-lines file up to and including ``step``, atomically.
+
+    At step 0 the run begins anew and no line stays. A file that is already as it should be, or is
+    not there, is left alone.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return
+    kept = [row for row in _read_lines(path) if step > 0 and row["step"] <= step]
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
+    if text.encode() != path.read_bytes():
+        write_text_atomic(path, text)
+
+
+class MetricWriter:
+    """Writes a run's metrics to its folder and shows its progress on the terminal.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with MetricWriter(folder, total_steps=2, tensorboard=False) as writer:
+    ...         writer.write(1, {"train/loss": 0.5})
+    ...         writer.write(2, {"train/loss": 0.25, "eval/loss": 0.3})
+    ...     read_metrics(folder)
+    step 1/2  loss 0.5000
+    step 2/2  loss 0.2500  ETA 0.0 s
+    [{'step': 1, 'train/loss': 0.5}, {'step': 2, 'train/loss': 0.25, 'eval/loss': 0.3}]
+
+    Args:
+      workdir: the run's folder, made if missing.
+      total_steps: the run's last step.
+      start_step: the step after which the run continues; lines of later steps are dropped. At 0
+        the run begins anew and earlier lines are dropped too.
+      enabled: False makes every method do nothing; pass ``jax.process_index() == 0``.
+      stream: where to show progress; standard output by default.
+      interval: seconds between lines of progress where ``stream`` is not a terminal.
+      tensorboard: whether to write events to the folder ``tensorboard`` (by tensorboardX).
+
+    Raises:
+      UserError: a file to be continued holds a line that is not one of this class's.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        interval: float = 5.0,
+        tensorboard: bool = True,
+    ):
+        self.workdir = pathlib.Path(workdir)
+        self.enabled = enabled
+        self._events = None
+        self._shown = {}
+        self._last_step = start_step if start_step > 0 else -1
+        if not enabled:
+            return
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, INTRINSIC):
+            drop_after(self.workdir / name, start_step)
+        if tensorboard:
+            self._events = _open_events(self.workdir / EVENTS, start_step)
+        self._progress = Progress(total_steps, stream=stream, interval=interval)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records the metrics of ``step``, all of them at once, and shows them.
+
+        ``metrics`` maps names to scalars (Python, numpy or jax; a jax scalar is waited for).
+
+        Raises:
+          ValueError: ``step`` is not larger than that of the last line.
+        """
+        if not self.enabled:
+            return
+        step = int(step)
+        if step <= self._last_step:
+            raise ValueError(
+                f"metrics of step {step} after those of step {self._last_step}: steps must "
+                "increase; pass everything that belongs to a step in one call of write")
+        values = {key: _scalar(key, value) for key, value in metrics.items()}
+        _append(self.workdir / METRICS, _line(step, values))
+        self._last_step = step
+        if self._events is not None:
+            # tensorboardX warns on the terminal about each number that is not finite.
+            for key, value in values.items():
+                if not math.isfinite(value):
+                    continue
+                self._events.add_scalar(key, value, step)
+        self._shown |= values
+        self._progress.update(step, self._shown)
+
+    def progress(self, step: int) -> None:
+        """Moves the progress display to ``step`` without recording anything."""
+        if self.enabled:
+            self._progress.update(int(step), self._shown)
+
+    def intrinsic(self, step: int, modules: Mapping[str, Mapping[str, Any]]) -> None:
+        """`append_intrinsic` for this run, and the mean effective rank as a TensorBoard scalar."""
+        if not self.enabled:
+            return
+        append_intrinsic(self.workdir, step, modules)
+        if self._events is not None:
+            for path, values in modules.items():
+                ranks = np.asarray(values.get("effective_rank", np.nan), np.float64)
+                if np.isfinite(ranks).any():
+                    self._events.add_scalar(
+                        f"effective_rank/{path}", np.mean(ranks[np.isfinite(ranks)]), step)
+
+    def print(self, text: str) -> None:
+        """Shows ``text`` on lines of its own without disturbing the progress bar."""
+        if self.enabled:
+            self._progress.print(text)
+
+    def close(self) -> None:
+        """Ends the progress bar and flushes the events; a second call does nothing."""
+        if not self.enabled:
+            return
+        self._progress.close()
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _scalar(key: str, value: Any) -> float | int:
+    array = np.asarray(value)
+    if array.ndim:
+        raise ValueError(f"metric {key!r} has shape {array.shape}: must be a scalar")
+    if array.dtype.kind in "iu":
+        return int(array)
+    # Shortest decimal of the value's own precision, as `plain`, which says None where not finite.
+    short = plain(array)
+    return float(array) if short is None else float(short)
+
+
+def _line(step: int, values: Mapping[str, float]) -> str:
+    finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+    row = {"step": step} | finite
+    nonfinite = {key: str(value) for key, value in values.items() if not math.isfinite(value)}
+    return json.dumps(row | ({"nonfinite": nonfinite} if nonfinite else {}), allow_nan=False)
+
+
+def _append(path: pathlib.Path, line: str) -> None:
+    """One line in one write, so that a kill can tear the last line only."""
+    with open(path, "ab") as file:
+        file.write(line.encode() + b"\n")
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, without a last line that is half written."""
+    if not path.exists():
+        return []
+    *lines, last = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate([*lines, last], 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row["step"], int):
+                raise TypeError("no step")
+        except (ValueError, TypeError, KeyError) as error:
+            if number > len(lines):
+                break  # empty after a whole line, or torn
+            raise UserError(
+                f"{path}: line {number} is not a JSON object with a step.\n"
+                "Delete that line, or start again with another --workdir.") from error
+        rows.append(row)
+    return rows
+
+
+def _open_events(folder: pathlib.Path, start_step: int):
+    from tensorboardX import SummaryWriter
+
+    # TensorBoard hides older events from purge_step on, where an earlier process wrote some.
+    earlier = folder.is_dir() and any(folder.iterdir())
+    first = start_step + 1 if start_step > 0 else 0
+    return SummaryWriter(str(folder), purge_step=first if earlier else None, flush_secs=10)

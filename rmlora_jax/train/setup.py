@@ -1,0 +1,123 @@
+"""From a config to everything a run needs: data, model, method, compiled-to-be steps."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+import rmlora_jax as rm
+from rmlora_jax.errors import UserError
+from rmlora_jax.hub import load_vit
+from rmlora_jax.models import ViT
+from rmlora_jax.train import feed, method
+from rmlora_jax.train.mesh import Devices, check_divisible, replicate, spread
+from rmlora_jax.train.step import State, init_state, make_eval_step, make_train_step
+
+
+class Job(NamedTuple):
+    """A run before its first step. ``constants`` are the frozen base and the resident data."""
+
+    lora: rm.LoRA
+    state: State
+    constants: tuple[dict, dict]
+    train_step: Callable  # (state, constants, batch) -> (state, metrics); donates state
+    eval_step: Callable  # (trainable, constants, batch) -> sums
+    feed: feed.Feed
+    schedule: optax.Schedule
+    steps: int
+    eval_every: int
+    total_parameters: int
+    trainable_parameters: int
+    notes: tuple[str, ...]  # what a person should know of the checkpoint that was read
+
+
+def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
+    """Reads data and weights, adapts the model and makes the two steps.
+
+    Raises:
+      UserError: whatever of the config cannot be had, with what to type.
+    """
+    sizes = {"batch_size": config.batch_size, "eval_batch_size": config.eval_batch_size}
+    check_divisible(devices, **sizes)
+    if config.batch_size % (devices.count * config.accumulate):
+        raise UserError(
+            f"config.batch_size={config.batch_size} cannot be split into config.accumulate="
+            f"{config.accumulate} micro-batches on each of {devices.count} devices; type "
+            f"--config.batch_size={devices.count * config.accumulate}, or a multiple of it"
+        )
+    data = feed.load(config)
+    keys = dict(zip(("head", "factors"), jax.random.split(jax.random.key(config.seed))))
+    pretrained = load_vit(
+        config.model.source,
+        num_classes=data.num_classes,
+        image_size=config.model.image_size or None,
+        key=keys["head"],
+    )
+    model = ViT(
+        pretrained.config,
+        data.num_classes,
+        dtype=jnp.dtype(config.model.dtype),
+        attention=config.model.attention,
+        unroll=min(config.model.unroll, pretrained.config.num_hidden_layers),
+        remat=config.model.remat,
+    )
+    lora = method.description(config)
+    adapted = rm.adapt(model, lora)
+    size = pretrained.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, pretrained.config.num_channels), jnp.float32)
+    params = rm.attach(keys["factors"], adapted, pretrained.params, image)
+    trainable, frozen = rm.split(params, lora)
+    count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
+
+    inputs = feed.open_feed(config, data, pretrained, devices)
+    steps = config.steps or max(1, round(config.epochs * inputs.train_size / config.batch_size))
+    schedule = method.learning_rate(config, steps)
+    tx = method.optimizer(config, schedule)
+
+    def apply(params, images, rngs=None):
+        return adapted.apply({"params": params}, images, train=rngs is not None, rngs=rngs)
+
+    train_step = make_train_step(
+        apply,
+        tx,
+        inputs.prepare_train,
+        seed=config.seed,
+        factors=lora.target is not None,
+        accumulate=config.accumulate,
+        label_smoothing=config.optimizer.label_smoothing,
+    )
+    state = replicate(init_state(tx, _cast(trainable, jnp.float32)), devices)
+    frozen = replicate(_cast(frozen, jnp.dtype(config.model.base_dtype)), devices)
+    return Job(
+        lora=lora,
+        state=state,
+        constants=(frozen, inputs.resident),
+        train_step=spread(train_step, devices, donate=True),
+        eval_step=spread(make_eval_step(apply, inputs.prepare_eval), devices),
+        feed=inputs,
+        schedule=schedule,
+        steps=steps,
+        eval_every=config.eval_every or math.ceil(inputs.train_size / config.batch_size),
+        total_parameters=count(params),
+        trainable_parameters=count(trainable),
+        notes=_notes(pretrained),
+    )
+
+
+def _cast(tree: Any, dtype) -> Any:
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+def _notes(pretrained) -> tuple[str, ...]:
+    notes = []
+    if pretrained.dropped:
+        notes.append(f"not used from {pretrained.source}: {', '.join(pretrained.dropped)}")
+    if pretrained.new:
+        notes.append(f"newly initialised: {', '.join(pretrained.new)}")
+    return tuple(notes)

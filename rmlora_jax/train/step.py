@@ -1,0 +1,132 @@
+"""One optimizer step and one evaluation step, as one device sees them.
+
+    gradients of this device's examples -> one sum over all devices -> tx -> new factors
+
+The penalty and the mask are parts of ``tx``; the step knows nothing of them beyond what it logs.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import rmlora_jax as rm
+from rmlora_jax.train.mesh import AXIS
+
+
+class State(NamedTuple):
+    """All that a step changes, hence all that a checkpoint holds."""
+
+    step: jax.Array  # int32: optimizer steps done
+    trainable: dict
+    opt_state: optax.OptState
+
+
+def init_state(tx: optax.GradientTransformation, trainable: dict) -> State:
+    return State(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
+
+
+def make_train_step(
+    apply: Callable,
+    tx: optax.GradientTransformation,
+    prepare: Callable,
+    *,
+    seed: int,
+    factors: bool = True,
+    accumulate: int = 1,
+    label_smoothing: float = 0.0,
+) -> Callable:
+    """Builds ``step(state, (frozen, data), batch) -> (state, metrics)``, to be mapped over devices.
+
+    Args:
+      apply: ``(params, inputs, rngs) -> logits`` of the adapted model in training.
+      tx: the optimizer, penalty and mask included.
+      prepare: ``(key, positions, data, batch) -> (inputs, labels)``; ``positions`` is each
+        example's place in the global batch, so that random crops do not depend on the number of
+        devices or micro-batches.
+      seed: of augmentation and dropout; folded with the step.
+      factors: whether there are LoRA factors to report on.
+      accumulate: micro-batches, run one after another; gradients are added in float32.
+      label_smoothing: weight of the uniform distribution in the targets.
+
+    Metrics (float32 scalars, equal on all devices): loss and accuracy, means over the global batch
+    (the loss without the penalty); penalty, the unweighted R at the parameters before the update;
+    kept_fraction, the part of the factors' entries whose gradient passed the mask; grad_norm.
+    """
+
+    def loss_fn(trainable, frozen, data, batch, key, positions):
+        augment_key, dropout_key = jax.random.split(key)
+        inputs, labels = prepare(augment_key, positions, data, batch)
+        # Dropout alone differs with the number of devices: its masks are drawn per micro-batch.
+        rngs = {"dropout": jax.random.fold_in(dropout_key, positions[0])}
+        logits = apply(rm.join(trainable, frozen), inputs, rngs).astype(jnp.float32)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+        loss = optax.softmax_cross_entropy(logits, targets).sum()
+        return loss, (logits.argmax(-1) == labels).sum(dtype=jnp.float32)
+
+    def step(state: State, constants, batch):
+        frozen, data = constants
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        local = jax.tree.leaves(batch)[0].shape[0]
+        count = local * jax.lax.axis_size(AXIS)
+        positions = jax.lax.axis_index(AXIS) * local + jnp.arange(local)
+
+        def gradients(micro):
+            batch, positions = micro
+            (loss, correct), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                state.trainable, frozen, data, batch, key, positions
+            )
+            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), (loss, correct)
+
+        if accumulate == 1:
+            sums = gradients((batch, positions))
+        else:
+            micros = jax.tree.map(
+                lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (batch, positions)
+            )
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype),
+                jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], micros)),
+            )
+            sums, _ = jax.lax.scan(
+                lambda total, micro: (jax.tree.map(jnp.add, total, gradients(micro)), None),
+                zeros,
+                micros,
+            )
+        # The only reduction between devices in the step.
+        grads, (loss, correct) = jax.tree.map(lambda x: x / count, jax.lax.psum(sums, AXIS))
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss": loss, "accuracy": correct, "grad_norm": optax.global_norm(grads)}
+        if factors:
+            metrics["penalty"] = rm.orthogonality(state.trainable)
+            metrics["kept_fraction"] = rm.kept_fraction(opt_state)
+        return State(state.step + 1, trainable, opt_state), metrics
+
+    return step
+
+
+def make_eval_step(apply: Callable, prepare: Callable) -> Callable:
+    """Builds ``step(trainable, (frozen, data), batch) -> sums``, to be mapped over devices.
+
+    ``batch["mask"]`` (bool) is False for the rows that pad the last batch. The sums over the global
+    batch are exact counts: ``correct`` and ``count`` int32, ``loss`` float32.
+    """
+
+    def step(trainable, constants, batch):
+        frozen, data = constants
+        batch = dict(batch)
+        mask = batch.pop("mask")
+        inputs, labels = prepare(data, batch)
+        logits = apply(rm.join(trainable, frozen), inputs).astype(jnp.float32)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        sums = {
+            "correct": ((logits.argmax(-1) == labels) & mask).sum(dtype=jnp.int32),
+            "count": mask.sum(dtype=jnp.int32),
+            "loss": jnp.where(mask, loss, 0).sum(),
+        }
+        return jax.lax.psum(sums, AXIS)
+
+    return step

@@ -1,0 +1,225 @@
+"""What a run says on the terminal: a table at its head, its progress, a table at its end."""
+
+import collections
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
+
+SHOWN = {  # metric -> its short name beside the progress bar
+    "train/loss": "loss",
+    "train/accuracy": "accuracy",
+}
+
+
+def format_table(title: str, rows: Sequence[tuple[str, Any]]) -> str:
+    """Two aligned columns under a title; rows whose value is None are left out.
+
+    >>> print(format_table("run", [("model", "vit"), ("mesh", None), ("seed", 3)]))
+    run
+      model  vit
+      seed   3
+    """
+    rows = [(name, str(value)) for name, value in rows if value is not None]
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def header(
+    *,
+    devices: Sequence[Any] | str,
+    mesh: Mapping[str, int] | str | None,
+    model: str,
+    method: str,
+    trainable: int,
+    total: int,
+    data: Mapping[str, int],
+    workdir: str | os.PathLike,
+    dataset: str | None = None,
+    start_step: int = 0,
+    total_steps: int | None = None,
+) -> str:
+    """The table that a run begins with.
+
+    ``devices`` are jax devices, counted by kind; ``mesh`` maps an axis's name to its size;
+    ``trainable`` and ``total`` are numbers of parameters; ``data`` maps a split to its number of
+    examples.
+
+    >>> print(header(devices="1 x cpu", mesh={"data": 1}, model="vit-tiny", method="lora",
+    ...              trainable=50_000, total=5_000_000, data={"train": 1437, "test": 360},
+    ...              workdir="runs/a"))
+    rmlora_jax
+      devices     1 x cpu
+      mesh        data 1
+      model       vit-tiny
+      method      lora
+      parameters  50,000 trained of 5,000,000 (1.00 %)
+      data        train 1,437, test 360
+      workdir     runs/a
+    """
+    sizes = ", ".join(f"{split} {n:,}" for split, n in data.items())
+    steps = None if total_steps is None else f"{total_steps:,}"
+    if steps and start_step:
+        steps += f", continuing after step {start_step:,}"
+    return format_table("rmlora_jax", [
+        ("devices", devices if isinstance(devices, str) else count_devices(devices)),
+        ("mesh", mesh if mesh is None or isinstance(mesh, str)
+                 else ", ".join(f"{axis} {n}" for axis, n in mesh.items())),
+        ("model", model),
+        ("method", method),
+        ("parameters", parameters(trainable, total)),
+        ("data", f"{dataset}: {sizes}" if dataset else sizes),
+        ("steps", steps),
+        ("workdir", os.fspath(workdir)),
+    ])
+
+
+def closing(summary: Mapping[str, Any], workdir: str | os.PathLike, *,
+            verdict: str | None = None) -> str:
+    """The table that a run ends with, from the values of its ``summary.json``."""
+    def scores(entry):
+        if not entry:
+            return None
+        at = f" (step {entry['step']:,})" if entry.get("step") is not None else ""
+        return f"accuracy {number(entry.get('accuracy'))}, loss {number(entry.get('loss'))}{at}"
+
+    report = os.path.join(workdir, "report.png")
+    rate = summary.get("examples_per_second")
+    wall, compiling = summary.get("wall_seconds"), summary.get("compile_seconds")
+    took = None if wall is None else duration(wall)
+    if took and compiling is not None:
+        took += f", of which {duration(compiling)} compilation"
+    counts = summary.get("trainable_parameters"), summary.get("total_parameters")
+    return format_table("done", [
+        ("test, last step", scores(summary.get("eval"))),
+        ("test, best validation", scores(summary.get("best_eval"))),
+        ("parameters", None if None in counts else parameters(*counts)),
+        ("speed", None if rate is None else f"{rate:,.0f} examples/s"),
+        ("time", took),
+        ("verdict", verdict),
+        ("report", report if os.path.exists(report) else None),
+    ])
+
+
+def count_devices(devices: Sequence[Any]) -> str:
+    """``8 x NVIDIA H100 80GB HBM3 of 2 processes`` from jax devices."""
+    kinds = collections.Counter(d.device_kind for d in devices)
+    text = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
+    processes = len({d.process_index for d in devices})
+    return f"{text} of {processes} processes" if processes > 1 else text
+
+
+def parameters(trainable: int, total: int) -> str:
+    """``50,000 trained of 5,000,000 (1.00 %)``."""
+    return f"{trainable:,} trained of {total:,} ({100 * trainable / max(total, 1):.2f} %)"
+
+
+def number(value: float | None) -> str:
+    """Four decimals; small values in scientific notation; ``-`` for None."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, m:ss, or s with one decimal below ten.
+
+    >>> duration(3.21), duration(75), duration(7384)
+    ('3.2 s', '1:15', '2:03:04')
+    """
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """A progress bar on a terminal; a plain line every ``interval`` seconds anywhere else.
+
+    Time is counted from the first `update`, so that the compilation before it does not spoil the
+    estimate of what is left.
+
+    Args:
+      total: the run's last step.
+      stream: where to write; standard output by default.
+      interval: seconds between plain lines; the first and the last step always have one.
+      clock: a function returning seconds, for tests.
+    """
+
+    def __init__(self, total: int, *, stream: TextIO | None = None, interval: float = 5.0,
+                 clock: Callable[[], float] = time.monotonic):
+        self.total = total
+        self.stream = sys.stdout if stream is None else stream
+        self._interval = interval
+        self._clock = clock
+        self._draws_bar = _has_room(self.stream)
+        self._bar = None
+        self._first = None  # (step, seconds) of the first update
+        self._printed = (None, -math.inf)  # (step, seconds) of the last plain line
+
+    def update(self, step: int, shown: Mapping[str, float]) -> None:
+        """Moves to ``step``; ``shown`` holds the latest metrics, by their full names."""
+        if self._draws_bar:
+            self._move_bar(step, shown)
+        else:
+            self._print_line(step, shown)
+
+    def print(self, text: str) -> None:
+        """Prints ``text`` on lines of its own, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _move_bar(self, step, shown):
+        if self._bar is None:
+            import tqdm
+
+            self._bar = tqdm.tqdm(
+                total=self.total, initial=step, file=self.stream, dynamic_ncols=True,
+                smoothing=0.02,
+                bar_format="{desc} |{bar}| step {n_fmt}/{total_fmt}  ETA {remaining}",
+            )
+        self._bar.set_description_str("  ".join(_parts(shown)), refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def _print_line(self, step, shown):
+        now = self._clock()
+        if self._first is None:
+            self._first = step, now
+        printed_step, printed = self._printed
+        if step == printed_step or (now - printed < self._interval and step < self.total):
+            return
+        self._printed = step, now
+        done, spent = step - self._first[0], now - self._first[1]
+        parts = [f"step {step}/{self.total}", *_parts(shown)]
+        if done:
+            parts.append(f"ETA {duration(spent / done * (self.total - step))}")
+        self.print("  ".join(parts))
+
+
+def _has_room(stream: TextIO) -> bool:
+    """Whether a bar can be seen: some containers' terminals claim to have no rows and columns."""
+    if not getattr(stream, "isatty", lambda: False)():
+        return False
+    try:
+        return min(os.get_terminal_size(stream.fileno())) > 0
+    except OSError:
+        return False
+
+
+def _parts(shown: Mapping[str, float]) -> list[str]:
+    parts = [f"{short} {number(shown[key])}" for key, short in SHOWN.items() if key in shown]
+    if "examples_per_second" in shown:
+        parts.append(f"{shown['examples_per_second']:,.0f} examples/s")
+    return parts

@@ -1,0 +1,297 @@
+"""Adapters and base as plain parameter trees: ``attach``, ``split``, ``join``, ``merge``."""
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rmlora_jax.adapt import Adapted, product
+from rmlora_jax.adapt.linen import WEIGHTS, check_adapted
+from rmlora_jax.lora import FACTORS, LoRA
+
+__all__ = ["attach", "join", "merge", "split"]
+
+Params = Mapping[str, Any]
+
+
+def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) -> dict:
+    """``base_params`` with fresh factors beside every weight that ``adapted`` targets.
+
+    The base leaves come back as the same arrays (for ``init="pissa"``, which takes W_0 apart, only
+    those of layers without factors). Nothing of the base is drawn or allocated: shapes come from
+    ``jax.eval_shape``, and each A from ``key`` folded with the crc32 of its module path, each layer
+    of a stack drawing its own. B is 0.
+
+    Args:
+        key: a ``jax.random`` key.
+        adapted: what ``adapt`` returned.
+        base_params: the "params" collection of the base module, of any dtype, boxed or not.
+        *example_args: arguments of the module's call, arrays or ``jax.ShapeDtypeStruct``; anything
+            else (flags such as ``train=False``) is passed as it is.
+        **kwargs: likewise; ``method=`` selects a method other than ``__call__``.
+
+    Returns:
+        Nested dicts: the base leaves and, beside the weights, ``lora_a`` (*stack, in, r) and
+        ``lora_b`` (*stack, r, out) in ``lora.dtype``. With ``target=None``, ``base_params`` itself.
+        Works under ``jax.jit`` and ``jax.eval_shape``.
+
+    Raises:
+        TypeError: ``adapted`` does not come from ``adapt``.
+        ValueError: a rule matches nothing; a targeted layer cannot be adapted; ``base_params``
+            already has factors, lacks parameters of the model, or has them in other shapes.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> from rmlora_jax.adapt import adapt
+        >>> base, x = nn.Dense(3), jnp.ones((1, 5))
+        >>> base_params = base.init(jax.random.key(0), x)["params"]
+        >>> params = attach(jax.random.key(1), adapt(base, LoRA(rank=2)), base_params, x)
+        >>> params["kernel"] is base_params["kernel"]
+        True
+
+    References:
+        Hu et al. 2021, arXiv:2106.09685, section 4.1; Meng et al. 2024, arXiv:2404.02948 (pissa).
+    """
+    if not isinstance(adapted, Adapted):
+        raise TypeError(
+            f"attach was given a {type(adapted).__name__}: pass what adapt(module, lora) returned."
+        )
+    lora = adapted.lora
+    base = _flatten(base_params)
+    if any(path[-1] in FACTORS for path in base):
+        raise ValueError("base_params has factors already: pass the parameters of the base module.")
+    lora.check_train(map("/".join, base))
+    if lora.target is None:
+        return base_params
+    shapes = _flatten(_shapes(adapted, key, example_args, kwargs))
+    check_adapted(unflatten_dict(shapes), lora)
+    _check_base(base, shapes)
+
+    params = dict(base)
+    for module in sorted({path[:-1] for path in shapes if path[-1] in FACTORS}):
+        a_box, b_box = (shapes[(*module, name)] for name in FACTORS)
+        weight_path = next((*module, n) for n in WEIGHTS if (*module, n) in shapes)
+        weight = params[weight_path]
+        _check_layout("/".join(module), meta.unbox(weight), meta.unbox(a_box), meta.unbox(b_box))
+        a, b, residual = _initial(
+            jax.random.fold_in(key, zlib.crc32("/".join(module).encode())),
+            meta.unbox(weight),
+            meta.unbox(a_box).shape,
+            meta.unbox(b_box).shape,
+            lora.scale_of("/".join(module)),
+            lora,
+        )
+        if residual is not None:
+            params[weight_path] = meta.replace_boxed(weight, residual)
+        boxed = isinstance(weight, meta.AxisMetadata)
+        for name, box, value in zip(FACTORS, (a_box, b_box), (a, b), strict=True):
+            params[(*module, name)] = meta.replace_boxed(box, value) if boxed else value
+    return unflatten_dict(params)
+
+
+def split(params: Params, lora: LoRA) -> tuple[dict, dict]:
+    """``(trainable, frozen)``: the factors and what ``lora.train`` matches, and all the rest.
+
+    Both are nested dicts with the leaves of ``params`` themselves, without empty branches. Take
+    gradients and optimizer state of ``trainable``; keep ``frozen`` as it is.
+
+    Raises:
+        ValueError: ``params`` has no factors although ``lora`` targets layers; ``train`` matches
+            nothing; or a pair of factors does not fit its weight.
+
+    Example:
+        >>> params = {"body": {"kernel": 1.0}, "head": {"kernel": 2.0}}
+        >>> split(params, LoRA(rank=1, target=None, train="head"))
+        ({'head': {'kernel': 2.0}}, {'body': {'kernel': 1.0}})
+    """
+    flat = _flatten(params)
+    lora.check_train(map("/".join, flat))
+    for _ in adapted_weights(params, lora):
+        pass  # checks every pair of factors
+    trainable = {path: leaf for path, leaf in flat.items() if lora.trains("/".join(path))}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
+    return unflatten_dict(trainable), unflatten_dict(frozen)
+
+
+def join(trainable: Params, frozen: Params) -> dict:
+    """The parameters whose ``split`` is ``(trainable, frozen)``.
+
+    Raises:
+        ValueError: both hold a leaf at one path, or one holds a leaf where the other has a branch.
+
+    Example:
+        >>> join({"head": {"kernel": 2.0}}, {"head": {"bias": 0.0}})
+        {'head': {'bias': 0.0, 'kernel': 2.0}}
+    """
+    ours, theirs = _flatten(trainable), _flatten(frozen)
+    branches = {path[:i] for path in (*ours, *theirs) for i in range(len(path))}
+    overlap = (ours.keys() & theirs.keys()) | ((ours.keys() | theirs.keys()) & branches)
+    if overlap:
+        raise ValueError(
+            f"join: both trees hold {'/'.join(min(overlap))!r}: pass the two parts that split "
+            "returned, each leaf in one of them only."
+        )
+    return unflatten_dict(dict(sorted({**theirs, **ours}.items())))
+
+
+def merge(params: Params, lora: LoRA) -> dict:
+    """Parameters of the unadapted model: ``W = W_0 + s A B``, without the factors.
+
+    Computed in float32 whatever the dtype of the weight, cast once. Leaves without factors are
+    the same arrays. Keep the base if the factors are still needed: subtracting ``s A B`` again
+    does not give W_0 back.
+
+    Raises:
+        ValueError: ``params`` has no factors although ``lora`` targets layers, has factors that
+            ``lora`` does not describe, or they do not fit their weight.
+
+    Example:
+        >>> layer = {"kernel": jnp.zeros((2, 2)), "lora_a": jnp.ones((2, 1))}
+        >>> layer["lora_b"] = jnp.ones((1, 2))
+        >>> merge({"fc": layer}, LoRA(rank=1, alpha=3))["fc"]["kernel"].tolist()
+        [[3.0, 3.0], [3.0, 3.0]]
+
+    References:
+        Hu et al. 2021, arXiv:2106.09685, section 4.1.
+    """
+    flat = {path: leaf for path, leaf in _flatten(params).items() if path[-1] not in FACTORS}
+    for path, weight, a, b in adapted_weights(params, lora):
+        box = flat[path]
+        scale = lora.scale_of("/".join(path[:-1]))
+        flat[path] = meta.replace_boxed(box, product.merged(weight, a, b, scale))
+    return unflatten_dict(flat)
+
+
+class AdaptedWeight(NamedTuple):
+    """A weight with its factors, unboxed; ``path`` is that of the weight."""
+
+    path: tuple[str, ...]
+    weight: Any
+    a: Any
+    b: Any
+
+
+def adapted_weights(params: Params, lora: LoRA) -> Iterator[AdaptedWeight]:
+    """Every weight of ``params`` that has factors, in the order of paths, checked against them.
+
+    Raises:
+        ValueError: as ``merge``.
+    """
+    flat = {path: meta.unbox(leaf) for path, leaf in _flatten(params).items()}
+    modules = sorted({path[:-1] for path in flat if path[-1] in FACTORS})
+    if lora.target is not None and not modules:
+        raise ValueError(
+            "the parameters hold no factors (lora_a, lora_b): make them with "
+            "params = attach(key, adapted, base_params, *example_args)."
+        )
+    for module in modules:
+        path = "/".join(module)
+        names = [name for name in WEIGHTS if (*module, name) in flat]
+        missing = [name for name in FACTORS if (*module, name) not in flat]
+        if missing or not names:
+            raise ValueError(
+                f"{path!r} holds factors but lacks {', '.join(missing or WEIGHTS[:1])}: pass the "
+                "whole parameters, join(trainable, frozen)."
+            )
+        if not lora.targets(path):
+            raise ValueError(
+                f"the parameters hold factors at {path!r}, which LoRA.target {lora.target!r} does "
+                "not select: use the description that the factors were made with."
+            )
+        weight, a, b = (flat[(*module, name)] for name in (names[0], *FACTORS))
+        _check_layout(path, weight, a, b)
+        if a.shape[-1] != lora.rank_of(path):
+            raise ValueError(
+                f"the factors at {path!r} have rank {a.shape[-1]}, the description says "
+                f"{lora.rank_of(path)}: use the description that the factors were made with."
+            )
+        yield AdaptedWeight((*module, names[0]), weight, a, b)
+
+
+def _initial(key, weight, a_shape, b_shape, scale, lora):
+    """A, B and, if the initialisation takes the weight apart, what is left of it."""
+    if lora.init != "pissa":
+        a = product.initial_a(key, a_shape, lora.init, lora.dtype)
+        return a, jnp.zeros(b_shape, lora.dtype), None
+    stack, rank = a_shape[:-2], a_shape[-1]
+    dtype = jnp.promote_types(weight.dtype, jnp.float32)
+    matrix = weight.astype(dtype).reshape(*stack, a_shape[-2], b_shape[-1])
+    if rank > min(matrix.shape[-2:]):
+        raise ValueError(
+            f'LoRA.init "pissa": rank {rank} exceeds a weight of shape {weight.shape}, which has '
+            f"{min(matrix.shape[-2:])} singular directions: lower rank, or exclude the layer."
+        )
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank] / scale)
+    a = (u[..., :rank] * root[..., None, :]).astype(lora.dtype)
+    b = (root[..., :, None] * vt[..., :rank, :]).astype(lora.dtype)
+    return a, b, product.merged(weight, a, b, -scale)
+
+
+def _shapes(adapted, key, args, kwargs):
+    """Shapes (and boxes) of the adapted parameters: init, traced only."""
+    shaped = adapted.clone(lora=dataclasses.replace(adapted.lora, init="kaiming"))
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    arrays = [leaf for leaf in leaves if _is_array(leaf)]
+
+    def init(key, arrays):
+        rest = iter(arrays)
+        filled = [next(rest) if _is_array(leaf) else leaf for leaf in leaves]
+        args, kwargs = jax.tree.unflatten(treedef, filled)
+        return shaped.init(key, *args, **kwargs)["params"]
+
+    return jax.eval_shape(init, key, arrays)
+
+
+def _is_array(leaf) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _check_base(base, shapes):
+    """``base`` must be parameters of the model whose adapted shapes are ``shapes``."""
+    wanted = {path: meta.unbox(s).shape for path, s in shapes.items() if path[-1] not in FACTORS}
+    missing = sorted("/".join(path) for path in wanted if path not in base)
+    if missing:
+        raise ValueError(
+            f"base_params lacks {len(missing)} parameters of the model, the first {missing[0]!r} "
+            f"(it has {sorted({path[0] for path in base})} at its top): pass the 'params' "
+            "collection of the whole base module."
+        )
+    for path, shape in wanted.items():
+        found = jnp.shape(meta.unbox(base[path]))
+        if found != shape:
+            raise ValueError(
+                f"base_params has {'/'.join(path)!r} of shape {found}, the model wants {shape}: "
+                "use the module and the example arguments that the parameters belong to."
+            )
+
+
+def _check_layout(path, weight, a, b):
+    """The factors must be (*stack, in, r) and (*stack, r, out) of (*stack, *in, *out)."""
+    stack = a.shape[:-2]
+    fits = (
+        a.ndim >= 2
+        and b.ndim >= 2
+        and b.shape[:-2] == stack
+        and a.shape[-1] == b.shape[-2]
+        and weight.shape[: len(stack)] == stack
+        and weight.size == a.size // a.shape[-1] * b.shape[-1]
+    )
+    if not fits:
+        raise ValueError(
+            f"the factors at {path!r}, lora_a {a.shape} and lora_b {b.shape}, do not fit the weight "
+            f"{weight.shape}: they must be (*stack, in, r) and (*stack, r, out) with the stack axes "
+            "first. nn.scan and nn.vmap must stack parameters on axis 0 "
+            '(variable_axes={"params": 0}); elsewhere leave the layer out with LoRA.exclude.'
+        )
+
+
+def _flatten(params: Params) -> dict[tuple[str, ...], Any]:
+    if not isinstance(params, Mapping):
+        raise TypeError(f"expected nested dicts of parameters, not a {type(params).__name__}.")
+    return {tuple(map(str, path)): leaf for path, leaf in flatten_dict(params).items()}

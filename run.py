@@ -1,0 +1,89 @@
+"""Fine-tune a pretrained model: ``python run.py --config=configs/NAME.py --workdir=DIR``."""
+
+import os
+import sys
+import traceback
+from datetime import datetime
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+QUICKSTART = Path(__file__).parent / "configs" / "quickstart.py"
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    help_string="a Python file with get_config() (default: configs/quickstart.py); every field can "
+    "be set: --config.a.b=value",
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "folder of the run; the same folder again continues it. Default: a new one under runs/",
+)
+PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "print the resolved config and exit")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "join the processes of a cluster through jax.distributed first"
+)
+DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; set a field with --config.a.b=value")
+    if PRINT_CONFIG.value:
+        print(CONFIG.value)
+        return
+    # Imported here: --help and a mistyped flag need not wait for jax.
+    from rmlora_jax.errors import UserError
+    from rmlora_jax.train import config, loop
+
+    try:
+        config.check_config(CONFIG.value)
+        if DISTRIBUTED.value:
+            import jax
+
+            jax.distributed.initialize()
+        loop.train(CONFIG.value, workdir())
+    except UserError as e:
+        stop(e)
+
+
+def workdir() -> Path:
+    if WORKDIR.value:
+        return Path(WORKDIR.value).absolute()
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    return Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}").absolute()
+
+
+def parse(argv):
+    """Parses the flags; a mistake in them or in the config file is one line, not a traceback."""
+    if not any(a.lstrip("-").partition("=")[0] == "config" for a in argv):
+        # Not the flag's default: absl would apply the overrides to it even where another is named.
+        argv = [argv[0], f"--config={QUICKSTART}", *argv[1:]]
+    try:
+        rest = flags.FLAGS(argv)
+        file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+        if not file.is_file():
+            known = ", ".join(sorted(f"configs/{p.name}" for p in QUICKSTART.parent.glob("*.py")))
+            raise FileNotFoundError(f"there is no config file {str(file)!r}; there are {known}")
+        dict(CONFIG.value)  # a broken config file shows itself only when it is read
+        return rest
+    except (AttributeError, KeyError) as e:  # how ml_collections reports an unknown field
+        unknown = str(e).strip("'\"").replace("\\'", "'")
+        stop(ValueError(f"the config has no field {unknown}\n--print_config lists the fields"))
+    except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as e:
+        stop(e)
+
+
+def stop(error: Exception):
+    if "--debug" in sys.argv:
+        traceback.print_exception(error)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    print("\n".join(f"error: {line}" for line in lines), file=sys.stderr, flush=True)
+    # Not sys.exit: threads of data readers or of a checkpoint in flight must not delay the message.
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

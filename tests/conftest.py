@@ -1,0 +1,42 @@
+"""Eight fake CPU devices for every test, and a compilation cache that all workers share."""
+
+import os
+import tempfile
+from pathlib import Path
+
+CACHE = Path(tempfile.gettempdir(), f"rmlora_jax_test_cache_{os.getuid()}")
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
+
+import json  # noqa: E402  (jax reads the environment when it is first imported)
+
+import pytest  # noqa: E402
+import safetensors.numpy  # noqa: E402
+from fixtures.vit import cases  # noqa: E402
+
+TINY_RUN = {
+    "config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": 16,
+        "patch_size": 4,
+    },
+    "classes": 5,
+    "image_size": 16,
+    "seed": 7,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory):
+    """A folder with a random two-layer ViT of the Hugging Face layout, 16 px, 5 classes."""
+    folder = tmp_path_factory.mktemp("tiny_vit")
+    (folder / "config.json").write_text(json.dumps(cases.config_of(TINY_RUN)))
+    safetensors.numpy.save_file(cases.weights_of(TINY_RUN), folder / "model.safetensors")
+    return folder

@@ -1,0 +1,789 @@
+"""The random masks: their bits, their effect on updates, and where they must not differ."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from flax.core import freeze
+
+from rmlora_jax.factors import find_factors
+from rmlora_jax.masking import (
+    LazilyMaskedState,
+    MaskState,
+    kept_fraction,
+    lazily_masked,
+    mask_gradients,
+    step_masks,
+)
+
+
+def tree(rank=4, stack=(), fill=1.0, dtype=jnp.float32):
+    return {
+        "encoder": {
+            "query": {
+                "kernel": jnp.full((*stack, 6, 5), fill, dtype),
+                "lora_a": jnp.full((*stack, 6, rank), fill, dtype),
+                "lora_b": jnp.full((*stack, rank, 5), fill, dtype),
+            },
+            "fc1": {
+                "lora_a": jnp.full((*stack, 6, rank), fill, dtype),
+                "lora_b": jnp.full((*stack, rank, 7), fill, dtype),
+            },
+        },
+        "head": {"kernel": jnp.full((5, 3), fill, dtype), "bias": jnp.full((3,), fill, dtype)},
+    }
+
+
+def random_like(params, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
+
+
+def at_step(tx, params, step):
+    state = tx.init(params)
+    return state._replace(count=jnp.int32(step))
+
+
+def masks_at(params, step, keep, seed=0, **options):
+    tx = mask_gradients(keep, seed=seed, **options)
+    return step_masks(at_step(tx, params, step), params, keep, **options)
+
+
+# --- an independent threefry ----------------------------------------------------------------
+
+
+def threefry2x32(key, counter):
+    """Salmon et al. 2011, Threefry-2x32 with 20 rounds, in Python integers."""
+    word = 0xFFFFFFFF
+    rotations = ((13, 15, 26, 6), (17, 29, 16, 24))
+    keys = [key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA]
+    x0, x1 = (counter[0] + keys[0]) & word, (counter[1] + keys[1]) & word
+    for block in range(5):
+        for r in rotations[block % 2]:
+            x0 = (x0 + x1) & word
+            x1 = ((x1 << r | x1 >> (32 - r)) & word) ^ x0
+        x0 = (x0 + keys[(block + 1) % 3]) & word
+        x1 = (x1 + keys[(block + 2) % 3] + block + 1) & word
+    return x0, x1
+
+
+def reference_bits(seed, step, path, shape):
+    key = threefry2x32((0, seed), (0, step))
+    key = threefry2x32(key, (0, zlib.crc32(path.encode())))
+    words = [threefry2x32(key, (0, i)) for i in range(int(np.prod(shape, dtype=int)))]
+    return np.array([a ^ b for a, b in words], np.uint32).reshape(shape)
+
+
+def reference_uniform(*args):
+    return (reference_bits(*args) >> 8) / 2.0**24
+
+
+# --- the bits ----------------------------------------------------------------------------
+
+
+def test_masks_are_those_of_the_documented_generator():
+    params = tree(rank=6, stack=(3,))
+    masks = masks_at(params, 5, 0.4, seed=11)["encoder"]["query"]
+    wanted = reference_uniform(11, 5, "encoder/query", (3, 6)) < 0.4
+    np.testing.assert_array_equal(masks["lora_a"][:, 0, :], wanted)
+    np.testing.assert_array_equal(masks["lora_b"][:, :, 0], wanted)
+    assert masks["lora_a"].shape == (3, 1, 6) and masks["lora_b"].shape == (3, 6, 1)
+
+
+def test_independent_element_and_matrix_masks_come_from_the_leaf_paths():
+    params = tree(rank=6, stack=(3,))
+    own = masks_at(params, 2, 0.4, coupling="independent")["encoder"]["fc1"]
+    np.testing.assert_array_equal(
+        own["lora_b"][..., 0], reference_uniform(0, 2, "encoder/fc1/lora_b", (3, 6)) < 0.4
+    )
+    entries = masks_at(params, 2, 0.4, unit="element")["encoder"]["fc1"]["lora_b"]
+    np.testing.assert_array_equal(
+        entries, reference_uniform(0, 2, "encoder/fc1/lora_b", (3, 6, 7)) < 0.4
+    )
+    whole = masks_at(params, 2, 0.4, unit="matrix")["encoder"]["fc1"]
+    wanted = (reference_uniform(0, 2, "encoder/fc1", (3,)) < 0.4)[:, None, None]
+    np.testing.assert_array_equal(whole["lora_a"], wanted)
+    np.testing.assert_array_equal(whole["lora_b"], wanted)
+    own = masks_at(params, 2, 0.4, unit="matrix", coupling="independent")["encoder"]["fc1"]
+    wanted = (reference_uniform(0, 2, "encoder/fc1/lora_a", (3,)) < 0.4)[:, None, None]
+    np.testing.assert_array_equal(own["lora_a"], wanted)
+
+
+def test_exact_masks_are_the_smallest_words():
+    masks = masks_at(tree(rank=6, stack=(3,)), 9, 2, draw="exact")["encoder"]["query"]
+    bits = reference_bits(0, 9, "encoder/query", (3, 6))
+    wanted = bits <= np.sort(bits, axis=-1)[:, 1:2]
+    np.testing.assert_array_equal(masks["lora_a"][:, 0, :], wanted)
+
+
+def test_golden_bits_never_change():
+    """Written down once: a run resumed under another version of jax must go on as it began."""
+    params = {"encoder": {"layers": {"query": tree(rank=8)["encoder"]["query"]}}}
+    bernoulli = masks_at(params, 7, 0.5, seed=42)["encoder"]["layers"]["query"]["lora_a"][0]
+    assert "".join("01"[int(bit)] for bit in bernoulli) == GOLDEN_BERNOULLI
+    exact = masks_at(params, 7, 2, seed=42, draw="exact")["encoder"]["layers"]["query"]["lora_a"][0]
+    assert "".join("01"[int(bit)] for bit in exact) == GOLDEN_EXACT
+
+
+GOLDEN_BERNOULLI = "10101000"
+GOLDEN_EXACT = "10100000"
+
+
+@pytest.mark.parametrize("partitionable", [True, False])
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_masks_ignore_the_users_generator_settings(partitionable, impl):
+    params = tree()
+    wanted = jax.tree.leaves(masks_at(params, 3, 0.5))
+    with jax.threefry_partitionable(partitionable), jax.default_prng_impl(impl):
+        found = jax.tree.leaves(masks_at(params, 3, 0.5))
+    for a, b in zip(wanted, found, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_masks_do_not_depend_on_the_trees_kind_order_or_siblings():
+    params = tree(stack=(2,))
+    query = params["encoder"]["query"]
+    wanted = masks_at(params, 4, 0.5)["encoder"]["query"]["lora_a"]
+
+    def same(other, *path):
+        mask = masks_at(other, 4, 0.5)
+        for key in path:
+            mask = mask[key]
+        np.testing.assert_array_equal(jax.tree.leaves(mask)[0], wanted)
+
+    same({"encoder": {"query": query}}, "encoder", "query", "lora_a")
+    same({"encoder": {"query": dict(reversed(query.items())), "a": query, "z": query}},
+         "encoder", "query", "lora_a")  # fmt: skip
+    same({"params": params}, "params", "encoder", "query", "lora_a")
+    same(freeze(params), "encoder", "query", "lora_a")
+    same({f"encoder/query/{name}": leaf for name, leaf in query.items()}, "encoder/query/lora_a")
+    boxed = {k: nn.Partitioned(v, (None,) * v.ndim) for k, v in query.items()}
+    same({"encoder": {"query": boxed}}, "encoder", "query", "lora_a")
+    state = nnx.State({"encoder": {"query": {k: nnx.Param(v) for k, v in query.items()}}})
+    same(state, "encoder", "query", "lora_a")
+
+
+def test_masks_differ_between_steps_modules_layers_and_seeds():
+    params = tree(rank=32, stack=(2,))
+    base = masks_at(params, 1, 0.5)["encoder"]
+    query = np.asarray(base["query"]["lora_a"])
+    assert (query[0] != query[1]).any()
+    assert (query != np.asarray(base["fc1"]["lora_a"])).any()
+    assert (query != np.asarray(masks_at(params, 2, 0.5)["encoder"]["query"]["lora_a"])).any()
+    assert (query != np.asarray(masks_at(params, 1, 0.5, seed=1)["encoder"]["query"]["lora_a"])).any()
+
+
+def many_masks(keep, steps=400, rank=8, **options):
+    """(steps, 2, rank) of A's and B's rank masks of one module."""
+    params = {"m": {"lora_a": jnp.ones((3, rank)), "lora_b": jnp.ones((rank, 2))}}
+    state = mask_gradients(keep, **options).init(params)
+
+    def one(step):
+        masks = step_masks(state._replace(count=step), params, keep, **options)["m"]
+        return jnp.stack([masks["lora_a"][0], masks["lora_b"][:, 0]])
+
+    return np.asarray(jax.jit(jax.vmap(one))(jnp.arange(1, steps + 1)))
+
+
+@pytest.mark.parametrize("keep", [0.125, 0.5, 0.9])
+def test_bernoulli_statistics(keep):
+    masks = many_masks(keep, steps=2000)[:, 0].astype(float)
+    sigma = np.sqrt(keep * (1 - keep) / 2000)
+    assert np.abs(masks.mean(0) - keep).max() < 4 * sigma
+    assert abs(masks.mean() - keep) < 4 * sigma / np.sqrt(8)
+    centred = masks - masks.mean(0)
+    correlation = centred.T @ centred / 2000 / (keep * (1 - keep))
+    assert np.abs(correlation - np.diag(np.diag(correlation))).max() < 5 / np.sqrt(2000)
+    in_time = (centred[1:] * centred[:-1]).mean(0) / (keep * (1 - keep))
+    assert np.abs(in_time).max() < 5 / np.sqrt(2000)
+
+
+def test_exact_draws_k_directions_uniformly():
+    masks = many_masks(3, steps=2000, draw="exact")[:, 0]
+    np.testing.assert_array_equal(masks.sum(-1), 3)
+    subsets = np.unique(masks, axis=0, return_counts=True)[1]
+    assert len(subsets) == 56  # 8 choose 3
+    expected = 2000 / 56
+    chi_squared = ((subsets - expected) ** 2 / expected).sum()
+    assert chi_squared < 55 + 5 * np.sqrt(2 * 55)
+
+
+@pytest.mark.parametrize("draw, keep", [("bernoulli", 0.5), ("exact", 4)])
+def test_coupling(draw, keep):
+    paired = many_masks(keep, draw=draw)
+    np.testing.assert_array_equal(paired[:, 0], paired[:, 1])
+    own = many_masks(keep, draw=draw, coupling="independent").astype(float)
+    agreement = (own[:, 0] == own[:, 1]).mean()
+    assert abs(agreement - 0.5) < 0.06
+
+
+def test_resample_every():
+    masks = many_masks(0.5, steps=30, resample_every=10)[:, 0]  # steps 1..30
+    for first, last in ((0, 9), (9, 19), (19, 29)):
+        assert (masks[first:last] == masks[first]).all()
+    assert (masks[8] != masks[9]).any() and (masks[18] != masks[19]).any()
+    forever = many_masks(0.5, steps=30, resample_every=None)[:, 0]
+    assert (forever == forever[0]).all() and 0 < forever[0].sum() < 8
+
+
+# --- the update --------------------------------------------------------------------------
+
+
+def test_update_is_the_mask_times_the_gradient_and_passes_the_rest():
+    params = tree(stack=(2,))
+    gradients = random_like(params)
+    tx = mask_gradients(0.5, seed=3)
+    state = at_step(tx, params, 6)
+    masks = step_masks(state, params, 0.5)
+    updates, new_state = tx.update(gradients, state)
+    jax.tree.map(
+        lambda u, m, g: np.testing.assert_array_equal(u, np.asarray(m) * np.asarray(g)),
+        updates, masks, gradients,
+    )  # fmt: skip
+    assert updates["head"]["kernel"] is gradients["head"]["kernel"]
+    assert 0 < int(jnp.sum(masks["encoder"]["query"]["lora_a"])) < 8
+    assert int(new_state.count) == 7
+    factor_entries = [gradients["encoder"][m][f] for m in ("query", "fc1")
+                      for f in ("lora_a", "lora_b")]  # fmt: skip
+    kept = sum((np.asarray(u) != 0).sum() for u in
+               [updates["encoder"][m][f] for m in ("query", "fc1") for f in ("lora_a", "lora_b")])
+    total = sum(g.size for g in factor_entries)
+    np.testing.assert_allclose(kept_fraction(new_state), kept / total, rtol=1e-6)
+
+
+@pytest.mark.parametrize("start_step", [0, 1, 3])
+def test_start_step(start_step):
+    params = tree(rank=16)
+    tx = mask_gradients(0.5, start_step=start_step)
+    state = tx.init(params)
+    assert kept_fraction(state) == 1.0
+    for step in range(5):
+        updates, state = tx.update(params, state)
+        masked = bool((updates["encoder"]["query"]["lora_a"] == 0).any())
+        assert masked == (step >= start_step)
+        assert (float(kept_fraction(state)) < 1) == masked
+
+
+@pytest.mark.parametrize("unit", ["rank", "element", "matrix"])
+@pytest.mark.parametrize("keep", [1, 1.0, "schedule", "array"])
+def test_keep_one_returns_the_updates_bit_for_bit(unit, keep):
+    keep = {"schedule": lambda step: 1.0, "array": jnp.float32(1)}.get(keep, keep)
+    gradients = random_like(tree(stack=(2,)))
+    gradients["head"]["bias"] = jnp.array([jnp.nan, -0.0, jnp.inf])
+    tx = mask_gradients(keep, unit=unit, rescale=True, start_step=0)
+    updates, state = tx.update(gradients, tx.init(gradients))
+    for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(gradients), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert kept_fraction(state) == 1.0
+
+
+@pytest.mark.parametrize("options", [{"keep": 0.0}, {"keep": 0, "draw": "exact"}])
+def test_an_empty_draw_hides_everything_and_is_finite(options):
+    gradients = random_like(tree())
+    tx = mask_gradients(**options, rescale=True, start_step=0)
+    updates, state = tx.update(gradients, tx.init(gradients))
+    assert not jnp.any(updates["encoder"]["query"]["lora_a"])
+    np.testing.assert_array_equal(updates["head"]["kernel"], gradients["head"]["kernel"])
+    assert kept_fraction(state) == 0.0
+
+
+def test_rescale_divides_by_the_expected_fraction_after_the_start():
+    gradients = random_like(tree(rank=8))
+    a = np.asarray(gradients["encoder"]["query"]["lora_a"])
+    for options, factor in (({"keep": 0.4}, 0.4), ({"keep": 2, "draw": "exact"}, 0.25)):
+        tx = mask_gradients(**options, rescale=True)
+        updates, state = tx.update(gradients, tx.init(gradients))
+        np.testing.assert_array_equal(updates["encoder"]["query"]["lora_a"], a)
+        updates, _ = tx.update(gradients, state)
+        found = np.asarray(updates["encoder"]["query"]["lora_a"])
+        assert (found != 0).any()
+        np.testing.assert_allclose(found[found != 0], (a / factor)[found != 0], rtol=1e-6)
+
+
+def test_exact_count_is_clipped_to_each_rank():
+    params = {
+        "small": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))},
+        "large": {"lora_a": jnp.ones((3, 6)), "lora_b": jnp.ones((6, 3))},
+    }
+    tx = mask_gradients(4, draw="exact", start_step=0, rescale=True)
+    updates, _ = tx.update(params, tx.init(params))
+    np.testing.assert_array_equal(updates["small"]["lora_a"], 1.0)
+    assert sorted(np.asarray(updates["large"]["lora_a"][0]).tolist()) == [0, 0, 1.5, 1.5, 1.5, 1.5]
+
+
+def test_keep_follows_a_schedule():
+    params = {"lora_a": jnp.ones((1, 4096)), "lora_b": jnp.ones((4096, 1))}
+    tx = mask_gradients(optax.linear_schedule(1.0, 0.0, 10), start_step=0)
+    state, fractions = tx.init(params), []
+    for _ in range(12):
+        _, state = tx.update(params, state)
+        fractions.append(float(kept_fraction(state)))
+    wanted = [max(1 - t / 10, 0) for t in range(12)]
+    np.testing.assert_allclose(fractions, wanted, atol=4 * 0.5 / 64)
+    counts = mask_gradients(lambda t: jnp.minimum(t, 3), draw="exact", start_step=0)
+    state = counts.init(tree(rank=4))
+    for wanted in (0, 1, 2, 3, 3):
+        updates, state = counts.update(tree(rank=4), state)
+        assert float(updates["encoder"]["query"]["lora_a"][0].sum()) == wanted
+
+
+def test_hidden_nans_stay_hidden():
+    params = tree(fill=jnp.nan)
+    tx = mask_gradients(2, draw="exact", start_step=0, rescale=True)
+    updates, _ = tx.update(params, tx.init(params))
+    assert np.isnan(updates["encoder"]["query"]["lora_a"]).sum() == 6 * 2
+
+
+def test_dtypes_are_kept():
+    params = tree(dtype=jnp.bfloat16)
+    for tx in (
+        mask_gradients(0.5, start_step=0, rescale=True),
+        mask_gradients(lambda t: jnp.float32(0.5), start_step=0, rescale=True),
+        mask_gradients(2, draw="exact", start_step=0, rescale=True),
+        lazily_masked(optax.adamw(1e-3), 0.5, start_step=0, rescale=True),
+    ):
+        state = tx.init(params)
+        updates, new_state = tx.update(params, state, params)
+        assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+        assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, new_state)
+    state = mask_gradients(0.5).init(params)
+    assert [x.dtype for x in state] == [jnp.int32, jnp.uint32, jnp.float32]
+    assert [x.shape for x in state] == [(), (2,), (2,)]
+
+
+def test_absent_leaves_pass_through():
+    params = tree()
+    params["encoder"]["query"]["lora_a"] = None
+    params["encoder"]["fc1"]["lora_b"] = optax.MaskedNode()
+    tx = mask_gradients(0.5, start_step=0)
+    updates, _ = tx.update(params, tx.init(params))
+    assert updates["encoder"]["query"]["lora_a"] is None
+    assert isinstance(updates["encoder"]["fc1"]["lora_b"], optax.MaskedNode)
+    whole, _ = tx.update(tree(), tx.init(tree()))
+    np.testing.assert_array_equal(  # B alone draws what it draws beside A
+        updates["encoder"]["query"]["lora_b"], whole["encoder"]["query"]["lora_b"]
+    )
+
+
+# --- inside other transformations ---------------------------------------------------------
+
+
+def test_multi_transform_masks_a_and_b_alike():
+    """LoRA+: B has a learning rate of its own, and still shares its mask with A."""
+    params = tree(rank=8)
+
+    def group(path, _):
+        return "b" if jax.tree_util.keystr(path).endswith("['lora_b']") else "rest"
+
+    labels = jax.tree_util.tree_map_with_path(group, params)
+    mask = mask_gradients(0.5, start_step=0)
+    tx = optax.multi_transform(
+        {"b": optax.chain(mask, optax.sgd(4.0)), "rest": optax.chain(mask, optax.sgd(1.0))}, labels
+    )
+    updates, state = tx.update(params, tx.init(params), params)
+    wanted, wanted_state = mask.update(params, mask.init(params))
+    query = updates["encoder"]["query"]
+    np.testing.assert_array_equal(query["lora_a"], -wanted["encoder"]["query"]["lora_a"])
+    np.testing.assert_array_equal(query["lora_b"], -4 * wanted["encoder"]["query"]["lora_b"])
+    np.testing.assert_allclose(kept_fraction(state), kept_fraction(wanted_state), rtol=1e-6)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_multi_steps_counts_optimizer_steps(lazy):
+    params = tree(rank=8)
+    if lazy:
+        inner = lazily_masked(optax.adamw(1e-2), 0.5)
+    else:
+        inner = optax.chain(mask_gradients(0.5), optax.adamw(1e-2))
+    tx = optax.MultiSteps(inner, every_k_schedule=3)
+    state, inner_state = tx.init(params), inner.init(params)
+    update = jax.jit(tx.update)
+    fractions = []
+    for step in range(4):
+        batches = [random_like(params, 10 * step + i) for i in range(3)]
+        for gradients in batches:
+            updates, state = update(gradients, state, params)
+        mean = jax.tree.map(lambda *g: sum(g) / 3, *batches)
+        wanted, inner_state = inner.update(mean, inner_state, params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7), updates, wanted
+        )
+        assert kept_fraction(state) == kept_fraction(inner_state)
+        fractions.append(float(kept_fraction(state)))
+    assert fractions[0] == 1.0 and max(fractions[1:]) < 1.0
+
+
+def test_inject_hyperparams():
+    params = tree(rank=64)
+    tx = optax.inject_hyperparams(mask_gradients, static_args=("seed",))(
+        keep=0.25, start_step=0, resample_every=2
+    )
+    updates, state = tx.update(params, tx.init(params))
+    wanted, _ = mask_gradients(0.25, start_step=0, resample_every=2).update(
+        params, mask_gradients(0.25).init(params)
+    )
+    jax.tree.map(np.testing.assert_array_equal, updates, wanted)
+    assert 0.1 < float(kept_fraction(state)) < 0.4
+
+
+def test_tree_map_params_reaches_through_the_mask():
+    params = tree()
+    tx = optax.chain(mask_gradients(0.5), optax.adamw(1e-3))
+    found = optax.tree_map_params(tx, lambda x: 7, tx.init(params))
+    assert set(jax.tree.leaves(found[1][0].mu)) == {7}
+    assert isinstance(found[0], MaskState)
+
+
+def test_jit_vmap_over_seeds_and_scan_agree_with_eager():
+    params = tree(stack=(2,))
+    gradients = random_like(params)
+
+    def after(seed, steps=3):
+        tx = mask_gradients(0.5, seed=seed)
+
+        def body(state, _):
+            updates, state = tx.update(gradients, state)
+            return state, updates["encoder"]["fc1"]["lora_b"]
+
+        return jax.lax.scan(body, tx.init(params), length=steps)[1]
+
+    seeds = jnp.arange(4)
+    together = jax.jit(jax.vmap(after))(seeds)
+    for seed in range(4):
+        tx = mask_gradients(0.5, seed=seed)
+        state = tx.init(params)
+        for step in range(3):
+            updates, state = tx.update(gradients, state)
+            np.testing.assert_array_equal(
+                together[seed, step], updates["encoder"]["fc1"]["lora_b"]
+            )
+    assert len({np.asarray(x).tobytes() for x in together}) == 4
+
+
+def test_masks_go_on_after_a_checkpoint(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    params = tree()
+    tx = optax.chain(mask_gradients(0.5, seed=5), optax.adam(1e-3))
+    state = tx.init(params)
+    for step in range(3):
+        _, state = tx.update(random_like(params, step), state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: state))
+    for step in range(3, 6):
+        wanted, state = tx.update(random_like(params, step), state)
+        found, restored = tx.update(random_like(params, step), restored)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert kept_fraction(state) < 1
+
+
+DEVICES = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import PartitionSpec as P
+from rmlora_jax.masking import lazily_masked, mask_gradients, kept_fraction
+
+assert jax.device_count() == 8
+params = {"m": {"lora_a": jnp.ones((2, 6, 8)), "lora_b": jnp.ones((2, 8, 4))},
+          "head": {"kernel": jnp.ones((4, 2))}}
+rng = np.random.default_rng(0)
+per_device = jax.tree.map(
+    lambda x: jnp.asarray(rng.integers(-8, 8, (8, *x.shape)), jnp.float32), params)
+mean = jax.tree.map(lambda x: x.mean(0), per_device)
+
+for tx in (optax.chain(mask_gradients(0.5), optax.sgd(0.5)), lazily_masked(optax.sgd(0.5), 0.5)):
+    state = tx.init(params)
+    _, state = tx.update(mean, state, params)
+    wanted, wanted_state = jax.jit(tx.update)(mean, state, params)
+
+    def step(gradients, state, params):
+        gradients = jax.tree.map(lambda g: jax.lax.pmean(g[0], "data"), gradients)
+        return tx.update(gradients, state, params)
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P()))
+    found, found_state = mapped(per_device, state, params)
+    for a, b in zip(jax.tree.leaves((found, found_state)), jax.tree.leaves((wanted, wanted_state)),
+                    strict=True):
+        assert np.array_equal(a, b), (a, b)
+
+    def step(gradients, state, params):
+        return tx.update(jax.lax.pmean(gradients, "data"), state, params)
+
+    found, found_state = jax.pmap(step, "data", in_axes=(0, None, None))(per_device, state, params)
+    for a, b in zip(jax.tree.leaves((found, found_state)), jax.tree.leaves((wanted, wanted_state)),
+                    strict=True):
+        assert all(np.array_equal(shard, b) for shard in np.asarray(a))
+    assert float(kept_fraction(found_state)) == float(kept_fraction(wanted_state)) < 1
+print("equal on 8 devices")
+"""
+
+
+def test_masks_are_the_same_on_eight_devices_under_shard_map_and_pmap():
+    env = {**os.environ, "JAX_PLATFORMS": "cpu",
+           "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+           "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(DEVICES)],
+        env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert "equal on 8 devices" in run.stdout, run.stderr[-3000:]
+
+
+# --- lazily masked -------------------------------------------------------------------------
+
+
+def adamw_in_numpy(p, m, v, g, t, lr, decay, b1=0.9, b2=0.999, eps=1e-8):
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+    step = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps) + decay * p
+    return p - lr * step, m, v
+
+
+def test_lazily_masked_adamw_against_numpy():
+    params = random_like(tree(stack=(2,)), 99)
+    tx = lazily_masked(optax.adamw(1e-2, weight_decay=0.1), 0.5, seed=4)
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    leaves, treedef = jax.tree.flatten(params)
+    reference = [(np.float64(p), np.zeros(p.shape), np.zeros(p.shape)) for p in leaves]
+    for t in range(1, 13):
+        gradients = random_like(params, t)
+        masks = jax.tree.leaves(step_masks(state, params, 0.5))
+        updates, state = update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        for i, (mask, g) in enumerate(zip(masks, jax.tree.leaves(gradients), strict=True)):
+            moved = adamw_in_numpy(*reference[i], np.float64(g), t, 1e-2, 0.1)
+            reference[i] = tuple(
+                np.where(mask, new, old) for new, old in zip(moved, reference[i], strict=True)
+            )
+    adam = state.inner_state[0]
+    assert int(adam.count) == 12
+    for i, tree_ in enumerate((params, adam.mu, adam.nu)):
+        for found, wanted in zip(treedef.flatten_up_to(tree_), reference, strict=True):
+            np.testing.assert_allclose(found, wanted[i], rtol=2e-5, atol=2e-6)
+
+
+def test_lazily_masked_leaves_hidden_directions_bit_for_bit():
+    params = random_like(tree(dtype=jnp.bfloat16))
+    inner = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.masked(optax.adamw(0.1, weight_decay=0.1), {
+            "encoder": True, "head": False}))  # fmt: skip
+    tx = lazily_masked(inner, 2, draw="exact", seed=1)
+    state = tx.init(params)
+    assert isinstance(state, LazilyMaskedState)
+    for step in range(4):
+        masks = step_masks(state, params, 2, draw="exact")["encoder"]
+        updates, new_state = tx.update(random_like(params, step), state, params)
+        new_params = optax.apply_updates(params, updates)
+        old_adam = state.inner_state[1].inner_state[0]
+        new_adam = new_state.inner_state[1].inner_state[0]
+        for module in ("query", "fc1"):
+            for name in ("lora_a", "lora_b"):
+                mask = np.broadcast_to(masks[module][name], params["encoder"][module][name].shape)
+                assert mask.all() == (step == 0)
+                for old, new in ((params, new_params), (old_adam.mu, new_adam.mu),
+                                 (old_adam.nu, new_adam.nu)):  # fmt: skip
+                    old, new = (np.asarray(x["encoder"][module][name]) for x in (old, new))
+                    np.testing.assert_array_equal(old[~mask], new[~mask])
+                    assert (old[mask] != new[mask]).mean() > 0.5
+        params, state = new_params, new_state
+
+
+def test_lazily_masked_keep_one_is_the_inner_optimizer_bit_for_bit():
+    params = random_like(tree())
+    inner = optax.adamw(1e-2, weight_decay=0.1)
+    tx = lazily_masked(inner, 1.0)
+    state, inner_state = tx.init(params), inner.init(params)
+    for step in range(3):
+        gradients = random_like(params, step)
+        found, state = jax.jit(tx.update)(gradients, state, params)
+        wanted, inner_state = jax.jit(inner.update)(gradients, inner_state, params)
+        jax.tree.map(np.testing.assert_array_equal, (found, state.inner_state),
+                     (wanted, inner_state))  # fmt: skip
+
+
+def test_lazily_masked_refuses_factored_state():
+    params = {"lora_a": jnp.ones((8, 4)), "lora_b": jnp.ones((4, 8))}
+    inner = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
+    tx = lazily_masked(inner, 0.5)
+    with pytest.raises(ValueError, match=r"state of shape \(4,\) for 'lora_a'"):
+        tx.update(params, tx.init(params), params)
+
+
+def movement_in_hidden_directions(make, keep):
+    """Share of the sum of |update| that falls on entries that the mask hides."""
+    params = {"lora_a": jnp.zeros((1, 256)), "lora_b": jnp.zeros((256, 1))}
+    tx = make(keep)
+
+    def body(state, key):
+        gradients = {"lora_a": jax.random.normal(key, (1, 256)), "lora_b": jnp.ones((256, 1))}
+        mask = step_masks(state, params, keep)["lora_a"]
+        updates, state = tx.update(gradients, state, params)
+        size = jnp.abs(updates["lora_a"])
+        return state, (jnp.sum(jnp.where(mask, 0, size)), jnp.sum(size))
+
+    keys = jax.random.split(jax.random.key(0, impl="threefry2x32"), 1500)
+    _, (hidden, total) = jax.jit(lambda s: jax.lax.scan(body, s, keys))(tx.init(params))
+    return float(hidden.sum() / total.sum())
+
+
+@pytest.mark.parametrize("keep, share", [(0.5, 0.45), (0.125, 0.79)])
+def test_a_mask_before_adam_does_not_freeze(keep, share):
+    """The figures of mask_gradients' warning, with gradients that are pure noise."""
+    before = movement_in_hidden_directions(
+        lambda k: optax.chain(mask_gradients(k), optax.adam(1e-3)), keep
+    )
+    assert abs(before - share) < 0.01
+    after = movement_in_hidden_directions(
+        lambda k: optax.chain(optax.adam(1e-3), mask_gradients(k)), keep
+    )
+    lazy = movement_in_hidden_directions(lambda k: lazily_masked(optax.adam(1e-3), k), keep)
+    assert after == lazy == 0
+
+
+# --- logging, names and errors -------------------------------------------------------------
+
+
+def test_kept_fraction_without_a_mask_is_one():
+    state = optax.adam(1e-3).init(tree())
+    assert kept_fraction(state) == 1.0 and kept_fraction(state).dtype == jnp.float32
+
+
+def test_kept_fraction_weighs_entries_and_works_under_jit():
+    params = {
+        "wide": {"lora_a": jnp.ones((100, 2)), "lora_b": jnp.ones((2, 100))},
+        "thin": {"lora_a": jnp.ones((1, 8)), "lora_b": jnp.ones((8, 1))},
+    }
+    tx = optax.chain(mask_gradients(2, draw="exact", start_step=0), optax.adam(1e-3))
+    _, state = tx.update(params, tx.init(params))
+    np.testing.assert_allclose(jax.jit(kept_fraction)(state), (400 + 4) / (400 + 16), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "names, module",
+    [
+        (("m/lora_a", "m/lora_b"), "m"),
+        (("m/w_lora_a", "m/w_lora_b"), "m/w"),
+        (("m/lora/a", "m/lora/b"), "m"),
+        (("lora_a", "lora_b"), ""),
+        (("params/m/lora_a", "params/m/lora_b"), "m"),
+    ],
+)
+def test_names_of_factors(names, module):
+    params = {names[0]: jnp.ones((3, 2)), names[1]: jnp.ones((2, 3)), "m/kernel": jnp.ones((3, 3))}
+    found = find_factors(params)
+    assert [(f.module, f.side) for f in found] == [(module, "a"), (module, "b")]
+
+
+def test_names_that_only_look_like_factors_are_left_alone():
+    params = {"lora_a": jnp.ones((3, 2)), "explora_a": jnp.ones(3), "lora_a_scale": jnp.ones(3),
+              "lora_a/value": jnp.ones(3)}  # fmt: skip
+    assert [f.path for f in find_factors(params)] == ["lora_a"]
+
+
+def test_nnx_lora_and_boxes():
+    model = nnx.LoRA(3, 2, 4, rngs=nnx.Rngs(0), base_module=nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    state = nnx.state(model, nnx.Param)
+    tx = mask_gradients(1, draw="exact", start_step=0)
+    updates, _ = tx.update(state, tx.init(state))
+    moved = np.asarray(updates["lora_a"][...]) != 0
+    assert moved.any(0).sum() == 1
+    np.testing.assert_array_equal(
+        updates["base_module"]["kernel"][...], state["base_module"]["kernel"][...]
+    )
+
+
+def test_factors_given_as_regular_expressions():
+    params = {
+        "blk": {"q": {"down": {"kernel": jnp.ones((3, 4))}, "up": {"kernel": jnp.ones((4, 3))}}},
+        "gate": jnp.ones((50,)),
+    }
+    names = (r"down/kernel", r"up/kernel")
+    masks = masks_at(params, 1, 0.5, factors=names)
+    wanted = reference_uniform(0, 1, "blk/q", (4,)) < 0.5
+    np.testing.assert_array_equal(masks["blk"]["q"]["down"]["kernel"][0], wanted)
+    assert masks["gate"].shape == () and bool(masks["gate"])
+    masks = masks_at(params, 1, 0.5, factors=r"gate|.*/up/.*", unit="element")
+    np.testing.assert_array_equal(masks["gate"], reference_uniform(0, 1, "gate", (50,)) < 0.5)
+    assert bool(masks["blk"]["q"]["down"]["kernel"])
+    masks = masks_at(params, 1, 0.5, factors=r".*/up/.*", unit="matrix")
+    np.testing.assert_array_equal(
+        masks["blk"]["q"]["up"]["kernel"],
+        (reference_uniform(0, 1, "blk/q/up/kernel", ()) < 0.5).reshape(1, 1),
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"keep": 2}, ["keep=2", "draw='bernoulli'"]),
+        ({"keep": -0.1}, ["keep=-0.1", "draw='bernoulli'"]),
+        ({"keep": float("nan")}, ["keep=nan", "draw='bernoulli'"]),
+        ({"keep": 0.5, "draw": "exact"}, ["keep=0.5", "draw='exact'"]),
+        ({"keep": -1, "draw": "exact"}, ["keep=-1", "draw='exact'"]),
+        ({"keep": 2, "draw": "exact", "unit": "element"}, ["draw='exact'", "unit='element'"]),
+        ({"keep": 2, "draw": "exact", "unit": "matrix"}, ["draw='exact'", "unit='matrix'"]),
+        ({"keep": 0.5, "factors": ".*"}, ["factors='.*'", "unit='rank'"]),
+        ({"keep": 0.5, "unit": "row"}, ["unit='row'", "'rank', 'element', 'matrix'"]),
+        ({"keep": 0.5, "draw": "uniform"}, ["draw='uniform'", "'exact'"]),
+        ({"keep": 0.5, "coupling": "none"}, ["coupling='none'", "'paired'"]),
+        ({"keep": 0.5, "start_step": -1}, ["start_step=-1", "at least 0"]),
+        ({"keep": 0.5, "resample_every": 0}, ["resample_every=0", "None"]),
+    ],
+)
+@pytest.mark.parametrize("lazy", [False, True])
+def test_bad_arguments_are_named(arguments, words, lazy):
+    with pytest.raises(ValueError) as error:
+        if lazy:
+            lazily_masked(optax.sgd(1.0), **arguments)
+        else:
+            mask_gradients(**arguments)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"keep": "half"}, {"keep": True}, {"keep": 0.5, "start_step": 1.5},
+                  {"keep": 0.5, "resample_every": 2.0}],
+)  # fmt: skip
+def test_bad_types_are_named(arguments):
+    with pytest.raises(TypeError, match=list(arguments)[-1]):
+        mask_gradients(**arguments)
+    with pytest.raises(TypeError, match="unexpected"):
+        lazily_masked(optax.sgd(1.0), 0.5, units="rank")
+
+
+def test_errors_of_the_tree():
+    tx = mask_gradients(0.5)
+    with pytest.raises(ValueError, match=r"no LoRA factors.*'head/kernel'.*factors="):
+        tx.init({"head": {"kernel": jnp.ones((2, 2))}})
+    with pytest.raises(ValueError, match=r"factors=\('x', 'y'\) matches none"):
+        mask_gradients(0.5, factors=("x", "y")).init(tree())
+    for a, b in (((3, 2), (4, 3)), ((5, 3, 2), (2, 5, 3)), ((5, 3, 2), (2, 3))):
+        with pytest.raises(ValueError, match=r"'m' do not fit.*\(\*stack, in, rank\)"):
+            tx.init({"m": {"lora_a": jnp.ones(a), "lora_b": jnp.ones(b)}})
+    with pytest.raises(ValueError, match="at least the axes"):
+        tx.init({"m": {"lora_a": jnp.ones(3), "lora_b": jnp.ones((3, 2))}})
+    with pytest.raises(ValueError, match="both factor 'a' of module 'm'"):
+        tx.init({"m": {"lora_a": jnp.ones((3, 2))}, "m_lora_a": jnp.ones((3, 2))})
+    with pytest.raises(ValueError, match="as A and as B"):
+        mask_gradients(0.5, factors=("kernel", "kernel")).init({"kernel": jnp.ones((3, 2))})
+    with pytest.raises(ValueError, match="exceeds the rank of every module.*4"):
+        mask_gradients(5, draw="exact").init(tree(rank=4))
+    with pytest.raises(ValueError, match="invalid regular expression"):
+        mask_gradients(0.5, factors=("(", "b")).init(tree())
+    with pytest.raises(TypeError, match="factors=3"):
+        mask_gradients(0.5, factors=3).init(tree())
+    with pytest.raises(ValueError, match="seed=4294967296"):
+        mask_gradients(0.5, seed=2**32).init(tree())
+    with pytest.raises(ValueError, match="0 mask states"):
+        step_masks(optax.adam(1.0).init(tree()), tree(), 0.5)

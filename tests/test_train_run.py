@@ -1,0 +1,218 @@
+"""``python run.py`` from the outside: what it leaves, how it resumes, how it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STEPS = 12
+
+
+def command(tiny_vit, workdir, *overrides):
+    return [
+        sys.executable,
+        str(ROOT / "run.py"),
+        f"--workdir={workdir}",
+        f"--config.model.source={tiny_vit}",
+        "--config.model.image_size=16",
+        f"--config.steps={STEPS}",
+        "--config.eval_every=4",
+        "--config.log_every=1",
+        "--config.batch_size=16",
+        "--config.compilation_cache=",  # the tests' own cache comes from the environment
+        *overrides,
+    ]
+
+
+def run(tiny_vit, workdir, *overrides, devices=1, check=True):
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    done = subprocess.run(
+        command(tiny_vit, workdir, *overrides),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 or not check, done.stderr
+    return done
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(workdir, name):
+    return np.array([row[name] for row in rows(workdir)])
+
+
+def leaves(workdir, step=STEPS):
+    """Every array of a checkpoint by its path."""
+    path = workdir / "checkpoints" / str(step) / "default"
+    tree = ocp.StandardCheckpointer().restore(path)
+    import jax
+
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(tree)}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_vit, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    return workdir, run(tiny_vit, workdir)
+
+
+def test_what_a_run_leaves(finished, tiny_vit):
+    workdir, done = finished
+    metrics = rows(workdir)
+    assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
+    assert {"train/loss", "train/penalty", "train/accuracy", "train/kept_fraction",
+            "learning_rate", "examples_per_second"} <= metrics[0].keys()
+    assert [row["step"] for row in metrics if "eval/accuracy" in row] == [4, 8, 12]
+    # Linear decay without warm-up: the rate of the update that leads to step s is lr (1 - (s-1)/T).
+    expected = 2e-3 * (1 - np.arange(STEPS) / STEPS)
+    np.testing.assert_allclose(column(workdir, "learning_rate"), expected, rtol=1e-5)
+    assert metrics[0]["train/kept_fraction"] == 1.0  # the first update is not masked
+    # B = 0 at first: every B B^T - I has norm sqrt(r) = 2, and A is far from orthonormal.
+    assert metrics[0]["train/penalty"] > 1.0
+    summary = json.loads((workdir / "summary.json").read_text())
+    width, wide, layers, rank, classes = 32, 64, 2, 4, 10
+    factors = layers * rank * (4 * 2 * width + 2 * (width + wide))
+    head = width * classes + classes
+    assert summary["trainable_parameters"] == factors + head
+    assert summary["steps"] == STEPS and summary["method"] == "rm_lora"
+    correct = summary["eval"]["accuracy"] * 360  # an exact count of the 360 test digits
+    assert abs(correct - round(correct)) < 1e-9
+    validation = {row["step"]: row["eval/accuracy"] for row in metrics if "eval/accuracy" in row}
+    assert validation[summary["best_eval"]["step"]] == max(validation.values())
+    assert len(summary["intrinsic_dimension"]) == 6
+    for values in summary["intrinsic_dimension"].values():
+        assert np.shape(values["singular_values"]) == (layers, rank)
+    for name in ("config.json", "report.png", "intrinsic.jsonl", "checkpoints"):
+        assert (workdir / name).exists()
+    assert list((workdir / "tensorboard").iterdir())
+    for words in ("devices", "parameters", "newly initialised: head/kernel", "test, last step"):
+        assert words in done.stdout
+
+
+def test_same_folder_again_changes_nothing(finished, tiny_vit):
+    workdir, _ = finished
+    before, summary = leaves(workdir), json.loads((workdir / "summary.json").read_text())
+    run(tiny_vit, workdir)
+    after = leaves(workdir)
+    assert all(np.array_equal(before[k], after[k]) for k in before)
+    again = json.loads((workdir / "summary.json").read_text())
+    assert again["eval"] == summary["eval"] and again["best_eval"] == summary["best_eval"]
+    assert [row["step"] for row in rows(workdir)] == list(range(1, STEPS + 1))
+
+
+def test_killed_run_ends_bit_identical(finished, tiny_vit, tmp_path):
+    workdir = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(tiny_vit, workdir, "--config.steps=12"),
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (workdir / "checkpoints" / "4" / "commit_success.txt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    assert max(steps) < STEPS, "killed too late to show anything"
+    run(tiny_vit, workdir)
+    whole, resumed = leaves(finished[0]), leaves(workdir)
+    assert whole.keys() == resumed.keys() and len(whole) > 20
+    for path in whole:
+        np.testing.assert_array_equal(whole[path], resumed[path], err_msg=path)
+    assert [row["step"] for row in rows(workdir)] == list(range(1, STEPS + 1))
+    for name in ("train/loss", "train/accuracy", "train/kept_fraction"):
+        np.testing.assert_array_equal(column(workdir, name), column(finished[0], name))
+
+
+@pytest.mark.parametrize("parallel", ["mesh", "pmap"])
+def test_eight_devices_give_the_numbers_of_one(finished, tiny_vit, tmp_path, parallel):
+    run(tiny_vit, tmp_path, f"--config.parallel={parallel}", devices=8)
+    one, eight = finished[0], tmp_path
+    # Counts and masks are equal to the bit; sums of floats are only added in another order.
+    for name in ("train/accuracy", "train/kept_fraction"):
+        np.testing.assert_array_equal(column(one, name), column(eight, name))
+    np.testing.assert_allclose(column(one, "train/loss"), column(eight, "train/loss"), rtol=1e-5)
+    np.testing.assert_allclose(
+        column(one, "train/penalty"), column(eight, "train/penalty"), rtol=1e-5
+    )
+
+
+def test_accumulation_gives_the_numbers_of_the_whole_batch(finished, tiny_vit, tmp_path):
+    run(tiny_vit, tmp_path, "--config.accumulate=4")
+    for name in ("train/loss", "train/penalty", "train/kept_fraction"):
+        np.testing.assert_allclose(
+            column(finished[0], name), column(tmp_path, name), rtol=1e-5, err_msg=name
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "trained"), [("lora", 3_090), ("head", 330), ("full", None)]
+)
+def test_other_methods(tiny_vit, tmp_path, method, trained):
+    run(tiny_vit, tmp_path, f"--config.method={method}")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    if method == "lora":
+        trained = 4 * 2 * (4 * 2 * 32 + 2 * 96) + 330
+    elif method == "full":
+        trained = summary["total_parameters"]
+    assert summary["trainable_parameters"] == trained
+    losses = column(tmp_path, "train/loss")
+    assert losses[-3:].mean() < losses[:3].mean()
+    assert ("train/penalty" in rows(tmp_path)[0]) == (method == "lora")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices", "words"),
+    [
+        (["--config.method=rmlora"], 1, ["config.method='rmlora'", "did you mean rm_lora"]),
+        (["--config.lrr=1"], 1, ["no field", "lrr"]),
+        (["--config=configs/nothing.py"], 1, ["no config file", "quickstart.py"]),
+        (["--config.batch_size=12"], 8, ["batch_size=12", "8 devices", "--config.batch_size="]),
+        (["--config.model.source=some/where"], 1, ["some/where"]),
+        (["--config.data.name=cifar100", "--config.data.data_dir=/nonexistent"], 1, ["cifar100"]),
+        (["--config.data.name=cifar1000"], 1, ["cifar1000", "cifar100"]),
+        (["--config.optimizer.learning_rate=-1", "--config.rm.keep=2"], 1,
+         ["config.optimizer.learning_rate=-1", "config.rm.keep=2"]),
+    ],
+)
+def test_mistakes_end_in_plain_words(tiny_vit, tmp_path, overrides, devices, words):
+    done = run(tiny_vit, tmp_path / "new", *overrides, devices=devices, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 3, done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not (tmp_path / "new" / "config.json").exists()
+
+
+def test_another_config_in_the_same_folder_is_refused(finished, tiny_vit):
+    done = run(tiny_vit, finished[0], "--config.optimizer.learning_rate=0.5", check=False)
+    assert done.returncode == 1
+    assert "optimizer.learning_rate: 0.002 -> 0.5" in done.stderr
+
+
+def test_damaged_checkpoint_is_reported(finished, tiny_vit, tmp_path):
+    import shutil
+
+    workdir = tmp_path / "damaged"
+    shutil.copytree(finished[0], workdir)
+    for file in (workdir / "checkpoints" / str(STEPS) / "default").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(b"")
+    done = run(tiny_vit, workdir, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"checkpoints/{STEPS}" in done.stderr and "cannot be read" in done.stderr

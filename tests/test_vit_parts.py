@@ -1,0 +1,128 @@
+"""The parts of the ViT: its configuration, position interpolation, padded attention."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures.vit.cases import GRIDS, table_of
+
+from rmlora_jax.models import ViTConfig
+from rmlora_jax.models.attention import attend, padded_attention
+from rmlora_jax.models.positions import bicubic_matrix, resize_positions
+
+FIXTURES = Path(__file__).parent / "fixtures" / "vit"
+CONFIG = ViTConfig(hidden_size=24, num_attention_heads=3, image_size=20, patch_size=4)
+
+
+@pytest.mark.parametrize(("old", "new"), GRIDS)
+def test_positions_interpolate_like_pytorch(old, new):
+    expected = np.load(FIXTURES / "positions.npz")[f"{old}_{new}"]
+    resized = resize_positions(table_of(old), new)
+    assert resized.dtype == np.float32
+    np.testing.assert_allclose(resized, expected, atol=1e-5, rtol=0)
+
+
+def test_bicubic_matrix_at_scale_two_has_keys_weights():
+    # a = -0.75 at distances 1.25, 0.25, 0.75, 1.75 from the sample, by hand.
+    row = bicubic_matrix(8, 16)[7]
+    np.testing.assert_allclose(row[2:6], [-0.10546875, 0.87890625, 0.26171875, -0.03515625])
+    np.testing.assert_allclose(bicubic_matrix(5, 13).sum(axis=1), 1)
+
+
+def test_positions_that_form_no_square_are_refused():
+    with pytest.raises(ValueError, match="12 patches"):
+        resize_positions(np.zeros((1, 13, 4), np.float32), 5)
+
+
+def test_padded_attention_gives_padding_no_weight():
+    # 26 tokens pad to 32. Keys and values come with large numbers, so that a leak would show.
+    random = np.random.RandomState(0)
+    query, key, value = (random.normal(3, 4, (2, 26, 3, 8)).astype(np.float32) for _ in "qkv")
+
+    def loss(attention, *args):
+        return (attention(*args, "xla") ** 2).sum()
+
+    scores = np.einsum("bqhd,bkhd->bhqk", query, key, dtype=np.float64) / np.sqrt(8)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("bhqk,bkhd->bqhd", weights, value)
+    actual = padded_attention(query, key, value, "xla")
+    assert actual.shape == query.shape
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    for padded, plain in zip(
+        jax.grad(loss, (1, 2, 3))(padded_attention, query, key, value),
+        jax.grad(loss, (1, 2, 3))(attend, query, key, value),
+        strict=True,
+    ):
+        np.testing.assert_allclose(padded, plain, rtol=1e-3, atol=1e-2)
+
+
+def test_padding_pads_to_a_multiple_of_eight():
+    def lengths(length):
+        x = jnp.ones((1, length, 1, 8))
+        text = str(jax.make_jaxpr(lambda x: padded_attention(x, x, x, "xla"))(x))
+        return f"1,1,{length},{length}]" in text, f"1,1,{-(-length // 8) * 8}," in text
+
+    assert lengths(197) == (False, True)
+    assert lengths(200) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", 25),
+        ("hidden_act", "tanh"),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", 2.0),
+        ("hidden_dropout_prob", 1.0),
+        ("layer_norm_eps", -1e-6),
+        ("layer_norm_eps", "1e-6"),
+        ("qkv_bias", 1),
+        ("patch_size", 32),
+    ],
+)
+def test_config_names_the_wrong_field(field, value):
+    with pytest.raises(ValueError, match=r"hidden_size|" + field) as caught:
+        dataclasses.replace(CONFIG, **{field: value})
+    assert str(value) in str(caught.value)
+
+
+def test_config_from_hf():
+    config = ViTConfig.from_hf(
+        {
+            "architectures": ["ViTModel"],
+            "model_type": "vit",
+            "hidden_act": "gelu_new",
+            "layer_norm_eps": 1e-6,
+            "image_size": [96, 96],
+            "patch_size": 8,
+            "qkv_bias": False,
+            "encoder_stride": 16,
+            "pooler_act": "tanh",
+            "torch_dtype": "float32",
+            "_name_or_path": "somewhere",
+            "use_mean_pooling": False,
+        }
+    )
+    assert config == ViTConfig(
+        hidden_act="gelu_new", layer_norm_eps=1e-6, image_size=96, patch_size=8, qkv_bias=False
+    )
+    assert config.grid == 12
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"layerscale_value": 0.1}, "layerscale_value"),
+        ({"use_swiglu_ffn": True}, "use_swiglu_ffn"),
+        ({"model_type": "deit"}, "deit"),
+        ({"image_size": [224, 192]}, "image_size"),
+        ({"hidden_act": "swiglu"}, "swiglu"),
+    ],
+)
+def test_config_refuses_what_it_cannot_honour(extra, words):
+    with pytest.raises(ValueError, match=words):
+        ViTConfig.from_hf(extra)
