@@ -6,7 +6,7 @@ import traceback
 from datetime import datetime
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.py"
@@ -34,6 +34,7 @@ def main(argv):
     if PRINT_CONFIG.value:
         print(CONFIG.value)
         return
+    logging.set_verbosity(logging.WARNING)  # jax and TFDS tell of every file and backend at INFO
     # Imported here: --help and a mistyped flag need not wait for jax.
     from rmlora_jax.errors import UserError
     from rmlora_jax.train import config, loop

@@ -1,5 +1,6 @@
 """Intrinsic dimension of low-rank updates, from the factors alone."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ def trajectory_dimension(
     :math:`[D_1; \dots; D_K]` (K in x out) with ``side="out"``, which counts the output directions
     that were ever moved, or of :math:`[D_1, \dots, D_K]` (in x K out) with ``side="in"``, the input
     directions. Unlike the rank of one update, it may exceed r. Each increment is the product
-    :math:`s\,[A_k, A_{k-1}]\,[B_k; -B_{k-1}]` and stays one.
+    :math:`s\,[A_k, A_k - A_{k-1}]\,[B_k - B_{k-1}; B_{k-1}]` and stays one.
 
     Args:
         snapshots: adapted parameters at two or more times, in order.
@@ -99,7 +100,10 @@ def trajectory_dimension(
         raise ValueError(f"trajectory_dimension needs two or more snapshots, not {len(snapshots)}.")
     if side not in ("out", "in"):
         raise ValueError(f"side is {side!r}; allowed: 'out', 'in'.")
-    times = [{w.path[:-1]: (w.a, w.b) for w in adapted_weights(p, lora)} for p in snapshots]
+    times = [
+        {w.path[:-1]: tuple(f.astype(jnp.float32) for f in (w.a, w.b)) for w in weights}
+        for weights in (adapted_weights(params, lora) for params in snapshots)
+    ]
     if any(time.keys() != times[0].keys() for time in times):
         raise ValueError("the snapshots hold factors of different modules: take them from one run.")
     out = {}
@@ -137,9 +141,11 @@ def _stacked_singular_values(pairs, scale):
     its R, and the transpose of the remaining stack of short rows by the R of its own QR.
     """
     rows = []
-    for (a0, b0), (a1, b1) in zip(pairs, pairs[1:], strict=False):
-        left = jnp.concatenate([a1, a0], axis=-1)
-        right = jnp.concatenate([b1, -b0], axis=-2).astype(jnp.float32)
+    for (a0, b0), (a1, b1) in itertools.pairwise(pairs):
+        # A1 B1 - A0 B0 = A1 (B1 - B0) + (A1 - A0) B0: the small differences are taken first,
+        # before a product could round them away.
+        left = jnp.concatenate([a1, a1 - a0], axis=-1)
+        right = jnp.concatenate([b1 - b0, b0], axis=-2)
         rows.append(_matmul(_upper(left), right))
     stacked = jnp.concatenate(rows, axis=-2)
     size = min(2 * pairs[0][0].shape[-1] * len(rows), stacked.shape[-1])

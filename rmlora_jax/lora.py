@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import operator
 import re
@@ -93,7 +94,7 @@ class LoRA:
     execution: str = "auto"
 
     def __post_init__(self):
-        put = lambda name, value: object.__setattr__(self, name, value)
+        put = functools.partial(object.__setattr__, self)
         put("rank", _rank("rank", self.rank))
         if self.alpha is not None:
             put("alpha", _alpha("alpha", self.alpha))
@@ -130,6 +131,13 @@ class LoRA:
         """s of the layer at module ``path``: alpha / r, or alpha / sqrt(r)."""
         rank = self.rank_of(path)
         alpha = _lookup(self.alpha_pattern, path, self.alpha)
+        return self._scale(rank, alpha)
+
+    def common_scale(self, rank: int) -> float:
+        """s of the layers of this rank that ``alpha_pattern`` leaves alone."""
+        return self._scale(rank, self.alpha)
+
+    def _scale(self, rank: int, alpha: float | None) -> float:
         alpha = rank if alpha is None else alpha
         return alpha / (math.sqrt(rank) if self.rs else rank)
 

@@ -284,9 +284,9 @@ def _check_layout(path, weight, a, b):
     )
     if not fits:
         raise ValueError(
-            f"the factors at {path!r}, lora_a {a.shape} and lora_b {b.shape}, do not fit the weight "
-            f"{weight.shape}: they must be (*stack, in, r) and (*stack, r, out) with the stack axes "
-            "first. nn.scan and nn.vmap must stack parameters on axis 0 "
+            f"the factors at {path!r}, lora_a {a.shape} and lora_b {b.shape}, do not fit the "
+            f"weight {weight.shape}: they must be (*stack, in, r) and (*stack, r, out) with the "
+            "stack axes first. nn.scan and nn.vmap must stack parameters on axis 0 "
             '(variable_axes={"params": 0}); elsewhere leave the layer out with LoRA.exclude.'
         )
 

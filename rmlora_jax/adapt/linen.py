@@ -40,7 +40,6 @@ _LAYERS = {
         (nn.Embed.attend, _Layer(nn.Embed, "embedding", attends=True)),
     )
 }
-_TRANSFORMS_WEIGHT = (nn.WeightNorm, nn.SpectralNorm)
 
 
 class Adapted(nn.Module):
@@ -60,14 +59,17 @@ class Adapted(nn.Module):
         return self._run("__call__", *args, **kwargs)
 
     def _run(self, method, *args, **kwargs):
-        if isinstance(method, str):
-            call = getattr(self.base, method)
-        else:
-            call = functools.partial(method, self.base)
         if self.lora.target is None:
-            return call(*args, **kwargs)
-        with _running(self.lora), nn.intercept_methods(_interceptor(self.lora, self.path)):
-            return call(*args, **kwargs)
+            return _call(self, method, *args, **kwargs)
+        if self.lora.alpha_pattern and not self.is_initializing():
+            # Layers of one nn.jit share a trace, which therefore may not depend on their paths:
+            # what alpha_pattern changes goes into the values of A.
+            rescale = functools.partial(_rescale, lora=self.lora)
+            run = nn.map_variables(_intercepted, "params", trans_in_fn=rescale)
+        else:
+            run = _intercepted
+        with _running(self.lora):
+            return run(self, method, *args, **kwargs)
 
     @nn.nowrap
     def apply(self, variables, *args, method=None, **kwargs):
@@ -130,6 +132,26 @@ def check_adapted(params, lora: LoRA) -> None:
             )
 
 
+def _call(adapted: Adapted, method, *args, **kwargs):
+    if isinstance(method, str):
+        return getattr(adapted.base, method)(*args, **kwargs)
+    return method(adapted.base, *args, **kwargs)
+
+
+def _intercepted(adapted: Adapted, method, *args, **kwargs):
+    with nn.intercept_methods(_Interceptor(adapted.lora, adapted.path)):
+        return _call(adapted, method, *args, **kwargs)
+
+
+def _rescale(variables, lora: LoRA):
+    flat = traverse_util.flatten_dict(variables["params"])
+    for path in [path for path in flat if path[-1] == FACTORS[0]]:
+        name, a = "/".join(path[:-1]), meta.unbox(flat[path])
+        ratio = lora.scale_of(name) / lora.common_scale(a.shape[-1])
+        flat[path] = meta.replace_boxed(flat[path], a * ratio)
+    return {"params": traverse_util.unflatten_dict(flat)}
+
+
 def _forward(method):
     """The function of a bound ``Adapted`` that runs ``method`` of its base."""
     if method is None:
@@ -141,90 +163,100 @@ def _forward(method):
     return lambda self, *args, **kwargs: self._run(method, *args, **kwargs)
 
 
-def _interceptor(lora: LoRA, root: tuple[str, ...]):
-    depth = {"inside product": 0, "inside transform": 0}
+class _Interceptor:
+    """Adds the low-rank product to each targeted layer that runs; one for each run."""
 
-    def within(what, fun, *args, **kwargs):
-        depth[what] += 1
-        try:
-            return fun(*args, **kwargs)
-        finally:
-            depth[what] -= 1
+    def __init__(self, lora: LoRA, root: tuple[str, ...]):
+        self.lora, self.root = lora, root
+        self.paused = False
+        self.wrapped = 0
+        self.mapped: set[tuple[str, ...]] = set()
 
-    def intercept(next_fun, args, kwargs, context):
+    def __call__(self, next_fun, args, kwargs, context):
         module = context.module
-        if depth["inside product"] or module.scope is None:
+        if self.paused or module.scope is None:
             return next_fun(*args, **kwargs)
         if isinstance(module, Adapted):
             raise ValueError(
                 f"the module to adapt holds an adapted module at {'/'.join(module.path)!r}: adapt "
                 "the outermost module only, with one description for all layers."
             )
-        if isinstance(module, _TRANSFORMS_WEIGHT):
-            return within("inside transform", next_fun, *args, **kwargs)
-        path = "/".join(module.path[len(root) :])
+        if isinstance(module, (nn.WeightNorm, nn.SpectralNorm)):
+            self.wrapped += 1
+            try:
+                return next_fun(*args, **kwargs)
+            finally:
+                self.wrapped -= 1
+        path = module.path[len(self.root) :]
+        if type(module).__name__.startswith("Map_variables"):  # the class nn.map_variables makes
+            self.mapped.add(path)
         layer = _LAYERS.get(getattr(context.orig_method, "func", None))
         if layer is None:
-            if not lora.alpha_pattern:
-                return next_fun(*args, **kwargs)
-            # Layers that share one nn.jit trace may still differ in alpha.
-            with _running((lora, path)):
-                return next_fun(*args, **kwargs)
-        if not lora.targets(path):
-            if module.has_variable("params", FACTORS[0]):
-                raise ValueError(
-                    f"the parameters hold factors at {path!r}, which LoRA.target {lora.target!r} "
-                    "does not select: use the description that the factors were made with."
-                )
             return next_fun(*args, **kwargs)
-        if depth["inside transform"]:
+        if self.lora.targets("/".join(path)):
+            self.check_layer(module, path)
+            return self.call_layer(layer, "/".join(path), next_fun, args, kwargs, context)
+        if module.has_variable("params", FACTORS[0]):
             raise ValueError(
-                f"{path!r} is wrapped in WeightNorm or SpectralNorm, which transforms its weight, "
-                "so that factors could not be merged: leave it out with LoRA.exclude."
+                f"the parameters hold factors at {'/'.join(path)!r}, which LoRA.target "
+                f"{self.lora.target!r} does not select: use the description that the factors were "
+                "made with."
             )
-        return _adapted_call(lora, path, layer, next_fun, args, kwargs, context, within)
+        return next_fun(*args, **kwargs)
 
-    return intercept
+    def check_layer(self, module, path):
+        what = None
+        if self.wrapped or any(path[: len(prefix)] == prefix for prefix in self.mapped):
+            what = "has its weight transformed (WeightNorm, SpectralNorm or nn.map_variables)"
+        elif isinstance(module, nn.Conv | nn.ConvLocal) and module.mask is not None:
+            what = "has a mask on its weight"
+        elif isinstance(module, nn.ConvLocal):
+            what = "has a weight of its own for every position (ConvLocal)"
+        if what is not None:
+            raise ValueError(
+                f"the layer {'/'.join(path)!r} {what}, so that factors beside the stored weight "
+                "could not be merged into it: leave it out with LoRA.exclude."
+            )
 
-
-def _adapted_call(lora, path, layer, next_fun, args, kwargs, context, within):
-    module, kind = context.module, layer.kind
-    if kind is nn.Conv and (module.mask is not None or not module.shared_weights):
-        raise ValueError(
-            f"the convolution {path!r} has a mask or unshared weights (ConvLocal), which its "
-            "factors would not have: leave it out with LoRA.exclude."
-        )
-    # At init the layer makes its own weight first; the factors follow its shape and its box.
-    initialising = not module.has_variable("params", FACTORS[0])
-    merged = lora.execution == "merged" and not initialising
-    y = None if merged else next_fun(*args, **kwargs)
-    weight = module.get_variable("params", layer.weight)
-    a, b = _factors(module, lora, path, kind, weight)
-    weight = meta.unbox(weight)
-    if merged:
-        params = {name: meta.unbox(module.get_variable("params", name)) for name in _owned(module)}
-        params[layer.weight] = product.merged(weight, a, b, lora.scale_of(path))
-        fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(kind) if f.init}
-        plain = kind(**(fields | {"parent": None, "name": None}))
-        method = context.method_name
-        return within(
-            "inside product", plain.apply, {"params": params}, *args, method=method, **kwargs
-        )
-    (x,) = [*args, *kwargs.values()]
-    scale = lora.scale_of(path)
-    if layer.attends:
-        return y + product.low_rank_attend(x, y, a, b, scale)
-    if lora.dropout and module.has_rng("dropout") and jnp.issubdtype(x.dtype, jnp.inexact):
-        kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - lora.dropout, x.shape)
-        x = jnp.where(kept, x / (1 - lora.dropout), 0).astype(x.dtype)
-    delta = within(
-        "inside product", product.low_rank, kind, module, weight.shape, x, y, a, b, scale
-    )
-    return y + delta
+    def call_layer(self, layer, path, next_fun, args, kwargs, context):
+        module, lora = context.module, self.lora
+        initialising = not module.has_variable("params", FACTORS[0])
+        merged = lora.execution == "merged" and not initialising
+        # At init the layer makes its weight first: the factors follow its shape and its box.
+        y = None if merged else next_fun(*args, **kwargs)
+        weight = module.get_variable("params", layer.weight)
+        a, b = _factors(module, lora, path, layer.kind, weight)
+        weight, scale = meta.unbox(weight), lora.common_scale(a.shape[-1])
+        self.paused = True  # the product runs Flax layers of its own
+        try:
+            if merged:
+                weight = product.merged(weight, a, b, scale)
+                return _plain_call(layer, weight, context, args, kwargs)
+            (x,) = (*args, *kwargs.values())
+            if layer.attends:
+                return y + product.low_rank_attend(x, y, a, b, scale)
+            x = _dropout(module, x, lora.dropout)
+            return y + product.low_rank(layer.kind, module, weight.shape, x, y, a, b, scale)
+        finally:
+            self.paused = False
 
 
-def _owned(module):
-    return [name for name in ("kernel", "bias", "embedding") if module.has_variable("params", name)]
+def _plain_call(layer, weight, context, args, kwargs):
+    """The layer's own method with ``weight`` for its weight."""
+    module = context.module
+    params = {layer.weight: weight}
+    if module.has_variable("params", "bias"):
+        params["bias"] = meta.unbox(module.get_variable("params", "bias"))
+    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(layer.kind)}
+    plain = layer.kind(**(fields | {"parent": None, "name": None}))
+    return plain.apply({"params": params}, *args, method=context.method_name, **kwargs)
+
+
+def _dropout(module, x, rate):
+    if not (rate and module.has_rng("dropout") and jnp.issubdtype(x.dtype, jnp.inexact)):
+        return x
+    kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 def _factors(module, lora, path, kind, weight):

@@ -4,7 +4,6 @@ The base is never written: it comes from where the config says. Kept are the lat
 which a run continues, and the best one by validation.
 """
 
-import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +28,6 @@ def score(metrics: dict) -> Score:
 
 def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
     """The manager of ``workdir/checkpoints``; saves are asynchronous, close it to wait for them."""
-    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file it touches
     policy = preservation_policy
     options = ocp.CheckpointManagerOptions(
         save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),
