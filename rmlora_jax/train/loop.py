@@ -166,8 +166,7 @@ def spectrum(state: State, job: setup.Job) -> dict:
     """`rmlora_jax.intrinsic_dimension` of the adapted weights; {} for methods without."""
     if job.lora.target is None:
         return {}
-    frozen, _ = job.constants
-    return jax.device_get(_spectrum(state.trainable, frozen, job.lora))
+    return jax.device_get(_spectrum(state.trainable, job.constants.frozen, job.lora))
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 import rmlora_jax as rm
@@ -15,15 +16,15 @@ from rmlora_jax.hub import load_vit
 from rmlora_jax.models import ViT
 from rmlora_jax.train import feed, method
 from rmlora_jax.train.mesh import Devices, check_divisible, replicate, spread
-from rmlora_jax.train.step import State, init_state, make_eval_step, make_train_step
+from rmlora_jax.train.step import Constants, State, init_state, make_eval_step, make_train_step
 
 
 class Job(NamedTuple):
-    """A run before its first step. ``constants`` are the frozen base and the resident data."""
+    """A run before its first step."""
 
     lora: rm.LoRA
     state: State
-    constants: tuple[dict, dict]
+    constants: Constants
     train_step: Callable  # (state, constants, batch) -> (state, metrics); donates state
     eval_step: Callable  # (trainable, constants, batch) -> sums
     feed: feed.Feed
@@ -85,7 +86,6 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
         apply,
         tx,
         inputs.prepare_train,
-        seed=config.seed,
         factors=lora.target is not None,
         accumulate=config.accumulate,
         label_smoothing=config.optimizer.label_smoothing,
@@ -95,7 +95,7 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
     return Job(
         lora=lora,
         state=state,
-        constants=(frozen, inputs.resident),
+        constants=Constants(frozen, inputs.resident, replicate(np.uint32(config.seed), devices)),
         train_step=spread(train_step, devices, donate=True),
         eval_step=spread(make_eval_step(apply, inputs.prepare_eval), devices),
         feed=inputs,

@@ -24,6 +24,14 @@ class State(NamedTuple):
     opt_state: optax.OptState
 
 
+class Constants(NamedTuple):
+    """What a step reads and does not change; arguments of it, so that nothing is compiled in."""
+
+    frozen: dict  # the base
+    data: dict  # the resident data, {} where batches are streamed
+    seed: jax.Array  # uint32: of augmentation and dropout; folded with the step
+
+
 def init_state(tx: optax.GradientTransformation, trainable: dict) -> State:
     return State(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
 
@@ -33,12 +41,11 @@ def make_train_step(
     tx: optax.GradientTransformation,
     prepare: Callable,
     *,
-    seed: int,
     factors: bool = True,
     accumulate: int = 1,
     label_smoothing: float = 0.0,
 ) -> Callable:
-    """Builds ``step(state, (frozen, data), batch) -> (state, metrics)``, to be mapped over devices.
+    """Builds ``step(state, constants, batch) -> (state, metrics)``, to be mapped over devices.
 
     Args:
       apply: ``(params, inputs, rngs) -> logits`` of the adapted model in training.
@@ -46,7 +53,6 @@ def make_train_step(
       prepare: ``(key, positions, data, batch) -> (inputs, labels)``; ``positions`` is each
         example's place in the global batch, so that random crops do not depend on the number of
         devices or micro-batches.
-      seed: of augmentation and dropout; folded with the step.
       factors: whether there are LoRA factors to report on.
       accumulate: micro-batches, run one after another; gradients are added in float32.
       label_smoothing: weight of the uniform distribution in the targets.
@@ -56,19 +62,18 @@ def make_train_step(
     kept_fraction, the part of the factors' entries whose gradient passed the mask; grad_norm.
     """
 
-    def loss_fn(trainable, frozen, data, batch, key, positions):
+    def loss_fn(trainable, constants, batch, key, positions):
         augment_key, dropout_key = jax.random.split(key)
-        inputs, labels = prepare(augment_key, positions, data, batch)
+        inputs, labels = prepare(augment_key, positions, constants.data, batch)
         # Dropout alone differs with the number of devices: its masks are drawn per micro-batch.
         rngs = {"dropout": jax.random.fold_in(dropout_key, positions[0])}
-        logits = apply(rm.join(trainable, frozen), inputs, rngs).astype(jnp.float32)
+        logits = apply(rm.join(trainable, constants.frozen), inputs, rngs).astype(jnp.float32)
         targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
         loss = optax.softmax_cross_entropy(logits, targets).sum()
         return loss, (logits.argmax(-1) == labels).sum(dtype=jnp.float32)
 
-    def step(state: State, constants, batch):
-        frozen, data = constants
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def step(state: State, constants: Constants, batch):
+        key = jax.random.fold_in(jax.random.key(constants.seed), state.step)
         local = jax.tree.leaves(batch)[0].shape[0]
         count = local * jax.lax.axis_size(AXIS)
         positions = jax.lax.axis_index(AXIS) * local + jnp.arange(local)
@@ -76,7 +81,7 @@ def make_train_step(
         def gradients(micro):
             batch, positions = micro
             (loss, correct), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.trainable, frozen, data, batch, key, positions
+                state.trainable, constants, batch, key, positions
             )
             return jax.tree.map(lambda g: g.astype(jnp.float32), grads), (loss, correct)
 
@@ -109,18 +114,17 @@ def make_train_step(
 
 
 def make_eval_step(apply: Callable, prepare: Callable) -> Callable:
-    """Builds ``step(trainable, (frozen, data), batch) -> sums``, to be mapped over devices.
+    """Builds ``step(trainable, constants, batch) -> sums``, to be mapped over devices.
 
     ``batch["mask"]`` (bool) is False for the rows that pad the last batch. The sums over the global
     batch are exact counts: ``correct`` and ``count`` int32, ``loss`` float32.
     """
 
-    def step(trainable, constants, batch):
-        frozen, data = constants
+    def step(trainable, constants: Constants, batch):
         batch = dict(batch)
         mask = batch.pop("mask")
-        inputs, labels = prepare(data, batch)
-        logits = apply(rm.join(trainable, frozen), inputs).astype(jnp.float32)
+        inputs, labels = prepare(constants.data, batch)
+        logits = apply(rm.join(trainable, constants.frozen), inputs).astype(jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         sums = {
             "correct": ((logits.argmax(-1) == labels) & mask).sum(dtype=jnp.int32),
