@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.core import meta
+from flax.core import FrozenDict, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rmlora_jax.adapt import Adapted, product
@@ -69,7 +69,7 @@ def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) 
     if lora.target is None:
         return base_params
     shapes = _flatten(_shapes(adapted, key, example_args, kwargs))
-    check_adapted(unflatten_dict(shapes), lora)
+    check_adapted(shapes, lora)
     _check_base(base, shapes)
 
     params = dict(base)
@@ -292,6 +292,6 @@ def _check_layout(path, weight, a, b):
 
 
 def _flatten(params: Params) -> dict[tuple[str, ...], Any]:
-    if not isinstance(params, Mapping):
+    if not isinstance(params, dict | FrozenDict):
         raise TypeError(f"expected nested dicts of parameters, not a {type(params).__name__}.")
-    return {tuple(map(str, path)): leaf for path, leaf in flatten_dict(params).items()}
+    return flatten_dict(params)

@@ -121,7 +121,7 @@ def test_descriptions_are_of_the_published_files():
 def test_fetched_prepared_and_read_by_tfds(name, tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
-    archive, raw, truth = tiny(name, extra=[("../../evil", b"x"), ("cifar/readme.html", b"y")])
+    archive, raw, truth = tiny(name, extra=[("../../evil", b"x"), ("other/test.bin", b"y" * 99999)])
     monkeypatch.setitem(ARCHIVES, name, archive)
     with server(raw) as (url, requests):
         monkeypatch.setenv(cifar.URL_VARIABLE, url + "/")

@@ -108,12 +108,12 @@ def test_new_files_have_the_usual_rights(tmp_path):
 
 def test_plain_knows_numpy_jax_and_bfloat16():
     value = {
-        "f32": np.float32(0.1), "bf16": jnp.asarray(0.5, jnp.bfloat16), "int": np.int64(7),
+        "f32": np.float32(0.1), "bf16": jnp.asarray(1 / 3, jnp.bfloat16), "int": np.int64(7),
         "bool": np.bool_(True), "array": jnp.arange(4.0).reshape(2, 2), "inf": math.inf,
         "f64": np.float64(1 / 3),
     }
     text = json.dumps(files.plain(value), allow_nan=False)
-    assert strict(text) == {"f32": 0.1, "bf16": 0.5, "int": 7, "bool": True,
+    assert strict(text) == {"f32": 0.1, "bf16": 0.33398438, "int": 7, "bool": True,
                             "array": [[0, 1], [2, 3]], "inf": None, "f64": 1 / 3}
 
 

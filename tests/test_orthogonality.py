@@ -239,7 +239,7 @@ def test_bad_arguments_are_named(make):
 
 
 def test_errors_of_the_tree():
-    with pytest.raises(ValueError, match="no LoRA factors.*'head/kernel'"):
+    with pytest.raises(ValueError, match=r"no LoRA factors.*'head/kernel'"):
         orthogonality({"head": {"kernel": jnp.ones((2, 2))}})
     with pytest.raises(ValueError, match="no LoRA factors: the tree is empty"):
         orthogonality({})

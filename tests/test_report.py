@@ -1,4 +1,4 @@
-"""The verdict on synthetic curves, and the picture: what is drawn, where, and that it can be read."""
+"""The verdict on synthetic curves, and the picture: what it draws, and that it can be read."""
 
 import doctest
 import itertools
@@ -219,6 +219,12 @@ def test_looped_layers_are_gathered_by_number(path):
     assert kind["effective_rank"].tolist() == [1, 2, 3, 11]
 
 
+def test_stages_that_are_stacked_stay_apart():
+    stage = {"singular_values": np.ones((2, 1)), "effective_rank": np.ones(2)}
+    assert list(panels.by_kind({"stage_0/q": stage, "stage_1/q": stage})) == ["stage_0/q",
+                                                                             "stage_1/q"]
+
+
 def test_kinds_of_one_name_keep_the_path_that_tells_them_apart():
     one = {"singular_values": np.ones((2, 1)), "effective_rank": np.ones(2)}
     paths = ["a/norm/out", "b/norm/out", "mlp/fc1", "head"]
@@ -401,6 +407,10 @@ CASES = {
                            for r in long_history(settle)]},
     "not finite": {"summary": {}, "history": [
         r | {k: math.nan for k in r if k != "step" and r["step"] > 3000} for r in long_history()]},
+    "six long kinds": {"intrinsic": [
+        {"step": 9, "modules": spectra(3, 8, kinds=[f"{c}_projection_MWMW" for c in "abcdef"])}]},
+    "thirty kinds": {"intrinsic": [
+        {"step": 9, "modules": spectra(3, 8, kinds=[f"kind{i}a" for i in range(30)])}]},
     "long names": {"config": CONFIG | {"model": {"source": "organisation/" + "long-" * 20}},
                    "summary": {}},
 }

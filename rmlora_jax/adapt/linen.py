@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import types
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -83,7 +84,7 @@ class Adapted(nn.Module):
                 "with the base module (init or a checkpoint), then call attach."
             )
         out, variables = super().init_with_output(rngs, *args, method=_forward(method), **kwargs)
-        check_adapted(variables.get("params", {}), self.lora)
+        check_adapted(traverse_util.flatten_dict(variables.get("params", {})), self.lora)
         return out, variables
 
     @nn.nowrap
@@ -94,10 +95,11 @@ class Adapted(nn.Module):
             if name.startswith("_") or "base" not in vars(self):
                 raise
         value = getattr(self.base, name)
-        if isinstance(value, nn.Module) and self.lora.target is not None:
+        parts = jax.tree.leaves(value, is_leaf=lambda part: isinstance(part, nn.Module))
+        if self.lora.target is not None and any(isinstance(part, nn.Module) for part in parts):
             raise AttributeError(
-                f"{name!r} is a submodule of the adapted module and would run without its factors "
-                f"when reached this way. Call it inside: "
+                f"{name!r} holds submodules of the adapted module, which would run without their "
+                f"factors when reached this way. Call them inside: "
                 f"apply(variables, ..., method=lambda m, *args: m.{name}(*args))."
             )
         if not inspect.ismethod(value):
@@ -114,12 +116,12 @@ def adapt_linen(module: nn.Module, lora: LoRA) -> Adapted:
     return Adapted(module, lora)
 
 
-def check_adapted(params, lora: LoRA) -> None:
-    """Raises ValueError unless every layer that ``lora`` targets in ``params`` has its factors."""
+def check_adapted(paths: Iterable[tuple[str, ...]], lora: LoRA) -> None:
+    """Raises ValueError unless every layer that ``lora`` targets has factors among ``paths``."""
     if lora.target is None:
         return
     names: dict[str, set[str]] = {}
-    for path in traverse_util.flatten_dict(params):
+    for path in paths:
         names.setdefault("/".join(path[:-1]), set()).add(path[-1])
     weighted = {path for path, leaves in names.items() if leaves & set(WEIGHTS)}
     lora.check_targets(weighted)

@@ -150,11 +150,35 @@ class TfdsImages:
         return {"image": image, "label": label}
 
     def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
-        record = self._records[index]
-        return decode(record[self._image_key], self._channels, size), int(record[self._label_key])
+        record = self._record(index)
+        try:
+            image = decode(record[self._image_key], self._channels, size)
+        except OSError as error:  # pillow's errors are of this kind
+            raise self._damaged(index, error) from error
+        return image, int(record[self._label_key])
 
     def label(self, index: int) -> int:
-        return int(self._records[index][self._label_key])
+        return int(self._record(index)[self._label_key])
+
+    def _record(self, index: int) -> dict:
+        try:
+            record = self._records[index]
+        except IndexError:
+            raise
+        except Exception as error:  # array_record and protobuf each have their own kinds
+            raise self._damaged(index, error) from error
+        # A file that was cut short is read as empty records.
+        if record[self._image_key] is None or record[self._label_key] is None:
+            raise self._damaged(index, "it is empty")
+        return record
+
+    def _damaged(self, index: int, why) -> UserError:
+        folder, split, *_ = self._arguments
+        why = str(why).strip().partition("\n")[0]
+        return UserError(
+            f"{folder} is damaged: image {index} of {split!r} cannot be read: {why}\n"
+            "Delete that folder and prepare it again"
+        )
 
 
 def open_builder(folder: Path):
@@ -189,10 +213,6 @@ def open_split(folder: Path, split: str, image_key: str, label_key: str, channel
         raise UserError(
             f"{builder.info.full_name} has no split {split!r}; it has "
             f"{', '.join(sorted(builder.info.splits))}"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{folder} is damaged: {error}\nDelete it and prepare it again"
         ) from error
 
 

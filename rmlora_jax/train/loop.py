@@ -139,7 +139,7 @@ def fit(config, job: setup.Job, state: State, compiled: Compiled, checkpoints, w
 
 def mean_of(metrics: list[dict]) -> dict[str, float]:
     """Means of the steps' metrics, under the names of metrics.jsonl."""
-    return {f"train/{k}": float(np.mean([m[k] for m in metrics])) for k in metrics[0]}
+    return {f"train/{k}": np.mean([m[k] for m in metrics], dtype=np.float32) for k in metrics[0]}
 
 
 def evaluate(compiled: Compiled, trainable, job: setup.Job, split: str, devices: Devices) -> dict:

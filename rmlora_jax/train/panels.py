@@ -13,7 +13,8 @@ TRAIN, VALIDATION, TEST = "#2563a8", "#d9660a", "#111111"
 KINDS = ("#6a3d9a", "#d0408f", "#1b9e77", "#7aa61e", "#a6611a", "#4d4d4d", "#17a2c4", "#e0a800",
          "#8c6bb1", "#e7298a", "#2c7fb8", "#66c2a4")
 ORDER = ("query", "key", "value", "out", "intermediate", "fc1", "output", "fc2")
-MOST_NAMES, MOST_KEYS = 12, 6  # names of module kinds that fit under the map, above the lines
+MOST_NAMES = 12  # names of module kinds that fit under the map
+LEGEND_ROOM = 54  # characters above the effective ranks; a key takes about five beside its name
 
 
 def loss_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> None:
@@ -75,9 +76,8 @@ def singular_value_panel(ax, step: int, kinds: Mapping[str, Mapping[str, np.ndar
     ax.set_xlim(0, len(kinds))
     ax.set_ylim(deepest + 0.5, 0.5)
     names = list(kinds)
-    turned = {"rotation": 20, "ha": "right"} if len(names) > 8 else {}
-    ax.set_xticks(np.arange(len(names)) + 0.5,
-                  names if len(names) <= MOST_NAMES else [""] * len(names), **turned)
+    fits = 80 // len(names) if len(names) <= MOST_NAMES else 0  # characters a block is wide
+    ax.set_xticks(np.arange(len(names)) + 0.5, [shorten(name, fits) for name in names])
     ax.yaxis.get_major_locator().set_params(integer=True)
     if deepest <= 16:
         ax.set_yticks(np.arange(1, deepest + 1))
@@ -85,11 +85,9 @@ def singular_value_panel(ax, step: int, kinds: Mapping[str, Mapping[str, np.ndar
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=MUTED, labelsize=9.5, length=0)
     _finish(ax, f"What moved: singular values of \u0394W, layer by layer, at step {step:,}", "",
-            "layer", caption="a block is one kind of module: its " + (
-                f"{most}" if shown == most else f"largest {shown} of {most}")
-            + " singular values from left to right")
+            "layer", caption=_blocks_caption(shown, most))
     for i, label in enumerate(ax.get_xticklabels()):
-        label.set(color=kind_colour(i), fontweight="bold", fontsize=11)
+        label.set(color=kind_colour(i), fontweight="bold", fontsize=11 if len(names) <= 8 else 9.5)
     ax.spines[["left", "bottom"]].set_visible(False)
 
 
@@ -120,12 +118,14 @@ def effective_rank_panel(ax, steps: Sequence[int],
                 xycoords=ax.get_yaxis_transform(), textcoords="offset points", fontsize=9.5,
                 color=MUTED, ha="right", va="bottom")
     last = np.array(last)[np.isfinite(last)]
+    keyed = sum(len(name) + 5 for name in names) <= LEGEND_ROOM
     title = "Effective rank of \u0394W"
     if last.size:
         title += f": mean {last.mean():.1f} of {rank}"
     _finish(ax, title, "step", "mean over layers; band \u00b1 1 s.d.",
-            legend=len(names) <= MOST_KEYS, columns=MOST_KEYS, last=steps[-1],
-            caption="" if len(names) <= MOST_KEYS else "colours as of the names on the left")
+            legend=keyed, columns=max(len(names), 1), last=steps[-1],
+            caption="colours as of the names on the left"
+            if not keyed and len(names) <= MOST_NAMES else "")
 
 
 def facts_panel(ax, headline: tuple[str, str] | None, facts: Sequence[tuple[str, str]]) -> None:
@@ -211,6 +211,13 @@ def _worth_showing(blocks: Sequence[np.ndarray], top: float) -> int:
     return min(most, max(reach, 16))
 
 
+def _blocks_caption(shown: int, most: int) -> str:
+    if most == 1:
+        return "a block is one kind of module: its only singular value"
+    count = f"{most}" if shown == most else f"largest {shown} of {most}"
+    return f"a block is one kind of module: its {count} singular values from left to right"
+
+
 def finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The points whose y is a finite number."""
     return x[np.isfinite(y)], y[np.isfinite(y)]
@@ -230,6 +237,8 @@ def shorten(text: str, most: int) -> str:
     text = str(text)
     if len(text) <= most:
         return text
+    if most < 2:
+        return ""
     head = (most - 1) // 2
     return text[:head] + "\u2026" + text[len(text) - (most - 1 - head):]
 

@@ -141,7 +141,7 @@ def _masthead(figure, height, title, judgement):
                         fontweight="bold", va="center",
                         bbox={"boxstyle": "round,pad=0.4", "fc": colour, "ec": "none"})
     right = badge.get_window_extent(figure.canvas.get_renderer()).x1 / figure.bbox.width
-    figure.text(right + 0.014, 1 - 0.98 / height, textwrap.fill(rest.strip(), 150), fontsize=12.5,
+    figure.text(right + 0.014, 1 - 0.98 / height, textwrap.fill(rest.strip(), 135), fontsize=12.5,
                 color=panels.INK, va="center", linespacing=1.35)
 
 
