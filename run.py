@@ -59,15 +59,19 @@ def workdir() -> Path:
 
 def parse(argv):
     """Parses the flags; a mistake in them or in the config file is one line, not a traceback."""
-    if not any(a.lstrip("-").partition("=")[0] == "config" for a in argv):
+    given = [a.lstrip("-") for a in argv]
+    if "config" in given[:-1]:
+        file = argv[given.index("config") + 1]
+    else:
+        file = next((a.partition("=")[2] for a in given if a.startswith("config=")), None)
+    if file is None:
         # Not the flag's default: absl would apply the overrides to it even where another is named.
         argv = [argv[0], f"--config={QUICKSTART}", *argv[1:]]
+    elif not Path(file.partition(":")[0]).is_file():
+        known = ", ".join(sorted(f"configs/{p.name}" for p in QUICKSTART.parent.glob("*.py")))
+        stop(FileNotFoundError(f"there is no config file {file!r}; there are {known}"))
     try:
         rest = flags.FLAGS(argv)
-        file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-        if not file.is_file():
-            known = ", ".join(sorted(f"configs/{p.name}" for p in QUICKSTART.parent.glob("*.py")))
-            raise FileNotFoundError(f"there is no config file {str(file)!r}; there are {known}")
         dict(CONFIG.value)  # a broken config file shows itself only when it is read
         return rest
     except (AttributeError, KeyError) as e:  # how ml_collections reports an unknown field

@@ -17,9 +17,11 @@ STEPS = 12
 
 
 def command(tiny_vit, workdir, *overrides):
+    config = next((o for o in overrides if o.startswith("--config=")), None)
     return [
         sys.executable,
         str(ROOT / "run.py"),
+        *([config] if config else []),  # before its fields
         f"--workdir={workdir}",
         f"--config.model.source={tiny_vit}",
         "--config.model.image_size=16",
@@ -28,7 +30,7 @@ def command(tiny_vit, workdir, *overrides):
         "--config.log_every=1",
         "--config.batch_size=16",
         "--config.compilation_cache=",  # the tests' own cache comes from the environment
-        *overrides,
+        *(o for o in overrides if o != config),
     ]
 
 

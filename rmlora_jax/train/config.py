@@ -43,6 +43,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.data = ml_collections.ConfigDict()
     c.data.name = "cifar100"  # digits, or an image-classification name of TFDS
     c.data.data_dir = config_dict.placeholder(str)  # of TFDS; None: its own default
+    c.data.train_split = "train"  # a split or a slice, such as train[:80%]
+    c.data.test_split = config_dict.placeholder(str)  # None: test where it has labels, or validation
+    c.data.image_key = "image"  # names of the features
+    c.data.label_key = "label"
     c.data.validation = 0.1  # fraction (below 1) or number of training images held out
     c.data.limit = 0  # use this many training images only; 0: all
     c.data.mode = "auto"  # resident: all on the device; stream; auto: resident if it fits

@@ -44,7 +44,14 @@ def load(config: ml_collections.ConfigDict) -> data.Dataset:
     """The data set that the config names, with a validation split carved from train."""
     c = config.data
     return data.load_images(
-        c.name, data_dir=c.data_dir, validation=c.validation, limit=c.limit or None
+        c.name,
+        data_dir=c.data_dir,
+        validation=c.validation,
+        train_split=c.train_split,
+        test_split=c.test_split,
+        image_key=c.image_key,
+        label_key=c.label_key,
+        limit=c.limit,
     )
 
 

@@ -29,8 +29,11 @@ class Devices(NamedTuple):
 
 def all_devices(parallel: str = "mesh") -> Devices:
     """A mesh of one axis over all devices of all processes."""
-    # Explicit axes, the default of make_mesh, break ordinary Linen models.
-    mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    # In the order of the processes, so that the rows of a global batch lie in the order in which
+    # the processes read them; make_mesh may permute devices, and its Explicit axes break ordinary
+    # Linen models.
+    row = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    mesh = Mesh(np.array(row), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
     return Devices(mesh, parallel)
 
 
