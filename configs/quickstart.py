@@ -14,5 +14,6 @@ def get_config():
     c.model.dtype = "float32"
     c.data.name = "digits"
     c.data.flip = False  # a mirrored digit is another digit, or none
+    c.data.crop = "none"  # of 8 pixels none can be spared
     c.optimizer.learning_rate = 2e-3
     return c

@@ -65,6 +65,8 @@ def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) 
     base = _flatten(base_params)
     if any(path[-1] in FACTORS for path in base):
         raise ValueError("base_params has factors already: pass the parameters of the base module.")
+    if {path[0] for path in base} == {"params"}:
+        raise ValueError("base_params is a dict of collections: pass variables['params'].")
     lora.check_train(map("/".join, base))
     if lora.target is None:
         return base_params

@@ -1,5 +1,7 @@
 """Intrinsic dimension against the singular value decomposition of the full matrices, in numpy."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +104,7 @@ def increments(snapshots, layer_index=...):
         1.5 * s["fc"]["lora_a"][layer_index].astype(np.float64) @ s["fc"]["lora_b"][layer_index]
         for s in snapshots
     ]
-    return [after - before for before, after in zip(deltas, deltas[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(deltas)]
 
 
 @pytest.mark.parametrize("side", ["out", "in"])

@@ -43,18 +43,29 @@ _LAYERS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """Hides a module from Flax, which would make it a submodule with a path of its own."""
+
+    module: nn.Module
+
+
 class Adapted(nn.Module):
     """``base`` with the low-rank factors of ``lora``; made by ``adapt``.
 
-    It shares the scope of ``base``, so that parameter paths are those of ``base``. Methods of
-    ``base`` are there under their own names and run adapted, as does ``apply(..., method=...)``.
+    The base runs in the scope of this module, so that parameter paths and random streams are those
+    of the base alone. (``nn.share_scope`` would keep the parameter paths, but submodules given as
+    fields keep another path and random stream.) Methods of the base are there under their own names
+    and run adapted, as does ``apply(..., method=...)``.
     """
 
-    base: nn.Module
+    held: _Held
     lora: LoRA
 
-    def setup(self):
-        nn.share_scope(self, self.base)
+    @property
+    def base(self) -> nn.Module:
+        """The module that was adapted."""
+        return self.held.module
 
     def __call__(self, *args, **kwargs):
         return self._run("__call__", *args, **kwargs)
@@ -92,9 +103,9 @@ class Adapted(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "base" not in vars(self):
+            if name.startswith("_") or "held" not in vars(self):
                 raise
-        value = getattr(self.base, name)
+        value = getattr(_bound_base(self), name)
         parts = jax.tree.leaves(value, is_leaf=lambda part: isinstance(part, nn.Module))
         if self.lora.target is not None and any(isinstance(part, nn.Module) for part in parts):
             raise AttributeError(
@@ -113,7 +124,7 @@ def adapt_linen(module: nn.Module, lora: LoRA) -> Adapted:
             "adapt was given a module that is adapted already. Adapt the base module instead, "
             "with one description: adapt(module.base, lora)."
         )
-    return Adapted(module, lora)
+    return Adapted(_Held(module), lora)
 
 
 def check_adapted(paths: Iterable[tuple[str, ...]], lora: LoRA) -> None:
@@ -134,10 +145,18 @@ def check_adapted(paths: Iterable[tuple[str, ...]], lora: LoRA) -> None:
             )
 
 
+def _bound_base(adapted: Adapted) -> nn.Module:
+    if adapted.scope is None:
+        return adapted.base
+    # Rewound, so that a second call finds the names of the first free.
+    return adapted.base.copy(parent=adapted.scope.rewound())
+
+
 def _call(adapted: Adapted, method, *args, **kwargs):
+    base = _bound_base(adapted)
     if isinstance(method, str):
-        return getattr(adapted.base, method)(*args, **kwargs)
-    return method(adapted.base, *args, **kwargs)
+        return getattr(base, method)(*args, **kwargs)
+    return method(base, *args, **kwargs)
 
 
 def _intercepted(adapted: Adapted, method, *args, **kwargs):

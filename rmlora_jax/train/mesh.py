@@ -27,13 +27,13 @@ class Devices(NamedTuple):
         return self.mesh.size
 
 
-def all_devices(parallel: str = "mesh") -> Devices:
-    """A mesh of one axis over all devices of all processes."""
+def all_devices(parallel: str = "mesh", *, limit: int | None = None) -> Devices:
+    """A mesh of one axis over all devices of all processes, or over the first ``limit``."""
     # In the order of the processes, so that the rows of a global batch lie in the order in which
     # the processes read them; make_mesh may permute devices, and its Explicit axes break ordinary
     # Linen models.
     row = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-    mesh = Mesh(np.array(row), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = Mesh(np.array(row[:limit]), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
     return Devices(mesh, parallel)
 
 
@@ -86,7 +86,12 @@ def spread(fn: Callable, devices: Devices, *, donate: bool = False) -> Callable:
     donated = (0,) if donate else ()
     if devices.parallel == "pmap":
         return jax.pmap(
-            fn, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=donated
+            fn,
+            axis_name=AXIS,
+            in_axes=(None, None, 0),
+            out_axes=None,
+            devices=list(devices.mesh.devices.flat),
+            donate_argnums=donated,
         )
     replicated, split = PartitionSpec(), PartitionSpec(AXIS)
     # check_vma would insert a reduction of its own at every use of a replicated value, inside the

@@ -104,7 +104,7 @@ def make_train_step(
         grads, (loss, correct) = jax.tree.map(lambda x: x / count, jax.lax.psum(sums, AXIS))
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": loss, "accuracy": correct, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "accuracy": correct, "grad_norm": optax.tree.norm(grads)}
         if factors:
             metrics["penalty"] = rm.orthogonality(state.trainable)
             metrics["kept_fraction"] = rm.kept_fraction(opt_state)
