@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from rmlora_jax.train import loop, setup
+from rmlora_jax.train import setup
 from rmlora_jax.train.mesh import all_devices, shard
 
 CONFIG = config_flags.DEFINE_config_file("config")
@@ -35,14 +35,16 @@ def rate(step, state, constants, batches, steps):
 
 
 def main(_):
+    logging.set_verbosity(logging.WARNING)
     config = CONFIG.value
     devices = all_devices(config.parallel)
     for mode in ("resident", "stream"):
         config.data.mode = mode
         job = setup.build(config, devices)
-        state, step = job.state, loop.compile_steps(job, job.state, devices).train_step
+        state = job.state
         fed = (shard(batch, devices) for batch in job.feed.train(0))
-        fixed = shard(next(job.feed.train(0)), devices)
+        fixed = next(fed)
+        step = job.train_step.lower(state, job.constants, fixed).compile()
         still = iter(lambda fixed=fixed: fixed, None)
         rates = {"still": [], "fed": []}
         for batches in (still, fed):  # warm up

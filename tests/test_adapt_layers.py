@@ -206,7 +206,9 @@ class Boxed(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):
         init = nn.initializers.lecun_normal()
-        heads = nn.DenseGeneral((2, 4), kernel_init=boxed(init, "embed", "heads"), name="heads")(x)
+        heads = nn.DenseGeneral(
+            (2, 4), kernel_init=boxed(init, "embed", "heads", "kv"), name="heads"
+        )(x)
         out = nn.DenseGeneral(
             8, axis=(-2, -1), kernel_init=boxed(init, "heads", "embed"), name="out"
         )

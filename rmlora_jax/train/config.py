@@ -13,7 +13,9 @@ METHODS = ("rm_lora", "lora", "full", "head")
 
 # Fields that may differ between a run and its continuation: they change where things are, or what is
 # written, and no number.
-FREE_ON_RESUME = frozenset({"data.data_dir", "data.workers", "log_every", "compilation_cache"})
+FREE_ON_RESUME = frozenset(
+    {"data.data_dir", "data.workers", "data.processes", "log_every", "compilation_cache"}
+)
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -50,7 +52,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.validation = 0.1  # fraction (below 1) or number of training images held out
     c.data.limit = 0  # use this many training images only; 0: all
     c.data.mode = "auto"  # resident: all on the device; stream; auto: resident if it fits
-    c.data.workers = 8  # threads that decode a streamed data set
+    c.data.workers = 8  # threads that decode
+    c.data.processes = 0  # processes that decode streamed training images; 0: threads of this one
     c.data.flip = True  # mirror training images at random
     c.data.crop = "pad"  # pad: shift by up to an eighth; resized: random part; none
 
@@ -135,7 +138,7 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     for field in ("batch_size", "accumulate", "eval_batch_size", "log_every", "lora.rank",
                   "model.unroll", "data.workers"):
         need(vars(flat)[field] >= 1, field, "at least 1")
-    for field in ("steps", "eval_every", "model.image_size", "data.limit", "rm.penalty",
+    for field in ("steps", "eval_every", "model.image_size", "data.limit", "data.processes", "rm.penalty",
                   "optimizer.weight_decay", "optimizer.clip", "rm.start_step"):
         need(vars(flat)[field] >= 0, field, "0 or more")
     need(c.steps > 0 or c.epochs > 0, "epochs", "above 0 where steps is 0")

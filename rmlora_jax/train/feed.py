@@ -108,7 +108,12 @@ def open_feed(
 
         def train(step):
             return data.stream_batches(
-                images.train, config.batch_size, start_step=step, **options, **reading
+                images.train,
+                config.batch_size,
+                start_step=step,
+                workers=c.processes,
+                **options,
+                **reading,
             )
 
         def evaluate(split):
