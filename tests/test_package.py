@@ -1,0 +1,91 @@
+"""The package as a whole: what importing it costs, and that its words are true."""
+
+import doctest
+import importlib
+import json
+import pkgutil
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rmlora_jax
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(m.name for m in pkgutil.walk_packages(rmlora_jax.__path__, "rmlora_jax."))
+
+
+def test_import_is_light():
+    code = """
+import json, sys, time
+import jax, flax, flax.linen, optax
+began = time.perf_counter()
+import rmlora_jax
+print(json.dumps([sorted(sys.modules), time.perf_counter() - began]))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules, _ = json.loads(out.stdout)
+    heavy = {"transformers", "tensorflow_datasets", "orbax", "matplotlib", "grain", "flax.nnx",
+             "tensorflow", "torch", "sklearn", "ml_collections", "safetensors"}
+    before = "import json, sys, jax, flax, flax.linen, optax; print(json.dumps(sorted(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", before], capture_output=True, text=True, check=True)
+    # Whatever flax itself brings (its nnx, say) is not ours to answer for.
+    assert not (heavy & set(modules)) - set(json.loads(out.stdout))
+    assert not {"transformers", "tensorflow_datasets", "orbax", "matplotlib", "grain"} & set(modules)
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in rmlora_jax.__all__:
+        assert getattr(rmlora_jax, name).__doc__, name
+    assert rmlora_jax.__all__ == sorted(rmlora_jax.__all__)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+def test_readme_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert float(names["value"]) < 2.6  # from log(10) + 0.1 R, R near 1.6
+    base, plain = names["base"].params, names["plain"]
+    import jax
+
+    assert jax.tree.structure(base) == jax.tree.structure(plain)
+    assert int(names["state"][0].count) == 3
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_tables_are_those_of_the_stored_rows():
+    sys.path.insert(0, str(ROOT / "tests" / "results"))
+    import tables
+
+    text = (ROOT / "configs" / "README.md").read_text()
+    assert tables.with_tables(text) == text
+    # The table's figures once more, by hand.
+    rows = tables.rows("vit_tiny_cifar100")
+    readme = (ROOT / "README.md").read_text()
+    for method in ("lora", "rm_lora"):
+        values = [100 * row["accuracy"] for row in rows if row["method"] == method]
+        assert len(values) >= 3
+        figure = f"{sum(values) / len(values):.2f} ± {statistics.stdev(values):.2f} %"
+        assert figure in text and figure in " ".join(readme.split())
+
+
+@pytest.mark.slow
+def test_quickstart_reaches_98_percent(tmp_path):
+    command = [sys.executable, str(ROOT / "run.py"), f"--workdir={tmp_path}"]
+    subprocess.run(command, check=True, timeout=900, stdout=subprocess.DEVNULL)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["eval"]["accuracy"] >= 0.98
+    assert summary["method"] == "rm_lora" and summary["dataset"] == "digits"
