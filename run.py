@@ -25,6 +25,11 @@ PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "print the resolved conf
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "join the processes of a cluster through jax.distributed first"
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, where jax cannot detect the cluster"
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "goes with --coordinator")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "goes with --coordinator")
 DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error")
 
 
@@ -44,7 +49,7 @@ def main(argv):
         if DISTRIBUTED.value:
             import jax
 
-            jax.distributed.initialize()
+            jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         loop.train(CONFIG.value, workdir())
     except UserError as e:
         stop(e)

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import numbers
 import operator
 import re
 from collections.abc import Iterable, Mapping
@@ -52,6 +53,7 @@ class LoRA:
         init: the values A starts from; B starts at 0, save for "pissa".
             "kaiming": uniform within +-1/sqrt(in), as in loralib and PEFT.
             "normal": N(0, 0.02^2). "gaussian": N(0, 1/r^2). "orthogonal": orthonormal columns.
+            (For ``Embed``, in is the number of embeddings.)
             "pissa": A and B are the principal singular directions of W_0, which ``attach`` moves
             out of it; needs loaded weights, so ``attach`` only.
         dtype: dtype of the factors. The product runs in the dtype of the layer's output.
@@ -60,7 +62,7 @@ class LoRA:
         rs: rank-stabilised scale, alpha / sqrt(r).
         execution: "factored" computes (x A) B beside the layer; "merged" runs the layer on
             W_0 + s A B, which is cheaper where tokens are many times the width and no gradient is
-            taken; "auto" is "factored".
+            taken (with dropout active it runs factored, too); "auto" is "factored".
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names the field, the value
@@ -214,7 +216,7 @@ def _error(field: str, value, allowed: str) -> ValueError:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _rank(field: str, value) -> int:

@@ -61,6 +61,16 @@ def test_dropout_never_touches_the_base_or_integers():
     np.testing.assert_array_equal(embed.apply({"params": table}, IDS, rngs=rngs), expected)
 
 
+def test_dropout_acts_in_merged_execution_too():
+    adapted, params = dropout_layer(0.25)
+    merging = adapt(adapted.base, LoRA(rank=8, dropout=0.25, execution="merged"))
+    x, rngs = jnp.ones((40, 8)), {"dropout": jax.random.key(0)}
+    y = adapted.apply({"params": params}, x, rngs=rngs)
+    np.testing.assert_array_equal(merging.apply({"params": params}, x, rngs=rngs), y)
+    assert (np.asarray(y) == 0).any()
+    np.testing.assert_array_equal(merging.apply({"params": params}, x), x)
+
+
 def test_dropout_differs_between_scanned_layers():
     class Step(nn.Module):
         @nn.compact

@@ -73,6 +73,7 @@ def test_a_regular_expression_must_match_the_whole_path():
     assert not lora.targets("encoder/layers")
     assert not lora.targets("vit/encoder/layers/mlp/fc1")
     assert not LoRA(1, target="query").targets("attention/query")
+    assert not LoRA(1, target="query").targets("query/inner")
 
 
 def test_a_tuple_of_names_matches_last_components():

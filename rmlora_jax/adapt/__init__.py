@@ -17,7 +17,10 @@ def adapt(module: nn.Module, lora: LoRA, *, rngs=None) -> nn.Module:
     (both jitted), in the same dtype, and parameter paths are those of ``module``. Dense,
     DenseGeneral (hence MultiHeadDotProductAttention), Conv (grouped too) and Embed (``attend`` too)
     are adapted wherever they stand: in a loop, or under nn.scan, nn.remat, nn.vmap and nn.jit.
-    Every method of ``module``, ``apply(..., method=...)`` and ``bind`` run adapted.
+    Every method of ``module``, ``apply(..., method=...)`` and ``bind`` run adapted. A targeted layer
+    whose factors could not be merged (ConvTranspose, Einsum, ConvLocal, a masked Conv, a weight under
+    WeightNorm, SpectralNorm or a class made by ``nn.map_variables``) is refused. ``nn.map_variables``
+    applied to a function is invisible here: exclude what it transforms.
 
     The factors are parameters ``lora_a`` and ``lora_b`` beside the weight: make them with
     ``attach`` for parameters that exist already, or with ``init`` for a new model.

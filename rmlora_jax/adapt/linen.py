@@ -242,8 +242,10 @@ class _Interceptor:
     def call_layer(self, layer, path, next_fun, args, kwargs, context):
         module, lora = context.module, self.lora
         initialising = not module.has_variable("params", FACTORS[0])
-        merged = lora.execution == "merged" and not initialising
-        # At init the layer makes its weight first: the factors follow its shape and its box.
+        drops = bool(lora.dropout) and module.has_rng("dropout")
+        # Dropout on the way into A alone has no merged form. At init the layer makes its weight
+        # first: the factors follow its shape and its box.
+        merged = lora.execution == "merged" and not (initialising or drops)
         y = None if merged else next_fun(*args, **kwargs)
         weight = module.get_variable("params", layer.weight)
         a, b = _factors(module, lora, path, layer.kind, weight)
@@ -256,7 +258,8 @@ class _Interceptor:
             (x,) = (*args, *kwargs.values())
             if layer.attends:
                 return y + product.low_rank_attend(x, y, a, b, scale)
-            x = _dropout(module, x, lora.dropout)
+            if drops and jnp.issubdtype(x.dtype, jnp.inexact):
+                x = _dropout(module.make_rng("dropout"), x, lora.dropout)
             return y + product.low_rank(layer.kind, module, weight.shape, x, y, a, b, scale)
         finally:
             self.paused = False
@@ -273,10 +276,8 @@ def _plain_call(layer, weight, context, args, kwargs):
     return plain.apply({"params": params}, *args, method=context.method_name, **kwargs)
 
 
-def _dropout(module, x, rate):
-    if not (rate and module.has_rng("dropout") and jnp.issubdtype(x.dtype, jnp.inexact)):
-        return x
-    kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+def _dropout(key, x, rate):
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 

@@ -31,6 +31,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     check_config(config)
     workdir = Path(workdir).absolute()
     check_workdir(config, workdir)
+    if (workdir / "summary.json").exists():  # written last
+        summary = read_json(workdir / "summary.json")
+        print(f"this run is finished; another --workdir starts a new one\n{ending(summary, workdir)}")
+        return summary
     use_compilation_cache(config.compilation_cache)
     devices = all_devices(config.parallel)
     job = setup.build(config, devices)
@@ -83,9 +87,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     if leader:
         write_json(workdir / "summary.json", summary)
         write_report(workdir)
-        judgement = verdict(read_metrics(workdir))
-        print(terminal.closing(summary, workdir, verdict=judgement), flush=True)
+        print(ending(summary, workdir), flush=True)
     return summary
+
+
+def ending(summary: dict, workdir: Path) -> str:
+    return terminal.closing(summary, workdir, verdict=verdict(read_metrics(workdir)))
 
 
 class Compiled(NamedTuple):
