@@ -171,6 +171,22 @@ class LoRA:
                 raise _unmatched(field, rule, paths, "module or parameter")
 
 
+def unselected_factors(lora: LoRA, path: str) -> ValueError:
+    """The error for parameters that were made with another description than ``lora``."""
+    return ValueError(
+        f"the parameters hold factors at {path!r}, which LoRA.target {lora.target!r} does not "
+        "select: use the description that the factors were made with."
+    )
+
+
+def missing_factors(where: str = "") -> ValueError:
+    """The error for parameters without factors."""
+    return ValueError(
+        f"the parameters hold no factors (lora_a, lora_b){where}: make them with "
+        "params = attach(key, adapted, base_params, *example_args)."
+    )
+
+
 def _matches(rule: Rule | None, path: str) -> bool:
     if rule is None:
         return False

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rmlora_jax.adapt import Adapted, product
 from rmlora_jax.adapt.linen import WEIGHTS, check_adapted
-from rmlora_jax.lora import FACTORS, LoRA
+from rmlora_jax.lora import FACTORS, LoRA, missing_factors, unselected_factors
 
 __all__ = ["attach", "join", "merge", "split"]
 
@@ -187,10 +187,7 @@ def adapted_weights(params: Params, lora: LoRA) -> Iterator[AdaptedWeight]:
     flat = {path: meta.unbox(leaf) for path, leaf in _flatten(params).items()}
     modules = sorted({path[:-1] for path in flat if path[-1] in FACTORS})
     if lora.target is not None and not modules:
-        raise ValueError(
-            "the parameters hold no factors (lora_a, lora_b): make them with "
-            "params = attach(key, adapted, base_params, *example_args)."
-        )
+        raise missing_factors()
     for module in modules:
         path = "/".join(module)
         names = [name for name in WEIGHTS if (*module, name) in flat]
@@ -201,10 +198,7 @@ def adapted_weights(params: Params, lora: LoRA) -> Iterator[AdaptedWeight]:
                 "whole parameters, join(trainable, frozen)."
             )
         if not lora.targets(path):
-            raise ValueError(
-                f"the parameters hold factors at {path!r}, which LoRA.target {lora.target!r} does "
-                "not select: use the description that the factors were made with."
-            )
+            raise unselected_factors(lora, path)
         weight, a, b = (flat[(*module, name)] for name in (names[0], *FACTORS))
         _check_layout(path, weight, a, b)
         if a.shape[-1] != lora.rank_of(path):

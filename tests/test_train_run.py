@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,9 +104,20 @@ def test_what_a_run_leaves(finished, tiny_vit):
         assert words in done.stdout
 
 
-def test_same_folder_again_changes_nothing(finished, tiny_vit):
+def test_a_finished_run_says_so(finished, tiny_vit):
     workdir, _ = finished
-    before, summary = leaves(workdir), json.loads((workdir / "summary.json").read_text())
+    summary = (workdir / "summary.json").read_bytes()
+    done = run(tiny_vit, workdir)
+    assert "this run is finished" in done.stdout and "test, last step" in done.stdout
+    assert (workdir / "summary.json").read_bytes() == summary
+
+
+def test_killed_before_the_summary_only_evaluates(finished, tiny_vit, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished[0], workdir)
+    summary = json.loads((workdir / "summary.json").read_text())
+    (workdir / "summary.json").unlink()
+    before = leaves(workdir)
     run(tiny_vit, workdir)
     after = leaves(workdir)
     assert all(np.array_equal(before[k], after[k]) for k in before)
@@ -208,10 +220,9 @@ def test_another_config_in_the_same_folder_is_refused(finished, tiny_vit):
 
 
 def test_damaged_checkpoint_is_reported(finished, tiny_vit, tmp_path):
-    import shutil
-
     workdir = tmp_path / "damaged"
     shutil.copytree(finished[0], workdir)
+    (workdir / "summary.json").unlink()  # as if killed before the end
     for file in (workdir / "checkpoints" / str(STEPS) / "default").rglob("*"):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(b"")

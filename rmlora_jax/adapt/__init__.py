@@ -17,10 +17,12 @@ def adapt(module: nn.Module, lora: LoRA, *, rngs=None) -> nn.Module:
     (both jitted), in the same dtype, and parameter paths are those of ``module``. Dense,
     DenseGeneral (hence MultiHeadDotProductAttention), Conv (grouped too) and Embed (``attend`` too)
     are adapted wherever they stand: in a loop, or under nn.scan, nn.remat, nn.vmap and nn.jit.
-    Every method of ``module``, ``apply(..., method=...)`` and ``bind`` run adapted. A targeted layer
-    whose factors could not be merged (ConvTranspose, Einsum, ConvLocal, a masked Conv, a weight under
-    WeightNorm, SpectralNorm or a class made by ``nn.map_variables``) is refused. ``nn.map_variables``
-    applied to a function is invisible here: exclude what it transforms.
+    Every method of ``module``, ``apply(..., method=...)`` and ``bind`` run adapted.
+
+    A targeted layer whose factors could not be merged is refused by ``attach``, ``init`` or
+    ``apply``: ConvTranspose, Einsum, ConvLocal, a masked Conv, a weight under WeightNorm,
+    SpectralNorm or a class made by ``nn.map_variables``. What ``nn.map_variables`` does to a
+    function cannot be seen here: exclude the layers whose weights it transforms.
 
     The factors are parameters ``lora_a`` and ``lora_b`` beside the weight: make them with
     ``attach`` for parameters that exist already, or with ``init`` for a new model.

@@ -14,7 +14,7 @@ from flax import traverse_util
 from flax.core import meta
 
 from rmlora_jax.adapt import product
-from rmlora_jax.lora import FACTORS, LoRA
+from rmlora_jax.lora import FACTORS, LoRA, missing_factors, unselected_factors
 
 WEIGHTS = ("kernel", "embedding")
 
@@ -218,11 +218,7 @@ class _Interceptor:
             self.check_layer(module, path)
             return self.call_layer(layer, "/".join(path), next_fun, args, kwargs, context)
         if module.has_variable("params", FACTORS[0]):
-            raise ValueError(
-                f"the parameters hold factors at {'/'.join(path)!r}, which LoRA.target "
-                f"{self.lora.target!r} does not select: use the description that the factors were "
-                "made with."
-            )
+            raise unselected_factors(self.lora, "/".join(path))
         return next_fun(*args, **kwargs)
 
     def check_layer(self, module, path):
@@ -288,10 +284,7 @@ def _factors(module, lora, path, kind, weight):
     shapes = product.factor_shapes(shape, axes, lora.rank_of(path))
     if not module.has_variable("params", FACTORS[0]):
         if not module.is_mutable_collection("params"):
-            raise ValueError(
-                f"the parameters hold no factors at {path!r}: make them with "
-                "params = attach(key, adapted, base_params, *example_args)."
-            )
+            raise missing_factors(f" at {path!r}")
         key = module.make_rng("params")
         values = (
             product.initial_a(key, shapes[0], lora.init, lora.dtype),
