@@ -35,7 +35,7 @@ DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error")
 
 def main(argv):
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; set a field with --config.a.b=value")
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; fields: --config.a.b=value")
     if PRINT_CONFIG.value:
         print(CONFIG.value)
         return

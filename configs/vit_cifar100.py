@@ -1,4 +1,4 @@
-"""The paper's vision setting: ViT-B/16 (ImageNet-21k) on CIFAR-100, every encoder linear adapted."""
+"""The paper's vision setting: ViT-B/16 (ImageNet-21k) on CIFAR-100, all encoder linears adapted."""
 
 from rmlora_jax.train.config import default_config
 

@@ -63,7 +63,7 @@ def test_eight_devices_equal_one(config, one_device, parallel):
     one, _, _ = one_device
     devices = all_devices(parallel)
     assert devices.count == 8
-    eight, job, state = follow(config, devices)
+    eight, _job, _state = follow(config, devices)
     np.testing.assert_array_equal(one["ids"], eight["ids"])
     np.testing.assert_array_equal(one["correct"], eight["correct"])
     np.testing.assert_array_equal(one["kept"], eight["kept"])
@@ -97,7 +97,8 @@ def test_evaluation_counts_are_equal_on_every_device_count(config, one_device):
     params = rm.join(trainable, jax.device_get(job.constants.frozen))
     pretrained = load_vit(config.model.source, num_classes=10)
     model = rm.adapt(ViT(pretrained.config, 10), job.lora)
-    logits = model.apply({"params": params}, augment(jnp.asarray(pixels), image_size=16, train=False))
+    inputs = augment(jnp.asarray(pixels), image_size=16, train=False)
+    logits = model.apply({"params": params}, inputs)
     assert results[0][0] == int((np.asarray(logits).argmax(-1) == labels).sum())
 
 
@@ -108,7 +109,7 @@ def test_lora_steps_equal_plain_optax(config):
     config.optimizer.label_smoothing = 0.1
     config.optimizer.weight_decay = 0.01
     devices = all_devices()
-    seen, job, state = follow(config, devices, steps=5)
+    seen, _job, state = follow(config, devices, steps=5)
 
     start = setup.build(config, devices)
     trainable = jax.device_get(start.state.trainable)
@@ -188,7 +189,8 @@ def test_learning_rate(config, schedule):
     rate = method.learning_rate(config, 100)
     t = np.arange(100)
     after = (t - 25) / 75
-    shape = {"linear": 1 - after, "cosine": 0.5 * (1 + np.cos(np.pi * after)), "constant": 1 + 0 * t}
+    cosine = 0.5 * (1 + np.cos(np.pi * after))
+    shape = {"linear": 1 - after, "cosine": cosine, "constant": 1 + 0 * t}
     expected = 1e-3 * np.where(t < 25, t / 25, shape[schedule])
     np.testing.assert_allclose([float(rate(s)) for s in t], expected, atol=1e-9)
 

@@ -11,8 +11,8 @@ from rmlora_jax.errors import UserError
 
 METHODS = ("rm_lora", "lora", "full", "head")
 
-# Fields that may differ between a run and its continuation: they change where things are, or what is
-# written, and no number.
+# Fields that may differ between a run and its continuation: they change where things are, or
+# what is written, and no number.
 FREE_ON_RESUME = frozenset(
     {"data.data_dir", "data.workers", "data.processes", "log_every", "compilation_cache"}
 )
@@ -46,7 +46,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.name = "cifar100"  # digits, or an image-classification name of TFDS
     c.data.data_dir = config_dict.placeholder(str)  # of TFDS; None: its own default
     c.data.train_split = "train"  # a split or a slice, such as train[:80%]
-    c.data.test_split = config_dict.placeholder(str)  # None: test where it has labels, or validation
+    c.data.test_split = config_dict.placeholder(str)  # None: test if labelled, or validation
     c.data.image_key = "image"  # names of the features
     c.data.label_key = "label"
     c.data.validation = 0.1  # fraction (below 1) or number of training images held out
@@ -138,8 +138,8 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     for field in ("batch_size", "accumulate", "eval_batch_size", "log_every", "lora.rank",
                   "model.unroll", "data.workers"):
         need(vars(flat)[field] >= 1, field, "at least 1")
-    for field in ("steps", "eval_every", "model.image_size", "data.limit", "data.processes", "rm.penalty",
-                  "optimizer.weight_decay", "optimizer.clip", "rm.start_step"):
+    for field in ("steps", "eval_every", "model.image_size", "data.limit", "data.processes",
+                  "rm.penalty", "rm.start_step", "optimizer.weight_decay", "optimizer.clip"):
         need(vars(flat)[field] >= 0, field, "0 or more")
     need(c.steps > 0 or c.epochs > 0, "epochs", "above 0 where steps is 0")
     need(c.optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0")
@@ -152,7 +152,8 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     if c.rm.draw == "bernoulli":
         need(0 < c.rm.keep <= 1, "rm.keep", "a probability in (0, 1]")
     else:
-        need(c.rm.keep >= 1 and c.rm.keep == int(c.rm.keep), "rm.keep", "a whole number with draw exact")
+        whole = c.rm.keep >= 1 and c.rm.keep == int(c.rm.keep)
+        need(whole, "rm.keep", "a whole number with draw exact")
         need(c.rm.unit == "rank", "rm.unit", "rank with draw exact")
     for field in ("lora.target", "lora.train"):
         try:

@@ -33,7 +33,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     check_workdir(config, workdir)
     if (workdir / "summary.json").exists():  # written last
         summary = read_json(workdir / "summary.json")
-        print(f"this run is finished; another --workdir starts a new one\n{ending(summary, workdir)}")
+        print("this run is finished; another --workdir starts a new one")
+        print(ending(summary, workdir), flush=True)
         return summary
     use_compilation_cache(config.compilation_cache)
     devices = all_devices(config.parallel)
@@ -186,7 +187,9 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f"cannot make the workdir {workdir}: {e.strerror}; give another --workdir") from e
+        raise UserError(
+            f"cannot make the workdir {workdir}: {e.strerror}; give another --workdir"
+        ) from e
     file = workdir / "config.json"
     if not file.exists():
         if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):

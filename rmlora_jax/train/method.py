@@ -44,7 +44,8 @@ def learning_rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
     }[c.schedule]
     if not warmup:
         return decay
-    return optax.join_schedules([optax.linear_schedule(0.0, c.learning_rate, warmup), decay], [warmup])
+    rise = optax.linear_schedule(0.0, c.learning_rate, warmup)
+    return optax.join_schedules([rise, decay], [warmup])
 
 
 def optimizer(

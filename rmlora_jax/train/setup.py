@@ -51,12 +51,12 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
             f"--config.batch_size={devices.count * config.accumulate}, or a multiple of it"
         )
     data = feed.load(config)
-    keys = dict(zip(("head", "factors"), jax.random.split(jax.random.key(config.seed))))
+    head_key, factors_key = jax.random.split(jax.random.key(config.seed))
     pretrained = load_vit(
         config.model.source,
         num_classes=data.num_classes,
         image_size=config.model.image_size or None,
-        key=keys["head"],
+        key=head_key,
     )
     model = ViT(
         pretrained.config,
@@ -70,7 +70,7 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
     adapted = rm.adapt(model, lora)
     size = pretrained.image_size
     image = jax.ShapeDtypeStruct((1, size, size, pretrained.config.num_channels), jnp.float32)
-    params = rm.attach(keys["factors"], adapted, pretrained.params, image)
+    params = rm.attach(factors_key, adapted, pretrained.params, image)
     trainable, frozen = rm.split(params, lora)
     count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
 
