@@ -210,7 +210,7 @@ def test_mistakes_end_in_plain_words(tiny_vit, tmp_path, overrides, devices, wor
     assert len(done.stderr.strip().splitlines()) <= 3, done.stderr
     for word in words:
         assert word in done.stderr
-    assert not (tmp_path / "new" / "config.json").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_another_config_in_the_same_folder_is_refused(finished, tiny_vit):

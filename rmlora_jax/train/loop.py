@@ -38,7 +38,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
         return summary
     use_compilation_cache(config.compilation_cache)
     devices = all_devices(config.parallel)
-    job = setup.build(config, devices)
+    try:
+        job = setup.build(config, devices)
+    except UserError:
+        if not any(workdir.iterdir()):
+            workdir.rmdir()
+        raise
     leader = jax.process_index() == 0
     if leader:
         write_json(workdir / "config.json", config.to_dict())
