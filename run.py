@@ -46,13 +46,27 @@ def main(argv):
 
     try:
         config.check_config(CONFIG.value)
-        if DISTRIBUTED.value:
-            import jax
-
-            jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        if DISTRIBUTED.value or COORDINATOR.value:
+            join_processes()
         loop.train(CONFIG.value, workdir())
     except UserError as e:
         stop(e)
+
+
+def join_processes():
+    import jax
+
+    from rmlora_jax.errors import UserError
+
+    if not WORKDIR.value:
+        raise UserError("several processes need one --workdir, on a disk that all of them see")
+    try:
+        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    except (ValueError, RuntimeError) as e:
+        raise UserError(
+            f"the processes cannot be joined: {e}\n"
+            "Give each --coordinator=HOST:PORT --num_processes=N --process_id=I"
+        ) from e
 
 
 def workdir() -> Path:

@@ -194,6 +194,9 @@ def test_other_methods(tiny_vit, tmp_path, method, trained):
     [
         (["--config.method=rmlora"], 1, ["config.method='rmlora'", "did you mean rm_lora"]),
         (["--config.lrr=1"], 1, ["no field", "lrr"]),
+        (["--config.lora.target=encoder/block.*"], 1, ["encoder/layers", "--config.lora."]),
+        (["--config.rm.draw=exact", "--config.rm.keep=9"], 1, ["--config.rm."]),
+        (["--config.model.attention=cudnn"], 1, ["--config.model.attention"]),
         (["--config=configs/nothing.py"], 1, ["no config file", "quickstart.py"]),
         (["--config.batch_size=12"], 8, ["batch_size=12", "8 devices", "--config.batch_size="]),
         (["--config.model.source=some/where"], 1, ["some/where"]),

@@ -89,6 +89,13 @@ ARCHIVES = {
 }
 
 
+def archive_of(name) -> Archive | None:
+    """The archive of a parsed TFDS name: CIFAR without a config, in the version built here."""
+    if name.config or name.version not in (None, VERSION):
+        return None
+    return ARCHIVES.get(name.name)
+
+
 def prepare_cifar(
     archive: Archive, data_dir: os.PathLike, *, base_url: str | None = None
 ) -> Path:

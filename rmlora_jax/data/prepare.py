@@ -15,7 +15,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from rmlora_jax.data.cifar import ARCHIVES, prepare_cifar
+from rmlora_jax.data.cifar import archive_of, prepare_cifar
 from rmlora_jax.data.tfds_images import (
     Name,
     default_data_dir,
@@ -34,8 +34,8 @@ def prepare(text: str, data_dir: os.PathLike | None = None) -> Path:
     """
     name = Name.parse(text)
     data_dir = Path(data_dir).expanduser() if data_dir else default_data_dir()
-    if name in (Name("cifar10"), Name("cifar100")):
-        return find_prepared(name, data_dir) or prepare_cifar(ARCHIVES[text], data_dir)
+    if archive := archive_of(name):
+        return find_prepared(name, data_dir) or prepare_cifar(archive, data_dir)
     tfds = import_tfds()
     if name.name not in tfds.list_builders(with_community_datasets=False):
         raise not_prepared(text, name, data_dir)

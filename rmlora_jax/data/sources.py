@@ -4,7 +4,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from rmlora_jax.data.cifar import ARCHIVES, prepare_cifar
+from rmlora_jax.data.cifar import archive_of, prepare_cifar
 from rmlora_jax.data.dataset import Dataset, Subset, with_validation
 from rmlora_jax.data.digits import load_digits
 from rmlora_jax.data.tfds_images import (
@@ -63,13 +63,14 @@ def load_images(
     data_dir = Path(data_dir).expanduser() if data_dir else default_data_dir()
     parsed = Name.parse(name)
     folder = find_prepared(parsed, data_dir)
-    if folder is None and parsed in (Name("cifar10"), Name("cifar100")):
+    archive = archive_of(parsed)
+    if folder is None and archive is not None:
         if not download:
             raise UserError(
                 f"{name} is not prepared in {data_dir}: type\n"
                 f"python -m rmlora_jax.data.prepare {name} --data_dir={data_dir}"
             )
-        folder = prepare_cifar(ARCHIVES[name], data_dir, base_url=base_url)
+        folder = prepare_cifar(archive, data_dir, base_url=base_url)
     if folder is None:
         raise not_prepared(name, parsed, data_dir)
 

@@ -4,6 +4,7 @@ The base is never written: it comes from where the config says. Kept are the lat
 which a run continues, and the best one by validation.
 """
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,17 @@ class Score(NamedTuple):
 
 
 def score(metrics: dict) -> Score:
-    return Score(metrics["accuracy"], -metrics["loss"])
+    loss = metrics["loss"]
+    return Score(metrics["accuracy"], -loss if math.isfinite(loss) else -math.inf)
 
 
 def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
-    """The manager of ``workdir/checkpoints``; saves are asynchronous, close it to wait for them."""
+    """The manager of ``workdir/checkpoints``; saves are asynchronous, close it to wait for them.
+
+    Raises:
+      UserError: the folder is none, or what it says of its steps is missing or damaged.
+    """
+    folder = workdir / "checkpoints"
     policy = preservation_policy
     options = ocp.CheckpointManagerOptions(
         save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),
@@ -37,7 +44,17 @@ def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
         best_fn=lambda metrics: metrics["accuracy"],  # without it orbax writes no metrics
         cleanup_tmp_directories=True,  # what a killed save left behind
     )
-    return ocp.CheckpointManager(workdir / "checkpoints", options=options)
+    advice = "delete the damaged step in it, or start anew with another --workdir"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; start anew with another --workdir")
+    try:
+        manager = ocp.CheckpointManager(folder, options=options)
+    except Exception as e:  # whatever a damaged file makes orbax raise
+        raise UserError(f"{folder} cannot be read ({type(e).__name__}); {advice}") from e
+    for step in manager.all_steps():
+        if manager.metrics(step) is None:
+            raise UserError(f"{folder / str(step)} has lost its metrics; {advice}")
+    return manager
 
 
 def save(manager: ocp.CheckpointManager, state: State, validation: dict[str, float]) -> None:

@@ -26,7 +26,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.epochs = 8.0  # passes over the training split; ignored where steps is set
     c.steps = 0  # optimizer steps; 0: from epochs
     c.batch_size = 64  # examples an optimizer step, over all devices of all processes
-    c.accumulate = 1  # micro-batches a step: memory of batch_size / accumulate, same numbers
+    c.accumulate = 1  # micro-batches a step: memory of batch_size / accumulate
     c.eval_batch_size = 256  # examples an evaluation step, over all devices
     c.eval_every = 0  # steps between evaluations (each is a checkpoint); 0: once an epoch
     c.log_every = 20  # steps between lines of metrics.jsonl
@@ -37,7 +37,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.source = "google/vit-base-patch16-224-in21k"  # folder, bundled name, or hub name
     c.model.image_size = 0  # pixels; 0: the checkpoint's own. Positions are interpolated
     c.model.dtype = "bfloat16"  # of the computation: bfloat16, float16, float32
-    c.model.base_dtype = "float32"  # in which the frozen base is held: float32, bfloat16
+    c.model.base_dtype = "float32"  # in which the frozen base is held; as dtype
     c.model.attention = "auto"  # xla, cudnn, or auto: cudnn where it runs
     c.model.unroll = 1  # layers a turn of the scan: 1 compiles fastest, all layers run fastest
     c.model.remat = "none"  # none, dots (keep matrix products), full: less memory, more time
@@ -136,12 +136,13 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     one_of("rm.placement", "before", "after", "lazy")
     one_of("optimizer.schedule", "linear", "cosine", "constant")
     for field in ("batch_size", "accumulate", "eval_batch_size", "log_every", "lora.rank",
-                  "model.unroll", "data.workers"):
+                  "model.unroll", "data.workers", "rm.resample_every"):
         need(vars(flat)[field] >= 1, field, "at least 1")
     for field in ("steps", "eval_every", "model.image_size", "data.limit", "data.processes",
                   "rm.penalty", "rm.start_step", "optimizer.weight_decay", "optimizer.clip"):
         need(vars(flat)[field] >= 0, field, "0 or more")
     need(c.steps > 0 or c.epochs > 0, "epochs", "above 0 where steps is 0")
+    need(c.lora.alpha > 0, "lora.alpha", "above 0")
     need(c.optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0")
     need(0 <= c.optimizer.warmup < 1, "optimizer.warmup", "a fraction of the steps in [0, 1)")
     need(0 <= c.optimizer.label_smoothing < 1, "optimizer.label_smoothing", "in [0, 1)")

@@ -107,7 +107,7 @@ def open_feed(
         reading = {"size": storage.size, "threads": c.workers}
 
         def train(step):
-            return data.stream_batches(
+            batches = data.stream_batches(
                 images.train,
                 config.batch_size,
                 start_step=step,
@@ -115,6 +115,9 @@ def open_feed(
                 **options,
                 **reading,
             )
+            for batch in batches:
+                check_labels(batch["label"], images.num_classes, f"{images.name}, split train")
+                yield batch
 
         def evaluate(split):
             batches = data.eval_batches(splits[split], config.eval_batch_size, **process, **reading)

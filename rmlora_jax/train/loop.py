@@ -1,6 +1,7 @@
 """A run from its first step to its report; the same folder again continues where it stopped."""
 
 import functools
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +32,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     check_config(config)
     workdir = Path(workdir).absolute()
     check_workdir(config, workdir)
-    if (workdir / "summary.json").exists():  # written last
+    leader = jax.process_index() == 0
+    if (workdir / "summary.json").exists():
         summary = read_json(workdir / "summary.json")
+        if leader and not (workdir / "report.png").exists():  # killed between the two
+            write_report(workdir)
         print("this run is finished; another --workdir starts a new one")
         print(ending(summary, workdir), flush=True)
         return summary
@@ -44,7 +48,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
         if not any(workdir.iterdir()):
             workdir.rmdir()
         raise
-    leader = jax.process_index() == 0
     if leader:
         write_json(workdir / "config.json", config.to_dict())
 
@@ -191,9 +194,10 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Refuses a folder that cannot be written or that holds a run of another config."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=workdir).close()
     except OSError as e:
         raise UserError(
-            f"cannot make the workdir {workdir}: {e.strerror}; give another --workdir"
+            f"cannot write to the workdir {workdir}: {e.strerror}; give another --workdir"
         ) from e
     file = workdir / "config.json"
     if not file.exists():

@@ -1,7 +1,9 @@
 """From a config to everything a run needs: data, model, method, compiled-to-be steps."""
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +14,7 @@ import optax
 
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub import load_vit
+from rmlora_jax.hub import find_folder, load_vit
 from rmlora_jax.models import ViT
 from rmlora_jax.train import feed, method
 from rmlora_jax.train.mesh import Devices, check_divisible, replicate, spread
@@ -50,6 +52,7 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
             f"{config.accumulate} micro-batches on each of {devices.count} devices; type "
             f"--config.batch_size={devices.count * config.accumulate}, or a multiple of it"
         )
+    find_folder(config.model.source)  # a mistyped model is said before any data is fetched
     data = feed.load(config)
     head_key, factors_key = jax.random.split(jax.random.key(config.seed))
     pretrained = load_vit(
@@ -66,35 +69,40 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
         unroll=min(config.model.unroll, pretrained.config.num_hidden_layers),
         remat=config.model.remat,
     )
-    lora = method.description(config)
-    adapted = rm.adapt(model, lora)
     size = pretrained.image_size
     image = jax.ShapeDtypeStruct((1, size, size, pretrained.config.num_channels), jnp.float32)
-    params = rm.attach(factors_key, adapted, pretrained.params, image)
-    trainable, frozen = rm.split(params, lora)
+    with _fields("model.attention"):
+        jax.eval_shape(model.init, head_key, image)
+    with _fields("lora.*"):
+        lora = method.description(config)
+        adapted = rm.adapt(model, lora)
+        params = rm.attach(factors_key, adapted, pretrained.params, image)
+        trainable, frozen = rm.split(params, lora)
     count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
 
     inputs = feed.open_feed(config, data, pretrained, devices)
     steps = config.steps or max(1, round(config.epochs * inputs.train_size / config.batch_size))
     schedule = method.learning_rate(config, steps)
-    tx = method.optimizer(config, schedule)
+    with _fields("rm.* and --config.lora.rank"):
+        tx = method.optimizer(config, schedule)
+        state = init_state(tx, _cast(trainable, jnp.float32))
 
     def apply(params, images, rngs=None):
         return adapted.apply({"params": params}, images, train=rngs is not None, rngs=rngs)
 
+    penalty = functools.partial(rm.orthogonality, kind=config.rm.kind)
     train_step = make_train_step(
         apply,
         tx,
         inputs.prepare_train,
-        factors=lora.target is not None,
+        penalty=penalty if lora.target is not None else None,
         accumulate=config.accumulate,
         label_smoothing=config.optimizer.label_smoothing,
     )
-    state = replicate(init_state(tx, _cast(trainable, jnp.float32)), devices)
     frozen = replicate(_cast(frozen, jnp.dtype(config.model.base_dtype)), devices)
     return Job(
         lora=lora,
-        state=state,
+        state=replicate(state, devices),
         constants=Constants(frozen, inputs.resident, replicate(np.uint32(config.seed), devices)),
         train_step=spread(train_step, devices, donate=True),
         eval_step=spread(make_eval_step(apply, inputs.prepare_eval), devices),
@@ -106,6 +114,17 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
         trainable_parameters=count(trainable),
         notes=_notes(pretrained),
     )
+
+
+@contextlib.contextmanager
+def _fields(names: str) -> Iterator[None]:
+    """Says which fields of the config to correct where the library refuses their values."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, RuntimeError) as e:
+        raise UserError(f"{str(e).splitlines()[0]}\nCorrect --config.{names}") from e
 
 
 def _cast(tree: Any, dtype) -> Any:

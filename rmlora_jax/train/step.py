@@ -41,7 +41,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     prepare: Callable,
     *,
-    factors: bool = True,
+    penalty: Callable | None = None,
     accumulate: int = 1,
     label_smoothing: float = 0.0,
 ) -> Callable:
@@ -53,7 +53,7 @@ def make_train_step(
       prepare: ``(key, positions, data, batch) -> (inputs, labels)``; ``positions`` is each
         example's place in the global batch, so that random crops do not depend on the number of
         devices or micro-batches.
-      factors: whether there are LoRA factors to report on.
+      penalty: R as a function of the trainable tree, for the metrics; None without factors.
       accumulate: micro-batches, run one after another; gradients are added in float32.
       label_smoothing: weight of the uniform distribution in the targets.
 
@@ -105,8 +105,8 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {"loss": loss, "accuracy": correct, "grad_norm": optax.tree.norm(grads)}
-        if factors:
-            metrics["penalty"] = rm.orthogonality(state.trainable)
+        if penalty is not None:
+            metrics["penalty"] = penalty(state.trainable)
             metrics["kept_fraction"] = rm.kept_fraction(opt_state)
         return State(state.step + 1, trainable, opt_state), metrics
 
