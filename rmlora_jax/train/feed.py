@@ -73,6 +73,7 @@ def open_feed(
         center=storage.center,
         mean=pretrained.image_mean,
         std=pretrained.image_std,
+        dtype=jnp.dtype(config.model.dtype),
     )
     options = {"seed": config.seed, **process}
 
@@ -106,6 +107,12 @@ def open_feed(
         resident = {}
         reading = {"size": storage.size, "threads": c.workers}
 
+        def checked(batches, split):
+            where = f"{images.name}, split {split}"
+            for batch in batches:
+                check_labels(batch["label"], images.num_classes, where, batch["id"])
+                yield batch
+
         def train(step):
             batches = data.stream_batches(
                 images.train,
@@ -115,15 +122,11 @@ def open_feed(
                 **options,
                 **reading,
             )
-            for batch in batches:
-                check_labels(batch["label"], images.num_classes, f"{images.name}, split train")
-                yield batch
+            return checked(batches, "train")
 
         def evaluate(split):
             batches = data.eval_batches(splits[split], config.eval_batch_size, **process, **reading)
-            for batch in batches:
-                check_labels(batch["label"], images.num_classes, f"{images.name}, split {split}")
-                yield batch
+            return checked(batches, split)
 
     def examples(resident, batch):
         if resident:
@@ -132,21 +135,24 @@ def open_feed(
 
     def prepare_train(key, positions, resident, batch):
         pixels, labels = examples(resident, batch)
-        inputs = augment(pixels, key, positions, train=True, crop=c.crop, flip=c.flip)
-        return inputs.astype(jnp.dtype(config.model.dtype)), labels
+        return augment(pixels, key, positions, train=True, crop=c.crop, flip=c.flip), labels
 
     def prepare_eval(resident, batch):
         pixels, labels = examples(resident, batch)
-        return augment(pixels, train=False).astype(jnp.dtype(config.model.dtype)), labels
+        return augment(pixels, train=False), labels
 
     return Feed(sizes, train, evaluate, resident, prepare_train, prepare_eval)
 
 
-def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
-    """Raises a UserError for a label that the head has no output for."""
+def check_labels(labels: np.ndarray, num_classes: int, where: str, ids=None) -> None:
+    """Raises a UserError for a label that the head has no output for.
+
+    ``ids`` are the examples' own numbers, where ``labels`` are not those of a whole split.
+    """
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
+        example = wrong[0] if ids is None else ids[wrong[0]]
         raise UserError(
-            f"{where}: example {wrong[0]} has label {labels[wrong[0]]}, but the data set declares "
+            f"{where}: example {example} has label {labels[wrong[0]]}, but the data set declares "
             f"{num_classes} classes, 0 to {num_classes - 1}; correct the data set's features"
         )

@@ -79,13 +79,20 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
             writer.print(f"compiled in {terminal.duration(compiled.seconds)}")
             state, rate = fit(config, job, state, compiled, checkpoints, writer, devices)
         checkpoints.wait_until_finished()
+        last = evaluate(compiled, state.trainable, job, "test", devices)
+        best = checkpoint.best_step(checkpoints)
         summary = {
             "method": config.method,
             "model": config.model.source,
             "dataset": config.data.name,
             "steps": job.steps,
-            "eval": evaluate(compiled, state.trainable, job, "test", devices),
-            "best_eval": best_evaluation(checkpoints, compiled, state, job, devices),
+            "eval": last,
+            "best_eval": {"step": best}
+            | (
+                last
+                if best == job.steps
+                else earlier_evaluation(best, checkpoints, compiled, state, job, devices)
+            ),
             "trainable_parameters": job.trainable_parameters,
             "total_parameters": job.total_parameters,
             "examples_per_second": rate,
@@ -171,11 +178,10 @@ def evaluate(compiled: Compiled, trainable, job: setup.Job, split: str, devices:
     }
 
 
-def best_evaluation(checkpoints, compiled, state: State, job: setup.Job, devices) -> dict:
-    """Test figures at the step that was best on the validation split."""
-    step = checkpoint.best_step(checkpoints)
-    best = checkpoint.restore(checkpoints, state, step)
-    return {"step": step, **evaluate(compiled, best.trainable, job, "test", devices)}
+def earlier_evaluation(step: int, checkpoints, compiled, state: State, job, devices) -> dict:
+    """Test figures of an earlier step."""
+    earlier = checkpoint.restore(checkpoints, state, step)
+    return evaluate(compiled, earlier.trainable, job, "test", devices)
 
 
 def spectrum(state: State, job: setup.Job) -> dict:
