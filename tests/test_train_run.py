@@ -1,5 +1,6 @@
 """``python run.py`` from the outside: what it leaves, how it resumes, how it refuses."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -8,10 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
+
+from rmlora_jax.errors import UserError
+from rmlora_jax.train import checkpoint
+from rmlora_jax.train.step import State
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
@@ -232,3 +239,37 @@ def test_damaged_checkpoint_is_reported(finished, tiny_vit, tmp_path):
     done = run(tiny_vit, workdir, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"checkpoints/{STEPS}" in done.stderr and "cannot be read" in done.stderr
+
+
+def test_reads_left_over_by_a_failed_restore_stay_quiet(tmp_path, monkeypatch):
+    spec = {"driver": "zarr3", "kvstore": f"file://{tmp_path}/array"}
+    array = ts.open(spec, create=True, dtype="float32", shape=[100, 100_000]).result()
+    array.write(np.random.default_rng(0).random((100, 100_000), np.float32)).result()
+
+    async def read():
+        await (await ts.open(spec)).read()
+
+    async def damaged():
+        raise ValueError("damaged")
+
+    async def both():
+        await asyncio.gather(damaged(), read())
+
+    def restore(*args, **kwargs):  # as orbax does: the first error ends the loop, reads go on
+        loop = asyncio.new_event_loop()
+        try:
+            loop.run_until_complete(both())
+        finally:
+            loop.close()
+
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: seen.append(args.exc_value))
+    manager = SimpleNamespace(restore=restore, directory=tmp_path)
+    like = State(np.zeros((), np.int32), {"x": np.zeros(2)}, ())
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.restore(manager, like, 3)
+    ts.open(spec).result().read().result()  # by now the other read has come back, too
+    time.sleep(0.5)
+    assert seen == []
+    sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError("another")))
+    assert [str(error) for error in seen] == ["another"]

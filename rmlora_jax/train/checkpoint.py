@@ -5,6 +5,7 @@ which a run continues, and the best one by validation.
 """
 
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,14 +71,28 @@ def restore(manager: ocp.CheckpointManager, like: State, step: int) -> State:
       UserError: files of the checkpoint are missing or damaged.
     """
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+    hook, sys.unraisablehook = sys.unraisablehook, _without_late_reads(sys.unraisablehook)
     try:
-        return State(**manager.restore(step, args=ocp.args.StandardRestore(target)))
+        state = State(**manager.restore(step, args=ocp.args.StandardRestore(target)))
+        sys.unraisablehook = hook
+        return state
     except Exception as e:  # orbax and tensorstore raise many kinds for damaged files
         raise UserError(
             f"the checkpoint {manager.directory / str(step)} cannot be read "
             f"({type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else 'no details'}). "
             "Delete that folder to continue from an older one, or start anew with another --workdir"
         ) from e
+
+
+def _without_late_reads(hook):
+    """After a failed restore the reads still under way come back to an event loop that is closed,
+    each with a traceback in the middle of our own words. Hence it stays in place."""
+
+    def quiet(unraisable):
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            hook(unraisable)
+
+    return quiet
 
 
 def best_step(manager: ocp.CheckpointManager) -> int:
