@@ -5,7 +5,10 @@ from rmlora_jax.intrinsic import (
     intrinsic_dimension,  # the spectrum of each Delta W, from its factors
     trajectory_dimension,  # the spectrum of what training explored
 )
-from rmlora_jax.lora import LoRA  # what is adapted, how, and what else is trained
+from rmlora_jax.lora import (
+    Layer,  # how a layer of your own class uses its weight
+    LoRA,  # what is adapted, how, and what else is trained
+)
 from rmlora_jax.masking import (
     kept_fraction,  # how much of the factors the last mask let through
     lazily_masked,  # an optimizer that leaves hidden directions wholly untouched
@@ -27,6 +30,7 @@ from rmlora_jax.tree import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Layer",
     "LoRA",
     "adapt",
     "add_orthogonality",

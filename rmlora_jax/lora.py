@@ -12,13 +12,58 @@ from typing import Any
 
 import jax.numpy as jnp
 
-__all__ = ["LoRA"]
+__all__ = ["Layer", "LoRA"]
 
 Rule = str | tuple[str, ...]
 
 FACTORS = ("lora_a", "lora_b")
+WEIGHTS = ("kernel", "embedding")
 INITS = ("kaiming", "normal", "gaussian", "orthogonal", "pissa")
 EXECUTIONS = ("auto", "factored", "merged")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """How a layer of your own class uses its weight: what ``LoRA.layers`` holds.
+
+    The class computes ``einsum(equation, x, weight)`` plus terms that do not depend on the weight,
+    for the first argument x of ``method``. Factors then run beside it, as beside a Flax layer. What
+    is done with the product (an activation, a norm) breaks that; then the description needs
+    ``execution="merged"``, and the equation says just which axes of the weight are inputs.
+
+    Args:
+        cls: the class, a ``flax.linen.Module`` or ``nnx.Module``.
+        equation: "input,weight->output" in the letters of ``jnp.einsum``. An axis of the weight is
+            an input axis (in the input, not in the output), an output axis (in the output alone) or
+            a batch axis (in both).
+        weight: name of the weight: a Linen parameter, an NNX attribute. One weight a module.
+        method: name of the method that uses it.
+
+    Raises:
+        ValueError, TypeError: an argument is not one of the above.
+
+    Example:
+        >>> class Experts: "y[e] = x[e] w[e], with a weight of shape (experts, in, out)"
+        >>> Layer(Experts, "e...i,eio->e...o", weight="w").weight
+        'w'
+    """
+
+    cls: type
+    equation: str
+    weight: str = "kernel"
+    method: str = "__call__"
+
+    def __post_init__(self):
+        if not isinstance(self.cls, type):
+            raise TypeError(f"Layer.cls is {self.cls!r}; allowed: a class.")
+        for name in ("equation", "weight", "method"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"Layer.{name} is {getattr(self, name)!r}; allowed: a string.")
+        if not callable(getattr(self.cls, self.method, None)):
+            raise ValueError(f"Layer.method: {self.cls.__name__} has no method {self.method!r}.")
+        from rmlora_jax.adapt import product  # it imports flax.linen, and this module is below it
+
+        product.layout(product.Contraction(self.equation), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +105,13 @@ class LoRA:
         rank_pattern: (regex, rank) pairs that override ``rank``; the first full match wins.
         alpha_pattern: (regex, alpha) pairs that override ``alpha``; the first full match wins.
         rs: rank-stabilised scale, alpha / sqrt(r).
-        execution: "factored" computes (x A) B beside the layer; "merged" runs the layer on
-            W_0 + s A B, which is cheaper where tokens are many times the width and no gradient is
-            taken (with dropout active it runs factored, too); "auto" is "factored".
+        execution: "factored" computes (x A) B beside the layer; "merged" runs the base model on
+            merged parameters, W_0 + s A B for W_0. That is cheaper where tokens are many times the
+            width and no gradient is taken, and works where nothing can be computed beside the
+            layer: under WeightNorm, a mask on the weight, ``nn.map_variables``. (Layers whose
+            weight has its axes in another order, and all layers while dropout is active, run
+            factored.) "auto" is "factored".
+        layers: a ``Layer`` for each layer class of your own that is to be adapted.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names the field, the value
@@ -94,6 +143,7 @@ class LoRA:
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     rs: bool = False
     execution: str = "auto"
+    layers: tuple[Layer, ...] = ()
 
     def __post_init__(self):
         put = functools.partial(object.__setattr__, self)
@@ -113,6 +163,9 @@ class LoRA:
         for name, allowed in (("init", INITS), ("execution", EXECUTIONS)):
             if getattr(self, name) not in allowed:
                 raise _error(name, getattr(self, name), "one of " + ", ".join(map(repr, allowed)))
+        put("layers", (self.layers,) if isinstance(self.layers, Layer) else tuple(self.layers))
+        if not all(isinstance(layer, Layer) for layer in self.layers):
+            raise _error("layers", self.layers, "a tuple of Layer(cls, equation, ...)")
         if self.target is None and self.train is None:
             raise ValueError(
                 "LoRA(target=None, train=None) leaves nothing to train: give target, the layers "
@@ -120,6 +173,11 @@ class LoRA:
             )
         if self.target is None and self.exclude is not None:
             raise _error("exclude", self.exclude, "None where target is None")
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names that weights beside factors have."""
+        return (*(layer.weight for layer in self.layers), *WEIGHTS)
 
     def targets(self, path: str) -> bool:
         """Whether the layer at module ``path`` gets factors (if its kind can be adapted)."""
@@ -146,6 +204,14 @@ class LoRA:
     def trains(self, leaf: str) -> bool:
         """Whether the parameter at path ``leaf`` is trained: a factor, or matched by ``train``."""
         return leaf.rpartition("/")[2] in FACTORS or _matches_under(self.train, leaf)
+
+    def trainable(self, path: Iterable[Any], value: Any = None) -> bool:
+        """``trains`` as an NNX filter: for ``nnx.split``, ``nnx.grad``, ``nnx.Optimizer(wrt=...)``.
+
+        >>> LoRA(rank=4, train="head").trainable(("head", "kernel"))
+        True
+        """
+        return self.trains("/".join(map(str, path)))
 
     def check_targets(self, layers: Iterable[str]) -> None:
         """Raises ValueError if a rule about layers matches none of the module paths ``layers``."""
@@ -224,6 +290,8 @@ def _unmatched(field: str, rule: Rule, paths: list[str], what: str) -> ValueErro
     return ValueError(
         f"LoRA.{field}: the {kind} {text!r} matches no {what} of the model. Near paths: {known}. "
         "A regular expression must match the whole path; a name in a tuple, its last components."
+        + " A class of your own needs an entry in LoRA.layers."
+        * what.startswith("layer")
     )
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax.core import FrozenDict, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rmlora_jax.adapt import Adapted, product
-from rmlora_jax.adapt.linen import WEIGHTS, check_adapted
+from rmlora_jax.adapt import Adapted, is_nnx, nnx_functions, product
+from rmlora_jax.adapt.linen import check_adapted, check_layout, in_order, layouts
 from rmlora_jax.lora import FACTORS, LoRA, missing_factors, unselected_factors
 
 __all__ = ["attach", "join", "merge", "split"]
@@ -70,28 +70,31 @@ def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) 
     lora.check_train(map("/".join, base))
     if lora.target is None:
         return base_params
-    shapes = _flatten(_shapes(adapted, key, example_args, kwargs))
+    shapes, axes = _trace(adapted, key, example_args, kwargs)
     check_adapted(shapes, lora)
     _check_base(base, shapes)
 
     params = dict(base)
     for module in sorted({path[:-1] for path in shapes if path[-1] in FACTORS}):
-        a_box, b_box = (shapes[(*module, name)] for name in FACTORS)
-        weight_path = next((*module, n) for n in WEIGHTS if (*module, n) in shapes)
+        path = "/".join(module)
+        boxes = [shapes[(*module, name)] for name in FACTORS]
+        a_shape, b_shape = (meta.unbox(box).shape for box in boxes)
+        weight_path = next((*module, n) for n in lora.weights if (*module, n) in shapes)
         weight = params[weight_path]
-        _check_layout("/".join(module), meta.unbox(weight), meta.unbox(a_box), meta.unbox(b_box))
+        check_layout(path, meta.unbox(weight), *map(meta.unbox, boxes), axes.get(path))
         a, b, residual = _initial(
-            jax.random.fold_in(key, zlib.crc32("/".join(module).encode())),
+            jax.random.fold_in(key, zlib.crc32(path.encode())),
             meta.unbox(weight),
-            meta.unbox(a_box).shape,
-            meta.unbox(b_box).shape,
-            lora.scale_of("/".join(module)),
+            axes.get(path),
+            a_shape,
+            b_shape,
+            lora.scale_of(path),
             lora,
         )
         if residual is not None:
             params[weight_path] = meta.replace_boxed(weight, residual)
         boxed = isinstance(weight, meta.AxisMetadata)
-        for name, box, value in zip(FACTORS, (a_box, b_box), (a, b), strict=True):
+        for name, box, value in zip(FACTORS, boxes, (a, b), strict=True):
             params[(*module, name)] = meta.replace_boxed(box, value) if boxed else value
     return unflatten_dict(params)
 
@@ -100,7 +103,8 @@ def split(params: Params, lora: LoRA) -> tuple[dict, dict]:
     """``(trainable, frozen)``: the factors and what ``lora.train`` matches, and all the rest.
 
     Both are nested dicts with the leaves of ``params`` themselves, without empty branches. Take
-    gradients and optimizer state of ``trainable``; keep ``frozen`` as it is.
+    gradients and optimizer state of ``trainable``; keep ``frozen`` as it is. A tree of something
+    else than arrays at the same paths (shardings, partition specs) is split alike, unchecked.
 
     Raises:
         ValueError: ``params`` has no factors although ``lora`` targets layers; ``train`` matches
@@ -113,8 +117,9 @@ def split(params: Params, lora: LoRA) -> tuple[dict, dict]:
     """
     flat = _flatten(params)
     lora.check_train(map("/".join, flat))
-    for _ in adapted_weights(params, lora):
-        pass  # checks every pair of factors
+    if all(hasattr(meta.unbox(leaf), "shape") for leaf in flat.values()):
+        for _ in adapted_weights(params, lora):
+            pass  # checks every pair of factors
     trainable = {path: leaf for path, leaf in flat.items() if lora.trains("/".join(path))}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
     return unflatten_dict(trainable), unflatten_dict(frozen)
@@ -141,16 +146,25 @@ def join(trainable: Params, frozen: Params) -> dict:
     return unflatten_dict(dict(sorted({**theirs, **ours}.items())))
 
 
-def merge(params: Params, lora: LoRA) -> dict:
+def merge(params, lora, *example_args, **kwargs):
     """Parameters of the unadapted model: ``W = W_0 + s A B``, without the factors.
 
     Computed in float32 whatever the dtype of the weight, cast once. Leaves without factors are
     the same arrays. Keep the base if the factors are still needed: subtracting ``s A B`` again
     does not give W_0 back.
 
+    Args:
+        params: adapted parameters; or an adapted NNX module, for which the unadapted module comes
+            back and the argument stays as it is.
+        lora: the description; or what ``adapt`` returned, if arguments follow.
+        *example_args: arguments of a Linen module's call, as in ``attach``: needed only where the
+            axes of a weight do not stand in the order (*stack, *batch, *in, *out) and are learnt
+            from the adapted model: ``nn.Einsum`` with "BTD,NDH->BTNH", a transposed convolution.
+        **kwargs: likewise.
+
     Raises:
         ValueError: ``params`` has no factors although ``lora`` targets layers, has factors that
-            ``lora`` does not describe, or they do not fit their weight.
+            ``lora`` does not describe, they do not fit their weight, or the model is needed.
 
     Example:
         >>> layer = {"kernel": jnp.zeros((2, 2)), "lora_a": jnp.ones((2, 1))}
@@ -161,11 +175,30 @@ def merge(params: Params, lora: LoRA) -> dict:
     References:
         Hu et al. 2021, arXiv:2106.09685, section 4.1.
     """
+    if is_nnx(params, "Module"):
+        return nnx_functions().merge_nnx(params, lora)
+    axes = {}
+    if isinstance(lora, Adapted):
+        if example_args or kwargs:
+            _, axes = _trace(lora, jax.random.key(0), example_args, kwargs)
+        lora = lora.lora
     flat = {path: leaf for path, leaf in _flatten(params).items() if path[-1] not in FACTORS}
     for path, weight, a, b in adapted_weights(params, lora):
-        box = flat[path]
-        scale = lora.scale_of("/".join(path[:-1]))
-        flat[path] = meta.replace_boxed(box, product.merged(weight, a, b, scale))
+        box, name = flat[path], "/".join(path[:-1])
+        if name in axes:
+            check_layout(name, weight, a, b, axes[name])
+        elif not in_order(weight, a, b):
+            raise ValueError(
+                f"the weight at {name!r} has its axes in another order than its factors: give the "
+                "adapted model and arguments of its call, merge(params, adapted, *example_args)."
+            )
+        if not jnp.issubdtype(weight.dtype, jnp.inexact):
+            raise ValueError(
+                f"the weight at {name!r} is {weight.dtype}: factors cannot be merged into a "
+                "quantised weight; dequantise it first, or keep the factors beside it."
+            )
+        value = product.merged(weight, a, b, lora.scale_of(name), axes.get(name))
+        flat[path] = meta.replace_boxed(box, value)
     return unflatten_dict(flat)
 
 
@@ -190,17 +223,17 @@ def adapted_weights(params: Params, lora: LoRA) -> Iterator[AdaptedWeight]:
         raise missing_factors()
     for module in modules:
         path = "/".join(module)
-        names = [name for name in WEIGHTS if (*module, name) in flat]
+        names = [name for name in lora.weights if (*module, name) in flat]
         missing = [name for name in FACTORS if (*module, name) not in flat]
         if missing or not names:
             raise ValueError(
-                f"{path!r} holds factors but lacks {', '.join(missing or WEIGHTS[:1])}: pass the "
-                "whole parameters, join(trainable, frozen)."
+                f"{path!r} holds factors but lacks {', '.join(missing or lora.weights[:1])}: pass "
+                "the whole parameters, join(trainable, frozen)."
             )
         if not lora.targets(path):
             raise unselected_factors(lora, path)
         weight, a, b = (flat[(*module, name)] for name in (names[0], *FACTORS))
-        _check_layout(path, weight, a, b)
+        check_layout(path, weight, a, b)
         if a.shape[-1] != lora.rank_of(path):
             raise ValueError(
                 f"the factors at {path!r} have rank {a.shape[-1]}, the description says "
@@ -209,28 +242,17 @@ def adapted_weights(params: Params, lora: LoRA) -> Iterator[AdaptedWeight]:
         yield AdaptedWeight((*module, names[0]), weight, a, b)
 
 
-def _initial(key, weight, a_shape, b_shape, scale, lora):
+def _initial(key, weight, axes, a_shape, b_shape, scale, lora):
     """A, B and, if the initialisation takes the weight apart, what is left of it."""
-    if lora.init != "pissa":
-        a = product.initial_a(key, a_shape, lora.init, lora.dtype)
-        return a, jnp.zeros(b_shape, lora.dtype), None
-    stack, rank = a_shape[:-2], a_shape[-1]
-    dtype = jnp.promote_types(weight.dtype, jnp.float32)
-    matrix = weight.astype(dtype).reshape(*stack, a_shape[-2], b_shape[-1])
-    if rank > min(matrix.shape[-2:]):
-        raise ValueError(
-            f'LoRA.init "pissa": rank {rank} exceeds a weight of shape {weight.shape}, which has '
-            f"{min(matrix.shape[-2:])} singular directions: lower rank, or exclude the layer."
-        )
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    root = jnp.sqrt(s[..., :rank] / scale)
-    a = (u[..., :rank] * root[..., None, :]).astype(lora.dtype)
-    b = (root[..., :, None] * vt[..., :rank, :]).astype(lora.dtype)
-    return a, b, product.merged(weight, a, b, -scale)
+    if lora.init == "pissa":
+        return product.principal_factors(weight, axes, a_shape, b_shape, scale, lora.dtype)
+    a = product.initial_a(key, a_shape, lora.init, lora.dtype)
+    return a, jnp.zeros(b_shape, lora.dtype), None
 
 
-def _shapes(adapted, key, args, kwargs):
-    """Shapes (and boxes) of the adapted parameters: init, traced only."""
+def _trace(adapted, key, args, kwargs):
+    """Shapes (and boxes) of the adapted parameters, and the layouts of weights whose axes are not
+    in the order of their factors: init, traced only."""
     shaped = adapted.clone(lora=dataclasses.replace(adapted.lora, init="kaiming"))
     leaves, treedef = jax.tree.flatten((args, kwargs))
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
@@ -241,7 +263,24 @@ def _shapes(adapted, key, args, kwargs):
         args, kwargs = jax.tree.unflatten(treedef, filled)
         return shaped.init(key, *args, **kwargs)["params"]
 
-    return jax.eval_shape(init, key, arrays)
+    with layouts() as seen:
+        shapes = _flatten(jax.eval_shape(init, key, arrays))
+    axes = {path: found for path, found in seen.items() if not found.in_order}
+    by_shape = {}
+    for path, found in axes.items():
+        by_shape.setdefault(_weight_shape(shapes, path, adapted.lora), set()).add(found)
+    for path in {"/".join(path[:-1]) for path in shapes if path[-1] in FACTORS} - seen.keys():
+        # A layer that ran in the trace that nn.jit made for its twin.
+        found = by_shape.get(_weight_shape(shapes, path, adapted.lora), ())
+        if len(found) == 1:
+            (axes[path],) = found
+    return shapes, axes
+
+
+def _weight_shape(shapes, path, lora):
+    module = path.split("/") if path else ()
+    leaves = (shapes.get((*module, name)) for name in lora.weights)
+    return next(meta.unbox(leaf).shape for leaf in leaves if leaf is not None)
 
 
 def _is_array(leaf) -> bool:
@@ -267,27 +306,9 @@ def _check_base(base, shapes):
             )
 
 
-def _check_layout(path, weight, a, b):
-    """The factors must be (*stack, in, r) and (*stack, r, out) of (*stack, *in, *out)."""
-    stack = a.shape[:-2]
-    fits = (
-        a.ndim >= 2
-        and b.ndim >= 2
-        and b.shape[:-2] == stack
-        and a.shape[-1] == b.shape[-2]
-        and weight.shape[: len(stack)] == stack
-        and weight.size == a.size // a.shape[-1] * b.shape[-1]
-    )
-    if not fits:
-        raise ValueError(
-            f"the factors at {path!r}, lora_a {a.shape} and lora_b {b.shape}, do not fit the "
-            f"weight {weight.shape}: they must be (*stack, in, r) and (*stack, r, out) with the "
-            "stack axes first. nn.scan and nn.vmap must stack parameters on axis 0 "
-            '(variable_axes={"params": 0}); elsewhere leave the layer out with LoRA.exclude.'
-        )
-
-
 def _flatten(params: Params) -> dict[tuple[str, ...], Any]:
+    if is_nnx(params, "Module", "State"):
+        params = nnx_functions().pure_params(params)
     if not isinstance(params, dict | FrozenDict):
         raise TypeError(f"expected nested dicts of parameters, not a {type(params).__name__}.")
     return flatten_dict(params)

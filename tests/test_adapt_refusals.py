@@ -22,8 +22,6 @@ from rmlora_jax.tree import attach, merge
 @pytest.mark.parametrize(
     ("model", "what"),
     [
-        (nn.ConvTranspose(3, (3,)), "not a Dense, DenseGeneral, Conv or Embed"),
-        (nn.Einsum((8, 3), "btd,df->btf"), "not a Dense, DenseGeneral, Conv or Embed"),
         (nn.ConvLocal(3, (3,)), "ConvLocal"),
         (nn.Conv(3, (3,), mask=np.ones((3, 8, 3))), "mask"),
         (nn.WeightNorm(nn.Dense(3)), "transformed"),
@@ -101,7 +99,7 @@ def test_wrong_arguments_say_what_to_pass():
     lora = LoRA(2)
     with pytest.raises(TypeError, match="the class Dense: construct it"):
         adapt(nn.Dense, lora)
-    with pytest.raises(TypeError, match=r"flax\.linen\.Module; it was given a dict"):
+    with pytest.raises(TypeError, match=r"an nnx\.Module; it was given a dict"):
         adapt({}, lora)
     with pytest.raises(TypeError, match="lora is a int"):
         adapt(nn.Dense(3), 4)
@@ -109,7 +107,7 @@ def test_wrong_arguments_say_what_to_pass():
         adapt(nn.Dense(3), lora, rngs=jax.random.key(0))
     from flax import nnx
 
-    with pytest.raises(TypeError, match="NNX module Linear"):
+    with pytest.raises(ValueError, match=r"rngs=nnx\.Rngs\(0\)"):
         adapt(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), lora)
 
 

@@ -1,5 +1,8 @@
 """``adapt``: a Flax module in, the same module with low-rank factors out."""
 
+import copy
+import dataclasses
+import importlib
 import sys
 
 import flax.linen as nn
@@ -10,31 +13,46 @@ from rmlora_jax.lora import LoRA
 __all__ = ["Adapted", "adapt"]
 
 
-def adapt(module: nn.Module, lora: LoRA, *, rngs=None) -> nn.Module:
+def adapt(module, lora: LoRA, *, rngs=None):
     """The module, with ``s (x A) B`` added to each layer that ``lora`` targets.
 
     The layers themselves run untouched: with B = 0 the output is that of ``module`` bit for bit
-    (both jitted), in the same dtype, and parameter paths are those of ``module``. Dense,
-    DenseGeneral (hence MultiHeadDotProductAttention), Conv (grouped too) and Embed (``attend`` too)
-    are adapted wherever they stand: in a loop, or under nn.scan, nn.remat, nn.vmap and nn.jit.
-    Every method of ``module``, ``apply(..., method=...)`` and ``bind`` run adapted.
+    (both jitted), in the same dtype, and parameter paths are those of ``module``. Adapted are, in
+    Linen: Dense, DenseGeneral (hence MultiHeadDotProductAttention), Einsum, Conv and ConvTranspose
+    (grouped, strided, dilated, any padding), Embed (``attend`` too), in a loop, or under nn.scan,
+    nn.remat, nn.vmap and nn.jit. In NNX: Linear, LinearGeneral (hence MultiHeadAttention), Einsum,
+    Conv, ConvTranspose and Embed, alone, shared or stacked by nnx.vmap for nnx.scan. Classes of
+    your own are adapted by an entry in ``LoRA.layers``.
 
-    A targeted layer whose factors could not be merged is refused by ``attach``, ``init`` or
-    ``apply``: ConvTranspose, Einsum, ConvLocal, a masked Conv, a weight under WeightNorm,
-    SpectralNorm or a class made by ``nn.map_variables``. What ``nn.map_variables`` does to a
-    function cannot be seen here: exclude the layers whose weights it transforms.
+    **Linen**: the result is a Linen module. The factors are parameters ``lora_a`` and ``lora_b``
+    beside the weight: make them with ``attach`` for parameters that exist already, or with ``init``
+    for a new model. Every method of ``module``, ``apply(..., method=...)`` and ``bind`` run
+    adapted.
 
-    The factors are parameters ``lora_a`` and ``lora_b`` beside the weight: make them with
-    ``attach`` for parameters that exist already, or with ``init`` for a new model.
+    **NNX**: the result is a new module of the same structure over the same arrays; ``module`` stays
+    as it is and is the base to go back to. ``lora_a`` and ``lora_b`` are ``nnx.LoRAParam`` beside
+    the weight; ``lora.trainable`` is the filter of what is trained. Dropout follows ``train()`` and
+    ``eval()`` of the result, like ``nnx.Dropout``.
+
+    A targeted layer that nothing computed beside it can adapt is refused: a masked convolution, a
+    weight under WeightNorm, SpectralNorm or a class made by ``nn.map_variables``; there
+    ``LoRA(execution="merged")`` runs the Linen base on merged parameters. What
+    ``nn.map_variables`` does to a function cannot be seen here: use "merged", or exclude the layers
+    whose weights it transforms.
+
+    An object that holds a Linen module as ``.module`` and parameters as ``.params`` (the Flax models
+    of transformers 4) comes back as a copy that holds the adapted module; then give the copy
+    parameters with factors: ``copy.params = attach(key, copy.module, copy.params, ...)``.
 
     Args:
-        module: a ``flax.linen.Module``.
+        module: a ``flax.linen.Module`` or an ``nnx.Module``.
         lora: the description; with ``target=None`` the result computes what ``module`` does.
-        rngs: not used with Linen, whose random numbers go to ``attach`` or ``init``.
+        rngs: ``nnx.Rngs``, for NNX; with Linen, random numbers go to ``attach`` or ``init``.
 
     Raises:
-        TypeError: ``module`` is not a Linen module, or ``lora`` not a ``LoRA``.
-        ValueError: ``module`` is adapted already, or ``rngs`` is given.
+        TypeError: ``module`` is not a Flax module, or ``lora`` not a ``LoRA``.
+        ValueError: ``module`` is adapted already, ``rngs`` is given with Linen or missing with NNX,
+            or (NNX; for Linen in ``attach``, ``init`` or ``apply``) a layer cannot be adapted.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -48,6 +66,11 @@ def adapt(module: nn.Module, lora: LoRA, *, rngs=None) -> nn.Module:
         >>> model.apply({"params": params}, x).shape
         (1, 3)
 
+        >>> from flax import nnx
+        >>> model = adapt(nnx.Linear(5, 3, rngs=nnx.Rngs(0)), LoRA(rank=2), rngs=nnx.Rngs(1))
+        >>> model.lora_a.shape, model(x).shape
+        ((5, 2), (1, 3))
+
     References:
         Hu et al. 2021, arXiv:2106.09685, eq. 3.
     """
@@ -59,11 +82,40 @@ def adapt(module: nn.Module, lora: LoRA, *, rngs=None) -> nn.Module:
                 "adapt(..., rngs=...) is for NNX: with Linen, give the key to attach or init."
             )
         return adapt_linen(module, lora)
-    if isinstance(module, type) and issubclass(module, nn.Module):
+    if is_nnx(module, "Module"):
+        return nnx_functions().adapt_nnx(module, lora, rngs)
+    if isinstance(getattr(module, "module", None), nn.Module) and hasattr(module, "params"):
+        return _with_module(module, adapt(module.module, lora, rngs=rngs))
+    if isinstance(module, type):
         raise TypeError(f"adapt takes an instance, not the class {module.__name__}: construct it.")
-    nnx = sys.modules.get("flax.nnx")  # an NNX module cannot exist before flax.nnx is imported
-    if nnx is not None and isinstance(module, nnx.Module):
+    raise TypeError(
+        f"adapt takes a flax.linen.Module or an nnx.Module; it was given a {type(module).__name__}."
+    )
+
+
+def _with_module(holder, module: Adapted):
+    """A shallow copy of an object that holds a module and its parameters, with another module."""
+    if dataclasses.is_dataclass(holder):
+        return dataclasses.replace(holder, module=module)
+    new = copy.copy(holder)
+    try:
+        new.module = module
+    except AttributeError:  # a property to read, as in the Flax models of transformers 4
+        new._module = module
+    if new.module is not module:
         raise TypeError(
-            f"adapt was given the NNX module {type(module).__name__}: it takes flax.linen modules."
+            f"{type(holder).__name__}.module cannot be replaced: adapt its module and call "
+            "adapt(holder.module, lora).apply({'params': params}, ...) yourself."
         )
-    raise TypeError(f"adapt takes a flax.linen.Module; it was given a {type(module).__name__}.")
+    return new
+
+
+def is_nnx(value, *kinds: str) -> bool:
+    """Whether ``value`` is one of the NNX classes ``kinds`` ("Module", "State")."""
+    nnx = sys.modules.get("flax.nnx")  # none of them can exist before flax.nnx is imported
+    return nnx is not None and isinstance(value, tuple(getattr(nnx, kind) for kind in kinds))
+
+
+def nnx_functions():
+    """The functions for NNX, imported when first needed: flax.nnx costs most of a second."""
+    return importlib.import_module("rmlora_jax.adapt.nnx")

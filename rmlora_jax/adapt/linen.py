@@ -1,10 +1,13 @@
 """``adapt`` for Linen: the module, with the low-rank product beside each targeted layer."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import inspect
+import math
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -14,33 +17,78 @@ from flax import traverse_util
 from flax.core import meta
 
 from rmlora_jax.adapt import product
-from rmlora_jax.lora import FACTORS, LoRA, missing_factors, unselected_factors
-
-WEIGHTS = ("kernel", "embedding")
+from rmlora_jax.lora import FACTORS, Layer, LoRA, missing_factors, unselected_factors
 
 # What is running is part of the key of every jit inside it. Otherwise a model with nn.jit inside
 # would run a trace made for another description.
 _running = jax.make_user_context(default_value=None)
 
+# The layouts of the layers that have run, by path, while somebody wants to know them.
+_seen: contextvars.ContextVar[dict[str, product.Layout] | None] = contextvars.ContextVar(
+    "_seen", default=None
+)
 
-class _Layer(NamedTuple):
-    kind: type[nn.Module]
+
+class _Kind(NamedTuple):
+    """How a layer's method uses its weight: (module, arguments by name) -> geometry."""
+
     weight: str
+    geometry: Callable[[nn.Module, dict], product.Geometry]
     attends: bool = False
+
+
+def _general(m, arguments):
+    axis, batch, features = (
+        (v,) if isinstance(v, int) else v for v in (m.axis, m.batch_dims, m.features)
+    )
+    return product.general(axis, batch, len(features), jnp.ndim(arguments["inputs"]))
+
+
+def _einsum(m, arguments):
+    return product.Contraction(arguments.get("einsum_str") or m.einsum_str)
+
+
+def _lookup(m, arguments):
+    return product.Lookup(m.num_embeddings)
 
 
 # Layers are known by the method about to run, not by their class: nn.vmap(nn.Dense) reaches an
 # interceptor twice and a subclass may replace __call__, but Dense's own arithmetic runs just once.
-_LAYERS = {
-    inspect.unwrap(method): layer
-    for method, layer in (
-        (nn.Dense.__call__, _Layer(nn.Dense, "kernel")),
-        (nn.DenseGeneral.__call__, _Layer(nn.DenseGeneral, "kernel")),
-        (nn.Conv.__call__, _Layer(nn.Conv, "kernel")),
-        (nn.Embed.__call__, _Layer(nn.Embed, "embedding")),
-        (nn.Embed.attend, _Layer(nn.Embed, "embedding", attends=True)),
+_FLAX = {
+    inspect.unwrap(method): kind
+    for method, kind in (
+        (nn.Dense.__call__, _Kind("kernel", lambda m, arguments: product.DENSE)),
+        (nn.DenseGeneral.__call__, _Kind("kernel", _general)),
+        (nn.Einsum.__call__, _Kind("kernel", _einsum)),
+        (nn.Conv.__call__, _Kind("kernel", lambda m, _: product.convolution(nn.Conv, m))),
+        (
+            nn.ConvTranspose.__call__,
+            _Kind("kernel", lambda m, _: product.convolution(nn.ConvTranspose, m)),
+        ),
+        (nn.Embed.__call__, _Kind("embedding", _lookup)),
+        (nn.Embed.attend, _Kind("embedding", _lookup, attends=True)),
     )
 }
+
+
+@functools.lru_cache
+def _kinds(layers: tuple[Layer, ...]) -> dict[Callable, _Kind]:
+    def kind(layer):
+        geometry = product.Contraction(layer.equation)
+        return _Kind(layer.weight, lambda m, arguments: geometry)
+
+    own = {inspect.unwrap(getattr(layer.cls, layer.method)): kind(layer) for layer in layers}
+    return _FLAX | own
+
+
+@contextlib.contextmanager
+def layouts() -> Iterator[dict[str, product.Layout]]:
+    """Collects the layout of the weight, by path, of each adapted layer that runs inside."""
+    token = _seen.set({})
+    try:
+        yield _seen.get()
+    finally:
+        _seen.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +121,19 @@ class Adapted(nn.Module):
     def _run(self, method, *args, **kwargs):
         if self.lora.target is None:
             return _call(self, method, *args, **kwargs)
-        if self.lora.alpha_pattern and not self.is_initializing():
+        run = _intercepted
+        # Dropout on the way into A alone has no merged form.
+        merges = self.lora.execution == "merged" and not (
+            self.lora.dropout and self.has_rng("dropout")
+        )
+        if not self.is_initializing() and (merges or self.lora.alpha_pattern):
             # Layers of one nn.jit share a trace, which therefore may not depend on their paths:
             # what alpha_pattern changes goes into the values of A.
-            rescale = functools.partial(_rescale, lora=self.lora)
-            run = nn.map_variables(_intercepted, "params", trans_in_fn=rescale)
-        else:
-            run = _intercepted
-        with _running(self.lora):
-            return run(self, method, *args, **kwargs)
+            prepare = functools.partial(_prepare, lora=self.lora, merges=merges)
+            run = nn.map_variables(run, "params", trans_in_fn=prepare)
+        # Who wants to see the layouts cannot use a trace made before.
+        with _running((self.lora, None if _seen.get() is None else object())):
+            return run(self, method, *args, merges=merges, **kwargs)
 
     @nn.nowrap
     def apply(self, variables, *args, method=None, **kwargs):
@@ -134,15 +186,66 @@ def check_adapted(paths: Iterable[tuple[str, ...]], lora: LoRA) -> None:
     names: dict[str, set[str]] = {}
     for path in paths:
         names.setdefault("/".join(path[:-1]), set()).add(path[-1])
-    weighted = {path for path, leaves in names.items() if leaves & set(WEIGHTS)}
+    weighted = {path for path, leaves in names.items() if leaves & set(lora.weights)}
     lora.check_targets(weighted)
     for path in sorted(weighted):
         if lora.targets(path) and not names[path] >= set(FACTORS):
             raise ValueError(
-                f"LoRA.target {lora.target!r} matches {path!r}, which has a weight but is not a "
-                "Dense, DenseGeneral, Conv or Embed layer of flax.linen (or computes in its own "
-                "way), so it cannot be adapted: leave it out with LoRA.exclude."
+                f"LoRA.target {lora.target!r} matches {path!r}, which has a weight but is no layer "
+                "of flax.linen that can be adapted (or computes in its own way): describe its "
+                "class in LoRA.layers, or leave it out with LoRA.exclude."
             )
+
+
+def check_layout(path: str, weight, a, b, axes: product.Layout | None = None) -> None:
+    """Raises ValueError unless A, B are (*stack, *batch, in, r), (*stack, *batch, r, out) of the
+    weight: by its ``axes``, or else one whose axes stand in the order of the factors."""
+    stack = weight.shape[: weight.ndim - len(axes.order)] if axes else a.shape[:-2]
+    if axes is not None and a.ndim >= 2:
+        try:
+            one = product.factor_shapes(weight.shape[len(stack) :], axes, a.shape[-1])
+        except ValueError as e:
+            raise ValueError(f"the layer {path!r} cannot be adapted, since {e}") from None
+        fits = (a.shape, b.shape) == tuple((*stack, *shape) for shape in one)
+    else:
+        fits = in_order(weight, a, b) or _is_marked(weight, a, b)
+    if not fits:
+        raise ValueError(
+            f"the factors at {path!r}, lora_a {a.shape} and lora_b {b.shape}, do not fit the "
+            f"weight {weight.shape}: they must be (*stack, in, r) and (*stack, r, out) with the "
+            "stack axes first. nn.scan and nn.vmap must stack parameters on axis 0 "
+            '(variable_axes={"params": 0}); elsewhere leave the layer out with LoRA.exclude.'
+        )
+
+
+def in_order(weight, a, b) -> bool:
+    """Whether the factors are those of a weight laid out (*stack, *batch, *in, *out)."""
+    stack = a.shape[:-2]
+    split = range(len(stack) + 1, weight.ndim)
+    return (
+        a.ndim >= 2
+        and b.ndim >= 2
+        and b.shape[:-2] == stack
+        and a.shape[-1] == b.shape[-2]
+        and weight.shape[: len(stack)] == stack
+        and any(
+            (math.prod(weight.shape[len(stack) : i]), math.prod(weight.shape[i:]))
+            == (a.shape[-2], b.shape[-1])
+            for i in split
+        )
+    )
+
+
+def _is_marked(weight, a, b) -> bool:
+    """Whether the factors carry the mark of ``product.factor_shapes`` and fit in size."""
+    stack = a.shape[:-2]
+    first = next((i for i, n in enumerate(stack) if n != weight.shape[i]), None)
+    return (
+        first is not None
+        and stack[first] == 1
+        and (*stack, a.shape[-1]) == b.shape[:-1]
+        and weight.size == a.size // a.shape[-1] * b.shape[-1]
+    )
 
 
 def _bound_base(adapted: Adapted) -> nn.Module:
@@ -159,17 +262,30 @@ def _call(adapted: Adapted, method, *args, **kwargs):
     return method(base, *args, **kwargs)
 
 
-def _intercepted(adapted: Adapted, method, *args, **kwargs):
-    with nn.intercept_methods(_Interceptor(adapted.lora, adapted.path)):
+def _intercepted(adapted: Adapted, method, *args, merges, **kwargs):
+    with nn.intercept_methods(_Interceptor(adapted.lora, adapted.path, merges)):
         return _call(adapted, method, *args, **kwargs)
 
 
-def _rescale(variables, lora: LoRA):
+def _prepare(variables, lora: LoRA, merges: bool):
+    """The parameters that the base runs on: merged, or with alpha_pattern's part in A."""
     flat = traverse_util.flatten_dict(variables["params"])
-    for path in [path for path in flat if path[-1] == FACTORS[0]]:
-        name, a = "/".join(path[:-1]), meta.unbox(flat[path])
-        ratio = lora.scale_of(name) / lora.common_scale(a.shape[-1])
-        flat[path] = meta.replace_boxed(flat[path], a * ratio)
+    modules = [path[:-1] for path in flat if path[-1] == FACTORS[0]]
+    if not modules:
+        raise missing_factors()
+    check_adapted(flat, lora)
+    for module in modules:
+        name, (a, b) = "/".join(module), (meta.unbox(flat[(*module, f)]) for f in FACTORS)
+        path = next((*module, n) for n in lora.weights if (*module, n) in flat)
+        weight = meta.unbox(flat[path])
+        if merges and in_order(weight, a, b):
+            value = product.merged(weight, a, b, lora.scale_of(name))
+            flat[path] = meta.replace_boxed(flat[path], value)
+            for factor in FACTORS:
+                del flat[(*module, factor)]
+        else:
+            ratio = lora.scale_of(name) / lora.common_scale(a.shape[-1])
+            flat[(*module, FACTORS[0])] = meta.replace_boxed(flat[(*module, FACTORS[0])], a * ratio)
     return {"params": traverse_util.unflatten_dict(flat)}
 
 
@@ -187,8 +303,9 @@ def _forward(method):
 class _Interceptor:
     """Adds the low-rank product to each targeted layer that runs; one for each run."""
 
-    def __init__(self, lora: LoRA, root: tuple[str, ...]):
-        self.lora, self.root = lora, root
+    def __init__(self, lora: LoRA, root: tuple[str, ...], merges: bool):
+        self.lora, self.root, self.merges = lora, root, merges
+        self.kinds = _kinds(lora.layers)
         self.paused = False
         self.wrapped = 0
         self.mapped: set[tuple[str, ...]] = set()
@@ -211,65 +328,60 @@ class _Interceptor:
         path = module.path[len(self.root) :]
         if type(module).__name__.startswith("Map_variables"):  # the class nn.map_variables makes
             self.mapped.add(path)
-        layer = _LAYERS.get(getattr(context.orig_method, "func", None))
-        if layer is None:
+        function = getattr(context.orig_method, "func", None)
+        kind = self.kinds.get(function)
+        if kind is None:
             return next_fun(*args, **kwargs)
         if self.lora.targets("/".join(path)):
-            self.check_layer(module, path)
-            return self.call_layer(layer, "/".join(path), next_fun, args, kwargs, context)
+            return self.call_layer(kind, function, path, next_fun, args, kwargs, module)
         if module.has_variable("params", FACTORS[0]):
             raise unselected_factors(self.lora, "/".join(path))
         return next_fun(*args, **kwargs)
 
-    def check_layer(self, module, path):
-        what = None
-        if self.wrapped or any(path[: len(prefix)] == prefix for prefix in self.mapped):
-            what = "has its weight transformed (WeightNorm, SpectralNorm or nn.map_variables)"
-        elif isinstance(module, nn.Conv | nn.ConvLocal) and module.mask is not None:
-            what = "has a mask on its weight"
-        elif isinstance(module, nn.ConvLocal):
-            what = "has a weight of its own for every position (ConvLocal)"
-        if what is not None:
-            raise ValueError(
-                f"the layer {'/'.join(path)!r} {what}, so that factors beside the stored weight "
-                "could not be merged into it: leave it out with LoRA.exclude."
-            )
-
-    def call_layer(self, layer, path, next_fun, args, kwargs, context):
-        module, lora = context.module, self.lora
-        initialising = not module.has_variable("params", FACTORS[0])
-        drops = bool(lora.dropout) and module.has_rng("dropout")
-        # Dropout on the way into A alone has no merged form. At init the layer makes its weight
-        # first: the factors follow its shape and its box.
-        merged = lora.execution == "merged" and not (initialising or drops)
-        y = None if merged else next_fun(*args, **kwargs)
-        weight = module.get_variable("params", layer.weight)
-        a, b = _factors(module, lora, path, layer.kind, weight)
-        weight, scale = meta.unbox(weight), lora.common_scale(a.shape[-1])
+    def call_layer(self, kind, function, path, next_fun, args, kwargs, module):
+        lora, name = self.lora, "/".join(path)
+        initialising = module.is_initializing()
+        if self.merges and not (initialising or module.has_variable("params", FACTORS[0])):
+            return next_fun(*args, **kwargs)  # its factors are in the weight already
+        self.check_layer(module, path, initialising)
+        y = next_fun(*args, **kwargs)
+        # At init the layer makes its weight first: the factors follow its shape and its box.
+        weight = module.get_variable("params", kind.weight)
+        arguments = inspect.signature(function).bind(module, *args, **kwargs).arguments
+        x = list(arguments.values())[1]
+        geometry = kind.geometry(module, arguments)
+        a, b, axes = _factors(module, lora, name, geometry, weight)
+        if _seen.get() is not None:
+            _seen.get()[name] = axes
+        scale, precision = lora.common_scale(a.shape[-1]), getattr(module, "precision", None)
         self.paused = True  # the product runs Flax layers of its own
         try:
-            if merged:
-                weight = product.merged(weight, a, b, scale)
-                return _plain_call(layer, weight, context, args, kwargs)
-            (x,) = (*args, *kwargs.values())
-            if layer.attends:
+            if kind.attends:
                 return y + product.low_rank_attend(x, y, a, b, scale)
+            drops = lora.dropout and module.has_rng("dropout")
             if drops and jnp.issubdtype(x.dtype, jnp.inexact):
                 x = _dropout(module.make_rng("dropout"), x, lora.dropout)
-            return y + product.low_rank(layer.kind, module, weight.shape, x, y, a, b, scale)
+            return y + product.low_rank(geometry, x, y, a, b, scale, precision)
         finally:
             self.paused = False
 
-
-def _plain_call(layer, weight, context, args, kwargs):
-    """The layer's own method with ``weight`` for its weight."""
-    module = context.module
-    params = {layer.weight: weight}
-    if module.has_variable("params", "bias"):
-        params["bias"] = meta.unbox(module.get_variable("params", "bias"))
-    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(layer.kind)}
-    plain = layer.kind(**(fields | {"parent": None, "name": None}))
-    return plain.apply({"params": params}, *args, method=context.method_name, **kwargs)
+    def check_layer(self, module, path, initialising):
+        what = None
+        if self.wrapped or any(path[: len(prefix)] == prefix for prefix in self.mapped):
+            what = "has its weight transformed (WeightNorm, SpectralNorm or nn.map_variables)"
+        elif isinstance(module, nn.Conv | nn.ConvTranspose) and module.mask is not None:
+            what = "has a mask on its weight"
+        elif isinstance(module, nn.ConvLocal):
+            raise ValueError(
+                f"the layer {'/'.join(path)!r} has a weight of its own for every position "
+                "(ConvLocal), which no pair of factors describes: leave it out with LoRA.exclude."
+            )
+        if what is not None and not (self.merges and initialising):
+            raise ValueError(
+                f"the layer {'/'.join(path)!r} {what}, so that nothing computed beside it could be "
+                'merged into it: use LoRA(execution="merged", dropout=0), or leave the layer out '
+                "with LoRA.exclude."
+            )
 
 
 def _dropout(key, x, rate):
@@ -277,11 +389,16 @@ def _dropout(key, x, rate):
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
-def _factors(module, lora, path, kind, weight):
-    """A and B of the layer from its parameters; at init they are made there."""
+def _factors(module, lora, path, geometry, weight):
+    """A and B of the layer from its parameters, where at init they are made, and their layout."""
     shape = jnp.shape(meta.unbox(weight))
-    axes = product.layout(kind, module, len(shape))
-    shapes = product.factor_shapes(shape, axes, lora.rank_of(path))
+    try:
+        axes = product.layout(geometry, len(shape))
+        shapes = product.factor_shapes(shape, axes, lora.rank_of(path))
+    except ValueError as e:
+        raise ValueError(
+            f"the layer {path!r} cannot be adapted, since {e} Leave it out with LoRA.exclude."
+        ) from None
     if not module.has_variable("params", FACTORS[0]):
         if not module.is_mutable_collection("params"):
             raise missing_factors(f" at {path!r}")
@@ -301,7 +418,7 @@ def _factors(module, lora, path, kind, weight):
             f"(rank {lora.rank_of(path)}) and the weight {shape} ask for {shapes[0]} and "
             f"{shapes[1]}: use the description that the factors were made with."
         )
-    return a, b
+    return a, b, axes
 
 
 def _names(weight, axes: product.Layout):
@@ -314,8 +431,9 @@ def _names(weight, axes: product.Layout):
         return None, None
     names, ndim = weight.names, jnp.ndim(weight.unbox())
     if len(names) == ndim:
-        batch = names[: axes.batch]
-        name_in, name_out = names[axes.batch], names[axes.batch + axes.inputs]
+        batch = tuple(names[i] for i in axes.batch)
+        name_in, name_out = names[axes.inputs[0]], names[axes.outputs[0]]
     else:
-        batch, (name_in, name_out) = (None,) * axes.batch, names[-2:]
+        batch, (name_in, name_out) = (None,) * len(axes.batch), names[-2:]
+    batch = (*(() if axes.in_order else (None,)), *batch)
     return (*batch, name_in, None), (*batch, None, name_out)

@@ -1,61 +1,167 @@
-"""The low-rank product of each kind of layer, and where its factors begin.
+"""The low-rank product of each kind of layer, and how its factors flatten the layer's weight.
 
-A layer is any object with the fields of the Flax class ``kind`` (Dense, DenseGeneral, Conv, Embed).
-Its weight is laid out (*batch, *in, *out); the factors flatten the input and the output axes, so
-that ``(lora_a @ lora_b).reshape(weight.shape)`` is the increment whatever the layer.
+Linen and NNX share this file. A *geometry* says how an input meets a weight: a ``Contraction`` by
+an einsum equation, a ``Convolution`` or a ``Lookup``. Everything else follows from it: the shapes
+of the factors, the product beside the layer, and the increment of the weight.
 """
 
 import math
+import string
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# The fields that say how a layer lines up its input with its weight. Quantised or otherwise
-# replaced products (`dot_general`, ...) stay with the base: the factors use plain arithmetic.
-_GEOMETRY = {
-    nn.Dense: (),
-    nn.DenseGeneral: ("axis", "batch_dims"),
-    nn.Conv: (
-        "kernel_size",
-        "strides",
-        "padding",
-        "input_dilation",
-        "kernel_dilation",
-        "feature_group_count",
-    ),
-    nn.Embed: ("num_embeddings",),
+# The fields that say how a convolution lines up its input with its weight, the same in Linen and
+# NNX. Quantised or otherwise replaced products stay with the base: factors use plain arithmetic.
+_CONV = ("kernel_size", "strides", "padding", "kernel_dilation")
+_FIELDS = {
+    nn.Conv: (*_CONV, "input_dilation", "feature_group_count"),
+    nn.ConvTranspose: (*_CONV, "transpose_kernel"),
 }
 
 
+class Contraction(NamedTuple):
+    """``y = einsum(equation, x, weight)``; ``"...i,io->...o"`` is a dense layer."""
+
+    equation: str
+
+
+class Convolution(NamedTuple):
+    """A convolution: the Linen class that computes it and the fields that shape it."""
+
+    cls: type[nn.Module]
+    fields: dict
+
+
+class Lookup(NamedTuple):
+    """Rows of a table (num, features), chosen by integers."""
+
+    num: int
+
+
+Geometry = Contraction | Convolution | Lookup
+
+DENSE = Contraction("...i,io->...o")
+
+
 class Layout(NamedTuple):
-    """The axes of a weight: how many are batch axes, then how many are input axes."""
+    """The axes of a weight by their role, without those over which layers are stacked."""
 
-    batch: int
-    inputs: int
+    batch: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        return self.batch + self.inputs + self.outputs
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the weight is laid out (*batch, *in, *out) as it stands."""
+        return self.order == tuple(range(len(self.order)))
 
 
-def layout(kind: type[nn.Module], layer, ndim: int) -> Layout:
-    """The layout of the ``ndim``-dimensional weight of ``layer``.
+def general(axis, batch_dims, features: int, ndim: int = 20) -> Contraction:
+    """The equation of a dense layer over several axes, for an input of ``ndim`` axes.
 
-    >>> layout(nn.DenseGeneral, nn.DenseGeneral((3, 4), axis=(-2, -1)), 4)
-    Layout(batch=0, inputs=2)
+    (The layout of the weight does not depend on ``ndim``.)
+
+    >>> general(axis=(-2, -1), batch_dims=(), features=1, ndim=4)
+    Contraction(equation='abcd,cde->abe')
     """
-    if kind is nn.DenseGeneral:
-        return Layout(_count(layer.batch_dims), _count(layer.axis))
-    return Layout(0, ndim - 1 if kind is nn.Conv else 1)
+    letters = string.ascii_letters
+    x = letters[:ndim]
+    batch = "".join(x[i] for i in batch_dims)
+    summed = "".join(x[i] for i in ((axis,) if isinstance(axis, int) else axis))
+    new = letters[ndim : ndim + features]
+    free = "".join(c for c in x if c not in batch + summed)
+    return Contraction(f"{x},{batch}{summed}{new}->{batch}{free}{new}")
+
+
+def convolution(cls: type[nn.Module], layer) -> Convolution:
+    """``cls`` with the fields of ``layer``, a Linen or an NNX convolution."""
+    return Convolution(cls, {name: getattr(layer, name) for name in _FIELDS[cls]})
+
+
+def layout(geometry: Geometry, ndim: int | None) -> Layout:
+    """The roles of the ``ndim`` axes of one layer's weight (None: as many as an equation has).
+
+    Raises:
+        ValueError: the equation of a contraction gives no matrix with an input and an output axis,
+            or does not have ``ndim`` axes for the weight.
+
+    >>> layout(Contraction("btd,ndh->btnh"), 3)
+    Layout(batch=(), inputs=(1,), outputs=(0, 2))
+    """
+    if isinstance(geometry, Lookup):
+        return Layout((), (0,), (1,))
+    if isinstance(geometry, Convolution):
+        spatial, (before, last) = tuple(range(ndim - 2)), (ndim - 2, ndim - 1)
+        if geometry.fields.get("transpose_kernel"):
+            return Layout((), (*spatial, last), (before,))
+        return Layout((), (*spatial, before), (last,))
+    x, weight, y = terms(geometry.equation)
+    roles = [(c in x, c in y) for c in weight]
+    axes = {r: tuple(i for i, role in enumerate(roles) if role == r) for r in set(roles)}
+    found = Layout(*(axes.get(r, ()) for r in ((True, True), (True, False), (False, True))))
+    if (False, False) in axes or not found.inputs or not found.outputs:
+        raise ValueError(
+            f"in the equation {geometry.equation!r} the weight needs an axis that is summed with "
+            "the input and an axis that is the output's alone; others may be in both."
+        )
+    if ndim not in (None, len(weight)):
+        raise ValueError(
+            f"the equation {geometry.equation!r} has {len(weight)} axes for a weight of {ndim}."
+        )
+    return found
+
+
+def terms(equation: str) -> tuple[str, str, str]:
+    """The labels of input, weight and output.
+
+    Raises:
+        ValueError: it is not "input,weight->output", or the weight's labels are not plain letters.
+
+    >>> terms("BTD, NDH -> BTNH")
+    ('BTD', 'NDH', 'BTNH')
+    """
+    try:
+        operands, y = equation.replace(" ", "").split("->")
+        x, weight = operands.split(",")
+    except ValueError:
+        x = weight = y = ""
+    if not weight.isalpha() or len(set(weight)) < len(weight):
+        raise ValueError(
+            f"the equation {equation!r} must read 'input,weight->output', with a letter of its own "
+            "for each axis of the weight, such as '...i,io->...o'."
+        )
+    return x, weight, y
 
 
 def factor_shapes(shape: tuple[int, ...], axes: Layout, rank: int):
     """Shapes of A (*batch, in, r) and B (*batch, r, out) for a weight of ``shape``.
 
-    >>> factor_shapes((3, 3, 8, 16), Layout(0, 3), rank=2)
+    A weight whose axes stand in another order than (*batch, *in, *out) is marked by a leading axis
+    of size 1, which its own shape contradicts: whoever sees the arrays alone cannot merge them in
+    the wrong order.
+
+    >>> factor_shapes((3, 3, 8, 16), Layout((), (0, 1, 2), (3,)), rank=2)
     ((72, 2), (2, 16))
+    >>> factor_shapes((4, 8, 16), Layout((), (1,), (0, 2)), rank=2)
+    ((1, 8, 2), (1, 2, 64))
+
+    Raises:
+        ValueError: the mark would be no contradiction, since the weight begins with an axis of 1.
     """
-    split = axes.batch + axes.inputs
-    batch = shape[: axes.batch]
-    size_in, size_out = math.prod(shape[axes.batch : split]), math.prod(shape[split:])
+    if not axes.in_order and shape[0] == 1:
+        raise ValueError(
+            f"its weight {shape} has axes in another order than (*batch, *in, *out) and begins "
+            "with an axis of size 1."
+        )
+    batch = (*(() if axes.in_order else (1,)), *(shape[i] for i in axes.batch))
+    size_in, size_out = (math.prod(shape[i] for i in part) for part in (axes.inputs, axes.outputs))
     return (*batch, size_in, rank), (*batch, rank, size_out)
 
 
@@ -80,28 +186,49 @@ def initial_a(key, shape: tuple[int, ...], init: str, dtype) -> jax.Array:
     return jax.vmap(draw)(keys).reshape(shape).astype(dtype)
 
 
-def low_rank(kind: type[nn.Module], layer, shape, x, y, a, b, scale: float) -> jax.Array:
-    """``scale * (x A) B`` in the dtype of ``y``, the layer's own output; ``shape`` is the weight's.
+def principal_factors(weight, axes: Layout | None, a_shape, b_shape, scale: float, dtype):
+    """A, B and what is left of the weight: W_0's r principal directions, moved out of it (PiSSA).
+
+    A = U sqrt(S / s), B = sqrt(S / s) V^T for the largest singular values S of W_0 (Meng et al.
+    2024, eqs. 2-4), so that W_0 = residual + s A B.
+
+    Raises:
+        ValueError: the rank exceeds the number of singular directions.
+    """
+    full = jnp.promote_types(weight.dtype, jnp.float32)
+    rank = a_shape[-1]
+    matrix = weight.astype(full)
+    if axes is not None:
+        matrix = matrix.transpose(_stacked(axes, weight.ndim))
+    matrix = matrix.reshape(*a_shape[:-1], b_shape[-1])
+    if rank > min(matrix.shape[-2:]):
+        raise ValueError(
+            f'LoRA.init "pissa": rank {rank} exceeds a weight of shape {weight.shape}, which has '
+            f"{min(matrix.shape[-2:])} singular directions: lower rank, or exclude the layer."
+        )
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank] / scale)
+    a = (u[..., :rank] * root[..., None, :]).astype(dtype)
+    b = (root[..., :, None] * vt[..., :rank, :]).astype(dtype)
+    return a, b, merged(weight, a, b, -scale, axes)
+
+
+def low_rank(geometry: Geometry, x, y, a, b, scale: float, precision=None) -> jax.Array:
+    """``scale * (x A) B`` in the dtype of ``y``, the layer's own output.
 
     The way down to r channels is the layer itself with r features and no bias, which brings its
-    axes, padding, dilation and promotion along. The two factors are never multiplied together, so
-    that neither the forward nor the backward pass holds an (in x out) increment.
+    axes, padding and dilation along. The two factors are never multiplied together, so that neither
+    the forward nor the backward pass holds an (in x out) increment. ``a`` and ``b`` are flat, as
+    they are stored; the shape of ``y`` says what a flattened output axis unfolds to.
     """
-    grouped = kind is nn.Conv and layer.feature_group_count > 1
-    groups = layer.feature_group_count if grouped else 1
-    wide = jnp.tile(a, groups) if grouped else a
-    split = sum(layout(kind, layer, len(shape)))
-    z = _down(kind, layer, x, wide.reshape(*shape[:split], -1), y.dtype) * scale
-    b = b.astype(y.dtype)
-    precision = getattr(layer, "precision", None)
-    if grouped:  # every group has r channels of its own, and its own share of B's columns
-        z = z.reshape(*z.shape[:-1], groups, b.shape[0])
-        b = b.reshape(b.shape[0], groups, -1)
-        return jnp.einsum("...gr,rgo->...go", z, b, precision=precision).reshape(y.shape)
-    batch = tuple(range(b.ndim - 2))
-    contract = (z.ndim - 1,), (b.ndim - 2,)
-    delta = jax.lax.dot_general(z, b, (contract, (batch, batch)), precision=precision)
-    return delta.reshape(y.shape)
+    a, b = a.astype(y.dtype), b.astype(y.dtype)
+    if isinstance(geometry, Lookup):
+        table = nn.Embed(geometry.num, a.shape[-1], dtype=y.dtype, parent=None)
+        return table.apply({"params": {"embedding": a}}, x) * scale @ b
+    x = x.astype(y.dtype)
+    if isinstance(geometry, Convolution):
+        return _convolved(geometry, x, y, a, b, scale, precision)
+    return _contracted(geometry, x, y, a, b, scale, precision)
 
 
 def low_rank_attend(query, y, a, b, scale: float) -> jax.Array:
@@ -110,25 +237,72 @@ def low_rank_attend(query, y, a, b, scale: float) -> jax.Array:
     return (query @ b.T * scale) @ a.T
 
 
-def merged(weight, a, b, scale: float) -> jax.Array:
+def merged(weight, a, b, scale: float, axes: Layout | None = None) -> jax.Array:
     """``W + scale * A B``, summed in float32 at least and cast once to the weight's dtype.
+
+    Without ``axes`` the weight is taken to be laid out (*stack, *batch, *in, *out).
 
     >>> merged(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((2, 1)), jnp.ones((1, 3)), 0.5)[0, 0]
     Array(1.5, dtype=bfloat16)
     """
     dtype = jnp.promote_types(weight.dtype, jnp.float32)
     delta = jnp.matmul(a.astype(dtype), b.astype(dtype), precision="highest")
-    return (weight.astype(dtype) + scale * delta.reshape(weight.shape)).astype(weight.dtype)
+    if axes is None or axes.in_order:
+        delta = delta.reshape(weight.shape)
+    else:
+        order = _stacked(axes, weight.ndim)
+        unfolded = delta.reshape([weight.shape[i] for i in order])
+        delta = unfolded.transpose([order.index(i) for i in range(weight.ndim)])
+    return (weight.astype(dtype) + scale * delta).astype(weight.dtype)
 
 
-def _down(kind, layer, x, kernel, dtype):
-    fields = {name: getattr(layer, name) for name in _GEOMETRY[kind]}
-    fields |= {"features": kernel.shape[-1], "dtype": dtype, "parent": None}
-    if kind is nn.Embed:
-        return nn.Embed(**fields).apply({"params": {"embedding": kernel}}, x)
-    down = kind(use_bias=False, precision=layer.precision, **fields)
-    return down.apply({"params": {"kernel": kernel}}, x)
+def _stacked(axes: Layout, ndim: int) -> list[int]:
+    stack = ndim - len(axes.order)
+    return [*range(stack), *(stack + i for i in axes.order)]
 
 
-def _count(axes) -> int:
-    return 1 if isinstance(axes, int) else len(axes)
+def _contracted(geometry, x, y, a, b, scale, precision):
+    in_labels, weight, out_labels = terms(geometry.equation)
+    axes = layout(geometry, len(weight))
+    batch, inputs, outputs = ("".join(weight[i] for i in part) for part in axes)
+    # Sizes by label, counted from the end behind an ellipsis.
+    sizes = {}
+    for labels, shape in ((in_labels, x.shape), (out_labels, y.shape)):
+        head, _, tail = labels.partition("...")
+        sizes |= dict(zip(head, shape, strict=False))
+        sizes |= dict(zip(reversed(tail), reversed(shape), strict=False))
+    r = next(c for c in string.ascii_letters if c not in geometry.equation)
+    through = "".join(c for c in out_labels if c not in outputs)  # ellipsis and batch included
+    a = a.reshape(*(sizes[c] for c in batch + inputs), a.shape[-1])
+    b = b.reshape(*(sizes[c] for c in batch), b.shape[-2], *(sizes[c] for c in outputs))
+    down, up = f"{in_labels},{batch}{inputs}{r}->{through}{r}", f"{through}{r},{batch}{r}{outputs}"
+    z = jnp.einsum(down, x, a, precision=precision) * scale
+    return jnp.einsum(f"{up}->{out_labels}", z, b, precision=precision)
+
+
+def _convolved(geometry, x, y, a, b, scale, precision):
+    fields, rank = geometry.fields, a.shape[-1]
+    groups = fields.get("feature_group_count", 1)
+    kernel = jnp.tile(a.reshape(*_spatial(fields), -1, rank), groups)
+    if fields.get("transpose_kernel"):
+        kernel = jnp.swapaxes(kernel, -1, -2)
+    b = b.reshape(rank, -1)
+    down = geometry.cls(
+        features=rank * groups,
+        use_bias=False,
+        dtype=y.dtype,
+        precision=precision,
+        parent=None,
+        **fields,
+    )
+    z = down.apply({"params": {"kernel": kernel}}, x) * scale
+    if groups == 1:
+        return jnp.matmul(z, b, precision=precision)
+    # Every group has r channels of its own, and its own share of B's columns.
+    z, b = z.reshape(*z.shape[:-1], groups, rank), b.reshape(rank, groups, -1)
+    return jnp.einsum("...gr,rgo->...go", z, b, precision=precision).reshape(y.shape)
+
+
+def _spatial(fields) -> tuple[int, ...]:
+    size = fields["kernel_size"]
+    return (size,) if isinstance(size, int) else tuple(size)
