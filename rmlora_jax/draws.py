@@ -148,9 +148,11 @@ def _draw_shape(rule: MaskRule, factor: Factor) -> tuple[int, ...]:
 
 
 def _broadcastable(rule: MaskRule, factor: Factor, chosen: jax.Array) -> jax.Array:
-    if rule.unit == "rank":
-        return jnp.expand_dims(chosen, -2 if factor.side == "a" else -1)
-    return chosen.reshape(chosen.shape + (1,) * (len(factor.shape) - chosen.ndim))
+    """``chosen`` with as many axes as the factor; those that it does not cover have size 1."""
+    missing = (1,) * (len(factor.shape) - chosen.ndim)
+    if rule.unit == "rank" and factor.side == "a":
+        return chosen.reshape(*factor.stack, *missing, factor.rank)
+    return chosen.reshape(chosen.shape + missing)
 
 
 def _random_bits(key: jax.Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:

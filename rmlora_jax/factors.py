@@ -1,8 +1,9 @@
 """Finding the LoRA factors in any pytree.
 
-A module's two factors are ``a`` of shape ``(*stack, in, rank)`` and ``b`` of shape
-``(*stack, rank, out)``. They are recognised by the end of their path, so the same code serves
-Linen dictionaries, ``nnx.State``, Gemma's and Qwix's trees, optimizer updates and gradients.
+A module's two factors are ``a`` of shape ``(*stack, *in, rank)`` and ``b`` of shape
+``(*stack, rank, *out)``. They are recognised by the end of their path, so the same code serves
+Linen dictionaries, ``nnx.State``, Equinox modules, Gemma's and Qwix's trees, optimizer updates and
+gradients.
 """
 
 import re
@@ -15,7 +16,7 @@ import optax
 # What ends the path of A and of B: Linen and nnx.LoRA siblings, Qwix's suffixes, Gemma's scope.
 DEFAULT_FACTORS = (r"lora_a|lora/a", r"lora_b|lora/b")
 
-FactorNames = str | tuple[str, str] | None
+FactorNames = str | tuple[str, str] | tuple[str, str, int] | None
 
 
 class Factor(NamedTuple):
@@ -27,6 +28,7 @@ class Factor(NamedTuple):
       module: what precedes the factor's name; A and B of one module share it.
       side: ``"a"``, ``"b"``, or None for a leaf that stands alone (``factors`` is one regex).
       shape: shape of the leaf.
+      depth: number of leading axes over which nn.scan or nn.vmap stacked the layers.
     """
 
     index: int
@@ -34,16 +36,23 @@ class Factor(NamedTuple):
     module: str
     side: str | None
     shape: tuple[int, ...]
+    depth: int
 
     @property
     def stack(self) -> tuple[int, ...]:
         """The leading axes, over which nn.scan or nn.vmap stacked the layers."""
-        return self.shape[:-2]
+        return self.shape[: self.depth]
 
     @property
     def rank(self) -> int:
         """Number of rank directions; only a factor with a side has them."""
-        return self.shape[-1] if self.side == "a" else self.shape[-2]
+        return self.shape[-1] if self.side == "a" else self.shape[self.depth]
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """The shape with all in axes, or all out axes, flattened into one."""
+        ends = (-1, self.rank) if self.side == "a" else (self.rank, -1)
+        return (*self.stack, *ends)
 
 
 def path_string(path: Sequence[Any]) -> str:
@@ -81,24 +90,33 @@ def is_absent(leaf: Any) -> bool:
 def find_factors(tree: Any, factors: FactorNames = None) -> list[Factor]:
     """The factors of a tree, in the tree's order, with their shapes checked.
 
+    How many leading axes are the stack is read from the two shapes of a module. Where A and B have
+    as many axes as each other, ``(*stack, in, rank)`` and ``(*stack, rank, out)`` is tried first;
+    then every number k of leading axes that agree, ``a.shape[:k] == b.shape[:k]``, and behind which
+    B has the rank of A, ``a.shape[-1] == b.shape[k]``. So the factors (heads, dim, r) and (r, out)
+    of an attention output, or (width, in, r) and (r, out) of a convolution, are taken as they are.
+
     Args:
       tree: any pytree of arrays, or of anything with a ``shape``.
       factors: None for the usual names: a path that ends in ``lora_a`` / ``lora_b`` (also after
         an underscore, ``kernel_lora_a``) or ``lora/a`` / ``lora/b``. A pair of regular
         expressions ``(a, b)`` replaces them: each must match the end of the path in full, from
         the start of a component or from behind an underscore, and what precedes the match must
-        be the same for A and B. One regular expression names leaves that stand alone and is
-        matched against the whole path.
+        be the same for A and B. A third element, ``(a, b, k)``, states the number k of leading
+        stack axes of every factor instead of reading it from the shapes. One regular expression
+        names leaves that stand alone and is matched against the whole path.
 
     Returns:
       A list of :class:`Factor`, empty where the tree has no arrays at all (optax initialises
       transformations with such placeholders). A factor whose partner is absent is returned
-      alone: methods that freeze A train such trees.
+      alone, as (*stack, in, rank) or (*stack, rank, out) if k is not given: methods that freeze A
+      train such trees.
 
     Raises:
-      ValueError: the tree has arrays but no factors; the shapes of A and B do not fit; two
-        leaves claim to be the same factor; a regular expression is invalid.
-      TypeError: ``factors`` is neither None, a string nor a pair of strings.
+      ValueError: the tree has arrays but no factors; the shapes of A and B do not fit, or fit in
+        several ways; two leaves claim to be the same factor; a regular expression is invalid.
+      TypeError: ``factors`` is neither None, a string, a pair of strings nor such a pair and an
+        integer.
 
     >>> import jax.numpy as jnp
     >>> tree = {"q": {"kernel": jnp.ones((3, 5)), "lora_a": jnp.ones((3, 2)),
@@ -107,8 +125,11 @@ def find_factors(tree: Any, factors: FactorNames = None) -> list[Factor]:
     [('q/lora_a', 'q', 'a', 2), ('q/lora_b', 'q', 'b', 2)]
     >>> [f.path for f in find_factors(tree, factors=r".*/kernel")]
     ['q/kernel']
+    >>> heads = {"out/lora/a": jnp.ones((4, 8, 2)), "out/lora/b": jnp.ones((2, 32))}
+    >>> [(f.stack, f.rank, f.matrix) for f in find_factors(heads)]
+    [((), 2, (-1, 2)), ((), 2, (2, -1))]
     """
-    sides = _compile(factors)
+    sides, depth = _compile(factors)
     leaves, _, paths = flatten(tree)
     present = [i for i, leaf in enumerate(leaves) if not is_absent(leaf)]
     found = []
@@ -116,11 +137,13 @@ def find_factors(tree: Any, factors: FactorNames = None) -> list[Factor]:
         for side, pattern in sides.items():
             module = _module(pattern, paths[i], side)
             if module is not None:
-                found.append(Factor(i, paths[i], module, side, tuple(leaves[i].shape)))
+                shape = tuple(leaves[i].shape)
+                usual = max(len(shape) - 2, 0)
+                found.append(Factor(i, paths[i], module, side, shape, usual))
     if present and not found:
         raise ValueError(_nothing_found(factors, [paths[i] for i in present]))
     _check(found)
-    return found
+    return _with_depths(found, depth)
 
 
 def _is_box(key: Any) -> bool:
@@ -136,24 +159,29 @@ def _component(key: Any) -> str:
     return str(key)
 
 
-def _compile(factors: FactorNames) -> dict[str | None, re.Pattern[str]]:
-    if factors is None:
-        factors = DEFAULT_FACTORS
-    if isinstance(factors, str):
-        sides = {None: factors}
+def _compile(factors: FactorNames) -> tuple[dict[str | None, re.Pattern[str]], int | None]:
+    """The pattern of each side, and the number of stack axes if it is stated."""
+    names = DEFAULT_FACTORS if factors is None else factors
+    depth = None
+    if isinstance(names, Sequence) and not isinstance(names, str) and len(names) == 3:
+        *names, depth = names
+    if isinstance(names, str):
+        sides = {None: names}
     elif (
-        isinstance(factors, Sequence)
-        and len(factors) == 2
-        and all(isinstance(pattern, str) for pattern in factors)
+        isinstance(names, Sequence)
+        and len(names) == 2
+        and all(isinstance(pattern, str) for pattern in names)
+        and (depth is None or (type(depth) is int and depth >= 0))
     ):
-        sides = {"a": factors[0], "b": factors[1]}
+        sides = {"a": names[0], "b": names[1]}
     else:
         raise TypeError(
             f"factors={factors!r} must be None, one regular expression, or a pair of them (a, b), "
-            r"such as ('down/kernel', 'up/kernel')"
+            "such as ('down/kernel', 'up/kernel'), with the number of leading stack axes as a "
+            "third element where the shapes do not tell it"
         )
     try:
-        return {side: re.compile(pattern) for side, pattern in sides.items()}
+        return {side: re.compile(pattern) for side, pattern in sides.items()}, depth
     except re.error as error:
         raise ValueError(f"factors={factors!r}: invalid regular expression: {error}") from None
 
@@ -203,12 +231,49 @@ def _check(found: list[Factor]) -> None:
                 f"{factor.path!r} has shape {factor.shape}: a factor has at least the axes "
                 "(in, rank) or (rank, out)"
             )
-    for (module, side), a in seen.items():
-        b = seen.get((module, "b"))
-        if side == "a" and b is not None and (a.stack, a.rank) != (b.stack, b.rank):
-            raise ValueError(
-                f"the factors of {module!r} do not fit: {a.path!r} has shape {a.shape} and "
-                f"{b.path!r} {b.shape}, but (*stack, in, rank) and (*stack, rank, out) need the "
-                "same stack and rank. Flatten several in or out axes into one, and stack scanned "
-                "layers on axis 0."
-            )
+
+
+def _with_depths(found: list[Factor], stated: int | None) -> list[Factor]:
+    """``found`` with the number of stack axes that the shapes of each pair tell."""
+    pairs: dict[str, dict[str, Factor]] = {}
+    for factor in found:
+        if factor.side is not None:
+            pairs.setdefault(factor.module, {})[factor.side] = factor
+    depths = {module: _depth(module, pair, stated) for module, pair in pairs.items()}
+    return [f._replace(depth=depths[f.module]) if f.side is not None else f for f in found]
+
+
+def _depth(module: str, pair: dict[str, Factor], stated: int | None) -> int:
+    if stated is not None:
+        for factor in pair.values():
+            if len(factor.shape) < stated + 2:
+                raise ValueError(
+                    f"{factor.path!r} has shape {factor.shape}, too few axes for the {stated} "
+                    "stack axes that `factors` states"
+                )
+    if len(pair) == 1:
+        (alone,) = pair.values()
+        return alone.depth if stated is None else stated
+    a, b = pair["a"].shape, pair["b"].shape
+    fits = [k for k in range(min(len(a), len(b)) - 1) if a[:k] == b[:k] and a[-1] == b[k]]
+    if stated is not None:
+        fits = [k for k in fits if k == stated]
+    elif len(a) == len(b) and len(a) - 2 in fits:
+        fits = [len(a) - 2]
+    if len(fits) == 1:
+        return fits[0]
+    shapes = f"{pair['a'].path!r} has shape {a} and {pair['b'].path!r} {b}"
+    if not fits:
+        raise ValueError(
+            f"the factors of {module!r} do not fit: {shapes}, but (*stack, in, rank) and "
+            "(*stack, rank, out), with one or several in and out axes, need the same stack"
+            f"{'' if stated is None else f' of {stated} axes'} and rank. Stack scanned layers on "
+            "axis 0."
+        )
+    readings = "; or ".join(f"k={k}: stack {a[:k]}, in {a[k:-1]}, out {b[k + 1:]}" for k in fits)
+    raise ValueError(
+        f"the factors of {module!r} can be read in several ways: {shapes}, which is {readings}. "
+        "State the number k of stack axes, factors=(a, b, k) with the regular expressions a and b, "
+        f"for example factors=({DEFAULT_FACTORS[0]!r}, {DEFAULT_FACTORS[1]!r}, {fits[-1]}), or "
+        "flatten the in axes and the out axes into one each."
+    )

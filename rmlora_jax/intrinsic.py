@@ -101,7 +101,7 @@ def trajectory_dimension(
     if side not in ("out", "in"):
         raise ValueError(f"side is {side!r}; allowed: 'out', 'in'.")
     times = [
-        {w.path[:-1]: tuple(f.astype(jnp.float32) for f in (w.a, w.b)) for w in weights}
+        {path[:-1]: tuple(f.astype(jnp.float32) for f in pair) for path, _, *pair in weights}
         for weights in (adapted_weights(params, lora) for params in snapshots)
     ]
     if any(time.keys() != times[0].keys() for time in times):

@@ -7,6 +7,7 @@ import math
 import numbers
 import operator
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -108,9 +109,9 @@ class LoRA:
         execution: "factored" computes (x A) B beside the layer; "merged" runs the base model on
             merged parameters, W_0 + s A B for W_0. That is cheaper where tokens are many times the
             width and no gradient is taken, and works where nothing can be computed beside the
-            layer: under WeightNorm, a mask on the weight, ``nn.map_variables``. (Layers whose
-            weight has its axes in another order, and all layers while dropout is active, run
-            factored.) "auto" is "factored".
+            layer: under WeightNorm, a mask on the weight, ``nn.map_variables``. (While dropout is
+            active all layers run factored; so do, in Linen, those whose weight has its axes in
+            another order.) "auto" is "factored".
         layers: a ``Layer`` for each layer class of your own that is to be adapted.
 
     Raises:
@@ -208,9 +209,14 @@ class LoRA:
     def trainable(self, path: Iterable[Any], value: Any = None) -> bool:
         """``trains`` as an NNX filter: for ``nnx.split``, ``nnx.grad``, ``nnx.Optimizer(wrt=...)``.
 
+        Of NNX Variables only ``nnx.Param`` and its kinds are trained: not statistics, nor keys.
+
         >>> LoRA(rank=4, train="head").trainable(("head", "kernel"))
         True
         """
+        nnx = sys.modules.get("flax.nnx")  # no Variable exists before flax.nnx is imported
+        if nnx and isinstance(value, nnx.Variable) and not isinstance(value, nnx.Param):
+            return False
         return self.trains("/".join(map(str, path)))
 
     def check_targets(self, layers: Iterable[str]) -> None:

@@ -58,7 +58,8 @@ def mask_gradients(
         G_B \leftarrow \mathrm{diag}(m_t) \, G_B, \qquad t \ge \text{start\_step}.
 
     Updates of leaves that are not factors pass through. Factors stacked over layers, (L, in, r)
-    and (L, r, out), draw for each layer.
+    and (L, r, out), draw for each layer. Factors with several in or out axes, such as Gemma's
+    (heads, dim, r) and (r, out), are masked along their rank axis all the same.
 
     A mask depends on ``seed``, the step and the path of the module, and on nothing else: it is
     the same on every device, after a restart, whatever the order of the tree or the siblings of
@@ -76,6 +77,11 @@ def mask_gradients(
     .. warning::
       Under gradient accumulation wrap the whole chain in :class:`optax.MultiSteps`, so that the
       mask follows optimizer steps and not micro-steps.
+
+    .. warning::
+      Inside :func:`optax.multi_transform` or :func:`optax.masked` a group that holds A without B
+      (LoRA+) cannot compare their shapes: a factor with several in or out axes is then read as
+      stacked. Put the mask outside, or state the stack with ``factors=(a, b, k)``.
 
     Args:
       keep: for ``draw="bernoulli"`` the probability in [0, 1] that a unit moves; for
@@ -137,11 +143,7 @@ def mask_gradients(
 
 
 def lazily_masked(
-    inner: optax.GradientTransformation,
-    keep: Keep,
-    *,
-    seed: int | jax.Array = 0,
-    **options: Any,
+    inner: optax.GradientTransformation, keep: Keep, *, seed: int | jax.Array = 0, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Runs ``inner`` on the drawn rank directions and leaves all others as they are.
 
@@ -209,7 +211,8 @@ def step_masks(state: Any, tree: Any, keep: Keep, **options: Any) -> Any:
     Returns:
       A tree like ``tree`` of boolean arrays, True where the update moves. A mask has the leaf's
       number of axes and broadcasts against it: (*stack, 1, r) for A and (*stack, r, 1) for B
-      where rank directions are drawn. It is scalar for a leaf that is not masked.
+      where rank directions are drawn, with a 1 for each in or out axis. It is scalar for a leaf
+      that is not masked.
 
     Raises:
       ValueError: ``state`` holds no mask state or several; otherwise as :func:`mask_gradients`.

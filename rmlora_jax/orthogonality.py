@@ -13,11 +13,7 @@ _COSINE_EPS = 1e-8
 
 
 def orthogonality(
-    tree: Any,
-    *,
-    kind: str = "norm",
-    reduction: str = "mean",
-    factors: FactorNames = None,
+    tree: Any, *, kind: str = "norm", reduction: str = "mean", factors: FactorNames = None
 ) -> jax.Array:
     r"""How far the LoRA factors are from having orthonormal rank directions.
 
@@ -40,12 +36,12 @@ def orthogonality(
     0 with respect to a factor that is 0.
 
     Args:
-      tree: any pytree that holds factors (*stack, in, r) and (*stack, r, out); other leaves are
-        ignored.
+      tree: any pytree that holds factors (*stack, *in, r) and (*stack, r, *out); several in or out
+        axes count as one, flattened. Other leaves are ignored.
       kind: ``"norm"``, ``"squared"`` or ``"cosine"``.
       reduction: ``"mean"`` over the matrices (2M of them), or ``"sum"``.
       factors: how factors are named, see :func:`rmlora_jax.factors.find_factors`; here None or
-        a pair of regular expressions.
+        a pair of regular expressions (and a stack depth).
 
     Returns:
       A float32 scalar, without unit.
@@ -170,16 +166,16 @@ def _check_arguments(kind: str, reduction: str, factors: FactorNames) -> None:
 
 def _penalty(values: list[jax.Array], found: list[Factor], kind: str, reduction: str) -> jax.Array:
     """The penalty of the factor leaves ``values``, aligned with ``found``."""
-    per_leaf = [_KINDS[kind](_gram(v, f.side)) for v, f in zip(values, found, strict=True)]
+    per_leaf = [_KINDS[kind](_gram(v, f)) for v, f in zip(values, found, strict=True)]
     total = sum(jnp.sum(value) for value in per_leaf)
     return total / sum(value.size for value in per_leaf) if reduction == "mean" else total
 
 
-def _gram(factor: jax.Array, side: str | None) -> jax.Array:
+def _gram(value: jax.Array, factor: Factor) -> jax.Array:
     """(*stack, r, r) inner products of the rank directions."""
-    subscripts = "...ir,...is->...rs" if side == "a" else "...ri,...si->...rs"
-    factor = jnp.asarray(factor, jnp.float32)
-    return jnp.einsum(subscripts, factor, factor, precision=jax.lax.Precision.HIGHEST)
+    subscripts = "...ir,...is->...rs" if factor.side == "a" else "...ri,...si->...rs"
+    matrix = jnp.asarray(value, jnp.float32).reshape(factor.matrix)
+    return jnp.einsum(subscripts, matrix, matrix, precision=jax.lax.Precision.HIGHEST)
 
 
 def _squared(gram: jax.Array) -> jax.Array:

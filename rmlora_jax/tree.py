@@ -3,7 +3,7 @@
 import dataclasses
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from flax.core import FrozenDict, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rmlora_jax.adapt import Adapted, is_nnx, nnx_functions, product
-from rmlora_jax.adapt.linen import check_adapted, check_layout, in_order, layouts
+from rmlora_jax.adapt.linen import check_adapted, check_layout, in_order, layouts, reboxed, unboxed
 from rmlora_jax.lora import FACTORS, LoRA, missing_factors, unselected_factors
 
 __all__ = ["attach", "join", "merge", "split"]
@@ -78,24 +78,17 @@ def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) 
     for module in sorted({path[:-1] for path in shapes if path[-1] in FACTORS}):
         path = "/".join(module)
         boxes = [shapes[(*module, name)] for name in FACTORS]
-        a_shape, b_shape = (meta.unbox(box).shape for box in boxes)
         weight_path = next((*module, n) for n in lora.weights if (*module, n) in shapes)
-        weight = params[weight_path]
-        check_layout(path, meta.unbox(weight), *map(meta.unbox, boxes), axes.get(path))
-        a, b, residual = _initial(
-            jax.random.fold_in(key, zlib.crc32(path.encode())),
-            meta.unbox(weight),
-            axes.get(path),
-            a_shape,
-            b_shape,
-            lora.scale_of(path),
-            lora,
-        )
-        if residual is not None:
-            params[weight_path] = meta.replace_boxed(weight, residual)
-        boxed = isinstance(weight, meta.AxisMetadata)
+        weight, found = params[weight_path], axes.get(path)
+        check_layout(path, unboxed(weight), *map(unboxed, boxes), found)
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        both, scale = [unboxed(box).shape for box in boxes], lora.scale_of(path)
+        a, b, rest = product.initial_factors(own, unboxed(weight), found, both, scale, lora)
+        if lora.init == "pissa":
+            params[weight_path] = reboxed(weight, rest)
+        boxed = isinstance(weight, meta.AxisMetadata)  # boxes only where the base has them
         for name, box, value in zip(FACTORS, boxes, (a, b), strict=True):
-            params[(*module, name)] = meta.replace_boxed(box, value) if boxed else value
+            params[(*module, name)] = reboxed(box, value) if boxed else value
     return unflatten_dict(params)
 
 
@@ -117,7 +110,7 @@ def split(params: Params, lora: LoRA) -> tuple[dict, dict]:
     """
     flat = _flatten(params)
     lora.check_train(map("/".join, flat))
-    if all(hasattr(meta.unbox(leaf), "shape") for leaf in flat.values()):
+    if all(hasattr(unboxed(leaf), "shape") for leaf in flat.values()):
         for _ in adapted_weights(params, lora):
             pass  # checks every pair of factors
     trainable = {path: leaf for path, leaf in flat.items() if lora.trains("/".join(path))}
@@ -198,26 +191,18 @@ def merge(params, lora, *example_args, **kwargs):
                 "quantised weight; dequantise it first, or keep the factors beside it."
             )
         value = product.merged(weight, a, b, lora.scale_of(name), axes.get(name))
-        flat[path] = meta.replace_boxed(box, value)
+        flat[path] = reboxed(box, value)
     return unflatten_dict(flat)
 
 
-class AdaptedWeight(NamedTuple):
-    """A weight with its factors, unboxed; ``path`` is that of the weight."""
-
-    path: tuple[str, ...]
-    weight: Any
-    a: Any
-    b: Any
-
-
-def adapted_weights(params: Params, lora: LoRA) -> Iterator[AdaptedWeight]:
-    """Every weight of ``params`` that has factors, in the order of paths, checked against them.
+def adapted_weights(params: Params, lora: LoRA) -> Iterator[tuple]:
+    """(path of the weight, weight, A, B), unboxed, of every weight that has factors, in the order
+    of paths, checked against each other.
 
     Raises:
         ValueError: as ``merge``.
     """
-    flat = {path: meta.unbox(leaf) for path, leaf in _flatten(params).items()}
+    flat = {path: unboxed(leaf) for path, leaf in _flatten(params).items()}
     modules = sorted({path[:-1] for path in flat if path[-1] in FACTORS})
     if lora.target is not None and not modules:
         raise missing_factors()
@@ -239,15 +224,7 @@ def adapted_weights(params: Params, lora: LoRA) -> Iterator[AdaptedWeight]:
                 f"the factors at {path!r} have rank {a.shape[-1]}, the description says "
                 f"{lora.rank_of(path)}: use the description that the factors were made with."
             )
-        yield AdaptedWeight((*module, names[0]), weight, a, b)
-
-
-def _initial(key, weight, axes, a_shape, b_shape, scale, lora):
-    """A, B and, if the initialisation takes the weight apart, what is left of it."""
-    if lora.init == "pissa":
-        return product.principal_factors(weight, axes, a_shape, b_shape, scale, lora.dtype)
-    a = product.initial_a(key, a_shape, lora.init, lora.dtype)
-    return a, jnp.zeros(b_shape, lora.dtype), None
+        yield (*module, names[0]), weight, a, b
 
 
 def _trace(adapted, key, args, kwargs):
@@ -279,8 +256,7 @@ def _trace(adapted, key, args, kwargs):
 
 def _weight_shape(shapes, path, lora):
     module = path.split("/") if path else ()
-    leaves = (shapes.get((*module, name)) for name in lora.weights)
-    return next(meta.unbox(leaf).shape for leaf in leaves if leaf is not None)
+    return next(unboxed(shapes[*module, n]).shape for n in lora.weights if (*module, n) in shapes)
 
 
 def _is_array(leaf) -> bool:
@@ -289,7 +265,7 @@ def _is_array(leaf) -> bool:
 
 def _check_base(base, shapes):
     """``base`` must be parameters of the model whose adapted shapes are ``shapes``."""
-    wanted = {path: meta.unbox(s).shape for path, s in shapes.items() if path[-1] not in FACTORS}
+    wanted = {path: unboxed(s).shape for path, s in shapes.items() if path[-1] not in FACTORS}
     missing = sorted("/".join(path) for path in wanted if path not in base)
     if missing:
         raise ValueError(
@@ -298,7 +274,7 @@ def _check_base(base, shapes):
             "collection of the whole base module."
         )
     for path, shape in wanted.items():
-        found = jnp.shape(meta.unbox(base[path]))
+        found = jnp.shape(unboxed(base[path]))
         if found != shape:
             raise ValueError(
                 f"base_params has {'/'.join(path)!r} of shape {found}, the model wants {shape}: "

@@ -201,7 +201,7 @@ def test_quantised_leaves_pass_through_untouched():
     assert join(trainable, frozen)["kernel_int8"] is packed
 
     whole = params | {"first": params["first"] | {"kernel": jnp.ones((8, 8), jnp.int8)}}
-    with pytest.raises(ValueError, match="'first' is int8.*quantised"):
+    with pytest.raises(ValueError, match=r"'first' is int8.*quantised"):
         merge(whole, lora)
 
 
@@ -336,7 +336,7 @@ def test_an_object_whose_module_cannot_be_replaced_is_refused():
 def test_the_parts_work_on_any_adapted_tree():
     """Mask and penalty find the factors of interleaved and stacked layers alike."""
     lora = LoRA(2, 6)
-    adapted, _, params = prepared(Model(), X, lora)
+    _, _, params = prepared(Model(), X, lora)
     trainable, _ = split(nn.unbox(params), lora)
     grads = jax.tree.map(jnp.ones_like, trainable)
     tx = rm.mask_gradients(1, draw="exact", start_step=0)

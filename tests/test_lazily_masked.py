@@ -94,6 +94,36 @@ def test_lazily_masked_keep_one_is_the_inner_optimizer_bit_for_bit():
                      (wanted, inner_state))  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "a, b",
+    [((3, 6, 4), (4, 5)), ((6, 4), (4, 2, 5)), ((3, 6, 4), (3, 4, 2, 5)), ((2, 5, 4), (4, 3, 6))],
+)
+def test_lazily_masked_on_factors_with_several_axes(a, b):
+    """The layouts of other libraries: A (*stack, *in, r) and B (*stack, r, *out)."""
+    params = random_like({"kernel_lora_a": jnp.ones(a), "kernel_lora_b": jnp.ones(b)})
+    tx = lazily_masked(optax.adamw(0.1, weight_decay=0.1), 2, draw="exact", start_step=0)
+    gradients, state = random_like(params, 1), tx.init(params)
+    updates, new_state = tx.update(gradients, state, params)
+    depth = 1 if len(a) == 3 and len(b) == 4 else 0
+    layers = 3 if depth else 1
+    moved = {
+        "a": np.asarray(updates["kernel_lora_a"] != 0).reshape(layers, -1, 4),
+        "b": np.asarray(updates["kernel_lora_b"] != 0).reshape(layers, 4, -1).swapaxes(1, 2),
+    }
+    for side in "ab":  # whole directions, two in each layer, the same two for A and B
+        np.testing.assert_array_equal(moved[side], moved["a"][:, :1] & np.ones_like(moved[side]))
+        np.testing.assert_array_equal(moved[side][:, 0].sum(-1), 2)
+    for name in params:
+        p, g = (np.float64(tree_[name]) for tree_ in (params, gradients))
+        wanted, m, v = adamw_in_numpy(p, 0 * p, 0 * p, g, 1, 0.1, 0.1)
+        hidden = np.asarray(updates[name]) == 0
+        adam = new_state.inner_state[0]
+        for found, value, rest in (
+            (params[name] + updates[name], wanted, p), (adam.mu[name], m, 0), (adam.nu[name], v, 0)
+        ):  # fmt: skip
+            np.testing.assert_allclose(found, np.where(hidden, rest, value), rtol=1e-4, atol=1e-6)
+
+
 def test_lazily_masked_refuses_factored_state():
     params = {"lora_a": jnp.ones((8, 4)), "lora_b": jnp.ones((4, 8))}
     inner = optax.scale_by_factored_rms(min_dim_size_to_factor=2)

@@ -1,10 +1,10 @@
 """The random masks: their bits, their effect on updates, and where they must not differ."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.core import freeze
+from threefry import reference_bits, reference_uniform
 
 from rmlora_jax.factors import find_factors
 from rmlora_jax.masking import (
@@ -55,35 +56,6 @@ def at_step(tx, params, step):
 def masks_at(params, step, keep, seed=0, **options):
     tx = mask_gradients(keep, seed=seed, **options)
     return step_masks(at_step(tx, params, step), params, keep, **options)
-
-
-# --- an independent threefry ----------------------------------------------------------------
-
-
-def threefry2x32(key, counter):
-    """Salmon et al. 2011, Threefry-2x32 with 20 rounds, in Python integers."""
-    word = 0xFFFFFFFF
-    rotations = ((13, 15, 26, 6), (17, 29, 16, 24))
-    keys = [key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA]
-    x0, x1 = (counter[0] + keys[0]) & word, (counter[1] + keys[1]) & word
-    for block in range(5):
-        for r in rotations[block % 2]:
-            x0 = (x0 + x1) & word
-            x1 = ((x1 << r | x1 >> (32 - r)) & word) ^ x0
-        x0 = (x0 + keys[(block + 1) % 3]) & word
-        x1 = (x1 + keys[(block + 2) % 3] + block + 1) & word
-    return x0, x1
-
-
-def reference_bits(seed, step, path, shape):
-    key = threefry2x32((0, seed), (0, step))
-    key = threefry2x32(key, (0, zlib.crc32(path.encode())))
-    words = [threefry2x32(key, (0, i)) for i in range(int(np.prod(shape, dtype=int)))]
-    return np.array([a ^ b for a, b in words], np.uint32).reshape(shape)
-
-
-def reference_uniform(*args):
-    return (reference_bits(*args) >> 8) / 2.0**24
 
 
 # --- the bits ----------------------------------------------------------------------------
@@ -374,6 +346,111 @@ def test_absent_leaves_pass_through():
     )
 
 
+# --- factors with several in or out axes ---------------------------------------------------
+
+SEVERAL_AXES = {  # shapes of A and B, the stack axes and the rank
+    "qwix convolution": ((3, 6, 4), (4, 5), 0, 4),
+    "qwix einsum, out": ((6, 4), (4, 2, 5), 0, 4),
+    "qwix scanned einsum": ((3, 6, 4), (3, 4, 2, 5), 1, 4),
+    "gemma attention output": ((2, 5, 4), (4, 6), 0, 4),
+    "gemma keys and values": ((6, 4), (4, 2, 3, 5), 0, 4),
+    "gemma several to several": ((2, 5, 4), (4, 3, 6), 0, 4),
+    "stacked several to several": ((3, 2, 5, 4), (3, 4, 6, 7), 1, 4),
+    "stacked twice": ((3, 2, 5, 4), (3, 2, 4, 6, 7), 2, 4),
+    "one axis each": ((3, 6, 4), (3, 4, 5), 1, 4),
+    "one axis each, and stack = in = rank": ((4, 4, 4), (4, 4, 4), 1, 4),
+    "interleaved": ((1, 6, 4), (1, 4, 5), 1, 4),
+}
+
+
+def several_axes(name, seed=0):
+    a, b, depth, rank = SEVERAL_AXES[name]
+    params = {"m": {"lora": {"a": jnp.ones(a), "b": jnp.ones(b)}}, "head": jnp.ones(3)}
+    return random_like(params, seed), a[:depth], rank
+
+
+def spread(chosen, shape, depth, side):
+    """Masks (*stack, r) over every axis of a factor, by loops over its indices."""
+    out = np.zeros(shape, bool)
+    for index in np.ndindex(shape):
+        out[index] = chosen[(*index[:depth], index[-1] if side == "a" else index[depth])]
+    return out
+
+
+@pytest.mark.parametrize("name", SEVERAL_AXES)
+def test_rank_directions_of_factors_with_several_axes(name):
+    params, stack, rank = several_axes(name)
+    a, b, depth, _ = SEVERAL_AXES[name]
+    for seed, options in ((0, {"keep": 0.5}), (1, {"keep": 2, "draw": "exact"})):
+        tx = mask_gradients(seed=seed, **options)
+        state = at_step(tx, params, 3)
+        updates, new_state = tx.update(params, state)
+        if "draw" in options:
+            bits = reference_bits(seed, 3, "m", (*stack, rank))
+            chosen = bits <= np.sort(bits, axis=-1)[..., 1:2]
+        else:
+            chosen = reference_uniform(seed, 3, "m", (*stack, rank)) < 0.5
+        wanted = {
+            "a": np.where(spread(chosen, a, depth, "a"), params["m"]["lora"]["a"], 0),
+            "b": np.where(spread(chosen, b, depth, "b"), params["m"]["lora"]["b"], 0),
+        }
+        jax.tree.map(np.testing.assert_array_equal, updates["m"]["lora"], wanted)
+        np.testing.assert_array_equal(updates["head"], params["head"])
+        np.testing.assert_allclose(kept_fraction(new_state), chosen.mean(), rtol=1e-6)
+        masks = step_masks(state, params, **options)["m"]["lora"]
+        assert masks["a"].shape == (*stack, *(1,) * (len(a) - depth - 1), rank)
+        assert masks["b"].shape == (*stack, rank, *(1,) * (len(b) - depth - 1))
+
+
+def test_other_units_on_factors_with_several_axes():
+    params, _, _ = several_axes("qwix scanned einsum")
+    masks = masks_at(params, 1, 0.5, unit="matrix")["m"]["lora"]
+    wanted = reference_uniform(0, 1, "m", (3,)) < 0.5
+    np.testing.assert_array_equal(masks["a"], wanted.reshape(3, 1, 1))
+    np.testing.assert_array_equal(masks["b"], wanted.reshape(3, 1, 1, 1))
+    masks = masks_at(params, 1, 0.5, unit="element")["m"]["lora"]
+    wanted = reference_uniform(0, 1, "m/lora/b", (3, 4, 2, 5)) < 0.5
+    np.testing.assert_array_equal(masks["b"], wanted)
+
+
+def test_several_readings_are_an_error_until_one_is_stated():
+    params = {"m": {"lora_a": jnp.ones((4, 6, 4)), "lora_b": jnp.ones((4, 4, 2, 5))}}
+    with pytest.raises(ValueError, match=(
+        r"'m' can be read in several ways: 'm/lora_a' has shape \(4, 6, 4\).*"
+        r"k=0: stack \(\), in \(4, 6\), out \(4, 2, 5\); or "
+        r"k=1: stack \(4,\), in \(6,\), out \(2, 5\).*"
+        r"factors=\('lora_a\|lora/a', 'lora_b\|lora/b', 1\)"
+    )):  # fmt: skip
+        mask_gradients(0.5).init(params)
+    names = ("lora_a", "lora_b")
+    for depth, shape in ((0, (4,)), (1, (4, 4))):
+        masks = masks_at(params, 1, 0.5, factors=(*names, depth))["m"]
+        chosen = reference_uniform(0, 1, "m", shape) < 0.5
+        for side in "ab":
+            leaf = params["m"][f"lora_{side}"]
+            np.testing.assert_array_equal(
+                np.broadcast_to(masks[f"lora_{side}"], leaf.shape),
+                spread(chosen, leaf.shape, depth, side),
+            )
+    with pytest.raises(ValueError, match=r"'m' do not fit.*same stack of 1 axes"):
+        params["m"]["lora_a"] = jnp.ones((3, 6, 4))
+        mask_gradients(0.5, factors=(*names, 1)).init(params)
+    with pytest.raises(ValueError, match=r"\(3, 6, 4\), too few axes for the 2 stack axes"):
+        mask_gradients(0.5, factors=(*names, 2)).init(params)
+
+
+def test_a_factor_alone_is_read_as_stacked_unless_stated():
+    params = {"m": {"lora_a": None, "lora_b": jnp.ones((4, 3, 5))}}
+    stacked = masks_at(params, 1, 0.5)["m"]["lora_b"]
+    np.testing.assert_array_equal(
+        stacked[..., 0], reference_uniform(0, 1, "m", (4, 3)) < 0.5
+    )
+    several = masks_at(params, 1, 0.5, factors=("lora_a", "lora_b", 0))["m"]["lora_b"]
+    np.testing.assert_array_equal(
+        several[:, 0, 0], reference_uniform(0, 1, "m", (4,)) < 0.5
+    )
+
+
 # --- inside other transformations ---------------------------------------------------------
 
 
@@ -657,7 +734,7 @@ def test_errors_of_the_tree():
         tx.init({"head": {"kernel": jnp.ones((2, 2))}})
     with pytest.raises(ValueError, match=r"factors=\('x', 'y'\) matches none"):
         mask_gradients(0.5, factors=("x", "y")).init(tree())
-    for a, b in (((3, 2), (4, 3)), ((5, 3, 2), (2, 5, 3)), ((5, 3, 2), (2, 3))):
+    for a, b in (((3, 2), (4, 3)), ((5, 3, 2), (4, 2, 3)), ((5, 3, 2), (3, 2))):
         with pytest.raises(ValueError, match=r"'m' do not fit.*\(\*stack, in, rank\)"):
             tx.init({"m": {"lora_a": jnp.ones(a), "lora_b": jnp.ones(b)}})
     with pytest.raises(ValueError, match="at least the axes"):
@@ -670,8 +747,9 @@ def test_errors_of_the_tree():
         mask_gradients(5, draw="exact").init(tree(rank=4))
     with pytest.raises(ValueError, match="invalid regular expression"):
         mask_gradients(0.5, factors=("(", "b")).init(tree())
-    with pytest.raises(TypeError, match="factors=3"):
-        mask_gradients(0.5, factors=3).init(tree())
+    for bad in (3, ("a", "b", 1.0), ("a", "b", -1), ("a", "b", True), ("a", 1), ("a",) * 4):
+        with pytest.raises(TypeError, match=re.escape(f"factors={bad!r}")):
+            mask_gradients(0.5, factors=bad).init(tree())
     with pytest.raises(ValueError, match="seed=4294967296"):
         mask_gradients(0.5, seed=2**32).init(tree())
     with pytest.raises(ValueError, match="0 mask states"):

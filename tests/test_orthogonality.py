@@ -80,6 +80,48 @@ def test_layers_count_one_by_one():
         )
 
 
+SEVERAL_AXES = {  # shapes of A and B, and the number of stack axes
+    "qwix convolution": ((3, 6, 4), (4, 5), 0),
+    "qwix einsum": ((6, 4), (4, 2, 5), 0),
+    "qwix scanned einsum": ((3, 6, 4), (3, 4, 2, 5), 1),
+    "gemma attention output": ((2, 5, 4), (4, 6), 0),
+    "gemma keys and values": ((6, 4), (4, 2, 3, 5), 0),
+    "several to several, stacked twice": ((3, 2, 5, 7, 4), (3, 2, 4, 6, 7), 2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SEVERAL_AXES)
+def test_several_in_or_out_axes_count_as_one(name, kind):
+    shape_a, shape_b, k = SEVERAL_AXES[name]
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=shape_a), rng.normal(size=shape_b)
+    layers, rank = int(np.prod(shape_a[:k])), shape_a[-1]
+    values, g_a, g_b = [], np.zeros((layers, a.size // layers // rank, rank)), []
+    for layer in range(layers):
+        rows_a = a.reshape(layers, -1, rank)[layer].T
+        rows_b = b.reshape(layers, rank, -1)[layer]
+        flat = {"lora_a": rows_a.T, "lora_b": rows_b}
+        values.append(reference({"q": flat, "v": flat}, kind, "mean"))
+        one = jax.grad(lambda t: orthogonality(t, kind=kind))(
+            jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), flat)
+        )  # of plain matrices, which finite differences have checked
+        g_a[layer] = one["lora_a"] / layers
+        g_b.append(one["lora_b"] / layers)
+    params = {"m": {"lora": {"a": jnp.asarray(a, jnp.float32), "b": jnp.asarray(b, jnp.float32)}}}
+    found, gradient = jax.value_and_grad(lambda t: orthogonality(t, kind=kind))(params)
+    np.testing.assert_allclose(found, np.mean(values), rtol=1e-5)
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    np.testing.assert_allclose(gradient["m"]["lora"]["a"], g_a.reshape(shape_a), **close)
+    np.testing.assert_allclose(gradient["m"]["lora"]["b"], np.reshape(g_b, shape_b), **close)
+    tx = add_orthogonality(0.25, kind=kind)
+    updates, _ = tx.update(params, tx.init(params), params)
+    wanted = jax.tree.map(lambda p, g: p + 0.25 * g, params, gradient)
+    jax.tree.map(
+        lambda u, w: np.testing.assert_allclose(u, w, rtol=1e-5, atol=1e-6), updates, wanted
+    )
+
+
 def test_cosine_ignores_the_scale_of_directions_and_rank_one():
     tree = factors()
     longer = {**tree, "q": {**tree["q"], "lora_a": tree["q"]["lora_a"] * jnp.array([1, 20, 0.05])}}

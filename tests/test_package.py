@@ -1,13 +1,16 @@
 """The package as a whole: what importing it costs, and that its words are true."""
 
+import ast
 import doctest
 import importlib
+import io
 import json
 import pkgutil
 import re
 import statistics
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -28,8 +31,19 @@ print(json.dumps([sorted(sys.modules), time.perf_counter() - began]))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules, _ = json.loads(out.stdout)
-    heavy = {"transformers", "tensorflow_datasets", "orbax", "matplotlib", "grain", "flax.nnx",
-             "tensorflow", "torch", "sklearn", "ml_collections", "safetensors"}
+    heavy = {
+        "transformers",
+        "tensorflow_datasets",
+        "orbax",
+        "matplotlib",
+        "grain",
+        "flax.nnx",
+        "tensorflow",
+        "torch",
+        "sklearn",
+        "ml_collections",
+        "safetensors",
+    }
     before = "import json, sys, jax, flax.linen, optax; print(json.dumps(sorted(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", before], capture_output=True, text=True, check=True)
     # Whatever flax itself brings (its nnx, say) is not ours to answer for.
@@ -52,7 +66,8 @@ def test_examples_in_docstrings(name):
 
 
 def test_readme_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code, *examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(examples) == 2  # tests/test_examples.py runs these
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     assert float(names["value"]) < 2.6  # from log(10) + 0.1 R, R near 1.6
@@ -90,3 +105,29 @@ def test_quickstart_reaches_98_percent(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["eval"]["accuracy"] >= 0.98
     assert summary["method"] == "rm_lora" and summary["dataset"] == "digits"
+
+
+def lines_of_code(source):
+    """Lines that hold something else than a comment or a docstring."""
+    used = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.string.strip() and token.type != tokenize.COMMENT:
+            used |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            used -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(used)
+
+
+def test_the_core_stays_small(capsys):
+    source = '"""A\n\nB."""\n# C\nx = (\n    1,  # D\n)\n\ndef f():\n    """E."""\n    return 1\n'
+    assert lines_of_code(source) == 5
+    package = ROOT / "rmlora_jax"
+    names = ("lora", "tree", "masking", "orthogonality", "intrinsic")
+    files = [*sorted((package / "adapt").glob("*.py")), *(package / f"{n}.py" for n in names)]
+    counts = {path.relative_to(package): lines_of_code(path.read_text()) for path in files}
+    with capsys.disabled():
+        print("\n" + ", ".join(f"{path} {n}" for path, n in counts.items()), sum(counts.values()))
+    assert sum(counts.values()) < 1500

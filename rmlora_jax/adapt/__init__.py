@@ -1,7 +1,6 @@
 """``adapt``: a Flax module in, the same module with low-rank factors out."""
 
 import copy
-import dataclasses
 import importlib
 import sys
 
@@ -32,7 +31,9 @@ def adapt(module, lora: LoRA, *, rngs=None):
     **NNX**: the result is a new module of the same structure over the same arrays; ``module`` stays
     as it is and is the base to go back to. ``lora_a`` and ``lora_b`` are ``nnx.LoRAParam`` beside
     the weight; ``lora.trainable`` is the filter of what is trained. Dropout follows ``train()`` and
-    ``eval()`` of the result, like ``nnx.Dropout``.
+    ``eval()`` of the result, like ``nnx.Dropout``. A matrix that is a module's own parameter (a
+    position embedding) is refused where ``target`` selects it; a model that reads
+    ``embed.embedding`` itself passes its factors by.
 
     A targeted layer that nothing computed beside it can adapt is refused: a masked convolution, a
     weight under WeightNorm, SpectralNorm or a class made by ``nn.map_variables``; there
@@ -40,14 +41,15 @@ def adapt(module, lora: LoRA, *, rngs=None):
     ``nn.map_variables`` does to a function cannot be seen here: use "merged", or exclude the layers
     whose weights it transforms.
 
-    An object that holds a Linen module as ``.module`` and parameters as ``.params`` (the Flax models
-    of transformers 4) comes back as a copy that holds the adapted module; then give the copy
-    parameters with factors: ``copy.params = attach(key, copy.module, copy.params, ...)``.
+    An object that holds a Linen module as ``.module`` and parameters as ``.params`` (the Flax
+    models of transformers 4) comes back as a copy that holds the adapted module; then give the
+    copy parameters with factors: ``copy.params = attach(key, copy.module, copy.params, ...)``.
 
     Args:
         module: a ``flax.linen.Module`` or an ``nnx.Module``.
         lora: the description; with ``target=None`` the result computes what ``module`` does.
-        rngs: ``nnx.Rngs``, for NNX; with Linen, random numbers go to ``attach`` or ``init``.
+        rngs: for NNX, ``nnx.Rngs`` with the streams "params" and (if there is dropout) "dropout",
+            or a default one; with Linen, random numbers go to ``attach`` or ``init``.
 
     Raises:
         TypeError: ``module`` is not a Flax module, or ``lora`` not a ``LoRA``.
@@ -95,11 +97,9 @@ def adapt(module, lora: LoRA, *, rngs=None):
 
 def _with_module(holder, module: Adapted):
     """A shallow copy of an object that holds a module and its parameters, with another module."""
-    if dataclasses.is_dataclass(holder):
-        return dataclasses.replace(holder, module=module)
     new = copy.copy(holder)
     try:
-        new.module = module
+        object.__setattr__(new, "module", module)  # frozen dataclasses, too
     except AttributeError:  # a property to read, as in the Flax models of transformers 4
         new._module = module
     if new.module is not module:

@@ -38,14 +38,15 @@ class _Kind(NamedTuple):
 
 
 def _general(m, arguments):
-    axis, batch, features = (
-        (v,) if isinstance(v, int) else v for v in (m.axis, m.batch_dims, m.features)
-    )
-    return product.general(axis, batch, len(features), jnp.ndim(arguments["inputs"]))
+    return product.general(m.axis, m.batch_dims, m.features, jnp.ndim(arguments["inputs"]))
 
 
 def _einsum(m, arguments):
     return product.Contraction(arguments.get("einsum_str") or m.einsum_str)
+
+
+def _own(equation, m, arguments):
+    return product.Contraction(equation)
 
 
 def _lookup(m, arguments):
@@ -60,11 +61,8 @@ _FLAX = {
         (nn.Dense.__call__, _Kind("kernel", lambda m, arguments: product.DENSE)),
         (nn.DenseGeneral.__call__, _Kind("kernel", _general)),
         (nn.Einsum.__call__, _Kind("kernel", _einsum)),
-        (nn.Conv.__call__, _Kind("kernel", lambda m, _: product.convolution(nn.Conv, m))),
-        (
-            nn.ConvTranspose.__call__,
-            _Kind("kernel", lambda m, _: product.convolution(nn.ConvTranspose, m)),
-        ),
+        (nn.Conv.__call__, _Kind("kernel", lambda m, _: product.convolution(m))),
+        (nn.ConvTranspose.__call__, _Kind("kernel", lambda m, _: product.convolution(m))),
         (nn.Embed.__call__, _Kind("embedding", _lookup)),
         (nn.Embed.attend, _Kind("embedding", _lookup, attends=True)),
     )
@@ -73,12 +71,9 @@ _FLAX = {
 
 @functools.lru_cache
 def _kinds(layers: tuple[Layer, ...]) -> dict[Callable, _Kind]:
-    def kind(layer):
-        geometry = product.Contraction(layer.equation)
-        return _Kind(layer.weight, lambda m, arguments: geometry)
-
-    own = {inspect.unwrap(getattr(layer.cls, layer.method)): kind(layer) for layer in layers}
-    return _FLAX | own
+    methods = [inspect.unwrap(getattr(layer.cls, layer.method)) for layer in layers]
+    kinds = [_Kind(layer.weight, functools.partial(_own, layer.equation)) for layer in layers]
+    return _FLAX | dict(zip(methods, kinds, strict=True))
 
 
 @contextlib.contextmanager
@@ -123,9 +118,8 @@ class Adapted(nn.Module):
             return _call(self, method, *args, **kwargs)
         run = _intercepted
         # Dropout on the way into A alone has no merged form.
-        merges = self.lora.execution == "merged" and not (
-            self.lora.dropout and self.has_rng("dropout")
-        )
+        drops = self.lora.dropout > 0 and self.has_rng("dropout")
+        merges = self.lora.execution == "merged" and not drops
         if not self.is_initializing() and (merges or self.lora.alpha_pattern):
             # Layers of one nn.jit share a trace, which therefore may not depend on their paths:
             # what alpha_pattern changes goes into the values of A.
@@ -200,15 +194,12 @@ def check_adapted(paths: Iterable[tuple[str, ...]], lora: LoRA) -> None:
 def check_layout(path: str, weight, a, b, axes: product.Layout | None = None) -> None:
     """Raises ValueError unless A, B are (*stack, *batch, in, r), (*stack, *batch, r, out) of the
     weight: by its ``axes``, or else one whose axes stand in the order of the factors."""
-    stack = weight.shape[: weight.ndim - len(axes.order)] if axes else a.shape[:-2]
-    if axes is not None and a.ndim >= 2:
-        try:
-            one = product.factor_shapes(weight.shape[len(stack) :], axes, a.shape[-1])
-        except ValueError as e:
-            raise ValueError(f"the layer {path!r} cannot be adapted, since {e}") from None
-        fits = (a.shape, b.shape) == tuple((*stack, *shape) for shape in one)
-    else:
+    if axes is None:
         fits = in_order(weight, a, b) or _is_marked(weight, a, b)
+    else:
+        stack = weight.ndim - len(axes.order)
+        one = product.factor_shapes(weight.shape[stack:], axes, a.shape[-1])
+        fits = (a.shape, b.shape) == tuple((*weight.shape[:stack], *shape) for shape in one)
     if not fits:
         raise ValueError(
             f"the factors at {path!r}, lora_a {a.shape} and lora_b {b.shape}, do not fit the "
@@ -218,21 +209,26 @@ def check_layout(path: str, weight, a, b, axes: product.Layout | None = None) ->
         )
 
 
+def unboxed(leaf):
+    """What is in the box of a leaf, an array or a mere shape: as it is, constrained to no mesh."""
+    boxed = isinstance(leaf, nn.Partitioned)
+    return leaf.unbox(apply_constraint=False) if boxed else meta.unbox(leaf)
+
+
+def reboxed(box, value):
+    """``value`` in a box like ``box`` if that is one; ``meta.replace_boxed`` would constrain."""
+    return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
+
+
 def in_order(weight, a, b) -> bool:
     """Whether the factors are those of a weight laid out (*stack, *batch, *in, *out)."""
-    stack = a.shape[:-2]
-    split = range(len(stack) + 1, weight.ndim)
+    stack, inner = a.shape[:-2], weight.shape[max(a.ndim - 2, 0) :]
+    halves = [(math.prod(inner[:i]), math.prod(inner[i:])) for i in range(1, len(inner))]
     return (
-        a.ndim >= 2
-        and b.ndim >= 2
-        and b.shape[:-2] == stack
-        and a.shape[-1] == b.shape[-2]
+        min(a.ndim, b.ndim) >= 2
         and weight.shape[: len(stack)] == stack
-        and any(
-            (math.prod(weight.shape[len(stack) : i]), math.prod(weight.shape[i:]))
-            == (a.shape[-2], b.shape[-1])
-            for i in split
-        )
+        and b.shape[:-1] == (*stack, a.shape[-1])
+        and (a.shape[-2], b.shape[-1]) in halves
     )
 
 
@@ -273,26 +269,24 @@ def _prepare(variables, lora: LoRA, merges: bool):
     modules = [path[:-1] for path in flat if path[-1] == FACTORS[0]]
     if not modules:
         raise missing_factors()
-    check_adapted(flat, lora)
     for module in modules:
         name, (a, b) = "/".join(module), (meta.unbox(flat[(*module, f)]) for f in FACTORS)
         path = next((*module, n) for n in lora.weights if (*module, n) in flat)
         weight = meta.unbox(flat[path])
         if merges and in_order(weight, a, b):
             value = product.merged(weight, a, b, lora.scale_of(name))
-            flat[path] = meta.replace_boxed(flat[path], value)
+            flat[path] = reboxed(flat[path], value)
             for factor in FACTORS:
                 del flat[(*module, factor)]
         else:
             ratio = lora.scale_of(name) / lora.common_scale(a.shape[-1])
-            flat[(*module, FACTORS[0])] = meta.replace_boxed(flat[(*module, FACTORS[0])], a * ratio)
+            flat[(*module, FACTORS[0])] = reboxed(flat[(*module, FACTORS[0])], a * ratio)
     return {"params": traverse_util.unflatten_dict(flat)}
 
 
 def _forward(method):
     """The function of a bound ``Adapted`` that runs ``method`` of its base."""
-    if method is None:
-        method = "__call__"
+    method = method or "__call__"
     if isinstance(getattr(method, "__self__", None), Adapted):
         return method.__func__
     if not isinstance(method, str):
@@ -402,11 +396,8 @@ def _factors(module, lora, path, geometry, weight):
     if not module.has_variable("params", FACTORS[0]):
         if not module.is_mutable_collection("params"):
             raise missing_factors(f" at {path!r}")
-        key = module.make_rng("params")
-        values = (
-            product.initial_a(key, shapes[0], lora.init, lora.dtype),
-            jnp.zeros(shapes[1], lora.dtype),
-        )
+        a = product.initial_a(module.make_rng("params"), shapes[0], lora.init, lora.dtype)
+        values = a, jnp.zeros(shapes[1], lora.dtype)
         for name, value, names in zip(FACTORS, values, _names(weight, axes), strict=True):
             if names is not None:
                 value = weight.replace(value=value, names=names)
@@ -422,18 +413,13 @@ def _factors(module, lora, path, geometry, weight):
 
 
 def _names(weight, axes: product.Layout):
-    """Partition names of A and B: a flattened axis has its first axis's name, the rank axis None.
-
-    DenseGeneral hands its initialiser a flat matrix, so a box around a weight of more axes may
-    have two names only.
-    """
+    """Partition names of A and B, None where the weight has no box."""
     if not isinstance(weight, nn.Partitioned):
         return None, None
     names, ndim = weight.names, jnp.ndim(weight.unbox())
-    if len(names) == ndim:
-        batch = tuple(names[i] for i in axes.batch)
-        name_in, name_out = names[axes.inputs[0]], names[axes.outputs[0]]
-    else:
-        batch, (name_in, name_out) = (None,) * len(axes.batch), names[-2:]
-    batch = (*(() if axes.in_order else (None,)), *batch)
-    return (*batch, name_in, None), (*batch, None, name_out)
+    if len(names) != ndim:
+        # DenseGeneral hands its initialiser a flat matrix, so a box around a weight of more axes
+        # may have two names only.
+        first = {axes.inputs[0]: names[-2], axes.outputs[0]: names[-1]}
+        names = tuple(first.get(i) for i in range(ndim))
+    return product.factor_names(names, axes)

@@ -7,12 +7,13 @@ import functools
 import inspect
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from rmlora_jax.adapt import product
 from rmlora_jax.lora import FACTORS, LoRA
@@ -29,17 +30,15 @@ class _Rule(NamedTuple):
     equation: str | None = None
 
 
+_KERNELS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose)
 _RULES = (
-    _Rule(nnx.Linear, "kernel", ("__call__",)),
-    _Rule(nnx.LinearGeneral, "kernel", ("__call__",)),
-    _Rule(nnx.Einsum, "kernel", ("__call__",)),
-    _Rule(nnx.Conv, "kernel", ("__call__",)),
-    _Rule(nnx.ConvTranspose, "kernel", ("__call__",)),
+    *(_Rule(kind, "kernel", ("__call__",)) for kind in _KERNELS),
     _Rule(nnx.Embed, "embedding", ("__call__", "attend")),
 )
-_CONVOLUTIONS = {nnx.Conv: nn.Conv, nnx.ConvTranspose: nn.ConvTranspose}
-
-_SHARDING = ("mesh", "sharding_rules")  # metadata that the names of a sharding are read with
+# They rewrite the weights of the layer that they hold before each call.
+_WRAPPERS = tuple(
+    _Rule(kind, "layer_instance", ("__call__",)) for kind in (nnx.WeightNorm, nnx.SpectralNorm)
+)
 
 
 def adapt_nnx(module: nnx.Module, lora: LoRA, rngs: nnx.Rngs | None = None) -> nnx.Module:
@@ -57,41 +56,38 @@ def adapt_nnx(module: nnx.Module, lora: LoRA, rngs: nnx.Rngs | None = None) -> n
         )
     rules = {path: _rule_of(node, lora) for path, node in modules.items()}
     stacks = {path: _stack(modules[path], rule) for path, rule in rules.items() if rule}
-    unknown = {path for path in modules if not rules[path] and _weights(path, modules, stacks)}
+    unknown = {p for p, node in modules.items() if not rules[p] and _matrices(node, stacks)}
     lora.check_targets({*stacks, *unknown})
     targeted = sorted(filter(lora.targets, {*stacks, *unknown}))
-    _check_layers(targeted, modules, rules, stacks)
-    streams = ("params", "dropout") if lora.dropout else ("params",)
-    keys = [_draw(rngs, stream) for stream in streams]
+    _check_layers(targeted, modules, rules, stacks, lora)
+    keys = [rngs.params(), rngs.dropout()] if lora.dropout else [rngs.params()]
     for path in targeted:
         own = [jax.random.fold_in(key, zlib.crc32(path.encode())) for key in keys]
         _adapt_layer(modules[path], rules[path], lora, path, stacks[path], *own)
+    for path, rule in _wrappers(modules).items():
+        if any(_is_below(layer, path) for layer in targeted):
+            _swap_class(modules[path], rule)
     return model
 
 
 def merge_nnx(module: nnx.Module, lora: LoRA) -> nnx.Module:
     """A copy of the adapted ``module`` with W_0 + s A B for W_0 and the classes of the base."""
     model = _copied(module)
-    layers = {path: node for path, node in _modules(model).items() if _is_adapted(node)}
-    if lora.target is not None and not layers:
-        raise ValueError(
-            f"merge: this {type(module).__name__} has no adapted layers: pass what "
-            "adapt(module, lora, rngs=nnx.Rngs(0)) returned."
-        )
+    layers = {p: n for p, n in _modules(model).items() if hasattr(n, "lora_scale")}
+    what = "it has no adapted layers" if lora.target is not None and not layers else None
     for path, layer in layers.items():
-        if not lora.targets(path) or lora.scale_of(path) != layer.lora_scale:
-            raise ValueError(
-                f"merge: the layer {path!r} was adapted with another description: pass the one "
-                "that was given to adapt."
-            )
-        cls, rule = type(layer).lora_origin
-        weight = getattr(layer, rule.weight)
-        weight.set_value(_merged(layer, rule))
-        for name in (*FACTORS, "lora_scale", "lora_execution", "lora_dropout"):
-            if hasattr(layer, name):
-                delattr(layer, name)
-        object.__setattr__(layer, "__class__", cls)
-    return model
+        described = (lora.rank_of(path), lora.scale_of(path))
+        dtype = getattr(layer, type(layer).lora_recipe[1].weight).dtype
+        if not lora.targets(path) or described != (layer.lora_a.shape[-1], layer.lora_scale):
+            what = f"its layer {path!r} was adapted with another description"
+        elif not jnp.issubdtype(dtype, jnp.inexact):
+            what = f"its layer {path!r} has a {dtype} weight, which cannot hold W_0 + s A B"
+    if what is not None:
+        raise ValueError(
+            f"merge was given a {type(module).__name__} that it cannot merge: {what}. Pass what "
+            "adapt(module, lora, rngs=nnx.Rngs(0)) returned, and the same lora."
+        )
+    return _folded(model)
 
 
 def pure_params(source: nnx.Module | nnx.State) -> dict:
@@ -101,53 +97,33 @@ def pure_params(source: nnx.Module | nnx.State) -> dict:
     >>> jax.tree.map(jnp.shape, pure_params(nnx.List([layer])))
     {'0': {'kernel': (2, 3)}}
     """
-    tree: dict = {}
-    for path, value in _params(source):
-        branch = tree
-        for part in path[:-1]:
-            branch = branch.setdefault(str(part), {})
-        branch[str(path[-1])] = value.get_value() if isinstance(value, nnx.Variable) else value
-    return tree
+    pairs = [(tuple(map(str, path)), value) for path, value in _params(source)]
+    return unflatten_dict({p: v.get_value() if _is_variable(v) else v for p, v in pairs})
 
 
 def _params(source):
     if isinstance(source, nnx.Module):
         source = nnx.state(source, nnx.Param, graph=True)
     for path, value in nnx.to_flat_state(source):
-        if isinstance(value, nnx.Param) or not isinstance(value, nnx.Variable):
+        if isinstance(value, nnx.Param) or not _is_variable(value):
             yield path, value
-
-
-def _draw(rngs: nnx.Rngs, stream: str):
-    try:
-        return rngs[stream]()
-    except KeyError:
-        raise ValueError(
-            f"adapt: rngs has neither a stream {stream!r} nor a default one: pass nnx.Rngs(0), or "
-            "nnx.Rngs(params=0, dropout=1)."
-        ) from None
 
 
 def _copied(module: nnx.Module) -> nnx.Module:
     """The same arrays in new Variables (``nnx.merge`` would hand back the Variables themselves)."""
     graphdef, state = nnx.split(module, graph=True)
-    is_variable = functools.partial(_isinstance, cls=nnx.Variable)
-    new = jax.tree.map(lambda v: v.copy() if is_variable(v) else v, state, is_leaf=is_variable)
+    new = jax.tree.map(lambda v: v.copy() if _is_variable(v) else v, state, is_leaf=_is_variable)
     return nnx.merge(graphdef, new)
 
 
-def _isinstance(value, cls):
-    return isinstance(value, cls)
+def _is_variable(value) -> bool:
+    return isinstance(value, nnx.Variable)
 
 
 def _modules(model: nnx.Module) -> dict[str, nnx.Module]:
     """Every module once, by the path that ``nnx.state`` gives it."""
     nodes = nnx.iter_graph(model, graph=True)
     return {"/".join(map(str, p)): node for p, node in nodes if isinstance(node, nnx.Module)}
-
-
-def _is_adapted(node) -> bool:
-    return hasattr(type(node), "lora_origin")
 
 
 def _rule_of(node: nnx.Module, lora: LoRA) -> _Rule | None:
@@ -157,10 +133,10 @@ def _rule_of(node: nnx.Module, lora: LoRA) -> _Rule | None:
     return next((rule for rule in _RULES if isinstance(node, rule.kind)), None)
 
 
-def _shape(layer, rule: _Rule) -> tuple[int, ...] | None:
-    """The shape of the weight of one layer by its fields; a class of the user's has none."""
+def _axes(layer, rule: _Rule) -> Sequence:
+    """The axes of one layer's weight: their sizes by its fields, or the letters of an equation."""
     if rule.equation is not None:
-        return None
+        return product.terms(rule.equation)[1]
     if rule.kind is nnx.Linear:
         return layer.in_features, layer.out_features
     if rule.kind is nnx.LinearGeneral:
@@ -179,17 +155,16 @@ def _geometry(layer, rule: _Rule, ndim: int = 20, equation: str | None = None):
     if rule.kind is nnx.LinearGeneral:
         # Flax sorts the axes: the first of in_features belongs to the foremost.
         axis = sorted(i % ndim for i in layer.axis)
-        return product.general(axis, sorted(layer.batch_axis), len(layer.out_features), ndim)
+        return product.general(axis, sorted(layer.batch_axis), layer.out_features, ndim)
     if rule.kind is nnx.Embed:
         return product.Lookup(layer.num_embeddings)
-    return product.convolution(_CONVOLUTIONS[rule.kind], layer)
+    return product.convolution(layer)
 
 
 def _stack(layer, rule: _Rule) -> tuple[int, ...]:
     """The leading axes of the weight, over which ``nnx.vmap`` stacked the layer."""
     shape = tuple(getattr(getattr(layer, rule.weight, None), "shape", ()))
-    plain = _shape(layer, rule) or product.terms(rule.equation)[1]
-    return shape[: max(0, len(shape) - len(plain))]
+    return shape[: max(0, len(shape) - len(_axes(layer, rule)))]
 
 
 # What is refused
@@ -199,81 +174,68 @@ _NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.Instance
 
 def _check_unadapted(modules):
     for path, node in modules.items():
-        if _is_adapted(node):
-            raise ValueError(
-                f"adapt was given a module that is adapted already (at {path!r}): adapt the base "
-                "module instead, with one description, or merge(module, lora) first."
-            )
         if any(isinstance(value, nnx.LoRAParam) for value in vars(node).values()):
             raise ValueError(
-                f"the module at {path!r}, a {type(node).__name__}, has an nnx.LoRAParam of its "
-                "own: adapt takes a model without nnx.LoRA and nnx.LoRALinear modules."
+                f"adapt was given a module that is adapted already: {path!r}, a "
+                f"{type(node).__name__}, has an nnx.LoRAParam. Adapt the base module, without "
+                "nnx.LoRA and nnx.LoRALinear; or merge(module, lora) first."
             )
 
 
-def _weights(path, modules, stacks):
-    """Names of the module's own parameters that are matrices, beside the axes of its stack."""
-    node = modules[path]
-    if isinstance(node, _NORMS):
-        return []
-    stack = _surrounding_stack(path, stacks)
-    return [
-        name
-        for name, value in vars(node).items()
-        if isinstance(value, nnx.Param) and _is_matrix(getattr(value, "shape", ()), stack)
-    ]
+def _matrices(node, stacks):
+    """Names of the module's own parameters that are matrices; a stack of vectors is none."""
 
+    def is_matrix(shape):
+        rests = [shape[len(s) :] for s in {(), *stacks.values()} if shape[: len(s)] == s]
+        return all(sum(size > 1 for size in rest) >= 2 for rest in rests)
 
-def _is_matrix(shape, stack):
-    if shape[: len(stack)] == stack:
-        shape = shape[len(stack) :]
-    return sum(size > 1 for size in shape) >= 2
+    params = [(name, v) for name, v in vars(node).items() if isinstance(v, nnx.Param)]
+    return [n for n, v in params if not isinstance(node, _NORMS) and is_matrix(jnp.shape(v))]
 
 
 def _is_below(path, module):
     return not module or path.startswith(f"{module}/")
 
 
-def _surrounding_stack(path, stacks):
-    """The stack of the known layers nearest to ``path``: a stacked vector is no matrix."""
-    while path:
-        path = path.rpartition("/")[0]
-        near = [stack for other, stack in stacks.items() if _is_below(other, path)]
-        if near:
-            return max(near, key=len)
-    return ()
+def _wrappers(modules) -> dict[str, _Rule]:
+    pairs = [(path, rule) for path in modules for rule in _WRAPPERS]
+    return {path: rule for path, rule in pairs if isinstance(modules[path], rule.kind)}
 
 
-def _check_layers(targeted, modules, rules, stacks):
-    normalised = [p for p, n in modules.items() if isinstance(n, nnx.WeightNorm | nnx.SpectralNorm)]
+def _check_layers(targeted, modules, rules, stacks, lora):
+    beside = lora.execution != "merged" or lora.dropout > 0  # the product runs beside the layer
+    rewritten = lora.execution == "merged" or lora.init == "pissa"
+    instead = ' (or use execution="merged" without dropout)'
     values = [value for node in modules.values() for value in vars(node).values()]
-    uses = Counter(id(value) for value in values if isinstance(value, nnx.Variable))
+    uses = Counter(id(value) for value in values if _is_variable(value))
     for path in targeted:
         layer, rule = modules[path], rules[path]
         if rule is None:
-            names = _weights(path, modules, stacks)
+            name = _matrices(layer, stacks)[0]
             raise ValueError(
-                f"the targeted module {path!r}, a {type(layer).__name__}, has a weight of its own "
-                f"({', '.join(names)}) but is not a layer of flax.nnx: leave it out with "
-                "LoRA.exclude, say how it uses its weight with LoRA.layers=(Layer(cls, equation, "
-                f"weight={names[0]!r}),), or build it of nnx.Linear."
+                f"the targeted module {path!r}, a {type(layer).__name__}, has a weight {name!r} of "
+                "its own but is not a layer of flax.nnx: leave it out with LoRA.exclude (the root "
+                "with target='.+'), say how it uses the weight with LoRA.layers="
+                f"(Layer(cls, equation, weight={name!r}),), or build it of nnx.Linear."
             )
         weight = getattr(layer, rule.weight, None)
         what = None
-        if not isinstance(weight, nnx.Variable) or not hasattr(weight, "shape"):
+        if not _is_variable(weight) or not hasattr(weight, "shape"):
             what = f"has no nnx.Param {rule.weight!r} that holds one array"
-        elif any(_is_below(path, wrapper) for wrapper in normalised):
-            what = "has its weight transformed (nnx.WeightNorm or nnx.SpectralNorm)"
+        elif beside and any(_is_below(path, wrapper) for wrapper in _wrappers(modules)):
+            what = f"has its weight transformed by nnx.WeightNorm or nnx.SpectralNorm{instead}"
+        elif rewritten and not jnp.issubdtype(weight.dtype, jnp.inexact):
+            what = f'has a weight of dtype {weight.dtype}, which "pissa" and "merged" would rewrite'
         elif uses[id(weight)] > 1:
             what = f"shares its {rule.weight} with another layer, which a merge would change too"
-        elif getattr(layer, "mask", None) is not None and rule.kind in _CONVOLUTIONS:
-            what = "has a mask on its weight, which a merge would leave out"
+        elif beside and rule.kind in (nnx.Conv, nnx.ConvTranspose) and layer.mask is not None:
+            what = f"has a mask on its weight, which the factors would go around{instead}"
         elif rule.kind is nnx.Einsum and layer.einsum_str is None:
             what = "has no equation (einsum_str) of its own, so that nothing says what is summed"
-        elif (plain := _shape(layer, rule)) and weight.shape != (*stacks[path], *plain):
+        elif not rule.equation and weight.shape != (*stacks[path], *_axes(layer, rule)):
             what = (
-                f"has a {rule.weight} of shape {weight.shape} where its fields say {plain}; "
-                "nnx.vmap must stack it on axis 0"
+                f"has a {rule.weight} of shape {weight.shape} where its fields say "
+                f"{_axes(layer, rule)}; nnx.vmap must stack it on axis 0"
             )
         if what is not None:
             raise ValueError(f"the layer {path!r} {what}: leave it out with LoRA.exclude.")
@@ -292,20 +254,10 @@ def _adapt_layer(layer, rule: _Rule, lora: LoRA, path: str, stack, key, dropout_
         raise ValueError(
             f"the layer {path!r} cannot be adapted: {error} Leave it out with LoRA.exclude."
         ) from None
-    if lora.init == "pissa":
-        if not jnp.issubdtype(weight.dtype, jnp.inexact):
-            raise ValueError(
-                f'LoRA.init "pissa" moves directions out of the weight, but that of {path!r} is '
-                f"{weight.dtype}: leave the layer out with LoRA.exclude, or choose another init."
-            )
-        value = weight.get_value()
-        *values, rest = product.principal_factors(value, axes, *shapes, scale, lora.dtype)
-        weight.set_value(rest)
-    else:
-        a = product.initial_a(key, shapes[0], lora.init, lora.dtype)
-        values = [a, jnp.zeros(shapes[1], lora.dtype)]
-    pytree = not jax.tree_util.all_leaves([layer])
-    object.__setattr__(layer, "__class__", _adapted_class(type(layer), rule, pytree))
+    value = weight.get_value()
+    *values, rest = product.initial_factors(key, value, axes, shapes, scale, lora)
+    weight.set_value(rest)
+    _swap_class(layer, rule)
     for side, (name, value) in enumerate(zip(FACTORS, values, strict=True)):
         setattr(layer, name, _factor(value, weight, side, axes, len(stack)))
     layer.lora_scale = scale
@@ -316,25 +268,27 @@ def _adapt_layer(layer, rule: _Rule, lora: LoRA, path: str, stack, key, dropout_
         layer.lora_dropout.rngs = nnx.RngStream(keys, tag="dropout")
 
 
+def _swap_class(node, rule: _Rule):
+    pytree = not jax.tree_util.all_leaves([node])
+    object.__setattr__(node, "__class__", _adapted_class(type(node), rule, pytree))
+
+
 def _factor(value, weight: nnx.Variable, side: int, axes: product.Layout, stack: int):
     """The Variable of a factor, placed and named as the weight's axes are."""
 
     def inherited(names):
         names = (*names, *[None] * (weight.ndim - len(names)))
-        own = names[stack:]
-        last = [own[axes.inputs[0]], None] if side == 0 else [None, own[axes.outputs[0]]]
-        mark = [] if axes.in_order else [None]
-        return (*names[:stack], *mark, *(own[i] for i in axes.batch), *last)
+        return product.factor_names(names, axes, stack)[side]
 
-    placement = getattr(weight.get_value(), "sharding", None)
     concrete = not isinstance(value, jax.core.Tracer)
-    if concrete and isinstance(placement, jax.sharding.NamedSharding):
+    placement = getattr(weight.get_value(), "sharding", None) if concrete else None
+    if isinstance(placement, jax.sharding.NamedSharding):
         spec = jax.sharding.PartitionSpec(*inherited(placement.spec))
         value = jax.device_put(value, jax.sharding.NamedSharding(placement.mesh, spec))
     names = weight.get_metadata("out_sharding", None)
     if not names:
         return nnx.LoRAParam(value)
-    metadata = {k: weight.get_metadata(k) for k in _SHARDING if weight.has_metadata(k)}
+    metadata = {k: v for k, v in weight.get_metadata().items() if k in ("mesh", "sharding_rules")}
     metadata["out_sharding"] = inherited(names)
     mesh = metadata.get("mesh") or jax.sharding.get_abstract_mesh()
     if not concrete and not mesh.empty:
@@ -343,17 +297,26 @@ def _factor(value, weight: nnx.Variable, side: int, axes: product.Layout, stack:
     return nnx.LoRAParam(value).copy(**metadata)
 
 
+def _folded(model: nnx.Module) -> nnx.Module:
+    """``model`` itself with its factors merged into new Variables and the classes of the base."""
+    for node in _modules(model).values():
+        if not hasattr(node, "lora_recipe"):
+            continue
+        cls, rule, _ = type(node).lora_recipe
+        if rule not in _WRAPPERS:
+            setattr(node, rule.weight, getattr(node, rule.weight).copy(_merged(node, rule)))
+        for name in (*FACTORS, "lora_scale", "lora_execution", "lora_dropout"):
+            if hasattr(node, name):
+                delattr(node, name)
+        object.__setattr__(node, "__class__", cls)
+    return model
+
+
 def _merged(layer, rule: _Rule):
     weight = getattr(layer, rule.weight).get_value()
-    if not jnp.issubdtype(weight.dtype, jnp.inexact):
-        raise ValueError(
-            f"a {weight.dtype} weight of a {type(layer).__name__} cannot take the factors in: "
-            "leave the layer out of the merge with LoRA.exclude, or dequantise it first."
-        )
     a, b = layer.lora_a.get_value(), layer.lora_b.get_value()
-    geometry = _geometry(layer, rule)
-    ndim = len(_shape(layer, rule) or product.terms(rule.equation)[1])
-    return product.merged(weight, a, b, layer.lora_scale, product.layout(geometry, ndim))
+    axes = product.layout(_geometry(layer, rule), len(_axes(layer, rule)))
+    return product.merged(weight, a, b, layer.lora_scale, axes)
 
 
 # The adapted classes
@@ -361,6 +324,11 @@ def _merged(layer, rule: _Rule):
 
 def _run(plain, rule: _Rule, layer, *args, **kwargs):
     """``plain``, the layer's own method, with the product of the factors added to its result."""
+    if rule in _WRAPPERS:
+        twin = copy.copy(layer)
+        inner = nnx.merge(*nnx.split(layer.layer_instance, graph=True))  # with the same Variables
+        vars(twin)["layer_instance"] = _folded(inner)
+        return plain(twin, *args, **kwargs)
     bound = inspect.signature(plain).bind(layer, *args, **kwargs).arguments
     x = list(bound.values())[1]
     dropout = getattr(layer, "lora_dropout", None)
@@ -375,26 +343,24 @@ def _run(plain, rule: _Rule, layer, *args, **kwargs):
     a, b, scale = layer.lora_a.get_value(), layer.lora_b.get_value(), layer.lora_scale
     if plain.__name__ == "attend":
         return y + product.low_rank_attend(x, y, a, b, scale)
-    geometry = _geometry(layer, rule, jnp.ndim(x), _equation(layer, rule, bound))
+    equation = _equation(layer, bound) if rule.kind is nnx.Einsum else None
+    geometry = _geometry(layer, rule, jnp.ndim(x), equation)
     x = dropout(x) if drops else x
     precision = getattr(layer, "precision", None)
     return y + product.low_rank(geometry, x, y, a, b, scale, precision)
 
 
-def _equation(layer, rule, bound):
+def _equation(layer, bound):
     """An equation given at the call, which must use the weight as the layer's own does."""
-    equation = bound.get("einsum_str") if rule.kind is nnx.Einsum else None
-    if equation is not None:
-        found, own = (
-            product.layout(product.Contraction(e), len(layer.kernel_shape))
-            for e in (equation, layer.einsum_str)
+    equation = bound.get("einsum_str") or layer.einsum_str
+    found, own = (
+        product.layout(product.Contraction(e), None) for e in (equation, layer.einsum_str)
+    )
+    if found != own:
+        raise ValueError(
+            f"an adapted nnx.Einsum({layer.einsum_str!r}) was called with {equation!r}, which "
+            "takes the weight's axes otherwise: leave it out with LoRA.exclude."
         )
-        if found != own:
-            raise ValueError(
-                f"an adapted nnx.Einsum with the equation {layer.einsum_str!r} was called with "
-                f"{equation!r}, which takes the weight's axes otherwise: leave it out with "
-                "LoRA.exclude."
-            )
     return equation
 
 
@@ -424,7 +390,7 @@ def _mixin(rule: _Rule) -> type[nnx.Module]:
 def _adapted_class(cls: type[nnx.Module], rule: _Rule, pytree: bool = True) -> type[nnx.Module]:
     """``cls`` with the product added where it runs the ``rule.methods`` of ``rule.kind``."""
     mixin = _mixin(rule)
-    namespace = {"lora_origin": (cls, rule), "lora_recipe": (cls, rule, pytree)}
+    namespace = {"lora_recipe": (cls, rule, pytree)}
 
     def guarded(name):
         def method(self, *args, **kwargs):
@@ -448,8 +414,7 @@ def _adapted_class(cls: type[nnx.Module], rule: _Rule, pytree: bool = True) -> t
         if inspect.getattr_static(cls, name) is not inspect.getattr_static(rule.kind, name):
             namespace[name] = guarded(name)
     bases = (mixin,) if cls is rule.kind else (cls, mixin)
-    adapted = _new_class(cls, bases, namespace, pytree=pytree)
-    return adapted
+    return (adapted := _new_class(cls, bases, namespace, pytree=pytree))
 
 
 def _new_class(base, bases, namespace, **kwargs):

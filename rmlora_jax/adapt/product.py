@@ -63,25 +63,26 @@ class Layout(NamedTuple):
         return self.order == tuple(range(len(self.order)))
 
 
-def general(axis, batch_dims, features: int, ndim: int = 20) -> Contraction:
+def general(axis, batch_dims, features, ndim: int = 20) -> Contraction:
     """The equation of a dense layer over several axes, for an input of ``ndim`` axes.
 
     (The layout of the weight does not depend on ``ndim``.)
 
-    >>> general(axis=(-2, -1), batch_dims=(), features=1, ndim=4)
+    >>> general(axis=(-2, -1), batch_dims=(), features=8, ndim=4)
     Contraction(equation='abcd,cde->abe')
     """
     letters = string.ascii_letters
     x = letters[:ndim]
-    batch = "".join(x[i] for i in batch_dims)
-    summed = "".join(x[i] for i in ((axis,) if isinstance(axis, int) else axis))
-    new = letters[ndim : ndim + features]
+    batch = "".join(x[i] for i in _tuple(batch_dims))
+    summed = "".join(x[i] for i in _tuple(axis))
+    new = letters[ndim : ndim + len(_tuple(features))]
     free = "".join(c for c in x if c not in batch + summed)
     return Contraction(f"{x},{batch}{summed}{new}->{batch}{free}{new}")
 
 
-def convolution(cls: type[nn.Module], layer) -> Convolution:
-    """``cls`` with the fields of ``layer``, a Linen or an NNX convolution."""
+def convolution(layer) -> Convolution:
+    """The fields of ``layer``, a Linen or an NNX convolution, and the Linen class they are for."""
+    cls = nn.ConvTranspose if hasattr(layer, "transpose_kernel") else nn.Conv
     return Convolution(cls, {name: getattr(layer, name) for name in _FIELDS[cls]})
 
 
@@ -165,6 +166,20 @@ def factor_shapes(shape: tuple[int, ...], axes: Layout, rank: int):
     return (*batch, size_in, rank), (*batch, rank, size_out)
 
 
+def factor_names(names, axes: Layout, stack: int = 0):
+    """Names of the axes of A and B, of those of a weight with ``stack`` leading stacked axes.
+
+    A flattened axis has the name of its first axis, the rank axis None.
+
+    >>> factor_names(("layers", "heads", "embed", None), Layout((), (1,), (0, 2)), stack=1)
+    (('layers', None, 'embed', None), ('layers', None, None, 'heads'))
+    """
+    own = names[stack:]
+    mark = () if axes.in_order else (None,)
+    lead = (*names[:stack], *mark, *(own[i] for i in axes.batch))
+    return (*lead, own[axes.inputs[0]], None), (*lead, None, own[axes.outputs[0]])
+
+
 def initial_a(key, shape: tuple[int, ...], init: str, dtype) -> jax.Array:
     """A (*stack, in, r) drawn by ``init`` from ``key``, each layer of the stack by itself.
 
@@ -184,6 +199,14 @@ def initial_a(key, shape: tuple[int, ...], init: str, dtype) -> jax.Array:
     }[init]
     keys = jax.random.split(key, math.prod(stack))
     return jax.vmap(draw)(keys).reshape(shape).astype(dtype)
+
+
+def initial_factors(key, weight, axes: Layout | None, shapes, scale: float, lora):
+    """A and B of the given shapes as ``lora.init`` says, and what is left of the weight."""
+    if lora.init == "pissa":
+        return principal_factors(weight, axes, *shapes, scale, lora.dtype)
+    a = initial_a(key, shapes[0], lora.init, lora.dtype)
+    return a, jnp.zeros(shapes[1], lora.dtype), weight
 
 
 def principal_factors(weight, axes: Layout | None, a_shape, b_shape, scale: float, dtype):
@@ -283,18 +306,12 @@ def _contracted(geometry, x, y, a, b, scale, precision):
 def _convolved(geometry, x, y, a, b, scale, precision):
     fields, rank = geometry.fields, a.shape[-1]
     groups = fields.get("feature_group_count", 1)
-    kernel = jnp.tile(a.reshape(*_spatial(fields), -1, rank), groups)
+    kernel = jnp.tile(a.reshape(*_tuple(fields["kernel_size"]), -1, rank), groups)
     if fields.get("transpose_kernel"):
         kernel = jnp.swapaxes(kernel, -1, -2)
     b = b.reshape(rank, -1)
-    down = geometry.cls(
-        features=rank * groups,
-        use_bias=False,
-        dtype=y.dtype,
-        precision=precision,
-        parent=None,
-        **fields,
-    )
+    fields = fields | {"features": rank * groups, "dtype": y.dtype, "precision": precision}
+    down = geometry.cls(**fields, use_bias=False, parent=None)
     z = down.apply({"params": {"kernel": kernel}}, x) * scale
     if groups == 1:
         return jnp.matmul(z, b, precision=precision)
@@ -303,6 +320,5 @@ def _convolved(geometry, x, y, a, b, scale, precision):
     return jnp.einsum("...gr,rgo->...go", z, b, precision=precision).reshape(y.shape)
 
 
-def _spatial(fields) -> tuple[int, ...]:
-    size = fields["kernel_size"]
-    return (size,) if isinstance(size, int) else tuple(size)
+def _tuple(value) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
