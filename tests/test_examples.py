@@ -115,7 +115,8 @@ def relu(x):
 @pytest.mark.parametrize("name", SHORT)
 def test_plain_loops_against_numpy(name):
     example = load(name)
-    x, y = (leaf.reshape(-1, 8) for leaf in example.batch)
+    x = example.x.reshape(-1, 8)
+    y = x @ example.target
     assert len(x) == 64
 
     def task_loss(factors):
