@@ -74,7 +74,7 @@ def test_padding_pads_to_a_multiple_of_eight():
     ("field", "value"),
     [
         ("hidden_size", 25),
-        ("hidden_act", "tanh"),
+        ("hidden_act", "swish"),
         ("num_hidden_layers", 0),
         ("num_hidden_layers", 2.0),
         ("hidden_dropout_prob", 1.0),

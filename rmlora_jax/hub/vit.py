@@ -12,8 +12,9 @@ from flax.traverse_util import flatten_dict
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_folder, read_json
 from rmlora_jax.hub.weights import AS_IS, CONV, LINEAR, Entry, Tensors, read_params
+from rmlora_jax.models.parts import truncated_normal
 from rmlora_jax.models.positions import resize_positions
-from rmlora_jax.models.vit import ViT, truncated_normal
+from rmlora_jax.models.vit import ViT
 from rmlora_jax.models.vit_config import ViTConfig
 
 # Files of a bare ViTModel leave it out.

@@ -1,5 +1,7 @@
 """Scaled dot-product attention: which kernel runs it, and the padding that cuDNN's kernel needs."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -10,13 +12,21 @@ CUDNN_MULTIPLE = 8
 CUDNN_MAX_HEAD_DIM = 128
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, implementation: str = "auto"):
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    implementation: str = "auto",
+    mask: jax.Array | None = None,
+):
     """softmax(Q K^T / sqrt(head_dim)) V for each head, the softmax in float32.
 
     Args:
       query: (B, N, H, head_dim), any floating dtype; ``key`` and ``value`` have the same shape.
       implementation: ``"xla"`` runs everywhere; ``"cudnn"`` is the flash kernel of NVIDIA GPUs
         (bfloat16 or float16); ``"auto"`` takes cuDNN where it can run and XLA elsewhere.
+      mask: bool (B, N), False for the keys that are padding: their weight is exactly 0. Only XLA
+        takes one, since it may have any pattern. A row without a key gets equal weights.
 
     Returns:
       (B, N, H, head_dim) in the dtype of ``query``.
@@ -27,11 +37,39 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, implementation: s
     >>> attend(*[jnp.ones((2, 5, 3, 8))] * 3).shape
     (2, 5, 3, 8)
     """
+    if mask is not None:
+        implementation = "xla"
     if implementation == "auto":
         implementation = "cudnn" if cudnn_can_run(query.dtype, query.shape[-1]) else "xla"
     if implementation == "cudnn":
         return padded_attention(query, key, value, implementation)
-    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    pairs = None if mask is None else mask[:, None, None, :]
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=pairs, implementation=implementation
+    )
+
+
+def attend_with_dropout(query, key, value, drop: Callable, mask: jax.Array | None = None):
+    """``attend`` with ``drop`` applied to the weights, which XLA's and cuDNN's kernels lack.
+
+    ``drop`` is a function of the weights (B, H, N, N), such as ``nn.Dropout(rate)``.
+    """
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    weights = masked_softmax(scores * query.shape[-1] ** -0.5, mask).astype(value.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", drop(weights), value)
+
+
+def masked_softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Softmax over the last axis of (B, H, N, N) with weight exactly 0 where ``mask`` is False.
+
+    ``mask`` is bool (B, N) or None. A row without a key gets equal weights, never NaN.
+
+    >>> masked_softmax(jnp.zeros((1, 1, 1, 3)), jnp.array([[True, True, False]])).ravel().tolist()
+    [0.5, 0.5, 0.0]
+    """
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min / 2)
+    return jax.nn.softmax(scores)
 
 
 def padded_attention(query: jax.Array, key: jax.Array, value: jax.Array, implementation: str):

@@ -7,31 +7,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rmlora_jax.models.attention import IMPLEMENTATIONS, attend
+from rmlora_jax.models.attention import IMPLEMENTATIONS, attend, attend_with_dropout
+from rmlora_jax.models.parts import (
+    ACTIVATIONS,
+    REMAT,
+    check_choices,
+    check_counts,
+    layer_norm,
+    scan_layers,
+    truncated_normal,
+)
 from rmlora_jax.models.vit_config import ViTConfig
-
-ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
-
-REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-# Standard deviation of a unit normal cut at two standard deviations.
-TRUNCATED_STD = 0.87962566103423978
-
-
-def truncated_normal(std: float):
-    """Initialiser: a normal cut at 2 sigma, scaled so that its standard deviation is ``std``."""
-    return nn.initializers.truncated_normal(std / TRUNCATED_STD)
 
 
 class Embed(nn.Module):
@@ -91,18 +77,11 @@ class Attention(nn.Module):
             for name in ("query", "key", "value")
         )
         if c.attention_probs_dropout_prob and not self.deterministic:
-            mixed = self.attend_with_dropout(query, key, value)
+            drop = nn.Dropout(c.attention_probs_dropout_prob, deterministic=False)
+            mixed = attend_with_dropout(query, key, value, drop)
         else:
             mixed = attend(query, key, value, self.attention)
         return dense(name="out")(mixed.reshape(x.shape))
-
-    def attend_with_dropout(self, query, key, value):
-        # jax.nn.dot_product_attention has no dropout on the weights.
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5).astype(value.dtype)
-        rate = self.config.attention_probs_dropout_prob
-        weights = nn.Dropout(rate, deterministic=False)(weights)
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
 class MLP(nn.Module):
@@ -138,7 +117,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        norm = functools.partial(layer_norm, c, self.dtype, self.param_dtype)
+        norm = functools.partial(layer_norm, c.layer_norm_eps, self.dtype, self.param_dtype)
         drop = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)
         attention = Attention(
             c, self.dtype, self.param_dtype, self.attention, self.deterministic, name="attention"
@@ -146,17 +125,6 @@ class Layer(nn.Module):
         x = x + drop(attention(norm("norm1")(x)))
         x = x + drop(MLP(c, self.dtype, self.param_dtype, name="mlp")(norm("norm2")(x)))
         return x, x if self.collect else None
-
-
-def layer_norm(config: ViTConfig, dtype, param_dtype, name: str) -> nn.LayerNorm:
-    # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_eps,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        use_fast_variance=False,
-        name=name,
-    )
 
 
 class Encoder(nn.Module):
@@ -174,18 +142,8 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        layer = Layer
-        if self.remat != "none":
-            # Inside a loop nothing can undo the rematerialisation; unrolled code needs barriers.
-            layer = nn.remat(
-                Layer, policy=REMAT[self.remat], prevent_cse=self.unroll >= c.num_hidden_layers
-            )
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            length=c.num_hidden_layers,
-            unroll=self.unroll,
+        layers = scan_layers(
+            Layer, c.num_hidden_layers, unroll=self.unroll, remat=self.remat
         )(
             c,
             self.dtype,
@@ -196,7 +154,7 @@ class Encoder(nn.Module):
             name="layers",
         )
         out, after = layers(x)
-        token = layer_norm(c, self.dtype, self.param_dtype, "norm")(out[:, 0])
+        token = layer_norm(c.layer_norm_eps, self.dtype, self.param_dtype, "norm")(out[:, 0])
         return token, jnp.concatenate([x[None], after]) if self.collect else None
 
 
@@ -283,18 +241,10 @@ class ViT(nn.Module):
         return (logits, states) if hidden_states else logits
 
     def check(self, images):
-        for name, value, allowed in (
-            ("remat", self.remat, tuple(REMAT)),
-            ("attention", self.attention, IMPLEMENTATIONS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"ViT: {name} is {value!r}; it must be one of {allowed}")
-        for name in ("num_classes", "unroll"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(
-                    f"ViT: {name} is {value!r}; it must be a whole number of at least 1"
-                )
+        check_choices(
+            "ViT", remat=(self.remat, REMAT), attention=(self.attention, IMPLEMENTATIONS)
+        )
+        check_counts("ViT", num_classes=self.num_classes, unroll=self.unroll)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(
                 f"ViT: images are {images.dtype}; divide by 255, normalise and pass floats"

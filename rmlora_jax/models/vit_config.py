@@ -3,17 +3,10 @@
 import dataclasses
 from typing import Any
 
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
+from rmlora_jax.models.hf_config import check_fields, known_fields, refuse
 
-# Fields of config.json that say nothing about the numbers of an image classifier: book-keeping,
-# labels (read by the loader), and the pooler and decoder, which the classifier does not run.
-IGNORED = (
-    *("architectures", "model_type", "problem_type", "finetuning_task", "transformers_version"),
-    *("dtype", "torch_dtype", "torchscript", "use_bfloat16", "tie_word_embeddings", "use_cache"),
-    *("return_dict", "output_attentions", "output_hidden_states", "gradient_checkpointing"),
-    *("id2label", "label2id", "num_labels", "chunk_size_feed_forward"),
-    *("pooler_act", "pooler_output_size", "encoder_stride"),
-)
+# Beside the book-keeping: the pooler and the decoder, which the classifier does not run.
+IGNORED = ("pooler_act", "pooler_output_size", "encoder_stride")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,27 +53,9 @@ class ViTConfig:
     qkv_bias: bool = True
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                _refuse(field.name, value, "a whole number of at least 1")
-            if field.type is bool and not isinstance(value, bool):
-                _refuse(field.name, value, "true or false")
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if field.type is float and not (number and 0 <= value < float("inf")):
-                _refuse(field.name, value, "a number of at least 0")
-            if field.name.endswith("_prob") and value >= 1:
-                _refuse(field.name, value, "a probability below 1")
-        if self.hidden_act not in ACTIVATIONS:
-            _refuse("hidden_act", self.hidden_act, f"one of {', '.join(ACTIVATIONS)}")
-        if self.hidden_size % self.num_attention_heads:
-            _refuse(
-                "num_attention_heads",
-                self.num_attention_heads,
-                f"a divisor of hidden_size = {self.hidden_size}",
-            )
+        check_fields(self)
         if self.patch_size > self.image_size:
-            _refuse("patch_size", self.patch_size, f"at most image_size = {self.image_size}")
+            refuse("patch_size", self.patch_size, f"at most image_size = {self.image_size}")
 
     @property
     def grid(self) -> int:
@@ -100,18 +75,7 @@ class ViTConfig:
         >>> ViTConfig.from_hf({"model_type": "vit", "image_size": 384}).image_size
         384
         """
-        kind = config.get("model_type", "vit")
-        if kind != "vit":
-            _refuse("model_type", kind, "'vit'")
-        ours = {field.name for field in dataclasses.fields(cls)}
-        for name, value in config.items():
-            # A value that is null, false, 0 or empty asks for nothing.
-            if name not in ours | set(IGNORED) and not name.startswith("_") and value:
-                raise ValueError(
-                    f"config field {name!r} = {value!r} is not supported by this ViT; "
-                    "remove it if it does not change what the model computes"
-                )
-        known = {name: config[name] for name in ours & config.keys()}
+        known = known_fields(cls, config, model_types=("vit",), ignored=IGNORED, model="ViT")
         for name in ("image_size", "patch_size"):
             if name in known:
                 known[name] = _side(name, known[name])
@@ -122,9 +86,5 @@ def _side(name: str, value) -> int:
     if not isinstance(value, (list, tuple)):
         return value
     if len(set(value)) != 1:
-        _refuse(name, value, "one number, or two that are equal (square)")
+        refuse(name, value, "one number, or two that are equal (square)")
     return value[0]
-
-
-def _refuse(name: str, value, allowed: str):
-    raise ValueError(f"config field {name!r} is {value!r}; it must be {allowed}")

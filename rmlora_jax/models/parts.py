@@ -1,0 +1,83 @@
+"""What the bundled transformers share: activations, initialisers, norms, the scan over layers."""
+
+import functools
+
+import flax.linen as nn
+import jax
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jax.numpy.tanh,
+}
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+# Standard deviation of a unit normal cut at two standard deviations.
+TRUNCATED_STD = 0.87962566103423978
+
+
+def truncated_normal(std: float):
+    """Initialiser: a normal cut at 2 sigma, scaled so that its standard deviation is ``std``."""
+    return nn.initializers.truncated_normal(std / TRUNCATED_STD)
+
+
+def layer_norm(epsilon: float, dtype, param_dtype, name: str) -> nn.LayerNorm:
+    """Layer norm over the last axis; its statistics are float32 whatever ``dtype``."""
+    # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+def scan_layers(layer: type[nn.Module], length: int, *, unroll: int, remat: str, in_axes=()):
+    """``layer`` scanned ``length`` times, its parameters stacked on axis 0.
+
+    Args:
+      layer: a module whose call is ``(carry, *inputs) -> (carry, output)``.
+      unroll: layers per iteration of the loop.
+      remat: a key of ``REMAT``.
+      in_axes: for ``inputs``: 0 where they have a layer axis, ``nn.broadcast`` where they have not.
+
+    Returns:
+      A module class, with the fields of ``layer``.
+    """
+    if remat != "none":
+        # Inside a loop nothing can undo the rematerialisation; unrolled code needs barriers.
+        layer = nn.remat(layer, policy=REMAT[remat], prevent_cse=unroll >= length)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=length,
+        unroll=unroll,
+    )
+
+
+def check_choices(model: str, **choices) -> None:
+    """Raises a ValueError for a ``name=(value, allowed)`` whose value is not among the allowed."""
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{model}: {name} is {value!r}; it must be one of {tuple(allowed)}")
+
+
+def check_counts(model: str, **counts) -> None:
+    """Raises a ValueError for a value that is not a whole number of at least 1."""
+    for name, value in counts.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(
+                f"{model}: {name} is {value!r}; it must be a whole number of at least 1"
+            )
