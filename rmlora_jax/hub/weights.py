@@ -10,7 +10,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub.source import INDEX, WEIGHTS, shards
+from rmlora_jax.hub.pickled import PickledTensors
+from rmlora_jax.hub.source import KINDS, shards
 
 # How a stored tensor becomes a parameter: the axes for numpy.transpose. PyTorch's Linear keeps
 # (out, in), its Conv2d (out, in, height, width). The inverse permutation leads back.
@@ -39,22 +40,24 @@ class Entry(NamedTuple):
 class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a folder by name, sharded or not; each is read only when it is asked for.
 
-    Files are memory-mapped. float16 and bfloat16 come as they are stored (bfloat16 through
-    ml_dtypes).
+    Takes ``model.safetensors``, its shards, ``pytorch_model.bin`` or its shards, the first that is
+    there. Files are memory-mapped. Values come as they are stored (bfloat16 and the 8-bit floats
+    through ml_dtypes).
 
     Raises:
-      UserError: no safetensors in the folder, a missing shard, a damaged file.
+      UserError: no weights in the folder, a missing shard, a damaged file, or one that holds
+        something else than tensors.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._files = {}
-        for path in _weight_files(folder):
-            handle = _open(path)
-            self._files.update(dict.fromkeys(handle.keys(), handle))
+        for path in weight_files(folder):
+            file = PickledTensors(path) if path.suffix == ".bin" else _Safetensors(path)
+            self._files.update(dict.fromkeys(file, file))
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
+        return self._files[name][name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._files))
@@ -63,35 +66,65 @@ class Tensors(Mapping[str, np.ndarray]):
         return len(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the file's header alone."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        """Shape of a tensor, without its values."""
+        return self._files[name].shape(name)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).exists():
-        files = [folder / shard for shard in shards(folder)]
-        for file in files:
-            if not file.exists():
-                raise UserError(f"{folder} lacks {file.name}, which its {INDEX} lists; copy it too")
-        return files
-    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    if pickled:
-        raise UserError(
-            f"{folder} has {pickled[0]} but no {WEIGHTS}. Save it as safetensors where PyTorch is: "
-            "AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-        )
-    raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}; is it a model's folder?")
+class _Safetensors(Mapping[str, np.ndarray]):
+    def __init__(self, path: Path):
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self._handle = safe_open(path, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged or cut short ({error}); copy it again") from None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._handle.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._handle.keys())
+
+    def __len__(self) -> int:
+        return len(self._handle.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handle.get_slice(name).get_shape())
 
 
-def _open(path: Path):
-    from safetensors import SafetensorError, safe_open
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights of a folder.
 
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}); copy it again") from None
+    Raises:
+      UserError: there are none, or not all that an index lists.
+    """
+    for whole, index in KINDS:
+        if (folder / whole).exists():
+            return [folder / whole]
+        if (folder / index).exists():
+            files = [folder / shard for shard in shards(folder / index)]
+            for file in files:
+                if not file.exists():
+                    raise UserError(
+                        f"{folder} lacks {file.name}, which its {index} lists; copy it too"
+                    )
+            return files
+    names = ", ".join(name for kind in KINDS for name in kind)
+    raise UserError(f"{folder} has no weights ({names}); is it a model's folder?")
+
+
+class Read(NamedTuple):
+    """What ``read_params`` returns.
+
+    Attributes:
+      params: nested dict of numpy arrays.
+      dropped: names of the leftovers that were found.
+      absent: paths of the optional parameters that were not.
+    """
+
+    params: dict
+    dropped: tuple[str, ...]
+    absent: tuple[str, ...]
 
 
 def read_params(
@@ -101,8 +134,9 @@ def read_params(
     *,
     prefix: str,
     leftovers: Iterable[str],
+    optional: Iterable[str] = (),
     dtype,
-) -> tuple[dict, tuple[str, ...]]:
+) -> Read:
     """The parameters that ``shapes`` asks for, read through the family's table.
 
     Args:
@@ -111,10 +145,10 @@ def read_params(
       shapes: '/'-joined path -> shape of every parameter to read; stacked ones start with L.
       prefix: the part of the table's names that a file may leave out, such as ``"vit."``.
       leftovers: regular expressions (full match) of tensors to leave out.
+      optional: regular expressions (full match) of paths whose module may be missing as a whole.
       dtype: of the parameters; each tensor is cast once.
 
-    Returns:
-      A nested dict of numpy arrays, and the names of the leftovers that were found.
+    The names' older endings ``.gamma`` and ``.beta`` mean ``.weight`` and ``.bias``.
 
     Raises:
       UserError: a tensor is missing, unexpected, twice there, of another shape, or not floating.
@@ -130,14 +164,23 @@ def read_params(
     found: dict[tuple[str, int], str] = {}
     dropped, unexpected = [], []
     for name in tensors:
-        if name in slots:
-            twin = found.setdefault(slots[name], name)
+        modern = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+        if modern in slots:
+            twin = found.setdefault(slots[modern], name)
             if twin != name:
                 raise UserError(f"{tensors.folder}: {twin!r} and {name!r} are the same parameter")
         elif any(re.fullmatch(pattern, name) for pattern in leftovers):
             dropped.append(name)
         else:
             unexpected.append(name)
+    modules = {path.rpartition("/")[0] for path, _ in found}
+    absent = tuple(
+        entry.path
+        for entry in table
+        if any(re.fullmatch(pattern, entry.path) for pattern in optional)
+        and entry.path.rpartition("/")[0] not in modules
+    )
+    table = [entry for entry in table if entry.path not in absent]
     missing = [
         entry.names[0].format(layer)
         for entry in table
@@ -147,11 +190,9 @@ def read_params(
     if missing or unexpected:
         parts = [("lacks", missing), ("has unexpected", unexpected)]
         what = "; ".join(f"{verb} {some(names)}" for verb, names in parts if names)
-        raise UserError(
-            f"{tensors.folder}: {what}. Do its config.json and weights belong together?"
-        )
+        raise UserError(f"{tensors.folder}: {what}. {MISMATCH}")
     flat = {entry.path: _read(tensors, entry, found, shapes[entry.path], dtype) for entry in table}
-    return unflatten_dict(flat, sep="/"), tuple(dropped)
+    return Read(unflatten_dict(flat, sep="/"), tuple(dropped), absent)
 
 
 def _layers(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -176,8 +217,8 @@ def _read(tensors: Tensors, entry: Entry, found, shape, dtype) -> np.ndarray:
         tensor = tensors[name]
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise UserError(
-                f"{tensors.folder}: {name!r} is {tensor.dtype}; only float32, float16 and "
-                "bfloat16 weights can be read, not quantised ones"
+                f"{tensors.folder}: {name!r} is {tensor.dtype}; only floating-point weights can be "
+                "read, not quantised ones"
             )
         target[...] = tensor if entry.axes is None else tensor.transpose(entry.axes)
     return out

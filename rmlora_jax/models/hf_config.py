@@ -36,7 +36,7 @@ def check_fields(config: Any, minimum: Mapping[str, int] = {}) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if field.type is float and not (number and 0 <= value < float("inf")):
             refuse(name, value, "a number of at least 0")
-        if name.endswith(("_prob", "dropout")) and value >= 1:
+        if field.type is float and name.endswith(("_prob", "dropout")) and value >= 1:
             refuse(name, value, "a probability below 1")
         if name.endswith("act") and value not in ACTIVATIONS:
             refuse(name, value, f"one of {', '.join(ACTIVATIONS)}")

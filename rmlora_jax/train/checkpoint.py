@@ -14,19 +14,22 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.train.scores import higher_is_better
 from rmlora_jax.train.step import State
 
 
 class Score(NamedTuple):
     """Validation figures of a checkpoint, in the order in which checkpoints are compared."""
 
-    accuracy: float
+    value: float  # of the metric that best is chosen by, negated where lower is better
     negative_loss: float
 
 
 def score(metrics: dict) -> Score:
-    loss = metrics["loss"]
-    return Score(metrics["accuracy"], -loss if math.isfinite(loss) else -math.inf)
+    def finite(x):
+        return x if math.isfinite(x) else -math.inf
+
+    return Score(finite(metrics["score"]), finite(-metrics["loss"]))
 
 
 def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
@@ -42,7 +45,7 @@ def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
         preservation_policy=policy.AnyPreservationPolicy(
             [policy.LatestN(1), policy.BestN(get_metric_fn=score, n=1)]
         ),
-        best_fn=lambda metrics: metrics["accuracy"],  # without it orbax writes no metrics
+        best_fn=lambda metrics: metrics["score"],  # without it orbax writes no metrics
         cleanup_tmp_directories=True,  # what a killed save left behind
     )
     advice = "delete the damaged step in it, or start anew with another --workdir"
@@ -58,10 +61,13 @@ def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
     return manager
 
 
-def save(manager: ocp.CheckpointManager, state: State, validation: dict[str, float]) -> None:
-    manager.save(
-        int(state.step), args=ocp.args.StandardSave(state._asdict()), metrics=validation
-    )
+def save(
+    manager: ocp.CheckpointManager, state: State, validation: dict[str, float], metric: str
+) -> None:
+    """Starts to write a checkpoint; ``metric`` names the figure that best is chosen by."""
+    value = validation[metric]
+    figures = validation | {"score": value if higher_is_better(metric) else -value}
+    manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()), metrics=figures)
 
 
 def restore(manager: ocp.CheckpointManager, like: State, step: int) -> State:

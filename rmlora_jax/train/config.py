@@ -8,19 +8,24 @@ import ml_collections
 from ml_collections import config_dict
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.train.scores import NAMES
 
+REGRESSION = "text_regression"
+KINDS = ("image_classification", "text_classification", REGRESSION)
 METHODS = ("rm_lora", "lora", "full", "head")
 
 # Fields that may differ between a run and its continuation: they change where things are, or
 # what is written, and no number.
 FREE_ON_RESUME = frozenset(
     {"data.data_dir", "data.workers", "data.processes", "log_every", "compilation_cache"}
+    | {"text.cache"}
 )
 
 
 def default_config() -> ml_collections.ConfigDict:
     """The fields of a run. A file in ``configs/`` starts from these and changes what it needs."""
     c = ml_collections.ConfigDict()
+    c.task = "image_classification"  # or text_classification, text_regression
     c.method = "rm_lora"  # rm_lora, lora, full (every parameter), head (the classifier alone)
     c.seed = 0  # of the factors, the order of the data, the augmentation and the masks
     c.epochs = 8.0  # passes over the training split; ignored where steps is set
@@ -35,7 +40,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.model = ml_collections.ConfigDict()
     c.model.source = "google/vit-base-patch16-224-in21k"  # folder, bundled name, or hub name
-    c.model.image_size = 0  # pixels; 0: the checkpoint's own. Positions are interpolated
+    c.model.image_size = 0  # pixels; 0: the checkpoint's own. Positions are interpolated. Images only
     c.model.dtype = "bfloat16"  # of the computation: bfloat16, float16, float32
     c.model.base_dtype = "float32"  # in which the frozen base is held; as dtype
     c.model.attention = "auto"  # xla, cudnn, or auto: cudnn where it runs
@@ -43,19 +48,30 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.remat = "none"  # none, dots (keep matrix products), full: less memory, more time
 
     c.data = ml_collections.ConfigDict()
-    c.data.name = "cifar100"  # digits, or an image-classification name of TFDS
+    c.data.name = "cifar100"  # digits, glue/cola ..., or a name of TFDS; for text.train_file any
     c.data.data_dir = config_dict.placeholder(str)  # of TFDS; None: its own default
     c.data.train_split = "train"  # a split or a slice, such as train[:80%]
     c.data.test_split = config_dict.placeholder(str)  # None: test if labelled, or validation
+    c.data.unlabelled_split = config_dict.placeholder(str)  # predicted at the end; text only
     c.data.image_key = "image"  # names of the features
     c.data.label_key = "label"
-    c.data.validation = 0.1  # fraction (below 1) or number of training images held out
-    c.data.limit = 0  # use this many training images only; 0: all
+    c.data.validation = 0.1  # fraction (below 1) or number of training examples held out
+    c.data.limit = 0  # use this many training examples only; 0: all
     c.data.mode = "auto"  # resident: all on the device; stream; auto: resident if it fits
     c.data.workers = 8  # threads that decode
     c.data.processes = 0  # processes that decode streamed training images; 0: threads of this one
     c.data.flip = True  # mirror training images at random
     c.data.crop = "pad"  # pad: shift by up to an eighth; resized: random part; none
+
+    c.text = ml_collections.ConfigDict()  # read by the tasks of text alone
+    c.text.columns = ()  # one or two names of features with text; (): those of the GLUE task
+    c.text.max_length = 128  # tokens of an example; what is longer is cut
+    c.text.metrics = ()  # the first picks the best step; (): GLUE's, else accuracy, or pearson
+    c.text.train_file = config_dict.placeholder(str)  # CSV, TSV or JSON lines, in place of TFDS
+    c.text.test_file = config_dict.placeholder(str)  # None: a part of train_file is held out
+    c.text.predict_file = config_dict.placeholder(str)  # without labels; predicted at the end
+    c.text.group_by_length = False  # batches of similar lengths: less padding, another order
+    c.text.cache = "~/.cache/rmlora_jax/tokens"  # folder of tokenised splits; "": none
 
     c.lora = ml_collections.ConfigDict()
     c.lora.rank = 4
@@ -93,6 +109,23 @@ def default_config() -> ml_collections.ConfigDict:
     return c
 
 
+def use_glue(c: ml_collections.ConfigDict, task: str) -> None:
+    """Sets the fields that make a run one of the nine GLUE tasks, such as ``"cola"``.
+
+    Raises:
+      UserError: no such task.
+    """
+    from rmlora_jax.data.glue import TASKS
+
+    if task not in TASKS:
+        near = difflib.get_close_matches(task, TASKS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"no GLUE task {task!r}: there are {', '.join(TASKS)}{hint}")
+    c.task = REGRESSION if TASKS[task].regression else "text_classification"
+    c.data.name = f"glue/{task}"
+    c.lora.train = r"head|pooler"
+
+
 def flatten(config) -> dict:
     """``{"optimizer.learning_rate": 0.001, ...}``."""
     flat = {}
@@ -120,6 +153,7 @@ def check_config(c: ml_collections.ConfigDict) -> None:
             wrong.append(f"config.{field}={value!r}: must be one of {', '.join(allowed)}{hint}")
 
     flat = types.SimpleNamespace(**flatten(c))
+    one_of("task", *KINDS)
     one_of("method", *METHODS)
     one_of("parallel", "mesh", "pmap")
     one_of("model.dtype", "bfloat16", "float16", "float32")
@@ -136,7 +170,7 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     one_of("rm.placement", "before", "after", "lazy")
     one_of("optimizer.schedule", "linear", "cosine", "constant")
     for field in ("batch_size", "accumulate", "eval_batch_size", "log_every", "lora.rank",
-                  "model.unroll", "data.workers", "rm.resample_every"):
+                  "model.unroll", "data.workers", "text.max_length", "rm.resample_every"):
         need(vars(flat)[field] >= 1, field, "at least 1")
     for field in ("steps", "eval_every", "model.image_size", "data.limit", "data.processes",
                   "rm.penalty", "rm.start_step", "optimizer.weight_decay", "optimizer.clip"):
@@ -150,6 +184,12 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     need(c.data.validation > 0, "data.validation", "above 0: the best step is chosen on it")
     need(c.batch_size % c.accumulate == 0, "accumulate", f"a divisor of batch_size {c.batch_size}")
     need(0 <= c.seed < 2**31, "seed", "from 0 to 2147483647")
+    if c.task in KINDS[1:]:
+        for field, only in (("model.image_size", 0), ("model.attention", "auto")):
+            need(vars(flat)[field] in (only, "xla"), field, f"{only!r} for text")
+        need(len(c.text.columns) <= 2, "text.columns", "at most two names")
+        for name in c.text.metrics:
+            need(name in NAMES, "text.metrics", f"names among {', '.join(NAMES)}")
     if c.rm.draw == "bernoulli":
         need(0 < c.rm.keep <= 1, "rm.keep", "a probability in (0, 1]")
     else:

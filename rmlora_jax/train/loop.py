@@ -19,7 +19,9 @@ from rmlora_jax.train.files import plain, read_json, write_json
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter, read_metrics
 from rmlora_jax.train.report import verdict, write_report
+from rmlora_jax.train.scores import score
 from rmlora_jax.train.step import State
+from rmlora_jax.train.task import Outputs
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
@@ -79,20 +81,26 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
             writer.print(f"compiled in {terminal.duration(compiled.seconds)}")
             state, rate = fit(config, job, state, compiled, checkpoints, writer, devices)
         checkpoints.wait_until_finished()
-        last = evaluate(compiled, state.trainable, job, "test", devices)
-        best = checkpoint.best_step(checkpoints)
+        last = reported(compiled, state.trainable, job, devices)
+        step = checkpoint.best_step(checkpoints)
+        best, best_eval = state, last
+        if step != job.steps:
+            best = checkpoint.restore(checkpoints, state, step)
+            best_eval = reported(compiled, best.trainable, job, devices)
+        for split in job.feed.unlabelled:
+            out = evaluate(compiled, best.trainable, job, split, devices)
+            if leader:
+                file = job.write_predictions(workdir, split, out.ids, out.predictions)
+                print(f"predictions of step {step:,} for {split}: {file}")
         summary = {
+            "task": config.task,
             "method": config.method,
             "model": config.model.source,
             "dataset": config.data.name,
             "steps": job.steps,
+            "metric": job.metrics[0],
             "eval": last,
-            "best_eval": {"step": best}
-            | (
-                last
-                if best == job.steps
-                else earlier_evaluation(best, checkpoints, compiled, state, job, devices)
-            ),
+            "best_eval": {"step": step} | best_eval,
             "trainable_parameters": job.trainable_parameters,
             "total_parameters": job.total_parameters,
             "examples_per_second": rate,
@@ -111,52 +119,81 @@ def ending(summary: dict, workdir: Path) -> str:
     return terminal.closing(summary, workdir, verdict=verdict(read_metrics(workdir)))
 
 
-class Compiled(NamedTuple):
-    """Both steps, compiled ahead, so that their time is known and the first step is like any."""
+class Compiled:
+    """A mapped step, compiled once for each shape of its batch; ``seconds`` is the time it took.
 
-    train_step: Callable
-    eval_step: Callable
-    seconds: float
+    Compilation is thus apart from training in every figure, also where the batches of a long text
+    come late in a run.
+    """
+
+    def __init__(self, step: Callable):
+        self.step, self.programs, self.seconds = step, {}, 0.0
+
+    def program(self, changed, constants, batch) -> Callable:
+        shapes = tuple((name, x.shape) for name, x in sorted(batch.items()))
+        if shapes not in self.programs:
+            began = time.monotonic()
+            self.programs[shapes] = self.step.lower(changed, constants, batch).compile()
+            self.seconds += time.monotonic() - began
+        return self.programs[shapes]
+
+    def __call__(self, changed, constants, batch):
+        return self.program(changed, constants, batch)(changed, constants, batch)
 
 
-def compile_steps(job: setup.Job, state: State, devices: Devices) -> Compiled:
-    began = time.monotonic()
-    batch = shard(next(iter(job.feed.train(0))), devices)
-    train_step = job.train_step.lower(state, job.constants, batch).compile()
+class Steps(NamedTuple):
+    train: Compiled
+    evaluate: Compiled
+
+    @property
+    def seconds(self) -> float:
+        return self.train.seconds + self.evaluate.seconds
+
+
+def compile_steps(job: setup.Job, state: State, devices: Devices) -> Steps:
+    """Both steps, compiled for the shapes of their first batches."""
+    steps = Steps(Compiled(job.train_step), Compiled(job.eval_step))
+    batch = shard(next(iter(job.feed.train(int(state.step)))), devices)
+    steps.train.program(state, job.constants, batch)
     batch = shard(next(iter(job.feed.evaluate("validation"))), devices)
-    eval_step = job.eval_step.lower(state.trainable, job.constants, batch).compile()
-    return Compiled(train_step, eval_step, time.monotonic() - began)
+    steps.evaluate.program(state.trainable, job.constants, batch)
+    return steps
 
 
-def fit(config, job: setup.Job, state: State, compiled: Compiled, checkpoints, writer, devices):
+def fit(config, job: setup.Job, state: State, compiled: Steps, checkpoints, writer, devices):
     """Trains to the last step; returns the state and the rate in examples per second.
 
-    The rate counts the time of training steps alone, evaluation and checkpoints excluded.
+    The rate counts the time of training steps alone: without compilation, evaluation, checkpoints.
     """
     pending, seconds, trained = [], 0.0, 0
-    since = time.monotonic()
+
+    def clock():
+        return time.monotonic() - compiled.seconds
+
+    since = clock()
     start = int(state.step)
     for done, batch in zip(range(start + 1, job.steps + 1), job.feed.train(start), strict=False):
-        state, metrics = compiled.train_step(state, job.constants, shard(batch, devices))
+        state, metrics = compiled.train(state, job.constants, shard(batch, devices))
         pending.append(metrics)
         evaluating = done % job.eval_every == 0 or done == job.steps
         if done % config.log_every and not evaluating:
             continue
         row = mean_of(jax.device_get(pending))  # waits for the steps
-        elapsed = time.monotonic() - since
+        elapsed = clock() - since
         seconds, trained = seconds + elapsed, trained + len(pending)
         row["learning_rate"] = float(job.schedule(done - 1))
         row["examples_per_second"] = len(pending) * config.batch_size / elapsed
         pending = []
         if evaluating:
-            validation = evaluate(compiled, state.trainable, job, "validation", devices)
+            outputs = evaluate(compiled, state.trainable, job, "validation", devices)
+            validation = measured(outputs, job.metrics)
             row |= {f"eval/{name}": value for name, value in validation.items()}
             writer.write(done, row)
             writer.intrinsic(done, spectrum(state, job))
-            checkpoint.save(checkpoints, state, validation)
+            checkpoint.save(checkpoints, state, validation, job.metrics[0])
         else:
             writer.write(done, row)
-        since = time.monotonic()
+        since = clock()
     return state, trained * config.batch_size / seconds if seconds else None
 
 
@@ -165,23 +202,34 @@ def mean_of(metrics: list[dict]) -> dict[str, float]:
     return {f"train/{k}": np.mean([m[k] for m in metrics], dtype=np.float32) for k in metrics[0]}
 
 
-def evaluate(compiled: Compiled, trainable, job: setup.Job, split: str, devices: Devices) -> dict:
-    """Accuracy and mean loss over the whole split, by exact counts."""
-    sums = [
-        compiled.eval_step(trainable, job.constants, shard(batch, devices))
-        for batch in job.feed.evaluate(split)
-    ]
-    total = {k: sum(float(s[k]) for s in jax.device_get(sums)) for k in sums[0]}
-    return {
-        "accuracy": total["correct"] / total["count"],
-        "loss": total["loss"] / total["count"],
-    }
+def evaluate(compiled: Steps, trainable, job: setup.Job, split: str, devices: Devices) -> Outputs:
+    """The outputs for every example of a split, each once, in the order of their ids."""
+    batches = jax.device_get(
+        [
+            compiled.evaluate(trainable, job.constants, shard(batch, devices))
+            for batch in job.feed.evaluate(split)
+        ]
+    )
+    rows = {k: np.concatenate([b[k].reshape(-1) for b in batches]) for k in batches[0]}
+    order = np.argsort(rows["id"], kind="stable")
+    order = order[rows["mask"][order]]
+    return Outputs(*(rows[k][order] for k in ("id", "prediction", "label", "loss")))
 
 
-def earlier_evaluation(step: int, checkpoints, compiled, state: State, job, devices) -> dict:
-    """Test figures of an earlier step."""
-    earlier = checkpoint.restore(checkpoints, state, step)
-    return evaluate(compiled, earlier.trainable, job, "test", devices)
+def measured(outputs: Outputs, metrics: tuple[str, ...]) -> dict[str, float]:
+    """The task's metrics over a whole split, the first of them first, and the mean loss."""
+    found = score(outputs.predictions, outputs.labels, metrics)
+    return found | {"loss": float(outputs.losses.mean(dtype=np.float64))}
+
+
+def reported(compiled: Steps, trainable, job: setup.Job, devices: Devices) -> dict[str, float]:
+    """The figures of every reported split; names of the first are bare, "test_x" gives "_x"."""
+    figures = {}
+    for split in job.feed.tests:
+        outputs = evaluate(compiled, trainable, job, split, devices)
+        suffix = split.removeprefix("test")
+        figures |= {k + suffix: v for k, v in measured(outputs, job.metrics).items()}
+    return figures
 
 
 def spectrum(state: State, job: setup.Job) -> dict:

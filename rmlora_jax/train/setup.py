@@ -1,9 +1,8 @@
 """From a config to everything a run needs: data, model, method, compiled-to-be steps."""
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +13,12 @@ import optax
 
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub import find_folder, load_vit
-from rmlora_jax.models import ViT
-from rmlora_jax.train import feed, method
+from rmlora_jax.train import images, method, text
+from rmlora_jax.train.config import KINDS, REGRESSION
+from rmlora_jax.train.fields import fields
 from rmlora_jax.train.mesh import Devices, check_divisible, replicate, spread
 from rmlora_jax.train.step import Constants, State, init_state, make_eval_step, make_train_step
+from rmlora_jax.train.task import Feed
 
 
 class Job(NamedTuple):
@@ -28,14 +28,16 @@ class Job(NamedTuple):
     state: State
     constants: Constants
     train_step: Callable  # (state, constants, batch) -> (state, metrics); donates state
-    eval_step: Callable  # (trainable, constants, batch) -> sums
-    feed: feed.Feed
+    eval_step: Callable  # (trainable, constants, batch) -> outputs
+    feed: Feed
     schedule: optax.Schedule
     steps: int
     eval_every: int
     total_parameters: int
     trainable_parameters: int
+    metrics: tuple[str, ...]  # names of train/scores.py; the first picks the best step
     notes: tuple[str, ...]  # what a person should know of the checkpoint that was read
+    write_predictions: Callable | None  # (folder, split, ids, predictions)
 
 
 def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
@@ -52,49 +54,33 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
             f"{config.accumulate} micro-batches on each of {devices.count} devices; type "
             f"--config.batch_size={devices.count * config.accumulate}, or a multiple of it"
         )
-    find_folder(config.model.source)  # a mistyped model is said before any data is fetched
-    data = feed.load(config)
+    open_problem = images.open_problem if config.task == KINDS[0] else text.open_problem
     head_key, factors_key = jax.random.split(jax.random.key(config.seed))
-    pretrained = load_vit(
-        config.model.source,
-        num_classes=data.num_classes,
-        image_size=config.model.image_size or None,
-        key=head_key,
-    )
-    model = ViT(
-        pretrained.config,
-        data.num_classes,
-        dtype=jnp.dtype(config.model.dtype),
-        attention=config.model.attention,
-        unroll=min(config.model.unroll, pretrained.config.num_hidden_layers),
-        remat=config.model.remat,
-    )
-    size = pretrained.image_size
-    image = jax.ShapeDtypeStruct((1, size, size, pretrained.config.num_channels), jnp.float32)
-    with _fields("model.attention"):
-        jax.eval_shape(model.init, head_key, image)
-    with _fields("lora.*"):
+    problem = open_problem(config, devices, head_key)
+    with fields("lora.*"):
         lora = method.description(config)
-        adapted = rm.adapt(model, lora)
-        params = rm.attach(factors_key, adapted, pretrained.params, image)
+        adapted = rm.adapt(problem.model, lora)
+        params = rm.attach(factors_key, adapted, problem.params, *problem.example)
         trainable, frozen = rm.split(params, lora)
     count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
 
-    inputs = feed.open_feed(config, data, pretrained, devices)
-    steps = config.steps or max(1, round(config.epochs * inputs.train_size / config.batch_size))
+    feed = problem.open_feed()
+    steps = config.steps or max(1, round(config.epochs * feed.train_size / config.batch_size))
     schedule = method.learning_rate(config, steps)
-    with _fields("rm.* and --config.lora.rank"):
+    with fields("rm.* and --config.lora.rank"):
         tx = method.optimizer(config, schedule)
         state = init_state(tx, _cast(trainable, jnp.float32))
 
-    def apply(params, images, rngs=None):
-        return adapted.apply({"params": params}, images, train=rngs is not None, rngs=rngs)
+    def apply(params, inputs, rngs=None):
+        return adapted.apply({"params": params}, *inputs, train=rngs is not None, rngs=rngs)
 
+    regression = config.task == REGRESSION
     penalty = functools.partial(rm.orthogonality, kind=config.rm.kind)
     train_step = make_train_step(
         apply,
         tx,
-        inputs.prepare_train,
+        feed.prepare_train,
+        regression=regression,
         penalty=penalty if lora.target is not None else None,
         accumulate=config.accumulate,
         label_smoothing=config.optimizer.label_smoothing,
@@ -103,40 +89,24 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
     return Job(
         lora=lora,
         state=replicate(state, devices),
-        constants=Constants(frozen, inputs.resident, replicate(np.uint32(config.seed), devices)),
+        constants=Constants(frozen, feed.resident, replicate(np.uint32(config.seed), devices)),
         train_step=spread(train_step, devices, donate=True),
-        eval_step=spread(make_eval_step(apply, inputs.prepare_eval), devices),
-        feed=inputs,
+        eval_step=spread(
+            make_eval_step(apply, feed.prepare_eval, regression=regression), devices
+        ),
+        feed=feed,
         schedule=schedule,
         steps=steps,
-        eval_every=config.eval_every or math.ceil(inputs.train_size / config.batch_size),
+        eval_every=config.eval_every or math.ceil(feed.train_size / config.batch_size),
         total_parameters=count(params),
         trainable_parameters=count(trainable),
-        notes=_notes(pretrained),
+        metrics=problem.metrics,
+        notes=problem.notes,
+        write_predictions=problem.write_predictions,
     )
-
-
-@contextlib.contextmanager
-def _fields(names: str) -> Iterator[None]:
-    """Says which fields of the config to correct where the library refuses their values."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, RuntimeError) as e:
-        raise UserError(f"{str(e).splitlines()[0]}\nCorrect --config.{names}") from e
 
 
 def _cast(tree: Any, dtype) -> Any:
     return jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
-
-
-def _notes(pretrained) -> tuple[str, ...]:
-    notes = []
-    if pretrained.dropped:
-        notes.append(f"not used from {pretrained.source}: {', '.join(pretrained.dropped)}")
-    if pretrained.new:
-        notes.append(f"newly initialised: {', '.join(pretrained.new)}")
-    return tuple(notes)

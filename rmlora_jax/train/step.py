@@ -14,6 +14,7 @@ import optax
 
 import rmlora_jax as rm
 from rmlora_jax.train.mesh import AXIS
+from rmlora_jax.train.task import example_losses, predictions
 
 
 class State(NamedTuple):
@@ -41,6 +42,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     prepare: Callable,
     *,
+    regression: bool = False,
     penalty: Callable | None = None,
     accumulate: int = 1,
     label_smoothing: float = 0.0,
@@ -53,12 +55,13 @@ def make_train_step(
       prepare: ``(key, positions, data, batch) -> (inputs, labels)``; ``positions`` is each
         example's place in the global batch, so that random crops do not depend on the number of
         devices or micro-batches.
+      regression: squared error of one value instead of cross-entropy.
       penalty: R as a function of the trainable tree, for the metrics; None without factors.
       accumulate: micro-batches, run one after another; gradients are added in float32.
       label_smoothing: weight of the uniform distribution in the targets.
 
-    Metrics (float32 scalars, equal on all devices): loss and accuracy, means over the global batch
-    (the loss without the penalty); penalty, the unweighted R at the parameters before the update;
+    Metrics (float32 scalars, equal on all devices): loss and, for classes, accuracy, means over the
+    global batch (the loss without the penalty); penalty, the unweighted R at the parameters before the update;
     kept_fraction, the part of the factors' entries whose gradient passed the mask; grad_norm.
     """
 
@@ -67,10 +70,13 @@ def make_train_step(
         inputs, labels = prepare(augment_key, positions, constants.data, batch)
         # Dropout alone differs with the number of devices: its masks are drawn per micro-batch.
         rngs = {"dropout": jax.random.fold_in(dropout_key, positions[0])}
-        logits = apply(rm.join(trainable, constants.frozen), inputs, rngs).astype(jnp.float32)
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
-        loss = optax.softmax_cross_entropy(logits, targets).sum()
-        return loss, (logits.argmax(-1) == labels).sum(dtype=jnp.float32)
+        logits = apply(rm.join(trainable, constants.frozen), inputs, rngs)
+        losses = example_losses(
+            logits, labels, regression=regression, label_smoothing=label_smoothing
+        )
+        if regression:
+            return losses.sum(), {}
+        return losses.sum(), {"accuracy": (logits.argmax(-1) == labels).sum(dtype=jnp.float32)}
 
     def step(state: State, constants: Constants, batch):
         key = jax.random.fold_in(jax.random.key(constants.seed), state.step)
@@ -80,10 +86,10 @@ def make_train_step(
 
         def gradients(micro):
             batch, positions = micro
-            (loss, correct), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            (loss, counts), grads = jax.value_and_grad(loss_fn, has_aux=True)(
                 state.trainable, constants, batch, key, positions
             )
-            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), (loss, correct)
+            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), {"loss": loss} | counts
 
         if accumulate == 1:
             sums = gradients((batch, positions))
@@ -101,10 +107,10 @@ def make_train_step(
                 micros,
             )
         # The only reduction between devices in the step.
-        grads, (loss, correct) = jax.tree.map(lambda x: x / count, jax.lax.psum(sums, AXIS))
+        grads, means = jax.tree.map(lambda x: x / count, jax.lax.psum(sums, AXIS))
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": loss, "accuracy": correct, "grad_norm": optax.tree.norm(grads)}
+        metrics = means | {"grad_norm": optax.tree.norm(grads)}
         if penalty is not None:
             metrics["penalty"] = penalty(state.trainable)
             metrics["kept_fraction"] = rm.kept_fraction(opt_state)
@@ -113,24 +119,23 @@ def make_train_step(
     return step
 
 
-def make_eval_step(apply: Callable, prepare: Callable) -> Callable:
-    """Builds ``step(trainable, constants, batch) -> sums``, to be mapped over devices.
+def make_eval_step(apply: Callable, prepare: Callable, *, regression: bool = False) -> Callable:
+    """Builds ``step(trainable, constants, batch) -> outputs``, to be mapped over devices.
 
-    ``batch["mask"]`` (bool) is False for the rows that pad the last batch. The sums over the global
-    batch are exact counts: ``correct`` and ``count`` int32, ``loss`` float32.
+    ``batch["mask"]`` (bool) is False for the rows that pad the last batch. The outputs are those of
+    the global batch, each (B,) and the same on every device: prediction, label, loss, id, mask.
     """
 
     def step(trainable, constants: Constants, batch):
         batch = dict(batch)
-        mask = batch.pop("mask")
+        rows = {"mask": batch.pop("mask"), "id": batch["id"]}
         inputs, labels = prepare(constants.data, batch)
-        logits = apply(rm.join(trainable, constants.frozen), inputs).astype(jnp.float32)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        sums = {
-            "correct": ((logits.argmax(-1) == labels) & mask).sum(dtype=jnp.int32),
-            "count": mask.sum(dtype=jnp.int32),
-            "loss": jnp.where(mask, loss, 0).sum(),
+        logits = apply(rm.join(trainable, constants.frozen), inputs)
+        rows |= {
+            "prediction": predictions(logits, regression=regression),
+            "label": labels,
+            "loss": example_losses(logits, labels, regression=regression),
         }
-        return jax.lax.psum(sums, AXIS)
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True), rows)
 
     return step

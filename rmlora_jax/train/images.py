@@ -1,12 +1,10 @@
-"""How examples reach the step: ids into arrays on the device, or streamed images.
+"""Image classification: a ViT, and images that are resident on the device or streamed.
 
 Both give the same examples in the same order at the same step, so that resident or streamed is a
 matter of memory alone.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,29 +13,49 @@ import numpy as np
 
 from rmlora_jax import data
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub import Pretrained
+from rmlora_jax.hub import Pretrained, find_folder, load_vit
+from rmlora_jax.models import ViT
+from rmlora_jax.train.fields import fields
 from rmlora_jax.train.mesh import Devices, replicate
+from rmlora_jax.train.task import Feed, Problem, checkpoint_notes
 
 
-class Feed(NamedTuple):
-    """The inputs of a run.
+def open_problem(
+    config: ml_collections.ConfigDict, devices: Devices, head_key: jax.Array
+) -> Problem:
+    """The data set and the ViT that the config names.
 
-    ``train(step)`` iterates over this process's batches from that step on, ``evaluate(split)``
-    over those of "validation" or "test"; leaves are numpy arrays. ``prepare_train`` and
-    ``prepare_eval`` run inside the step and give (inputs, labels); ``resident`` is what they
-    index into, {} where batches are streamed.
+    Raises:
+      UserError: one of them cannot be had.
     """
-
-    sizes: dict[str, int]
-    train: Callable[[int], Iterator[dict]]
-    evaluate: Callable[[str], Iterator[dict]]
-    resident: dict
-    prepare_train: Callable  # (key, positions, resident, batch)
-    prepare_eval: Callable  # (resident, batch)
-
-    @property
-    def train_size(self) -> int:
-        return self.sizes["train"]
+    find_folder(config.model.source)  # a mistyped model is said before any data is fetched
+    images = load(config)
+    pretrained = load_vit(
+        config.model.source,
+        num_classes=images.num_classes,
+        image_size=config.model.image_size or None,
+        key=head_key,
+    )
+    model = ViT(
+        pretrained.config,
+        images.num_classes,
+        dtype=jnp.dtype(config.model.dtype),
+        attention=config.model.attention,
+        unroll=min(config.model.unroll, pretrained.config.num_hidden_layers),
+        remat=config.model.remat,
+    )
+    size = pretrained.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, pretrained.config.num_channels), jnp.float32)
+    with fields("model.attention"):
+        jax.eval_shape(model.init, head_key, image)
+    return Problem(
+        model=model,
+        params=pretrained.params,
+        example=(image,),
+        open_feed=lambda: open_feed(config, images, pretrained, devices),
+        metrics=("accuracy",),
+        notes=checkpoint_notes(pretrained),
+    )
 
 
 def load(config: ml_collections.ConfigDict) -> data.Dataset:
@@ -135,11 +153,12 @@ def open_feed(
 
     def prepare_train(key, positions, resident, batch):
         pixels, labels = examples(resident, batch)
-        return augment(pixels, key, positions, train=True, crop=c.crop, flip=c.flip), labels
+        pixels = augment(pixels, key, positions, train=True, crop=c.crop, flip=c.flip)
+        return (pixels,), labels
 
     def prepare_eval(resident, batch):
         pixels, labels = examples(resident, batch)
-        return augment(pixels, train=False), labels
+        return (augment(pixels, train=False),), labels
 
     return Feed(sizes, train, evaluate, resident, prepare_train, prepare_eval)
 

@@ -1,0 +1,39 @@
+"""Fast tokenizers of Hugging Face folders; only local files are read, and no code is run."""
+
+from pathlib import Path
+
+from rmlora_jax.errors import UserError
+
+
+def load_tokenizer(folder: Path):
+    """The fast tokenizer of a model's folder.
+
+    Reads ``tokenizer.json``, or converts ``vocab.txt``, ``vocab.json`` with ``merges.txt``, or a
+    SentencePiece model.
+
+    Raises:
+      UserError: the folder has no tokenizer, or one that cannot be had without its own code.
+
+    >>> from rmlora_jax.hub import find_folder
+    >>> load_tokenizer(find_folder("vit-tiny-patch8-64-tinyimagenet"))
+    Traceback (most recent call last):
+    ...
+    rmlora_jax.errors.UserError: ...
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, use_fast=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises many kinds, with long advice of its own
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{folder} has no tokenizer that can be read ({why[:200]}). Copy the tokenizer's files "
+            "(tokenizer.json, or vocab.txt, or spm.model) beside config.json"
+        ) from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{folder}: its tokenizer has no fast version; choose another model")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{folder}: its tokenizer has no token for padding; choose another model")
+    return tokenizer

@@ -1,0 +1,208 @@
+"""BERT and RoBERTa as classifiers of texts (Flax Linen, layers scanned)."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rmlora_jax.models.attention import attend, attend_with_dropout
+from rmlora_jax.models.bert_config import BertConfig
+from rmlora_jax.models.encoder import MLP, checked_tokens, normal_dense, normal_embed
+from rmlora_jax.models.parts import REMAT, check_choices, check_counts, layer_norm, scan_layers
+
+
+class Embed(nn.Module):
+    """Words, positions and token types, normalised: (B, N) -> (B, N, D)."""
+
+    config: BertConfig
+    dtype: Any
+    param_dtype: Any
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, input_ids, token_type_ids):
+        c = self.config
+        table = normal_embed(c.initializer_range, self.param_dtype, self.dtype)
+        x = table(c.vocab_size, c.hidden_size, name="word")(input_ids)
+        x += table(c.type_vocab_size, c.hidden_size, name="token_type")(token_type_ids)
+        position = table(c.max_position_embeddings, c.hidden_size, name="position")
+        x += position(self.positions(input_ids))
+        x = layer_norm(c.layer_norm_eps, self.dtype, self.param_dtype, "norm")(x)
+        return nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)(x)
+
+    def positions(self, input_ids):
+        if not self.config.is_roberta:
+            return jnp.arange(input_ids.shape[1])[None]
+        # The padding token has the position of its own number, the others count on from there.
+        pad = self.config.pad_token_id
+        real = (input_ids != pad).astype(jnp.int32)
+        return pad + jnp.cumsum(real, axis=1) * real
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, N, D) -> (B, N, D), every projection a plain Dense."""
+
+    config: BertConfig
+    dtype: Any
+    param_dtype: Any
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x, mask):
+        c = self.config
+        dense = normal_dense(c.initializer_range, self.param_dtype, self.dtype)
+        heads = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
+        query, key, value = (
+            dense(c.hidden_size, name=name)(x).reshape(heads) for name in ("query", "key", "value")
+        )
+        if c.attention_probs_dropout_prob and not self.deterministic:
+            drop = nn.Dropout(c.attention_probs_dropout_prob, deterministic=False)
+            mixed = attend_with_dropout(query, key, value, drop, mask)
+        else:
+            mixed = attend(query, key, value, mask=mask)
+        return dense(c.hidden_size, name="out")(mixed.reshape(x.shape))
+
+
+class Layer(nn.Module):
+    """One post-norm layer as the body of a scan: x -> (x, x where ``collect``, else None)."""
+
+    config: BertConfig
+    dtype: Any
+    param_dtype: Any
+    deterministic: bool
+    collect: bool
+
+    @nn.compact
+    def __call__(self, x, mask):
+        c = self.config
+        norm = functools.partial(layer_norm, c.layer_norm_eps, self.dtype, self.param_dtype)
+        drop = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)
+        attention = Attention(
+            c, self.dtype, self.param_dtype, self.deterministic, name="attention"
+        )
+        x = norm("norm1")(x + drop(attention(x, mask)))
+        x = norm("norm2")(x + drop(MLP(c, self.dtype, self.param_dtype, name="mlp")(x)))
+        return x, x if self.collect else None
+
+
+class Encoder(nn.Module):
+    """All layers: (B, N, D) -> (B, N, D), and every hidden state where ``collect``."""
+
+    config: BertConfig
+    dtype: Any
+    param_dtype: Any
+    deterministic: bool
+    collect: bool
+    unroll: int
+    remat: str
+
+    @nn.compact
+    def __call__(self, x, mask):
+        c = self.config
+        layers = scan_layers(
+            Layer,
+            c.num_hidden_layers,
+            unroll=self.unroll,
+            remat=self.remat,
+            in_axes=nn.broadcast,
+        )(c, self.dtype, self.param_dtype, self.deterministic, self.collect, name="layers")
+        out, after = layers(x, mask)
+        return out, jnp.concatenate([x[None], after]) if self.collect else None
+
+
+class Bert(nn.Module):
+    """BERT or RoBERTa with a classification head.
+
+    Equals PyTorch's ``BertForSequenceClassification`` (the head on the pooler: a tanh layer over
+    the first token) and ``RobertaForSequenceClassification`` (its head's own tanh layer is the
+    ``pooler`` here).
+
+    Parameters live under ``embed`` {word, position, token_type, norm}, ``encoder/layers/attention/``
+    {query, key, value, out}, ``encoder/layers/mlp/`` {fc1, fc2}, ``encoder/layers/`` {norm1, norm2},
+    ``pooler`` and ``head``. Everything under ``encoder/layers`` is stacked over the layers on axis
+    0.
+
+    Attributes:
+      config: the architecture.
+      num_labels: outputs of the head; 1 for regression.
+      dtype: compute dtype of everything but layer-norm statistics, softmax, pooler and head, which
+        are float32.
+      param_dtype: dtype of new parameters; loaded ones keep their own.
+      unroll: layers per iteration of the scan; a larger value compiles longer and runs faster.
+      remat: what the backward pass recomputes: ``"none"`` nothing, ``"dots"`` everything but
+        the outputs of the linear layers, ``"full"`` each layer from its input.
+
+    Source: Devlin et al. 2019, https://arxiv.org/abs/1810.04805, sections 3 and 4.1; Liu et al.
+    2019, https://arxiv.org/abs/1907.11692.
+
+    >>> config = BertConfig(vocab_size=50, hidden_size=12, num_hidden_layers=2,
+    ...                     num_attention_heads=3, intermediate_size=16)
+    >>> model, tokens = Bert(config, num_labels=2), jnp.ones((4, 7), jnp.int32)
+    >>> params = model.init(jax.random.key(0), tokens)["params"]
+    >>> params["encoder"]["layers"]["mlp"]["fc1"]["kernel"].shape
+    (2, 12, 16)
+    >>> model.apply({"params": params}, tokens).shape
+    (4, 2)
+    """
+
+    config: BertConfig
+    num_labels: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    unroll: int = 1
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        token_type_ids: jax.Array | None = None,
+        *,
+        train: bool = False,
+        hidden_states: bool = False,
+    ):
+        """Logits of a batch of tokenised texts.
+
+        Args:
+          input_ids: int (B, N).
+          attention_mask: bool or 0 and 1, (B, N): False for padding. None: no padding.
+          token_type_ids: int (B, N), which of two texts a token belongs to. None: 0.
+          train: apply the dropout of the config (needs the rng ``dropout`` where it is above 0).
+          hidden_states: also return the residual stream before the first and after every layer.
+
+        Returns:
+          (B, num_labels) float32 logits, which do not depend on how much padding there is; with
+          ``hidden_states`` a pair of the logits and an array (L + 1, B, N, D) in the compute dtype.
+
+        Raises:
+          TypeError: the tokens are not integers.
+          ValueError: shapes that do not fit, too many tokens, or an attribute out of its range.
+        """
+        c = self.config
+        check_choices("Bert", remat=(self.remat, REMAT))
+        check_counts("Bert", num_labels=self.num_labels, unroll=self.unroll)
+        input_ids, mask, types = checked_tokens(
+            "Bert", c.longest, input_ids, attention_mask, token_type_ids
+        )
+        x = Embed(c, self.dtype, self.param_dtype, not train, name="embed")(input_ids, types)
+        x, states = Encoder(
+            c,
+            self.dtype,
+            self.param_dtype,
+            not train,
+            hidden_states,
+            self.unroll,
+            self.remat,
+            name="encoder",
+        )(x, mask)
+        drop = nn.Dropout(c.head_dropout, deterministic=not train)
+        dense = normal_dense(c.initializer_range, self.param_dtype)
+        first = x[:, 0].astype(jnp.float32)
+        if c.is_roberta:
+            first = drop(first)
+        pooled = jnp.tanh(dense(c.hidden_size, name="pooler")(first))
+        logits = dense(self.num_labels, name="head")(drop(pooled))
+        return (logits, states) if hidden_states else logits

@@ -1,0 +1,86 @@
+"""What a run learns to do: its loss, its predictions, and the data and model it does it with."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+class Feed(NamedTuple):
+    """The inputs of a run.
+
+    ``train(step)`` iterates over this process's batches from that step on, ``evaluate(split)``
+    over those of one of ``sizes``; leaves are numpy arrays, among them "id", and for evaluation
+    "mask". ``prepare_train`` and ``prepare_eval`` run inside the step and give (inputs, labels),
+    inputs being the model's positional arguments; ``resident`` is what they index into, {} where
+    batches are streamed.
+    """
+
+    sizes: dict[str, int]  # split -> examples: train, validation, test, maybe more
+    train: Callable[[int], Iterator[dict]]
+    evaluate: Callable[[str], Iterator[dict]]
+    resident: dict
+    prepare_train: Callable  # (key, positions, resident, batch)
+    prepare_eval: Callable  # (resident, batch)
+    tests: tuple[str, ...] = ("test",)  # splits that are reported; the first without a suffix
+    unlabelled: tuple[str, ...] = ()  # splits that are predicted only
+
+    @property
+    def train_size(self) -> int:
+        return self.sizes["train"]
+
+
+class Problem(NamedTuple):
+    """Data, model and measure, before anything is adapted."""
+
+    model: nn.Module
+    params: dict
+    example: tuple[jax.ShapeDtypeStruct, ...]  # the model's arguments for one example
+    open_feed: Callable[[], Feed]  # what takes long (decoding, tokenising) happens here
+    metrics: tuple[str, ...]  # names of train/scores.py; the first picks the best step
+    notes: tuple[str, ...]  # what a person should know of the checkpoint that was read
+    write_predictions: Callable[..., Any] | None = None  # (folder, split, ids, predictions)
+
+
+def example_losses(logits, labels, *, regression: bool, label_smoothing: float = 0.0):
+    """The loss of each example, float32 (B,).
+
+    Classification: cross-entropy in nats of logits (B, classes) against int labels, which are
+    mixed with the uniform distribution by ``label_smoothing``. Regression: the square of the
+    difference between logits (B, 1) and float labels.
+    """
+    logits = logits.astype(jnp.float32)
+    if regression:
+        return jnp.square(logits[:, 0] - labels)
+    targets = jax.nn.one_hot(labels, logits.shape[-1])
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
+
+
+def predictions(logits, *, regression: bool):
+    """The class of the largest logit, int32 (B,), or the value, float32 (B,)."""
+    if regression:
+        return logits[:, 0].astype(jnp.float32)
+    return logits.argmax(-1).astype(jnp.int32)
+
+
+class Outputs(NamedTuple):
+    """A whole split, evaluated: arrays (n,) on the host."""
+
+    ids: np.ndarray
+    predictions: np.ndarray
+    labels: np.ndarray
+    losses: np.ndarray
+
+
+def checkpoint_notes(pretrained) -> tuple[str, ...]:
+    """What was left out of a checkpoint and what was made new, in words."""
+    notes = []
+    if pretrained.dropped:
+        notes.append(f"not used from {pretrained.source}: {', '.join(pretrained.dropped)}")
+    if pretrained.new:
+        notes.append(f"newly initialised: {', '.join(pretrained.new)}")
+    return tuple(notes)
