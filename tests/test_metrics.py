@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rmlora_jax import files
 from rmlora_jax.errors import UserError
-from rmlora_jax.train import files, metrics, terminal
+from rmlora_jax.train import metrics, terminal
 from rmlora_jax.train.metrics import (
     MetricWriter,
     append_intrinsic,

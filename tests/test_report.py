@@ -11,8 +11,9 @@ import sys
 import numpy as np
 import pytest
 
+from rmlora_jax import files
 from rmlora_jax.errors import UserError
-from rmlora_jax.train import files, panels, report, verdict
+from rmlora_jax.train import panels, report, verdict
 from rmlora_jax.train.metrics import append_intrinsic
 
 KINDS = ("attention/key", "attention/out", "attention/query", "attention/value", "mlp/fc1",

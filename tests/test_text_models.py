@@ -11,7 +11,7 @@ from fixtures.text import cases
 
 import rmlora_jax as rm
 from rmlora_jax.hub import load_text
-from rmlora_jax.models import Bert, BertConfig, Deberta, DebertaConfig, disentangled
+from rmlora_jax.models import Bert, BertConfig, Deberta, DebertaConfig
 
 HERE = cases.HERE
 NAMES = sorted(cases.CASES)

@@ -1,11 +1,15 @@
-"""Image data for the trainer: by name, in a fixed order, from the host to the accelerator.
+"""Data for the trainer: by name, in a fixed order, from the host to the accelerator.
 
-``load_images`` finds a data set, ``plan_storage`` decides how it is held, ``batch_ids`` (resident)
-or ``stream_batches`` give the training examples of each step, ``eval_batches`` those of an
-evaluation, and ``augment`` crops, flips, resizes and normalises inside jit.
+Images: ``load_images`` finds a data set, ``plan_storage`` decides how it is held, ``batch_ids``
+(resident) or ``stream_batches`` give the training examples of each step, ``eval_batches`` those of
+an evaluation, and ``augment`` crops, flips, resizes and normalises inside jit.
+
+Texts: ``load_texts`` finds a data set, ``tokenise`` makes numbers of it, once, and ``text_batches``
+pads them.
 """
 
 from rmlora_jax.data.dataset import ArraySource, Dataset, ImageSource, Subset
+from rmlora_jax.data.glue import GlueTask, glue_task, write_predictions
 from rmlora_jax.data.pipeline import (
     Storage,
     batch_ids,
@@ -16,20 +20,30 @@ from rmlora_jax.data.pipeline import (
     stream_batches,
 )
 from rmlora_jax.data.sources import load_images
+from rmlora_jax.data.text import TextDataset, TextSplit, load_texts
+from rmlora_jax.data.tokens import Tokens, tokenise
 from rmlora_jax.data.vision import augment
 
 __all__ = [
     "ArraySource",
     "Dataset",
+    "GlueTask",
     "ImageSource",
     "Storage",
     "Subset",
+    "TextDataset",
+    "TextSplit",
+    "Tokens",
     "augment",
     "batch_ids",
     "eval_batches",
+    "glue_task",
     "load_images",
     "load_resident",
+    "load_texts",
     "local_size",
     "plan_storage",
     "stream_batches",
+    "tokenise",
+    "write_predictions",
 ]

@@ -197,7 +197,7 @@ def _build(archive: Archive, contents: dict[str, bytes], work: Path) -> Path:
     tfds = import_tfds()
     Builder = _builder_class(archive, contents)
     # TFDS's own reporting is a heading, three bars and a footing; one bar says as much.
-    with _quiet_tfds(), contextlib.redirect_stdout(io.StringIO()):
+    with quiet_tfds(), contextlib.redirect_stdout(io.StringIO()):
         builder = Builder(data_dir=str(work), file_format="array_record")
         builder.download_and_prepare(
             download_dir=str(work / "downloads"),
@@ -271,7 +271,7 @@ def _png(image: np.ndarray) -> io.BytesIO:
 
 
 @contextlib.contextmanager
-def _quiet_tfds():
+def quiet_tfds():
     from tensorflow_datasets.core.utils import tqdm_utils
 
     tqdm_utils.disable_progress_bar()

@@ -1,7 +1,8 @@
-"""``python -m rmlora_jax.data.prepare NAME [--data_dir=DIR]``: prepares a TFDS image data set once.
+"""``python -m rmlora_jax.data.prepare NAME [--data_dir=DIR]``: prepares a TFDS data set once.
 
-CIFAR-10 and CIFAR-100 need nothing else. Every other data set is prepared by tensorflow-datasets'
-own code, which needs TensorFlow (``pip install 'rmlora-jax[prepare]'``); training never does.
+CIFAR-10, CIFAR-100 and the tasks of GLUE need nothing else. Every other data set is prepared by
+tensorflow-datasets' own code, which needs TensorFlow (``pip install 'rmlora-jax[prepare]'``);
+training never does.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import urllib.request
 from pathlib import Path
 
 from rmlora_jax.data.cifar import archive_of, prepare_cifar
+from rmlora_jax.data.glue_prepare import is_glue, prepare_glue
 from rmlora_jax.data.tfds_images import (
     Name,
     default_data_dir,
@@ -36,6 +38,8 @@ def prepare(text: str, data_dir: os.PathLike | None = None) -> Path:
     data_dir = Path(data_dir).expanduser() if data_dir else default_data_dir()
     if archive := archive_of(name):
         return find_prepared(name, data_dir) or prepare_cifar(archive, data_dir)
+    if is_glue(name):
+        return find_prepared(name, data_dir) or prepare_glue(name, data_dir)
     tfds = import_tfds()
     if name.name not in tfds.list_builders(with_community_datasets=False):
         raise not_prepared(text, name, data_dir)
@@ -84,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rmlora_jax.data.prepare", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("name", help="such as cifar100, beans, eurosat/rgb")
+    parser.add_argument("name", help="such as cifar100, glue/cola, beans")
     parser.add_argument("--data_dir", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
     given = parser.parse_args(arguments)
     try:

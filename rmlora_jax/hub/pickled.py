@@ -267,7 +267,7 @@ class _Machine:
         raise _Refused("its pickle has no end")
 
     def step(self, name: str, argument: Any) -> None:
-        push, stack = self.stack.append, self.stack
+        push = self.stack.append
         if name in ("PROTO", "FRAME"):
             return
         if name in _VALUES:

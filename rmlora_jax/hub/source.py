@@ -46,8 +46,8 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
     """The folder with the files of a pretrained model.
 
     Looks, in this order, for a local folder, for a model bundled with this package or installed as
-    a package of its own, and on the Hugging Face hub (first in its cache; the network is asked only for what is not there, and
-    never where ``HF_HUB_OFFLINE`` is set).
+    a package of its own, and on the Hugging Face hub (first in its cache; the network is asked only
+    for what is not there, and never where ``HF_HUB_OFFLINE`` is set).
 
     Args:
       source: a path, a bundled name, or a hub name such as ``google/vit-base-patch16-224``.

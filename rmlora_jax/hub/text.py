@@ -90,7 +90,8 @@ def load_text(
         raise UserError(f"{folder / CONFIG}: {error}") from None
     tensors = Tensors(folder)
 
-    head = [name for entry in family.table if entry.path.startswith("head/") for name in entry.names]
+    heads = (entry for entry in family.table if entry.path.startswith("head/"))
+    head = [name for entry in heads for name in entry.names]
     stored = next((tensors.shape(name)[0] for name in head if name in tensors), None)
     labels = stored if num_labels is None else num_labels
     if labels is None:

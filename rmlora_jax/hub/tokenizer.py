@@ -1,5 +1,6 @@
 """Fast tokenizers of Hugging Face folders; only local files are read, and no code is run."""
 
+import os
 from pathlib import Path
 
 from rmlora_jax.errors import UserError
@@ -20,6 +21,7 @@ def load_tokenizer(folder: Path):
     ...
     rmlora_jax.errors.UserError: ...
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing
     from transformers import AutoTokenizer
 
     try:

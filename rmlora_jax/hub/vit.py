@@ -113,10 +113,10 @@ def load_vit(
 ) -> Pretrained:
     """Loads a ViT of the Hugging Face layout.
 
-    Reads safetensors or ``pytorch_model.bin``, sharded or not, in any floating type, with or without
-    the ``vit.`` prefix, in the names of every release of transformers. A classifier of another size
-    is replaced by a new one: truncated normal of standard deviation ``config.initializer_range``,
-    bias 0.
+    Reads safetensors or ``pytorch_model.bin``, sharded or not, in any floating type, with or
+    without the ``vit.`` prefix, in the names of every release of transformers. A classifier of
+    another size is replaced by a new one: truncated normal of standard deviation
+    ``config.initializer_range``, bias 0.
 
     Args:
       source: a local folder, a bundled model or a name on the hub, looked up in this order.

@@ -119,10 +119,10 @@ class Bert(nn.Module):
     the first token) and ``RobertaForSequenceClassification`` (its head's own tanh layer is the
     ``pooler`` here).
 
-    Parameters live under ``embed`` {word, position, token_type, norm}, ``encoder/layers/attention/``
-    {query, key, value, out}, ``encoder/layers/mlp/`` {fc1, fc2}, ``encoder/layers/`` {norm1, norm2},
-    ``pooler`` and ``head``. Everything under ``encoder/layers`` is stacked over the layers on axis
-    0.
+    Parameters live under ``embed`` {word, position, token_type, norm},
+    ``encoder/layers/attention/`` {query, key, value, out}, ``encoder/layers/mlp/`` {fc1, fc2},
+    ``encoder/layers/`` {norm1, norm2}, ``pooler`` and ``head``. Everything under ``encoder/layers``
+    is stacked over the layers on axis 0.
 
     Attributes:
       config: the architecture.

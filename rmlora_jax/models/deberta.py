@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rmlora_jax.models.deberta_config import DebertaConfig
-from rmlora_jax.models.disentangled import disentangled_scores, relative_rows
+from rmlora_jax.models.disentangled import disentangled_scores, drop_rows, relative_rows
 from rmlora_jax.models.encoder import MLP, checked_tokens, normal_dense, normal_embed
 from rmlora_jax.models.parts import (
     ACTIVATIONS,
@@ -71,8 +71,9 @@ class Attention(nn.Module):
             own = content[name] if c.share_att_key else dense(c.hidden_size, name=f"pos_{name}")
             return own(relative).reshape(-1, *heads)
 
-        if c.terms:
-            relative = self.drop_relative(relative)
+        if c.terms and c.hidden_dropout_prob and not self.deterministic:
+            rows = distance_rows(c, x.shape[1])
+            relative = drop_rows(self.make_rng("dropout"), relative, rows, c.hidden_dropout_prob)
         scores = disentangled_scores(
             query, key, positions("c2p", "key"), positions("p2c", "query")
         )
@@ -85,16 +86,6 @@ class Attention(nn.Module):
         drop = nn.Dropout(c.attention_probs_dropout_prob, deterministic=self.deterministic)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", drop(weights), value)
         return dense(c.hidden_size, name="out")(mixed.reshape(x.shape))
-
-    def drop_relative(self, relative):
-        """Dropout of the table's entries: distances that share a row share what is dropped."""
-        c = self.config
-        if self.deterministic or not c.hidden_dropout_prob:
-            return relative
-        rows = distance_rows(c, relative.shape[0] // 2)
-        ones = jnp.ones((2 * c.span, c.hidden_size), relative.dtype)
-        drop = nn.Dropout(c.hidden_dropout_prob, deterministic=False)
-        return relative * drop(ones)[rows]
 
 
 class Layer(nn.Module):
@@ -312,9 +303,7 @@ class Deberta(nn.Module):
 
 def distance_rows(config: DebertaConfig, length: int):
     """Rows of the relative table for the distances -N .. N - 1."""
-    return relative_rows(
-        length, config.span, config.position_buckets, config.longest_distance
-    )
+    return relative_rows(length, config.span, config.position_buckets, config.longest_distance)
 
 
 def normalised(x, scale, bias, epsilon: float):

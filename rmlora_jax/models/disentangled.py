@@ -44,6 +44,17 @@ def relative_rows(length: int, span: int, buckets: int, longest: int) -> np.ndar
     return np.clip(rows + span, 0, 2 * span - 1)
 
 
+def drop_rows(key: jax.Array, x: jax.Array, rows: np.ndarray, rate: float) -> jax.Array:
+    """Dropout of the table from which ``x`` (M, D) was taken: equal ``rows`` lose the same entries.
+
+    >>> out = drop_rows(jax.random.key(0), jnp.ones((2, 50)), np.array([3, 3]), 0.5)
+    >>> bool((out[0] == out[1]).all()), float(out.max())
+    (True, 2.0)
+    """
+    kept = jax.random.bernoulli(key, 1 - rate, (rows.max() + 1, x.shape[1]))
+    return jnp.where(kept[rows], x / (1 - rate), 0).astype(x.dtype)
+
+
 def skew(scores: jax.Array, start: int) -> jax.Array:
     """out[..., i, j] = scores[..., i, j - i + start]: (..., N, 2 N) -> (..., N, N).
 

@@ -40,7 +40,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.model = ml_collections.ConfigDict()
     c.model.source = "google/vit-base-patch16-224-in21k"  # folder, bundled name, or hub name
-    c.model.image_size = 0  # pixels; 0: the checkpoint's own. Positions are interpolated. Images only
+    c.model.image_size = 0  # pixels; 0: the checkpoint's own. Positions are interpolated
     c.model.dtype = "bfloat16"  # of the computation: bfloat16, float16, float32
     c.model.base_dtype = "float32"  # in which the frozen base is held; as dtype
     c.model.attention = "auto"  # xla, cudnn, or auto: cudnn where it runs

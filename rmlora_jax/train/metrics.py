@@ -23,7 +23,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from rmlora_jax.errors import UserError
-from rmlora_jax.train.files import plain, write_text_atomic
+from rmlora_jax.files import plain, write_text_atomic
 from rmlora_jax.train.terminal import Progress
 
 METRICS = "metrics.jsonl"

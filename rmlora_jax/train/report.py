@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.files import read_json, write_bytes_atomic
 from rmlora_jax.train import panels
-from rmlora_jax.train.files import read_json, write_bytes_atomic
 from rmlora_jax.train.metrics import METRICS, read_intrinsic, read_metrics
 from rmlora_jax.train.terminal import duration, number
 from rmlora_jax.train.verdict import series, verdict

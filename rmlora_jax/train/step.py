@@ -61,8 +61,9 @@ def make_train_step(
       label_smoothing: weight of the uniform distribution in the targets.
 
     Metrics (float32 scalars, equal on all devices): loss and, for classes, accuracy, means over the
-    global batch (the loss without the penalty); penalty, the unweighted R at the parameters before the update;
-    kept_fraction, the part of the factors' entries whose gradient passed the mask; grad_norm.
+    global batch (the loss without the penalty); penalty, the unweighted R at the parameters before
+    the update; kept_fraction, the part of the factors' entries whose gradient passed the mask;
+    grad_norm.
     """
 
     def loss_fn(trainable, constants, batch, key, positions):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from rmlora_jax import data, hub
+from rmlora_jax.data import text_batches
 from rmlora_jax.train.config import REGRESSION
 from rmlora_jax.train.fields import fields
 from rmlora_jax.train.mesh import Devices
@@ -44,8 +45,9 @@ def open_problem(
         jax.eval_shape(model.init, head_key, *example)
 
     def write_predictions(workdir: Path, split: str, ids, predictions) -> Path:
+        rows = texts.unlabelled[split].ids[ids]
         folder = workdir / "predictions"
-        return data.write_predictions(folder, split, ids, predictions, texts.label_names, glue)
+        return data.write_predictions(folder, split, rows, predictions, texts.label_names, glue)
 
     return Problem(
         model=model,
@@ -61,10 +63,8 @@ def open_problem(
 def load(config: ml_collections.ConfigDict, glue: data.GlueTask | None) -> data.TextDataset:
     """The data set that the config names, with a validation split carved from train."""
     c, t = config.data, config.text
-    tests = glue.tests if glue else {"test": None}
+    tests = {"test": c.test_split} if glue is None or c.test_split else glue.tests
     unlabelled = glue.unlabelled if glue else {}
-    if c.test_split:
-        tests = {"test": c.test_split}
     if c.unlabelled_split:
         unlabelled = {"predict": c.unlabelled_split}
     return data.load_texts(
@@ -115,7 +115,7 @@ def open_feed(config: ml_collections.ConfigDict, texts: data.TextDataset, tokeni
     }
 
     def train(step: int):
-        return data.text_train_batches(
+        return text_batches.train_batches(
             tokens["train"],
             texts.train.labels,
             config.batch_size,
@@ -126,7 +126,7 @@ def open_feed(config: ml_collections.ConfigDict, texts: data.TextDataset, tokeni
         )
 
     def evaluate(split: str):
-        return data.text_eval_batches(
+        return text_batches.eval_batches(
             tokens[split], splits[split].labels, config.eval_batch_size, **options
         )
 
