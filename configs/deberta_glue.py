@@ -8,7 +8,6 @@ def get_config(task="cola"):
     use_glue(c, task)
     c.model.source = "microsoft/deberta-v3-base"
     c.model.base_dtype = "bfloat16"
-    c.model.unroll = 12
     c.epochs = 5.0
     c.batch_size = 32
     c.text.max_length = 128

