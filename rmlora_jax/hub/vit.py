@@ -156,14 +156,18 @@ def load_vit(
     if not keep_head:
         shapes = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
     params, dropped, _ = read_params(
-        tensors, TABLE, shapes, prefix=PREFIX, leftovers=leftovers, dtype=dtype
+        tensors,
+        TABLE,
+        shapes,
+        prefix=PREFIX,
+        leftovers=leftovers,
+        trained=(r"head/.*",),
+        dtype=dtype,
     )
 
     embed = params["embed"]
     embed["position"] = resize_positions(embed["position"], resized.grid)
-    if keep_head:
-        params["head"] = jax.tree.map(lambda x: x.astype(np.float32), params["head"])
-    else:
+    if not keep_head:
         key = jax.random.key(0) if key is None else key
         init = truncated_normal(config.initializer_range)
         kernel = np.asarray(init(key, (config.hidden_size, classes), jnp.float32))

@@ -11,6 +11,7 @@ from flax.traverse_util import unflatten_dict
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.pickled import PickledTensors
+from rmlora_jax.hub.safetensors_file import SafetensorsFile
 from rmlora_jax.hub.source import KINDS, shards
 
 # How a stored tensor becomes a parameter: the axes for numpy.transpose. PyTorch's Linear keeps
@@ -18,6 +19,8 @@ from rmlora_jax.hub.source import KINDS, shards
 AS_IS = None
 LINEAR = (1, 0)
 CONV = (2, 3, 1, 0)
+
+LFS_POINTER = b"version https://git-lfs"
 
 MISMATCH = "Do its config.json and weights belong together?"
 
@@ -53,7 +56,9 @@ class Tensors(Mapping[str, np.ndarray]):
         self.folder = folder
         self._files = {}
         for path in weight_files(folder):
-            file = PickledTensors(path) if path.suffix == ".bin" else _Safetensors(path)
+            file = PickledTensors(path) if path.suffix == ".bin" else SafetensorsFile(path)
+            if twice := sorted(self._files.keys() & file.keys()):
+                raise UserError(f"{folder}: {some(twice)} is in two shards; copy them again")
             self._files.update(dict.fromkeys(file, file))
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -70,28 +75,6 @@ class Tensors(Mapping[str, np.ndarray]):
         return self._files[name].shape(name)
 
 
-class _Safetensors(Mapping[str, np.ndarray]):
-    def __init__(self, path: Path):
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            self._handle = safe_open(path, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged or cut short ({error}); copy it again") from None
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._handle.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._handle.keys())
-
-    def __len__(self) -> int:
-        return len(self._handle.keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle.get_slice(name).get_shape())
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files with the weights of a folder.
 
@@ -100,7 +83,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     for whole, index in KINDS:
         if (folder / whole).exists():
-            return [folder / whole]
+            return [_itself(folder / whole)]
         if (folder / index).exists():
             files = [folder / shard for shard in shards(folder / index)]
             for file in files:
@@ -108,9 +91,21 @@ def weight_files(folder: Path) -> list[Path]:
                     raise UserError(
                         f"{folder} lacks {file.name}, which its {index} lists; copy it too"
                     )
-            return files
+            return [_itself(file) for file in files]
     names = ", ".join(name for kind in KINDS for name in kind)
     raise UserError(f"{folder} has no weights ({names}); is it a model's folder?")
+
+
+def _itself(path: Path) -> Path:
+    """The path, unless it is a file of another kind or the note that git keeps in its place."""
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; copy the model's folder again")
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(
+                f"{path} only points to its content; type `git lfs pull` where it was cloned"
+            )
+    return path
 
 
 class Read(NamedTuple):
@@ -135,6 +130,7 @@ def read_params(
     prefix: str,
     leftovers: Iterable[str],
     optional: Iterable[str] = (),
+    trained: Iterable[str] = (),
     dtype,
 ) -> Read:
     """The parameters that ``shapes`` asks for, read through the family's table.
@@ -146,6 +142,7 @@ def read_params(
       prefix: the part of the table's names that a file may leave out, such as ``"vit."``.
       leftovers: regular expressions (full match) of tensors to leave out.
       optional: regular expressions (full match) of paths whose module may be missing as a whole.
+      trained: regular expressions (full match) of paths that are float32 whatever ``dtype`` is.
       dtype: of the parameters; each tensor is cast once.
 
     The names' older endings ``.gamma`` and ``.beta`` mean ``.weight`` and ``.bias``.
@@ -191,7 +188,11 @@ def read_params(
         parts = [("lacks", missing), ("has unexpected", unexpected)]
         what = "; ".join(f"{verb} {some(names)}" for verb, names in parts if names)
         raise UserError(f"{tensors.folder}: {what}. {MISMATCH}")
-    flat = {entry.path: _read(tensors, entry, found, shapes[entry.path], dtype) for entry in table}
+    flat = {}
+    for entry in table:
+        exact = any(re.fullmatch(pattern, entry.path) for pattern in trained)
+        kind = np.float32 if exact else dtype
+        flat[entry.path] = _read(tensors, entry, found, shapes[entry.path], kind)
     return Read(unflatten_dict(flat, sep="/"), tuple(dropped), absent)
 
 
@@ -239,5 +240,5 @@ def some(names: Sequence[str], shown: int = 3) -> str:
     >>> some(["a", "b", "c", "d", "e"])
     "'a', 'b', 'c' and 2 more"
     """
-    text = ", ".join(map(repr, names[:shown]))
+    text = ", ".join(repr(name[:200]) for name in names[:shown])
     return text if len(names) <= shown else f"{text} and {len(names) - shown} more"

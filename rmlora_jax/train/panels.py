@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from rmlora_jax.train.scores import describe
 from rmlora_jax.train.verdict import bin_means, series
 
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e3e6eb"
@@ -17,7 +18,8 @@ MOST_NAMES = 12  # names of module kinds that fit under the map
 LEGEND_ROOM = 54  # characters above the effective ranks; a key takes about five beside its name
 
 
-def loss_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> None:
+def loss_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any],
+               unit: str = "nats per example") -> None:
     """Training loss (each line faint, smoothed in bold), validation loss, test loss."""
     steps, train = finite(*series(history, "train/loss"))
     eval_steps, validation = finite(*series(history, "eval/loss"))
@@ -41,24 +43,30 @@ def loss_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[str,
     start = train[0] if train.size else top.max()
     # A spike must not flatten everything else: show up to twice the loss at the start.
     ax.set_ylim(0, 1.06 * min(top.max(), 2 * max(start, *test, 1e-3)))
-    _finish(ax, title, "step", "nats per example", last=history[-1]["step"])
+    _finish(ax, title, "step", unit, last=history[-1]["step"])
 
 
-def accuracy_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> None:
-    """Training accuracy, validation accuracy, and the two figures on the test split."""
-    steps, train = finite(*series(history, "train/accuracy"))
-    eval_steps, validation = finite(*series(history, "eval/accuracy"))
+def metric_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any],
+                 key: str = "accuracy") -> None:
+    """A metric in training where it is measured there, on validation, and twice on test."""
+    metric, _ = describe(key)
+    steps, train = finite(*series(history, f"train/{key}"))
+    eval_steps, validation = finite(*series(history, f"eval/{key}"))
     parts = []
     if train.size:
         parts.append(f"train {bin_means(train, train, 20)[1][-1]:.3f}")
     if validation.size:
         parts.append(f"validation {validation[-1]:.3f}")
     _curves(ax, steps, train, eval_steps, validation)
-    test = _test_points(ax, summary, "accuracy", ("test, last step", "test, best step"))
-    top = np.concatenate([train, validation, test, [0.05]]).max()
-    ax.set_ylim(0, 1.02 if top > 0.7 else 1.2 * top)
-    _finish(ax, "Accuracy" + (f": {', '.join(parts)}" if parts else ""), "step",
-            "fraction correct", last=history[-1]["step"])
+    test = _test_points(ax, summary, key, ("test, last step", "test, best step"))
+    values = np.concatenate([train, validation, test, [0.05]])
+    top, bottom = values.max(), min(values.min(), 0)
+    if bottom < 0:
+        ax.axhline(0, color=MUTED, lw=1.2)
+    ax.set_ylim(1.2 * bottom, 1.02 if 0.7 < top <= 1 else 1.2 * top)
+    title = metric.long[0].upper() + metric.long[1:]
+    _finish(ax, title + (f": {', '.join(parts)}" if parts else ""), "step", metric.axis,
+            last=history[-1]["step"])
 
 
 def singular_value_panel(ax, step: int, kinds: Mapping[str, Mapping[str, np.ndarray]]) -> None:

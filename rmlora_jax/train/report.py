@@ -12,6 +12,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json, write_bytes_atomic
 from rmlora_jax.train import panels
 from rmlora_jax.train.metrics import METRICS, read_intrinsic, read_metrics
+from rmlora_jax.train.scores import describe, shown
 from rmlora_jax.train.terminal import duration, number
 from rmlora_jax.train.verdict import series, verdict
 
@@ -62,8 +63,11 @@ def draw(history, config: Mapping[str, Any], summary: Mapping[str, Any], intrins
     grid = figure.add_gridspec(
         2 if kinds else 1, 3, left=0.05, right=0.975, top=1 - 2.05 / height, bottom=0.62 / height,
         hspace=0.46, wspace=0.2, width_ratios=(1, 1, 0.9))
-    panels.loss_panel(figure.add_subplot(grid[0, 0]), history, summary)
-    panels.accuracy_panel(figure.add_subplot(grid[0, 1]), history, summary)
+    values = task(config, summary) == "text_regression"
+    panels.loss_panel(figure.add_subplot(grid[0, 0]), history, summary,
+                      "squared error" if values else "nats per example")
+    panels.metric_panel(figure.add_subplot(grid[0, 1]), history, summary,
+                        chosen(history, summary))
     panels.facts_panel(figure.add_subplot(grid[0, 2]), headline(history, summary),
                        facts(history, config, summary))
     if kinds:
@@ -79,16 +83,45 @@ def facts_title(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     return f"{method} on {dataset}" if dataset else str(method)
 
 
+def task(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """The kind of task; runs from before there were several classified images."""
+    return summary.get("task") or lookup(config, "task") or "image_classification"
+
+
+def chosen(history, summary: Mapping[str, Any]) -> str:
+    """The metric that picks the best step: the summary's, else the first that was evaluated."""
+    evaluated = (key.removeprefix("eval/") for row in history for key in row
+                 if key.startswith("eval/") and key != "eval/loss")
+    return summary.get("metric") or next(evaluated, "accuracy")
+
+
 def headline(history, summary: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The figure that counts most, and what it is: test accuracy, else validation accuracy."""
-    accuracy = (summary.get("eval") or {}).get("accuracy")
-    if accuracy is not None:
-        return f"{100 * accuracy:.1f} %", "test accuracy at the last step"
-    measured = panels.finite(*series(history, "eval/accuracy"))
+    """The figure that counts most, and what it is: `chosen` on test, else on validation."""
+    key = chosen(history, summary)
+    name, value = describe(key)[0].long, (summary.get("eval") or {}).get(key)
+    if value is not None:
+        return shown(key, value), f"test {name} at the last step"
+    measured = panels.finite(*series(history, f"eval/{key}"))
     if measured[0].size:
-        step, accuracy = (int(measured[0][-1]), measured[1][-1])
-        return f"{100 * accuracy:.1f} %", f"validation accuracy at step {step:,}"
+        step, value = (int(measured[0][-1]), measured[1][-1])
+        return shown(key, value), f"validation {name} at step {step:,}"
     return None
+
+
+def other_figures(last: Mapping[str, float], key: str) -> list[tuple[str, str]]:
+    """The metrics of the last step beside ``key`` and the loss, and those of other parts.
+
+    >>> other_figures({"accuracy": 0.84, "loss": 0.4, "accuracy_mismatched": 0.85}, "accuracy")
+    [('mismatched', '85.0 % accuracy')]
+    """
+    rows = []
+    for other, value in last.items():
+        metric, part = describe(other)
+        if other == key or other.startswith("loss") or value is None:
+            continue
+        text = shown(other, value)
+        rows.append((part, f"{text} {metric.short}") if part else (f"test {metric.short}", text))
+    return rows
 
 
 def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -102,11 +135,13 @@ def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> lis
     adapted = method in ("rm_lora", "lora")
     trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
     best, last = summary.get("best_eval") or {}, summary.get("eval") or {}
+    key, length = chosen(history, summary), lookup(config, "text.max_length")
+    of_text = task(config, summary).startswith("text")
     rate, wall = summary.get("examples_per_second"), summary.get("wall_seconds")
     rows = [
-        ("best step", best.get("accuracy") is not None and
-         f"{100 * best['accuracy']:.1f} % test" + (
-             f" at step {best['step']:,}" if best.get("step") is not None else "")),
+        ("best step", best.get(key) is not None and f"{shown(key, best[key])} test" + (
+            f" at step {best['step']:,}" if best.get("step") is not None else "")),
+        *other_figures(last, key),
         ("test loss", last.get("loss") is not None and number(last["loss"])),
         ("method", method),
         ("adapters", adapted and rank is not None and f"rank {rank}, alpha {alpha:g}"
@@ -114,6 +149,7 @@ def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> lis
         ("RM-LoRA", method == "rm_lora" and penalty is not None and keep is not None
          and f"penalty {penalty:g}, keep {keep:g}"),
         ("model", model),
+        ("text", of_text and length is not None and f"at most {length} tokens"),
         ("trained", trained is not None and (
             f"{trained:,}" + (f" ({100 * trained / total:.2f} %)" if total else ""))),
         ("steps", f"{summary.get('steps') or history[-1]['step']:,}"),

@@ -1,10 +1,20 @@
-"""The metrics of a task over a whole split, by scikit-learn and scipy."""
+"""The metrics of a task over a whole split, by scikit-learn and scipy, and what they are called."""
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
-NAMES = ("accuracy", "matthews", "f1", "f1_macro", "pearson", "spearman", "mse")
+from rmlora_jax.errors import UserError
+
+
+class Metric(NamedTuple):
+    """A metric and its names: beside a progress bar, in a sentence, along an axis."""
+
+    value: Callable | None  # (predictions, labels) -> float
+    short: str
+    long: str
+    axis: str
 
 
 def score(
@@ -13,57 +23,120 @@ def score(
     """The metrics ``names``, in their order.
 
     * ``accuracy``; ``matthews``, the Matthews correlation; ``f1`` of class 1 against class 0, as in
-      GLUE; ``f1_macro``, the mean of every class's F1: of int (n,) classes.
+      GLUE; ``f1_macro``, the mean F1 of the classes that occur: of int (n,) classes.
     * ``pearson`` and ``spearman`` correlation; ``mse``, the mean squared error: of float (n,)
       values.
 
-    A correlation with predictions or labels that are all the same is 0. A prediction that is not a
-    number makes the metrics of values nan.
+    A correlation with predictions or labels that are all the same is 0; so is the F1 of a class
+    without a single hit. Of predictions that are not finite every metric of values is nan.
+
+    Raises:
+      UserError: ``f1`` of classes other than 0 and 1.
+      ValueError: not as many predictions as labels, or none.
 
     >>> score(np.array([1, 0, 1, 1]), np.array([1, 0, 0, 1]), ("matthews", "accuracy"))
     {'matthews': 0.5773502691896258, 'accuracy': 0.75}
+
+    Source: GLUE (Wang et al. 2019, https://arxiv.org/abs/1804.07461), section 3, names them for its
+    tasks.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
-    return {name: float(_METRICS[name](predictions, labels)) for name in names}
+    if predictions.shape != labels.shape or not labels.size or labels.ndim != 1:
+        raise ValueError(
+            f"predictions {predictions.shape} and labels {labels.shape} must both be (n,), n > 0")
+    return {name: float(METRICS[name].value(predictions, labels)) for name in names}
 
 
 def higher_is_better(name: str) -> bool:
+    """Whether the best step is the one with the largest value; not for ``mse`` and ``loss``."""
     return name not in ("mse", "loss")
 
 
-def _sklearn(name: str, **options) -> Callable:
-    def metric(predictions, labels):
-        from sklearn import metrics
+def describe(key: str) -> tuple[Metric, str]:
+    """The metric of a key of summary.json, and the part of the data that the key ends in.
 
-        return getattr(metrics, name)(labels, predictions, **options)
+    >>> metric, part = describe("accuracy_mismatched")
+    >>> metric.short, part
+    ('accuracy', 'mismatched')
+    """
+    for name in sorted(METRICS, key=len, reverse=True):  # f1_macro before f1
+        if key == name or key.startswith(f"{name}_"):
+            return METRICS[name], key[len(name) + 1:]
+    return Metric(None, key, key, key), ""
 
-    return metric
+
+def shown(key: str, value: float) -> str:
+    """A value in words: accuracy in percent, other metrics with three decimals.
+
+    >>> shown("accuracy", 0.7456), shown("matthews", 0.4123)
+    ('74.6 %', '0.412')
+    """
+    return f"{100 * value:.1f} %" if describe(key)[0].short == "accuracy" else f"{value:.3f}"
+
+
+def _accuracy(predictions, labels):
+    return np.mean(predictions == labels)
+
+
+def _matthews(predictions, labels):
+    from sklearn.metrics import matthews_corrcoef
+
+    if _constant(predictions, labels):
+        return 0.0
+    return matthews_corrcoef(labels, predictions)
+
+
+def _f1(predictions, labels):
+    from sklearn.metrics import f1_score
+
+    largest = max(predictions.max(), labels.max())
+    if largest > 1:
+        raise UserError(
+            f"f1 is of two classes, 0 and 1, but here is a class {largest}; "
+            "use f1_macro, the mean over all classes")
+    return f1_score(labels, predictions, zero_division=0.0)
+
+
+def _f1_macro(predictions, labels):
+    from sklearn.metrics import f1_score
+
+    return f1_score(labels, predictions, average="macro", zero_division=0.0)
 
 
 def _correlation(name: str) -> Callable:
-    def metric(predictions, labels):
+    def value(predictions, labels):
         from scipy import stats
 
         if not np.isfinite(predictions).all():
             return np.nan
-        if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        if _constant(predictions, labels):
             return 0.0
         pair = predictions.astype(np.float64), labels.astype(np.float64)
         return getattr(stats, name)(*pair).statistic
 
-    return metric
+    return value
+
+
+def _constant(predictions, labels):
+    return np.ptp(predictions) == 0 or np.ptp(labels) == 0
 
 
 def _mse(predictions, labels):
+    if not np.isfinite(predictions).all():
+        return np.nan
     return np.square(predictions.astype(np.float64) - labels.astype(np.float64)).mean()
 
 
-_METRICS = {
-    "accuracy": lambda predictions, labels: np.mean(predictions == labels),
-    "matthews": _sklearn("matthews_corrcoef"),
-    "f1": _sklearn("f1_score", zero_division=0.0),
-    "f1_macro": _sklearn("f1_score", average="macro", zero_division=0.0),
-    "pearson": _correlation("pearsonr"),
-    "spearman": _correlation("spearmanr"),
-    "mse": _mse,
+METRICS = {
+    "accuracy": Metric(_accuracy, "accuracy", "accuracy", "fraction correct"),
+    "matthews": Metric(
+        _matthews, "Matthews", "Matthews correlation", "correlation of classes; 0: guessing"),
+    "f1": Metric(_f1, "F1", "F1", "F1 of class 1"),
+    "f1_macro": Metric(_f1_macro, "macro F1", "macro F1", "mean F1 of the classes"),
+    "pearson": Metric(
+        _correlation("pearsonr"), "Pearson", "Pearson correlation", "correlation of values"),
+    "spearman": Metric(
+        _correlation("spearmanr"), "Spearman", "Spearman correlation", "correlation of ranks"),
+    "mse": Metric(_mse, "MSE", "mean squared error", "squared error"),
 }
+NAMES = tuple(METRICS)

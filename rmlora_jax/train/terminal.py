@@ -8,10 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
-SHOWN = {  # metric -> its short name beside the progress bar
-    "train/loss": "loss",
-    "train/accuracy": "accuracy",
-}
+from rmlora_jax.train.scores import describe
 
 
 def format_table(title: str, rows: Sequence[tuple[str, Any]]) -> str:
@@ -78,12 +75,20 @@ def header(
 
 def closing(summary: Mapping[str, Any], workdir: str | os.PathLike, *,
             verdict: str | None = None) -> str:
-    """The table that a run ends with, from the values of its ``summary.json``."""
+    """The table that a run ends with, from the values of its ``summary.json``.
+
+    >>> figures = {"matthews": 0.4123, "accuracy": 0.7565, "loss": 0.51}
+    >>> print(closing({"eval": figures, "wall_seconds": 75.2}, "runs/a"))
+    done
+      test, last step  Matthews 0.4123, accuracy 0.7565, loss 0.5100
+      time             1:15
+    """
     def scores(entry):
         if not entry:
             return None
         at = f" (step {entry['step']:,})" if entry.get("step") is not None else ""
-        return f"accuracy {number(entry.get('accuracy'))}, loss {number(entry.get('loss'))}{at}"
+        keys = [key for key in entry if key != "step" and not key.startswith("loss")]
+        return ", ".join(f"{_name(key)} {number(entry.get(key))}" for key in [*keys, "loss"]) + at
 
     report = os.path.join(workdir, "report.png")
     rate = summary.get("examples_per_second")
@@ -218,8 +223,20 @@ def _has_room(stream: TextIO) -> bool:
         return False
 
 
+def _name(key: str) -> str:
+    metric, part = describe(key)
+    return f"{metric.short} {part}" if part else metric.short
+
+
 def _parts(shown: Mapping[str, float]) -> list[str]:
-    parts = [f"{short} {number(shown[key])}" for key, short in SHOWN.items() if key in shown]
+    """The loss and accuracy of training; instead of accuracy the metric that picks the best step.
+
+    That is the first that was evaluated; other than accuracy it is not measured in training.
+    """
+    chosen = next((k for k in shown if k.startswith("eval/") and k != "eval/loss"), None)
+    measured = "train/accuracy" if chosen in (None, "eval/accuracy") else chosen
+    parts = [f"{_name(key.partition('/')[2])} {number(shown[key])}"
+             for key in ("train/loss", measured) if key in shown]
     if "examples_per_second" in shown:
         parts.append(f"{shown['examples_per_second']:,.0f} examples/s")
     return parts

@@ -7,14 +7,16 @@ one line is one batch.
 
 1. Too early to tell: fewer than `FEWEST` lines with a training loss.
 2. Diverged: a training or validation loss that is not finite, or a last level of the training
-   loss above the first.
+   loss above the first by more than `BARELY` of it.
 3. Oscillation: around its own straight-line trend the late loss, of training (in levels) or of
    validation, has a standard deviation above `SWING` of the descent.
 4. Overfitting: the validation loss ended more than `RISE` (and `RISE_FLOOR`) above its minimum,
    while the training loss fell by `STILL_FALLS` or more since that minimum.
 5. Underfitting: over the last quarter the trend of the training loss fell by more than `STEEP` of
    the descent; or the last training accuracy is below `LOW_ACCURACY` with the validation accuracy
-   no more than `GAP` below it.
+   no more than `GAP` below it; or the last validation correlation, of a task measured by one, is
+   below `LOW_CORRELATION`; or the last level of the training loss is not even `BARELY` below the
+   first, with a training accuracy, where it is measured, below `FITTED`.
 6. Healthy: none of these.
 """
 
@@ -23,15 +25,21 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rmlora_jax.train.scores import METRICS
+
 FEWEST = 5  # lines: with fewer no rule means anything
 LEVELS = 20  # levels that the training curve is cut into, at most
 SWING = 0.10  # of the descent; noise of batches of 32 leaves about 0.02 to 0.05
 RISE = 0.10  # of the lowest validation loss
-RISE_FLOOR = 0.02  # nats: a rise from 0.01 to 0.02 is no matter
+RISE_FLOOR = 0.02  # nats, or squared error: a rise from 0.01 to 0.02 is no matter
 STILL_FALLS = 0.02  # of the training loss at the validation minimum
 STEEP = 0.08  # of the descent in a quarter of the run; exponential decay over 2 spans leaves 0.10
 LOW_ACCURACY = 0.5
 GAP = 0.05
+CORRELATIONS = ("matthews", "pearson", "spearman")
+LOW_CORRELATION = 0.1  # 0 is guessing
+BARELY = 0.05  # of the first level: of two classes guessing costs 0.69 nats, before and after
+FITTED = 0.9  # whoever begins with this need not improve
 
 
 def verdict(history: Sequence[Mapping[str, float]]) -> str:
@@ -39,8 +47,9 @@ def verdict(history: Sequence[Mapping[str, float]]) -> str:
 
     Args:
       history: the lines of metrics.jsonl (`rmlora_jax.train.metrics.read_metrics`), of which
-        "step", "train/loss", "train/accuracy", "eval/loss" and "eval/accuracy" are read; losses
-        in nats, accuracies in [0, 1]. Each but "step" may be absent from any line.
+        "step", "train/loss", "train/accuracy", "eval/loss", "eval/accuracy" and the correlations
+        "eval/matthews", "eval/pearson" and "eval/spearman" are read; losses in nats or squared
+        units, accuracies in [0, 1]. Each but "step" may be absent from any line.
 
     Returns:
       A text that begins with one of "Healthy", "Overfitting", "Underfitting", "Oscillation",
@@ -61,7 +70,7 @@ def verdict(history: Sequence[Mapping[str, float]]) -> str:
         return (f"Too early to tell: {len(loss)} lines of training loss, "
                 f"at least {FEWEST} are needed.")
     level_steps, levels = bin_means(steps, loss, LEVELS)
-    if levels[-1] > levels[0]:
+    if levels[-1] > (1 + BARELY) * levels[0]:
         return (f"Diverged: training loss ended at {levels[-1]:.2f}, above its start at "
                 f"{levels[0]:.2f}. Lower the learning rate.")
     descent = max(levels[0] - levels.min(), 0.1 * levels[0])
@@ -131,12 +140,19 @@ def _underfitting(history, steps, levels, descent):
                     "quarter. Train longer, or raise the learning rate.")
     _, accuracy = series(history, "train/accuracy")
     _, eval_accuracy = series(history, "eval/accuracy")
-    if not accuracy.size or not eval_accuracy.size:
-        return None
-    reached = bin_means(accuracy, accuracy, LEVELS)[1][-1]
-    if reached < LOW_ACCURACY and eval_accuracy[-1] > reached - GAP:
+    reached = bin_means(accuracy, accuracy, LEVELS)[1][-1] if accuracy.size else -math.inf
+    if eval_accuracy.size and 0 <= reached < LOW_ACCURACY and eval_accuracy[-1] > reached - GAP:
         return (f"Underfitting: training accuracy ended at {reached:.2f} and validation is no "
                 "worse. Raise the rank or the learning rate, or adapt more layers.")
+    for name in CORRELATIONS:
+        _, found = series(history, f"eval/{name}")
+        if found.size and found[-1] < LOW_CORRELATION:
+            return (f"Underfitting: the {METRICS[name].long} on validation ended at "
+                    f"{found[-1]:.2f}, and 0 is guessing. Raise the learning rate, train longer, "
+                    "or adapt more layers.")
+    if levels[-1] > (1 - BARELY) * levels[0] and reached < FITTED:
+        return (f"Underfitting: training loss went from {levels[0]:.2f} to {levels[-1]:.2f} only. "
+                "Raise the learning rate, train longer, or adapt more layers.")
     return None
 
 
