@@ -100,10 +100,18 @@ def parse(argv):
         stop(e)
 
 
+def in_short(error: Exception) -> str:
+    """The error's words; ml_collections hands on what a config file raised as a whole traceback."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text:
+        text = text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
+    return text or type(error).__name__
+
+
 def stop(error: Exception):
     if "--debug" in sys.argv:
         traceback.print_exception(error)
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = in_short(error).splitlines()
     print("\n".join(f"error: {line}" for line in lines), file=sys.stderr, flush=True)
     # Not sys.exit: threads of data readers or of a checkpoint in flight must not delay the message.
     os._exit(1)

@@ -90,12 +90,14 @@ def eval_batches(
 ) -> Iterator[dict]:
     """Each example once, by length, padded to whole global batches; see :func:`train_batches`.
 
+    The lengths are 32, 64, 128 and so on: a split takes a moment, and each length a compilation.
+
     "id" is the example's number from 0 to n - 1. Rows that fill the last batch repeat an example
     with "mask" False.
     """
     local = local_size(global_batch, process_count)
     mine = slice(process_index * local, (process_index + 1) * local)
-    lengths, n = buckets(max_length), len(labels)
+    lengths, n = _doubling(max_length), len(labels)
     order = np.argsort(tokens.lengths, kind="stable").astype(np.int32)
     rows = np.full(math.ceil(n / global_batch) * global_batch, order[-1])
     rows[:n] = order
@@ -105,6 +107,13 @@ def eval_batches(
         batch = padded(tokens, ids[mine], _bucket(tokens, ids, lengths), pad_id)
         mask = real[start : start + global_batch][mine]
         yield batch | {"label": labels[ids[mine]], "mask": mask}
+
+
+def _doubling(max_length: int) -> tuple[int, ...]:
+    lengths = [32]
+    while lengths[-1] < max_length:
+        lengths.append(2 * lengths[-1])
+    return (*lengths[:-1], max_length) if lengths[-1] > max_length else tuple(lengths)
 
 
 def _bucket(tokens: Tokens, ids: np.ndarray, lengths: tuple[int, ...]) -> int:

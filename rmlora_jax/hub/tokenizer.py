@@ -5,6 +5,12 @@ from pathlib import Path
 
 from rmlora_jax.errors import UserError
 
+# Without any of these transformers makes an empty tokenizer, to which every word is unknown.
+FILES = (
+    *("tokenizer.json", "vocab.txt", "vocab.json", "spm.model", "sentencepiece.bpe.model"),
+    *("spiece.model", "tokenizer.model"),
+)
+
 
 def load_tokenizer(folder: Path):
     """The fast tokenizer of a model's folder.
@@ -21,6 +27,10 @@ def load_tokenizer(folder: Path):
     ...
     rmlora_jax.errors.UserError: ...
     """
+    if not any((folder / name).exists() for name in FILES):
+        raise UserError(
+            f"{folder} has no tokenizer; copy its files ({', '.join(FILES)}) beside config.json"
+        )
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing
     from transformers import AutoTokenizer
 
@@ -32,7 +42,7 @@ def load_tokenizer(folder: Path):
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{folder} has no tokenizer that can be read ({why[:200]}). Copy the tokenizer's files "
-            "(tokenizer.json, or vocab.txt, or spm.model) beside config.json"
+            f"({', '.join(FILES)}) beside config.json"
         ) from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{folder}: its tokenizer has no fast version; choose another model")
