@@ -20,12 +20,6 @@ def load_tokenizer(folder: Path):
 
     Raises:
       UserError: the folder has no tokenizer, or one that cannot be had without its own code.
-
-    >>> from rmlora_jax.hub import find_folder
-    >>> load_tokenizer(find_folder("vit-tiny-patch8-64-tinyimagenet"))
-    Traceback (most recent call last):
-    ...
-    rmlora_jax.errors.UserError: ...
     """
     if not any((folder / name).exists() for name in FILES):
         raise UserError(

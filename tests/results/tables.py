@@ -20,6 +20,9 @@ def add(name: str, workdirs: list[str]) -> None:
         for workdir in map(Path, workdirs):
             config = json.loads((workdir / "config.json").read_text())
             summary = json.loads((workdir / "summary.json").read_text())
+            if summary["task"] != "image_classification":
+                file.write(json.dumps(text_row(workdir, config, summary)) + "\n")
+                continue
             ranks = [
                 rank
                 for module in summary["intrinsic_dimension"].values()
@@ -39,12 +42,63 @@ def add(name: str, workdirs: list[str]) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def text_row(workdir: Path, config: dict, summary: dict) -> dict:
+    metric = summary["metric"]
+    history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    ranks = [r for m in summary["intrinsic_dimension"].values() for r in m["effective_rank"]]
+    return {
+        "kind": "final",
+        "task": summary["dataset"].removeprefix("glue/"),
+        "method": summary["method"],
+        "learning_rate": config["optimizer"]["learning_rate"],
+        "seed": config["seed"],
+        "metric": metric,
+        "validation": max(row[f"eval/{metric}"] for row in history if f"eval/{metric}" in row),
+        "test": summary["best_eval"][metric],
+        "test_last": summary["eval"][metric],
+        "best_step": summary["best_eval"]["step"],
+        "effective_rank": statistics.mean(ranks) if ranks else None,
+        "steps": summary["steps"],
+        "batch_size": config["batch_size"],
+        "trainable_parameters": summary["trainable_parameters"],
+    }
+
+
 def rows(name: str) -> list[dict]:
     return [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text().splitlines()]
 
 
+def task_table(found: list[dict]) -> str:
+    """Markdown: a line a method, for each task its metric at the best step and its rate."""
+    tasks = list(dict.fromkeys(row["task"] for row in found))
+    heads = [f"{task}, {runs_of(found, task=task)[0]['metric']} | rate | seeds" for task in tasks]
+    lines = [
+        f"| method | {' | '.join(heads)} | trained |",
+        f"|---|{'---|---|---|' * len(tasks)}---|",
+    ]
+    for method in dict.fromkeys(row["method"] for row in found):
+        cells = [method]
+        for task in tasks:
+            runs = runs_of(found, task=task, method=method, kind="final")
+            if not runs:
+                cells += ["-", "-", "0"]
+                continue
+            values = [100 * row["test"] for row in runs]
+            spread = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+            cells += [spread, f"{runs[0]['learning_rate']:g}", str(len(runs))]
+        trained = runs_of(found, method=method)[0]["trainable_parameters"]
+        lines.append(f"| {' | '.join(cells)} | {trained:,} |")
+    return "\n".join(lines)
+
+
+def runs_of(found: list[dict], **fields) -> list[dict]:
+    return [row for row in found if all(row[name] == value for name, value in fields.items())]
+
+
 def table(name: str) -> str:
     """Markdown: a line a method, mean +- sample standard deviation over seeds."""
+    if "task" in rows(name)[0]:
+        return task_table(rows(name))
     lines = [
         "| method | seeds | test accuracy, last step | test loss | effective rank | trained |",
         "|---|---|---|---|---|---|",
