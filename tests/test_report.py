@@ -69,7 +69,7 @@ def rise(t):
     return 0.85 + 3.6 * math.exp(-9 * t) + 1.2 * max(t - 0.3, 0)
 
 
-@pytest.mark.parametrize("module", [verdict], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [report, verdict], ids=lambda m: m.__name__)
 def test_examples_in_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
@@ -195,6 +195,34 @@ def test_lines_may_lack_any_metric_and_are_left_as_they_are(row):
 def test_every_label_has_a_colour_on_purpose():
     assert set(report.TONE) == {"Healthy", "Underfitting", "Too early to tell"}
     assert len({*report.TONE.values(), report.ALARM}) == 4
+
+
+@pytest.mark.parametrize("name", ["matthews", "pearson", "spearman"])
+@pytest.mark.parametrize(("last", "label"), [
+    (-0.2, "Underfitting"), (0.0, "Underfitting"), (0.09, "Underfitting"), (0.11, "Healthy")])
+def test_a_correlation_near_guessing_is_underfitting(name, last, label):
+    history = [{"step": s, "train/loss": 0.5 + 0.2 * 0.9**s, "train/accuracy": 0.7}
+               for s in range(1, 101)]
+    history[49]["eval/" + name] = 0.5
+    history[99]["eval/" + name] = last
+    text = verdict.verdict(history)
+    assert text.startswith(label)
+    if label == "Underfitting":
+        assert f"{name.capitalize()} correlation on validation ended at {last:.2f}" in text
+
+
+@pytest.mark.parametrize(("fall", "accuracy", "label"), [
+    (0.04, 0.7, "Underfitting: training loss went from 0.69 to 0.66 only"),
+    (0.07, 0.7, "Healthy"),  # it gained something
+    (0.04, 0.95, "Healthy"),  # there was nothing to gain
+    (0.04, None, "Underfitting: training loss went from "),  # of values: no accuracy
+])
+def test_a_loss_that_stays_is_underfitting(fall, accuracy, label):
+    """The fall is within the first of the 20 levels, which are means of 20 lines."""
+    history = [{"step": s, "train/loss": 0.69 * (1 - fall * (s > 20))} for s in range(1, 401)]
+    if accuracy:
+        history = [row | {"train/accuracy": accuracy} for row in history]
+    assert verdict.verdict(history).startswith(label)
 
 
 # Grouping and smoothing
@@ -375,6 +403,100 @@ def test_plain_lora_speaks_of_no_mask_and_local_paths_are_shortened():
     assert "adapters" not in dict(report.facts([{"step": 1}], config | {"method": "full"}, {}))
 
 
+# Texts: other metrics than accuracy, losses in other units
+
+
+def text_config(task, name):
+    return CONFIG | {"task": task, "model": {"source": "all-MiniLM-L6-v2"}, "data": {"name": name},
+                     "text": {"max_length": 128}}
+
+
+def cola():
+    """Correlation that starts below 0, no training curve of it."""
+    history = curves(2000, 20, 100, lambda t: 0.4 + 0.25 * math.exp(-3 * t),
+                     lambda t: 0.55 + 0.1 * math.exp(-3 * t))
+    for row in history:
+        if "eval/loss" in row:
+            row["eval/matthews"] = 0.3 - 0.5 * math.exp(-6 * row["step"] / 2000)
+            row["eval/accuracy"] = 0.7
+    summary = summary_of(2000, 1500) | {
+        "model": "all-MiniLM-L6-v2", "dataset": "glue/cola", "task": "text_classification",
+        "metric": "matthews", "eval": {"matthews": 0.281, "accuracy": 0.7123, "loss": 0.58},
+        "best_eval": {"matthews": 0.2952, "accuracy": 0.72, "loss": 0.57, "step": 1500}}
+    return {"history": history, "summary": summary,
+            "config": text_config("text_classification", "glue/cola")}
+
+
+def stsb():
+    history = curves(2000, 20, 100, lambda t: 0.3 + 6 * math.exp(-9 * t),
+                     lambda t: 0.5 + 5 * math.exp(-9 * t))
+    for row in history:
+        if "eval/loss" in row:
+            row["eval/pearson"] = 0.88 - 0.6 * math.exp(-9 * row["step"] / 2000)
+            row["eval/spearman"] = row["eval/pearson"] - 0.01
+    summary = summary_of(2000, 1900) | {
+        "model": "all-MiniLM-L6-v2", "dataset": "glue/stsb", "task": "text_regression",
+        "metric": "pearson", "eval": {"pearson": 0.871, "spearman": 0.8642, "loss": 0.612},
+        "best_eval": {"pearson": 0.873, "spearman": 0.866, "loss": 0.6, "step": 1900}}
+    return {"history": history, "summary": summary,
+            "config": text_config("text_regression", "glue/stsb")}
+
+
+def texts_of(figure):
+    return [t.get_text() for ax in figure.axes for t in ax.texts]
+
+
+def test_the_chosen_metric_has_its_panel_and_leads():
+    run = cola()
+    figure = full_figure(**run)
+    ax = axes_titled(figure, "Matthews correlation")
+    expected = [(r["step"], r["eval/matthews"]) for r in run["history"] if "eval/loss" in r]
+    by_label = {line.get_label(): line for line in ax.lines}
+    assert np.array_equal(by_label["validation"].get_xydata(), expected)
+    assert np.array_equal(by_label["test, last step"].get_xydata(), [(2000, 0.281)])
+    assert np.array_equal(by_label["test, best step"].get_xydata(), [(1500, 0.2952)])
+    assert ax.get_title(loc="left") == f"Matthews correlation: validation {expected[-1][1]:.3f}"
+    lowest = min(value for _, value in expected)
+    assert lowest < -0.05 and ax.get_ylim()[0] == pytest.approx(1.2 * lowest)
+    assert ax.get_ylim()[1] == pytest.approx(1.2 * max(v for _, v in expected))
+    assert any(list(line.get_ydata()) == [0, 0] for line in ax.lines), "where guessing is"
+    assert axes_titled(figure, "Loss").get_ylabel() == "nats per example"
+    assert report.headline(run["history"], run["summary"]) == (
+        "0.281", "test Matthews correlation at the last step")
+    for text in ("0.281", "0.295 test at step 1,500", "test accuracy", "71.2 %", "0.5800",
+                 "at most 128 tokens"):
+        assert text in texts_of(figure)
+
+
+def test_values_have_their_units_and_a_scale_up_to_one():
+    figure = full_figure(**stsb())
+    ax = axes_titled(figure, "Pearson correlation: validation 0.880")
+    assert ax.get_ylim() == (0, 1.02)
+    assert axes_titled(figure, "Loss").get_ylabel() == "squared error"
+    for text in ("0.871", "0.873 test at step 1,900", "test Spearman", "0.864", "0.6120"):
+        assert text in texts_of(figure)
+
+
+def test_a_run_without_a_summary_shows_what_it_evaluated_first():
+    history = [{"step": 5, "eval/loss": 1.0, "eval/spearman": 0.25, "eval/mse": 2.0}]
+    assert report.chosen(history, {}) == "spearman"
+    assert report.chosen(history, {"metric": "mse"}) == "mse"
+    assert report.chosen([{"step": 1, "eval/loss": 1.0}], {}) == "accuracy"
+    assert report.headline(history, {}) == ("0.250", "validation Spearman correlation at step 5")
+
+
+def test_other_figures_name_the_part():
+    last = {"accuracy": 0.84, "loss": 0.4, "accuracy_mismatched": 0.8512, "loss_mismatched": 0.5,
+            "f1": 0.9, "pearson": None}
+    assert report.other_figures(last, "accuracy") == [
+        ("mismatched", "85.1 % accuracy"), ("test F1", "0.900")]
+
+
+def test_images_have_no_length_of_text():
+    config = CONFIG | {"text": {"max_length": 128}}
+    assert "text" not in dict(report.facts([{"step": 1}], config, {}))
+
+
 def visible_texts(figure):
     """(text, box in pixels) of all that is written, ticks outside of the view left out."""
     renderer = figure.canvas.get_renderer()
@@ -412,6 +534,8 @@ CASES = {
         {"step": 9, "modules": spectra(3, 8, kinds=[f"{c}_projection_MWMW" for c in "abcdef"])}]},
     "thirty kinds": {"intrinsic": [
         {"step": 9, "modules": spectra(3, 8, kinds=[f"kind{i}a" for i in range(30)])}]},
+    "matthews": cola(),
+    "pearson": stsb(),
     "long names": {"config": CONFIG | {"model": {"source": "organisation/" + "long-" * 20}},
                    "summary": {}},
 }

@@ -184,7 +184,8 @@ def _features(folder: Path, columns: Sequence[str], label_key: str, regression: 
     tfds = import_tfds()
     info = open_builder(folder).info
     features = dict(info.features) if isinstance(info.features, tfds.features.FeaturesDict) else {}
-    texts = [k for k, f in features.items() if isinstance(f, tfds.features.Text)]
+    # Sorted, because they come out of a protobuf map, which has no order.
+    texts = sorted(k for k, f in features.items() if isinstance(f, tfds.features.Text))
     if not columns and len(texts) == 1:
         columns = tuple(texts)
     if not columns or not set(columns) <= set(texts):
@@ -201,7 +202,7 @@ def _features(folder: Path, columns: Sequence[str], label_key: str, regression: 
         fits = isinstance(label, tfds.features.ClassLabel) and label.num_classes
         kind = "class label"
     if not fits:
-        others = [k for k in features if k not in texts]
+        others = sorted(set(features) - set(texts))
         raise UserError(
             f"{info.full_name} has no {kind} under {label_key!r}; beside texts it has "
             f"{', '.join(others) or 'nothing'}\nName it with --config.data.label_key"

@@ -1,4 +1,7 @@
-"""RM-LoRA in a jax.pmap loop and in a jax.shard_map loop: average, then all draw the same mask."""
+"""RM-LoRA in a jax.pmap loop and in a jax.shard_map loop: average, then all draw the same mask.
+
+Each step is awaited: many sums over fake devices of one CPU, started at once, can starve each other.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +31,7 @@ def main(steps=200, how="shard_map"):
     state, pmapped = tx.init(params), jax.pmap(step, "data", in_axes=(None, None, 0), out_axes=None)
     train = pmapped if how == "pmap" else jax.jit(jax.shard_map(step, **specs))
     for _ in range(steps):
-        params, state, value = train(params, state, (x, x @ target))
+        params, state, value = jax.block_until_ready(train(params, state, (x, x @ target)))
     return params, value
 
 
