@@ -53,7 +53,7 @@ def test_eight_bit_floats(name, tmp_path):
         exponent = byte >> mantissa_bits & (2**exponent_bits - 1)
         mantissa = byte & (2**mantissa_bits - 1)
         fraction = mantissa / 2**mantissa_bits
-        value = (1 + fraction) * 2.0 ** (exponent - bias) if exponent else fraction * 2.0 ** (1 - bias)
+        value = (bool(exponent) + fraction) * 2.0 ** (max(exponent, 1) - bias)
         if exponent == 2**exponent_bits - 1:
             if name == "F8_E5M2":
                 value = np.nan if mantissa else np.inf

@@ -64,8 +64,8 @@ def test_two_classes(seed):
     matthews = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     one, zero = 2 * tp / (2 * tp + fp + fn), 2 * tn / (2 * tn + fp + fn)
     assert found == pytest.approx(
-        {"accuracy": (tp + tn) / 400, "matthews": matthews, "f1": one, "f1_macro": (one + zero) / 2},
-        rel=1e-12)
+        {"accuracy": (tp + tn) / 400, "matthews": matthews, "f1": one,
+         "f1_macro": (one + zero) / 2}, rel=1e-12)
     assert 0.2 < found["matthews"] < 0.8, "the comparison says something"
 
 

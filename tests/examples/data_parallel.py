@@ -1,6 +1,6 @@
 """RM-LoRA in a jax.pmap loop and in a jax.shard_map loop: average, then all draw the same mask.
 
-Each step is awaited: many sums over fake devices of one CPU, started at once, can starve each other.
+Each step is awaited: many at once, on fake devices of one CPU, can starve each other.
 """
 
 import jax
