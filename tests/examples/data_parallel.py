@@ -1,7 +1,5 @@
-"""RM-LoRA in a jax.pmap loop and in a jax.shard_map loop: average, then all draw the same mask.
-
-Each step is awaited: many at once, on fake devices of one CPU, can starve each other.
-"""
+# Each step is awaited: many at once, on fake devices of one CPU, can starve each other.
+"""RM-LoRA in a jax.pmap loop and in a jax.shard_map loop: average, then all draw the same mask."""
 
 import jax
 import jax.numpy as jnp
