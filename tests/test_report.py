@@ -401,6 +401,9 @@ def test_plain_lora_speaks_of_no_mask_and_local_paths_are_shortened():
     assert "RM-LoRA" not in facts and facts["adapters"] == "rank 4, alpha 16"
     assert facts["model"] == "vit-tiny"
     assert "adapters" not in dict(report.facts([{"step": 1}], config | {"method": "full"}, {}))
+    for method, words in (("reg_only", "penalty 0.1"), ("mask_only", "keep 0.5")):
+        found = dict(report.facts([{"step": 1}], config | {"method": method}, {}))
+        assert found["RM-LoRA"] == words and found["adapters"] == "rank 4, alpha 16"
 
 
 # Texts: other metrics than accuracy, losses in other units

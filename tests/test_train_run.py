@@ -181,19 +181,21 @@ def test_accumulation_gives_the_numbers_of_the_whole_batch(finished, tiny_vit, t
 
 
 @pytest.mark.parametrize(
-    ("method", "trained"), [("lora", 3_090), ("head", 330), ("full", None)]
+    ("method", "trained"),
+    [("lora", None), ("mask_only", None), ("head", 330), ("bitfit", 970), ("full", None)],
 )
 def test_other_methods(tiny_vit, tmp_path, method, trained):
     run(tiny_vit, tmp_path, f"--config.method={method}")
     summary = json.loads((tmp_path / "summary.json").read_text())
-    if method == "lora":
+    adapted = method in ("lora", "mask_only")
+    if adapted:
         trained = 4 * 2 * (4 * 2 * 32 + 2 * 96) + 330
     elif method == "full":
         trained = summary["total_parameters"]
     assert summary["trainable_parameters"] == trained
     losses = column(tmp_path, "train/loss")
     assert losses[-3:].mean() < losses[:3].mean()
-    assert ("train/penalty" in rows(tmp_path)[0]) == (method == "lora")
+    assert ("train/penalty" in rows(tmp_path)[0]) == adapted
 
 
 @pytest.mark.parametrize(

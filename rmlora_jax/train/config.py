@@ -12,7 +12,8 @@ from rmlora_jax.train.scores import NAMES
 
 REGRESSION = "text_regression"
 KINDS = ("image_classification", "text_classification", REGRESSION)
-METHODS = ("rm_lora", "lora", "full", "head")
+ADAPTED = ("rm_lora", "lora", "reg_only", "mask_only")  # methods with factors
+METHODS = (*ADAPTED, "bitfit", "head", "full")
 
 # Fields that may differ between a run and its continuation: they change where things are, or
 # what is written, and no number.
@@ -26,7 +27,9 @@ def default_config() -> ml_collections.ConfigDict:
     """The fields of a run. A file in ``configs/`` starts from these and changes what it needs."""
     c = ml_collections.ConfigDict()
     c.task = "image_classification"  # or text_classification, text_regression
-    c.method = "rm_lora"  # rm_lora, lora, full (every parameter), head (the classifier alone)
+    # rm_lora; lora; its halves reg_only (penalty, no mask) and mask_only (mask, no penalty);
+    # bitfit (every bias, and what lora.train matches); head (what lora.train matches); full
+    c.method = "rm_lora"
     c.seed = 0  # of the factors, the order of the data, the augmentation and the masks
     c.epochs = 8.0  # passes over the training split; ignored where steps is set
     c.steps = 0  # optimizer steps; 0: from epochs
@@ -106,6 +109,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.optimizer.eps = 1e-8
     c.optimizer.clip = 1.0  # global norm of the gradient; 0: no clipping
     c.optimizer.label_smoothing = 0.0
+    c.optimizer.lora_plus = 1.0  # LoRA+: learning rate of lora_b over that of all else, such as 16
     return c
 
 
@@ -178,6 +182,9 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     need(c.steps > 0 or c.epochs > 0, "epochs", "above 0 where steps is 0")
     need(c.lora.alpha > 0, "lora.alpha", "above 0")
     need(c.optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0")
+    need(c.optimizer.lora_plus > 0, "optimizer.lora_plus", "above 0")
+    if c.method not in ADAPTED:
+        need(c.optimizer.lora_plus == 1, "optimizer.lora_plus", f"1: {c.method} has no lora_b")
     need(0 <= c.optimizer.warmup < 1, "optimizer.warmup", "a fraction of the steps in [0, 1)")
     need(0 <= c.optimizer.label_smoothing < 1, "optimizer.label_smoothing", "in [0, 1)")
     need(0 <= c.lora.dropout < 1, "lora.dropout", "in [0, 1)")

@@ -3,6 +3,7 @@
 Every method is the same loop with another pair (description, optax transformation).
 """
 
+import jax
 import ml_collections
 import optax
 
@@ -10,10 +11,15 @@ import rmlora_jax as rm
 
 
 def description(config: ml_collections.ConfigDict) -> rm.LoRA:
-    """What the method adapts and trains; ``target=None`` adapts nothing."""
+    """What the method adapts and trains; ``target=None`` adapts nothing.
+
+    Source of bitfit: Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199.
+    """
     c = config.lora
     if config.method == "full":
         return rm.LoRA(rank=1, target=None, train=".*")
+    if config.method == "bitfit":
+        return rm.LoRA(rank=1, target=None, train=rf"(?:.*/)?bias|(?:{c.train})")
     if config.method == "head":
         return rm.LoRA(rank=1, target=None, train=c.train)
     return rm.LoRA(
@@ -51,25 +57,50 @@ def learning_rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
 def optimizer(
     config: ml_collections.ConfigDict, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Penalty gradient, clip, mask and AdamW for ``rm_lora``; clip and AdamW for the others."""
-    c, m = config.optimizer, config.rm
+    """Clip and AdamW; for RM-LoRA and its halves, penalty gradient, clip, mask and AdamW."""
+    c = config.optimizer
     adamw = {"b1": c.b1, "b2": c.b2, "eps": c.eps, "weight_decay": c.weight_decay}
-    if config.method != "rm_lora":
+    if config.method in ("rm_lora", "reg_only", "mask_only"):
+        tx = _rm_lora(config, schedule, adamw)
+    else:
         clip = optax.clip_by_global_norm(c.clip) if c.clip else optax.identity()
-        return optax.chain(clip, optax.adamw(schedule, **adamw))
+        tx = optax.chain(clip, optax.adamw(schedule, **adamw))
+    return tx if c.lora_plus == 1 else optax.chain(tx, scale_lora_b(c.lora_plus))
+
+
+def _rm_lora(config, schedule, adamw):
+    m = config.rm
+    mask = {
+        "keep": int(m.keep) if m.draw == "exact" else m.keep,
+        "draw": m.draw,
+        "unit": m.unit,
+        "coupling": m.coupling,
+        "start_step": m.start_step,
+        "resample_every": m.resample_every,
+        "rescale": m.rescale,
+        "placement": m.placement,
+    }
     return rm.rm_lora(
         schedule,
-        penalty=m.penalty,
+        penalty=0.0 if config.method == "mask_only" else m.penalty,
         kind=m.kind,
-        keep=int(m.keep) if m.draw == "exact" else m.keep,
-        draw=m.draw,
-        unit=m.unit,
-        coupling=m.coupling,
-        start_step=m.start_step,
-        resample_every=m.resample_every,
-        rescale=m.rescale,
-        placement=m.placement,
-        clip=c.clip or None,
+        clip=config.optimizer.clip or None,
         seed=config.seed,
+        **({"keep": 1.0} if config.method == "reg_only" else mask),
         **adamw,
     )
+
+
+def scale_lora_b(ratio: float) -> optax.GradientTransformation:
+    """LoRA+: multiplies the updates of every ``lora_b`` by ``ratio``.
+
+    At the end of a chain this is the learning rate of B as a multiple of that of A, decoupled
+    weight decay included, as with two groups of parameters.
+
+    Source: Hayou et al. 2024, https://arxiv.org/abs/2402.12354, section 4.
+    """
+
+    def scaled(path, update):
+        return ratio * update if path[-1] == jax.tree_util.DictKey("lora_b") else update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
