@@ -81,6 +81,7 @@ DAMAGED = {
     "bytes behind the values": (GOOD, EIGHT + b"\0"),
     "a gap": (GOOD | {"b": entry(12, 20)}, EIGHT + bytes(4)),
     "an overlap": (GOOD | {"b": entry(4, 12)}, EIGHT[:12]),
+    "two in one place, and room for both": (GOOD | {"b": entry(0, 8)}, EIGHT),
     "a start before the values": ({"a": entry(-8, 0)}, b""),
     "an end before the start": ({"a": entry(8, 0)}, EIGHT[:8]),
     "a size that is not the shape's": (GOOD | {"b": entry(8, 16, (3,))}, EIGHT),
