@@ -37,6 +37,24 @@ TINY_RUN = {
 }
 
 
+@pytest.fixture
+def config(tiny_vit):
+    """Twenty steps of that ViT on digits, in float32."""
+    from rmlora_jax.train.config import default_config
+
+    c = default_config()
+    c.model.source = str(tiny_vit)
+    c.model.dtype = "float32"
+    c.model.image_size = 16
+    c.data.name = "digits"
+    c.data.crop = "pad"
+    c.batch_size = 16
+    c.eval_batch_size = 64
+    c.steps = 20
+    c.lora.rank = 4
+    return c
+
+
 @pytest.fixture(scope="session")
 def tiny_vit(tmp_path_factory):
     """A folder with a random two-layer ViT of the Hugging Face layout, 16 px, 5 classes."""

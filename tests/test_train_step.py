@@ -12,25 +12,10 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.hub import load_vit
 from rmlora_jax.models import ViT
 from rmlora_jax.train import images, loop, method, setup
-from rmlora_jax.train.config import check_config, default_config, differences
+from rmlora_jax.train.config import check_config, differences
 from rmlora_jax.train.mesh import all_devices, shard
 
 STEPS = 20
-
-
-@pytest.fixture
-def config(tiny_vit):
-    c = default_config()
-    c.model.source = str(tiny_vit)
-    c.model.dtype = "float32"
-    c.model.image_size = 16
-    c.data.name = "digits"
-    c.data.crop = "pad"
-    c.batch_size = 16
-    c.eval_batch_size = 64
-    c.steps = STEPS
-    c.lora.rank = 4
-    return c
 
 
 def follow(config, devices, steps=STEPS):

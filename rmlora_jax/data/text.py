@@ -16,6 +16,7 @@ from rmlora_jax.data.glue_prepare import is_glue, prepare_glue
 from rmlora_jax.data.progress import progress
 from rmlora_jax.data.tfds_images import (
     Name,
+    declared_features,
     default_data_dir,
     find_prepared,
     import_tfds,
@@ -183,9 +184,8 @@ def _features(folder: Path, columns: Sequence[str], label_key: str, regression: 
     """The columns, and the names of the classes or None, checked against the declared features."""
     tfds = import_tfds()
     info = open_builder(folder).info
-    features = dict(info.features) if isinstance(info.features, tfds.features.FeaturesDict) else {}
-    # Sorted, because they come out of a protobuf map, which has no order.
-    texts = sorted(k for k, f in features.items() if isinstance(f, tfds.features.Text))
+    features = declared_features(info)
+    texts = [k for k, f in features.items() if isinstance(f, tfds.features.Text)]
     if not columns and len(texts) == 1:
         columns = tuple(texts)
     if not columns or not set(columns) <= set(texts):
@@ -202,7 +202,7 @@ def _features(folder: Path, columns: Sequence[str], label_key: str, regression: 
         fits = isinstance(label, tfds.features.ClassLabel) and label.num_classes
         kind = "class label"
     if not fits:
-        others = sorted(set(features) - set(texts))
+        others = [k for k in features if k not in texts]
         raise UserError(
             f"{info.full_name} has no {kind} under {label_key!r}; beside texts it has "
             f"{', '.join(others) or 'nothing'}\nName it with --config.data.label_key"

@@ -216,6 +216,13 @@ def open_split(folder: Path, split: str, image_key: str, label_key: str, channel
         ) from error
 
 
+def declared_features(info) -> dict:
+    """The features at the top of a data set, by name: they come out of a protobuf map unordered."""
+    if not isinstance(info.features, import_tfds().features.FeaturesDict):
+        return {}
+    return dict(sorted(info.features.items()))
+
+
 def image_features(folder: Path, image_key: str, label_key: str):
     """(shape or None, channels, class names) from the declared features.
 
@@ -225,7 +232,7 @@ def image_features(folder: Path, image_key: str, label_key: str):
     tfds = import_tfds()
 
     info = open_builder(folder).info
-    features = dict(info.features) if isinstance(info.features, tfds.features.FeaturesDict) else {}
+    features = declared_features(info)
     images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
     labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     if image_key not in images:

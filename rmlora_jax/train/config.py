@@ -13,6 +13,8 @@ from rmlora_jax.train.scores import NAMES
 REGRESSION = "text_regression"
 KINDS = ("image_classification", "text_classification", REGRESSION)
 ADAPTED = ("rm_lora", "lora", "reg_only", "mask_only")  # methods with factors
+PENALISED = ("rm_lora", "reg_only")  # of these, those with the penalty
+MASKED = ("rm_lora", "mask_only")  # and those with the mask
 METHODS = (*ADAPTED, "bitfit", "head", "full")
 
 # Fields that may differ between a run and its continuation: they change where things are, or

@@ -3,11 +3,12 @@
 Every method is the same loop with another pair (description, optax transformation).
 """
 
-import jax
 import ml_collections
 import optax
 
 import rmlora_jax as rm
+from rmlora_jax.factors import find_factors, flatten
+from rmlora_jax.train.config import MASKED, PENALISED
 
 
 def description(config: ml_collections.ConfigDict) -> rm.LoRA:
@@ -60,7 +61,7 @@ def optimizer(
     """Clip and AdamW; for RM-LoRA and its halves, penalty gradient, clip, mask and AdamW."""
     c = config.optimizer
     adamw = {"b1": c.b1, "b2": c.b2, "eps": c.eps, "weight_decay": c.weight_decay}
-    if config.method in ("rm_lora", "reg_only", "mask_only"):
+    if config.method in (*PENALISED, *MASKED):
         tx = _rm_lora(config, schedule, adamw)
     else:
         clip = optax.clip_by_global_norm(c.clip) if c.clip else optax.identity()
@@ -82,11 +83,11 @@ def _rm_lora(config, schedule, adamw):
     }
     return rm.rm_lora(
         schedule,
-        penalty=0.0 if config.method == "mask_only" else m.penalty,
+        penalty=m.penalty if config.method in PENALISED else 0.0,
         kind=m.kind,
         clip=config.optimizer.clip or None,
         seed=config.seed,
-        **({"keep": 1.0} if config.method == "reg_only" else mask),
+        **(mask if config.method in MASKED else {"keep": 1.0}),
         **adamw,
     )
 
@@ -100,7 +101,11 @@ def scale_lora_b(ratio: float) -> optax.GradientTransformation:
     Source: Hayou et al. 2024, https://arxiv.org/abs/2402.12354, section 4.
     """
 
-    def scaled(path, update):
-        return ratio * update if path[-1] == jax.tree_util.DictKey("lora_b") else update
+    def scaled(updates, _):
+        leaves, treedef, _ = flatten(updates)
+        for factor in find_factors(updates):
+            if factor.side == "b":
+                leaves[factor.index] = ratio * leaves[factor.index]
+        return treedef.unflatten(leaves)
 
-    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
+    return optax.stateless(scaled)

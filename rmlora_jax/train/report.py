@@ -11,7 +11,7 @@ from typing import Any
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json, write_bytes_atomic
 from rmlora_jax.train import panels
-from rmlora_jax.train.config import ADAPTED
+from rmlora_jax.train.config import ADAPTED, MASKED, PENALISED
 from rmlora_jax.train.metrics import METRICS, read_intrinsic, read_metrics
 from rmlora_jax.train.scores import describe, shown
 from rmlora_jax.train.terminal import duration, number
@@ -134,8 +134,8 @@ def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> lis
     rank, alpha = lookup(config, "lora.rank"), lookup(config, "lora.alpha")
     penalty, keep = lookup(config, "rm.penalty"), lookup(config, "rm.keep")
     adapted = method in ADAPTED
-    parts = (method in ("rm_lora", "reg_only") and penalty is not None and f"penalty {penalty:g}",
-             method in ("rm_lora", "mask_only") and keep is not None and f"keep {keep:g}")
+    parts = (method in PENALISED and penalty is not None and f"penalty {penalty:g}",
+             method in MASKED and keep is not None and f"keep {keep:g}")
     trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
     best, last = summary.get("best_eval") or {}, summary.get("eval") or {}
     key, length = chosen(history, summary), lookup(config, "text.max_length")
