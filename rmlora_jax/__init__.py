@@ -1,6 +1,11 @@
 """RM-LoRA in JAX: low-rank adapters with orthogonal factors and randomly masked gradients."""
 
 from rmlora_jax.adapt import adapt  # a Flax module -> the same module with low-rank factors
+from rmlora_jax.baselines import (
+    AdaLoRA,  # LoRA in the form of a singular value decomposition, whose budget moves
+    SoRA,  # LoRA with a gate on each rank direction
+    to_lora,  # what the two trained, as plain LoRA of the rank that is left
+)
 from rmlora_jax.intrinsic import (
     intrinsic_dimension,  # the spectrum of each Delta W, from its factors
     trajectory_dimension,  # the spectrum of what training explored
@@ -30,8 +35,10 @@ from rmlora_jax.tree import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRA",
     "Layer",
     "LoRA",
+    "SoRA",
     "adapt",
     "add_orthogonality",
     "attach",
@@ -46,5 +53,6 @@ __all__ = [
     "rm_lora",
     "split",
     "step_masks",
+    "to_lora",
     "trajectory_dimension",
 ]

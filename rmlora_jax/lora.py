@@ -9,7 +9,7 @@ import operator
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -18,6 +18,7 @@ __all__ = ["Layer", "LoRA"]
 Rule = str | tuple[str, ...]
 
 FACTORS = ("lora_a", "lora_b")
+DIAGONAL = "lora_e"  # between A and B, in AdaLoRA and SoRA
 WEIGHTS = ("kernel", "embedding")
 INITS = ("kaiming", "normal", "gaussian", "orthogonal", "pissa")
 EXECUTIONS = ("auto", "factored", "merged")
@@ -146,6 +147,9 @@ class LoRA:
     execution: str = "auto"
     layers: tuple[Layer, ...] = ()
 
+    # What ``lora_e`` begins with ("zeros", "normal") in a description that has it: A diag(e) B.
+    diagonal: ClassVar[str | None] = None
+
     def __post_init__(self):
         put = functools.partial(object.__setattr__, self)
         put("rank", _rank("rank", self.rank))
@@ -180,6 +184,11 @@ class LoRA:
         """The names that weights beside factors have."""
         return (*(layer.weight for layer in self.layers), *WEIGHTS)
 
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """The names of the leaves beside an adapted weight."""
+        return FACTORS if self.diagonal is None else (*FACTORS, DIAGONAL)
+
     def targets(self, path: str) -> bool:
         """Whether the layer at module ``path`` gets factors (if its kind can be adapted)."""
         return _matches(self.target, path) and not _matches(self.exclude, path)
@@ -204,7 +213,7 @@ class LoRA:
 
     def trains(self, leaf: str) -> bool:
         """Whether the parameter at path ``leaf`` is trained: a factor, or matched by ``train``."""
-        return leaf.rpartition("/")[2] in FACTORS or _matches_under(self.train, leaf)
+        return is_factor(leaf.split("/")) or _matches_under(self.train, leaf)
 
     def trainable(self, path: Iterable[Any], value: Any = None) -> bool:
         """``trains`` as an NNX filter: for ``nnx.split``, ``nnx.grad``, ``nnx.Optimizer(wrt=...)``.
@@ -236,11 +245,16 @@ class LoRA:
 
     def check_train(self, leaves: Iterable[str]) -> None:
         """Raises ValueError if ``train`` matches none of the parameter paths ``leaves``."""
-        leaves = sorted(leaf for leaf in leaves if leaf.rpartition("/")[2] not in FACTORS)
+        leaves = sorted(leaf for leaf in leaves if not is_factor(leaf.split("/")))
         for field, rule in _rules("train", self.train):
             if not any(_matches_under(rule, leaf) for leaf in leaves):
                 paths = sorted({path for leaf in leaves for path in _ancestors(leaf)})
                 raise _unmatched(field, rule, paths, "module or parameter")
+
+
+def is_factor(path) -> bool:
+    """Whether a parameter, given by the names on its path, is A, B or the diagonal between."""
+    return path[-1] in (*FACTORS, DIAGONAL)
 
 
 def unselected_factors(lora: LoRA, path: str) -> ValueError:
@@ -248,6 +262,14 @@ def unselected_factors(lora: LoRA, path: str) -> ValueError:
     return ValueError(
         f"the parameters hold factors at {path!r}, which LoRA.target {lora.target!r} does not "
         "select: use the description that the factors were made with."
+    )
+
+
+def other_factors(lora: LoRA, path: str, found) -> ValueError:
+    """The error for factors of another kind than ``lora`` describes."""
+    return ValueError(
+        f"{path!r} holds {', '.join(found)}, but {type(lora).__name__} has "
+        f"{', '.join(lora.factors)}: use the description that the factors were made with."
     )
 
 

@@ -12,7 +12,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rmlora_jax.adapt import Adapted, is_nnx, nnx_functions, product
 from rmlora_jax.adapt.linen import check_adapted, check_layout, in_order, layouts, reboxed, unboxed
-from rmlora_jax.lora import FACTORS, LoRA, missing_factors, unselected_factors
+from rmlora_jax.lora import (
+    DIAGONAL,
+    FACTORS,
+    LoRA,
+    is_factor,
+    missing_factors,
+    other_factors,
+    unselected_factors,
+)
 
 __all__ = ["attach", "join", "merge", "split"]
 
@@ -37,7 +45,8 @@ def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) 
 
     Returns:
         Nested dicts: the base leaves and, beside the weights, ``lora_a`` (*stack, in, r) and
-        ``lora_b`` (*stack, r, out) in ``lora.dtype``. With ``target=None``, ``base_params`` itself.
+        ``lora_b`` (*stack, r, out) in ``lora.dtype``; for ``AdaLoRA`` and ``SoRA`` also ``lora_e``
+        (*stack, r). With ``target=None``, ``base_params`` itself.
         Works under ``jax.jit`` and ``jax.eval_shape``.
 
     Raises:
@@ -63,7 +72,7 @@ def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) 
         )
     lora = adapted.lora
     base = _flatten(base_params)
-    if any(path[-1] in FACTORS for path in base):
+    if any(map(is_factor, base)):
         raise ValueError("base_params has factors already: pass the parameters of the base module.")
     if {path[0] for path in base} == {"params"}:
         raise ValueError("base_params is a dict of collections: pass variables['params'].")
@@ -77,17 +86,17 @@ def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) 
     params = dict(base)
     for module in sorted({path[:-1] for path in shapes if path[-1] in FACTORS}):
         path = "/".join(module)
-        boxes = [shapes[(*module, name)] for name in FACTORS]
+        boxes = [shapes[(*module, name)] for name in lora.factors]
         weight_path = next((*module, n) for n in lora.weights if (*module, n) in shapes)
         weight, found = params[weight_path], axes.get(path)
-        check_layout(path, unboxed(weight), *map(unboxed, boxes), found)
+        check_layout(path, unboxed(weight), *map(unboxed, boxes[:2]), found)
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        both, scale = [unboxed(box).shape for box in boxes], lora.scale_of(path)
-        a, b, rest = product.initial_factors(own, unboxed(weight), found, both, scale, lora)
+        both, scale = [unboxed(box).shape for box in boxes[:2]], lora.scale_of(path)
+        values, rest = product.initial_factors(own, unboxed(weight), found, both, scale, lora)
         if lora.init == "pissa":
             params[weight_path] = reboxed(weight, rest)
         boxed = isinstance(weight, meta.AxisMetadata)  # boxes only where the base has them
-        for name, box, value in zip(FACTORS, boxes, (a, b), strict=True):
+        for name, box, value in zip(lora.factors, boxes, values, strict=True):
             params[(*module, name)] = reboxed(box, value) if boxed else value
     return unflatten_dict(params)
 
@@ -175,7 +184,7 @@ def merge(params, lora, *example_args, **kwargs):
         if example_args or kwargs:
             _, axes = _trace(lora, jax.random.key(0), example_args, kwargs)
         lora = lora.lora
-    flat = {path: leaf for path, leaf in _flatten(params).items() if path[-1] not in FACTORS}
+    flat = {path: leaf for path, leaf in _flatten(params).items() if not is_factor(path)}
     for path, weight, a, b in adapted_weights(params, lora):
         box, name = flat[path], "/".join(path[:-1])
         if name in axes:
@@ -197,7 +206,7 @@ def merge(params, lora, *example_args, **kwargs):
 
 def adapted_weights(params: Params, lora: LoRA) -> Iterator[tuple]:
     """(path of the weight, weight, A, B), unboxed, of every weight that has factors, in the order
-    of paths, checked against each other.
+    of paths, checked against each other; A is A diag(e) where there is a diagonal.
 
     Raises:
         ValueError: as ``merge``.
@@ -217,6 +226,9 @@ def adapted_weights(params: Params, lora: LoRA) -> Iterator[tuple]:
             )
         if not lora.targets(path):
             raise unselected_factors(lora, path)
+        found = tuple(name for name in (*FACTORS, DIAGONAL) if (*module, name) in flat)
+        if found != lora.factors:
+            raise other_factors(lora, path, found)
         weight, a, b = (flat[(*module, name)] for name in (names[0], *FACTORS))
         check_layout(path, weight, a, b)
         if a.shape[-1] != lora.rank_of(path):
@@ -224,7 +236,7 @@ def adapted_weights(params: Params, lora: LoRA) -> Iterator[tuple]:
                 f"the factors at {path!r} have rank {a.shape[-1]}, the description says "
                 f"{lora.rank_of(path)}: use the description that the factors were made with."
             )
-        yield (*module, names[0]), weight, a, b
+        yield (*module, names[0]), weight, product.effective_a(a, flat.get((*module, DIAGONAL))), b
 
 
 def _trace(adapted, key, args, kwargs):
@@ -265,7 +277,7 @@ def _is_array(leaf) -> bool:
 
 def _check_base(base, shapes):
     """``base`` must be parameters of the model whose adapted shapes are ``shapes``."""
-    wanted = {path: unboxed(s).shape for path, s in shapes.items() if path[-1] not in FACTORS}
+    wanted = {path: unboxed(s).shape for path, s in shapes.items() if not is_factor(path)}
     missing = sorted("/".join(path) for path in wanted if path not in base)
     if missing:
         raise ValueError(

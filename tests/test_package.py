@@ -130,4 +130,4 @@ def test_the_core_stays_small(capsys):
     counts = {path.relative_to(package): lines_of_code(path.read_text()) for path in files}
     with capsys.disabled():
         print("\n" + ", ".join(f"{path} {n}" for path, n in counts.items()), sum(counts.values()))
-    assert sum(counts.values()) < 1500
+    assert sum(counts.values()) < 1560  # of which 50 are the diagonal of AdaLoRA and SoRA

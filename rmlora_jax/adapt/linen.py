@@ -17,7 +17,15 @@ from flax import traverse_util
 from flax.core import meta
 
 from rmlora_jax.adapt import product
-from rmlora_jax.lora import FACTORS, Layer, LoRA, missing_factors, unselected_factors
+from rmlora_jax.lora import (
+    DIAGONAL,
+    FACTORS,
+    Layer,
+    LoRA,
+    missing_factors,
+    other_factors,
+    unselected_factors,
+)
 
 # What is running is part of the key of every jit inside it. Otherwise a model with nn.jit inside
 # would run a trace made for another description.
@@ -183,7 +191,7 @@ def check_adapted(paths: Iterable[tuple[str, ...]], lora: LoRA) -> None:
     weighted = {path for path, leaves in names.items() if leaves & set(lora.weights)}
     lora.check_targets(weighted)
     for path in sorted(weighted):
-        if lora.targets(path) and not names[path] >= set(FACTORS):
+        if lora.targets(path) and not names[path] >= set(lora.factors):
             raise ValueError(
                 f"LoRA.target {lora.target!r} matches {path!r}, which has a weight but is no layer "
                 "of flax.linen that can be adapted (or computes in its own way): describe its "
@@ -271,12 +279,13 @@ def _prepare(variables, lora: LoRA, merges: bool):
         raise missing_factors()
     for module in modules:
         name, (a, b) = "/".join(module), (meta.unbox(flat[(*module, f)]) for f in FACTORS)
+        e = meta.unbox(flat.get((*module, DIAGONAL)))
         path = next((*module, n) for n in lora.weights if (*module, n) in flat)
         weight = meta.unbox(flat[path])
         if merges and in_order(weight, a, b):
-            value = product.merged(weight, a, b, lora.scale_of(name))
+            value = product.merged(weight, product.effective_a(a, e), b, lora.scale_of(name))
             flat[path] = reboxed(flat[path], value)
-            for factor in FACTORS:
+            for factor in lora.factors:
                 del flat[(*module, factor)]
         else:
             ratio = lora.scale_of(name) / lora.common_scale(a.shape[-1])
@@ -396,9 +405,9 @@ def _factors(module, lora, path, geometry, weight):
     if not module.has_variable("params", FACTORS[0]):
         if not module.is_mutable_collection("params"):
             raise missing_factors(f" at {path!r}")
-        a = product.initial_a(module.make_rng("params"), shapes[0], lora.init, lora.dtype)
-        values = a, jnp.zeros(shapes[1], lora.dtype)
-        for name, value, names in zip(FACTORS, values, _names(weight, axes), strict=True):
+        key = module.make_rng("params")
+        values, _ = product.initial_factors(key, None, axes, shapes, 1.0, lora)
+        for name, value, names in zip(lora.factors, values, _names(weight, axes), strict=False):
             if names is not None:
                 value = weight.replace(value=value, names=names)
             module.put_variable("params", name, value)
@@ -409,13 +418,17 @@ def _factors(module, lora, path, geometry, weight):
             f"(rank {lora.rank_of(path)}) and the weight {shape} ask for {shapes[0]} and "
             f"{shapes[1]}: use the description that the factors were made with."
         )
-    return a, b, axes
+    found = tuple(n for n in (*FACTORS, DIAGONAL) if module.has_variable("params", n))
+    if found != lora.factors:
+        raise other_factors(lora, path, found)
+    e = meta.unbox(module.get_variable("params", DIAGONAL))
+    return product.effective_a(a, e), b, axes
 
 
 def _names(weight, axes: product.Layout):
-    """Partition names of A and B, None where the weight has no box."""
+    """Partition names of A, B and e, None where the weight has no box."""
     if not isinstance(weight, nn.Partitioned):
-        return None, None
+        return None, None, None
     names, ndim = weight.names, jnp.ndim(weight.unbox())
     if len(names) != ndim:
         # DenseGeneral hands its initialiser a flat matrix, so a box around a weight of more axes

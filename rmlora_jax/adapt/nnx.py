@@ -16,7 +16,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from rmlora_jax.adapt import product
-from rmlora_jax.lora import FACTORS, LoRA
+from rmlora_jax.lora import DIAGONAL, FACTORS, LoRA
 
 __all__ = ["adapt_nnx", "merge_nnx", "pure_params"]
 
@@ -255,10 +255,10 @@ def _adapt_layer(layer, rule: _Rule, lora: LoRA, path: str, stack, key, dropout_
             f"the layer {path!r} cannot be adapted: {error} Leave it out with LoRA.exclude."
         ) from None
     value = weight.get_value()
-    *values, rest = product.initial_factors(key, value, axes, shapes, scale, lora)
+    values, rest = product.initial_factors(key, value, axes, shapes, scale, lora)
     weight.set_value(rest)
     _swap_class(layer, rule)
-    for side, (name, value) in enumerate(zip(FACTORS, values, strict=True)):
+    for side, (name, value) in enumerate(zip(lora.factors, values, strict=True)):
         setattr(layer, name, _factor(value, weight, side, axes, len(stack)))
     layer.lora_scale = scale
     layer.lora_execution = lora.execution
@@ -305,7 +305,7 @@ def _folded(model: nnx.Module) -> nnx.Module:
         cls, rule, _ = type(node).lora_recipe
         if rule not in _WRAPPERS:
             setattr(node, rule.weight, getattr(node, rule.weight).copy(_merged(node, rule)))
-        for name in (*FACTORS, "lora_scale", "lora_execution", "lora_dropout"):
+        for name in (*FACTORS, DIAGONAL, "lora_scale", "lora_execution", "lora_dropout"):
             if hasattr(node, name):
                 delattr(node, name)
         object.__setattr__(node, "__class__", cls)
@@ -314,9 +314,15 @@ def _folded(model: nnx.Module) -> nnx.Module:
 
 def _merged(layer, rule: _Rule):
     weight = getattr(layer, rule.weight).get_value()
-    a, b = layer.lora_a.get_value(), layer.lora_b.get_value()
+    a, b = _pair(layer)
     axes = product.layout(_geometry(layer, rule), len(_axes(layer, rule)))
     return product.merged(weight, a, b, layer.lora_scale, axes)
+
+
+def _pair(layer):
+    """A, or A diag(e), and B of an adapted layer."""
+    e = layer.lora_e.get_value() if hasattr(layer, DIAGONAL) else None
+    return product.effective_a(layer.lora_a.get_value(), e), layer.lora_b.get_value()
 
 
 # The adapted classes
@@ -340,7 +346,7 @@ def _run(plain, rule: _Rule, layer, *args, **kwargs):
         vars(twin)[rule.weight] = weight.copy(_merged(layer, rule))
         return plain(twin, *args, **kwargs)
     y = plain(layer, *args, **kwargs)
-    a, b, scale = layer.lora_a.get_value(), layer.lora_b.get_value(), layer.lora_scale
+    (a, b), scale = _pair(layer), layer.lora_scale
     if plain.__name__ == "attend":
         return y + product.low_rank_attend(x, y, a, b, scale)
     equation = _equation(layer, bound) if rule.kind is nnx.Einsum else None

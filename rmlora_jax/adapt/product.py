@@ -167,17 +167,17 @@ def factor_shapes(shape: tuple[int, ...], axes: Layout, rank: int):
 
 
 def factor_names(names, axes: Layout, stack: int = 0):
-    """Names of the axes of A and B, of those of a weight with ``stack`` leading stacked axes.
+    """Names of the axes of A, B and e, of those of a weight with ``stack`` leading stacked axes.
 
     A flattened axis has the name of its first axis, the rank axis None.
 
     >>> factor_names(("layers", "heads", "embed", None), Layout((), (1,), (0, 2)), stack=1)
-    (('layers', None, 'embed', None), ('layers', None, None, 'heads'))
+    (('layers', None, 'embed', None), ('layers', None, None, 'heads'), ('layers', None, None))
     """
     own = names[stack:]
     mark = () if axes.in_order else (None,)
     lead = (*names[:stack], *mark, *(own[i] for i in axes.batch))
-    return (*lead, own[axes.inputs[0]], None), (*lead, None, own[axes.outputs[0]])
+    return (*lead, own[axes.inputs[0]], None), (*lead, None, own[axes.outputs[0]]), (*lead, None)
 
 
 def initial_a(key, shape: tuple[int, ...], init: str, dtype) -> jax.Array:
@@ -202,15 +202,30 @@ def initial_a(key, shape: tuple[int, ...], init: str, dtype) -> jax.Array:
 
 
 def initial_factors(key, weight, axes: Layout | None, shapes, scale: float, lora):
-    """A and B of the given shapes as ``lora.init`` says, and what is left of the weight."""
+    """The factors, A and B of the given shapes, as ``lora`` says, and what is left of the weight.
+
+    With a diagonal, e (*stack, r) is the third; where it begins with 0 A and B both are ``init``.
+    """
     if lora.init == "pissa":
         return principal_factors(weight, axes, *shapes, scale, lora.dtype)
     a = initial_a(key, shapes[0], lora.init, lora.dtype)
-    return a, jnp.zeros(shapes[1], lora.dtype), weight
+    b, e = jnp.zeros(shapes[1], lora.dtype), (*a.shape[:-2], a.shape[-1])
+    if lora.diagonal is None:
+        return (a, b), weight
+    own = jax.random.fold_in(key, 1)
+    if lora.diagonal == "normal":
+        return (a, b, jax.random.normal(own, e, lora.dtype)), weight
+    b = initial_a(own, (*b.shape[:-2], *b.shape[:-3:-1]), lora.init, lora.dtype)
+    return (a, jnp.swapaxes(b, -1, -2), jnp.zeros(e, lora.dtype)), weight
+
+
+def effective_a(a, e=None):
+    """A diag(e), (*stack, in, r): with it for A everything is as without a diagonal."""
+    return a if e is None else a * e[..., None, :]
 
 
 def principal_factors(weight, axes: Layout | None, a_shape, b_shape, scale: float, dtype):
-    """A, B and what is left of the weight: W_0's r principal directions, moved out of it (PiSSA).
+    """(A, B) and what is left of the weight: W_0's r principal directions, moved out of it (PiSSA).
 
     A = U sqrt(S / s), B = sqrt(S / s) V^T for the largest singular values S of W_0 (Meng et al.
     2024, eqs. 2-4), so that W_0 = residual + s A B.
@@ -233,7 +248,7 @@ def principal_factors(weight, axes: Layout | None, a_shape, b_shape, scale: floa
     root = jnp.sqrt(s[..., :rank] / scale)
     a = (u[..., :rank] * root[..., None, :]).astype(dtype)
     b = (root[..., :, None] * vt[..., :rank, :]).astype(dtype)
-    return a, b, merged(weight, a, b, -scale, axes)
+    return (a, b), merged(weight, a, b, -scale, axes)
 
 
 def low_rank(geometry: Geometry, x, y, a, b, scale: float, precision=None) -> jax.Array:
