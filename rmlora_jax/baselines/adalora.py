@@ -139,8 +139,8 @@ def allocate_rank(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs ``inner``, then zeroes the least important entries of the diagonals ``lora_e``.
 
-    Triplet i of a module is column i of A, row i of B and the entry :math:`e_i` between them. With w
-    a parameter after the step and g the gradient that ``inner`` received, entry by entry,
+    Triplet i of a module is column i of A, row i of B and the entry :math:`e_i` between them. With
+    parameters w after the step and the gradient g that ``inner`` received, entry by entry,
 
     .. math::
         I_t &= |w g|, \quad
@@ -149,9 +149,9 @@ def allocate_rank(
         S_i &= s(e_i) + \mathrm{mean}_k \, s(A_{ki}) + \mathrm{mean}_k \, s(B_{ik}),
         \quad s(w) = \bar I \, \bar U,
 
-    while :math:`t < T - t_f`, t from 0; later S is frozen. An allocation makes :math:`e_i` exactly 0
-    where :math:`S_i` is among the :math:`b_0 - b_t` smallest of all modules (and where it ties with
-    the largest of these), :math:`b_t` being the :func:`budget`. It follows every update t with
+    while :math:`t < T - t_f`, t from 0; later S is frozen. An allocation makes :math:`e_i` exactly
+    0 where :math:`S_i` is among the :math:`b_0 - b_t` smallest of all modules (or ties with the
+    largest of these), :math:`b_t` being the :func:`budget`. It follows every update t with
     :math:`t_i < t \le T - t_f` that is a multiple of ``every``, and every update
     :math:`t > T - t_f`. A zeroed triplet keeps its A, its B and the state of ``inner``, and comes
     back if a later allocation spares it. Stacked layers are modules of their own.
@@ -289,8 +289,8 @@ def budget(
         \left(1 - \frac{t - t_i}{T - t_i - t_f}\right)^3 \right\rfloor,
 
     with the fraction clipped to [0, 1]: :math:`b_0` up to step :math:`t_i` and :math:`b_T` from
-    step :math:`T - t_f` on. Float32 would round some of these to the integer below, so a traced step
-    looks them up in a table of :math:`T - t_i - t_f + 1` integers that the host computes.
+    step :math:`T - t_f` on. Float32 would truncate some of these wrongly, so a traced step looks
+    them up in a table of :math:`T - t_i - t_f + 1` integers that the host computes.
 
     Args:
       step: t, counted from 0: an integer or an array of integers, of numpy or jax, also traced.
