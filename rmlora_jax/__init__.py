@@ -4,6 +4,8 @@ from rmlora_jax.adapt import adapt  # a Flax module -> the same module with low-
 from rmlora_jax.baselines import (
     AdaLoRA,  # LoRA in the form of a singular value decomposition, whose budget moves
     SoRA,  # LoRA with a gate on each rank direction
+    adalora,  # penalty, clip, AdamW and the allocation of ranks in one chain
+    sora,  # clip, AdamW and the proximal step of the gates in one chain
     to_lora,  # what the two trained, as plain LoRA of the rank that is left
 )
 from rmlora_jax.intrinsic import (
@@ -39,6 +41,7 @@ __all__ = [
     "Layer",
     "LoRA",
     "SoRA",
+    "adalora",
     "adapt",
     "add_orthogonality",
     "attach",
@@ -51,6 +54,7 @@ __all__ = [
     "merge",
     "orthogonality",
     "rm_lora",
+    "sora",
     "split",
     "step_masks",
     "to_lora",

@@ -12,7 +12,8 @@ from rmlora_jax.train.scores import NAMES
 
 REGRESSION = "text_regression"
 KINDS = ("image_classification", "text_classification", REGRESSION)
-ADAPTED = ("rm_lora", "lora", "reg_only", "mask_only")  # methods with factors
+GATED = ("adalora", "sora")  # methods with a diagonal between their factors
+ADAPTED = ("rm_lora", "lora", "reg_only", "mask_only", *GATED)  # methods with factors
 PENALISED = ("rm_lora", "reg_only")  # of these, those with the penalty
 MASKED = ("rm_lora", "mask_only")  # and those with the mask
 METHODS = (*ADAPTED, "bitfit", "head", "full")
@@ -29,7 +30,8 @@ def default_config() -> ml_collections.ConfigDict:
     """The fields of a run. A file in ``configs/`` starts from these and changes what it needs."""
     c = ml_collections.ConfigDict()
     c.task = "image_classification"  # or text_classification, text_regression
-    # rm_lora; lora; its halves reg_only (penalty, no mask) and mask_only (mask, no penalty);
+    # rm_lora; its halves reg_only (penalty, no mask) and mask_only (mask, no penalty); lora;
+    # adalora and sora, which share out or close rank directions while they train;
     # bitfit (every bias, and what lora.train matches); head (what lora.train matches); full
     c.method = "rm_lora"
     c.seed = 0  # of the factors, the order of the data, the augmentation and the masks
@@ -88,6 +90,20 @@ def default_config() -> ml_collections.ConfigDict:
     c.lora.rs = False  # scale by alpha / sqrt(rank)
     c.lora.rank_pattern = ()  # ((regex, rank), ...): first match wins
     c.lora.alpha_pattern = ()  # ((regex, alpha), ...)
+
+    c.adalora = ml_collections.ConfigDict()  # read by method adalora alone; its init is N(0, .02^2)
+    c.adalora.initial_rank = 6  # that a layer begins with; lora.rank is what is left on average
+    c.adalora.warmup = 0.15  # fraction of the steps before the budget falls
+    c.adalora.final = 0.5  # fraction of the steps, at the end, with what is left
+    c.adalora.every = 10  # steps between two allocations
+    c.adalora.orthogonal = 0.1  # weight of its penalty on P and Q
+
+    c.sora = ml_collections.ConfigDict()  # read by method sora alone
+    c.sora.initial_rank = 8  # that a layer begins with
+    c.sora.sparsity = 0.5  # lambda_2: each step moves a gate towards 0 by this times the rate
+    c.sora.l1 = 0.0  # lambda_1: weight of the mean |gate| in the loss
+    c.sora.gate_rate = 1.0  # learning rate of the gates over that of all else
+    c.sora.proximal = "paper"  # paper, authors_exact
 
     c.rm = ml_collections.ConfigDict()  # the two parts of RM-LoRA; only method rm_lora reads them
     c.rm.penalty = 0.1  # weight of the orthogonality penalty
@@ -169,6 +185,7 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     one_of("data.mode", "auto", "resident", "stream")
     one_of("data.crop", "pad", "resized", "none")
     one_of("lora.init", "kaiming", "normal", "gaussian", "orthogonal", "pissa")
+    one_of("sora.proximal", "paper", "authors_exact")
     one_of("rm.kind", "norm", "squared", "cosine")
     one_of("rm.draw", "bernoulli", "exact")
     one_of("rm.unit", "rank", "element", "matrix")
@@ -176,10 +193,12 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     one_of("rm.placement", "before", "after", "lazy")
     one_of("optimizer.schedule", "linear", "cosine", "constant")
     for field in ("batch_size", "accumulate", "eval_batch_size", "log_every", "lora.rank",
-                  "model.unroll", "data.workers", "text.max_length", "rm.resample_every"):
+                  "model.unroll", "data.workers", "text.max_length", "rm.resample_every",
+                  "adalora.initial_rank", "adalora.every", "sora.initial_rank"):
         need(vars(flat)[field] >= 1, field, "at least 1")
     for field in ("steps", "eval_every", "model.image_size", "data.limit", "data.processes",
-                  "rm.penalty", "rm.start_step", "optimizer.weight_decay", "optimizer.clip"):
+                  "rm.penalty", "rm.start_step", "optimizer.weight_decay", "optimizer.clip",
+                  "adalora.warmup", "adalora.orthogonal", "sora.sparsity", "sora.l1"):
         need(vars(flat)[field] >= 0, field, "0 or more")
     need(c.steps > 0 or c.epochs > 0, "epochs", "above 0 where steps is 0")
     need(c.lora.alpha > 0, "lora.alpha", "above 0")
@@ -187,6 +206,14 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     need(c.optimizer.lora_plus > 0, "optimizer.lora_plus", "above 0")
     if c.method not in ADAPTED:
         need(c.optimizer.lora_plus == 1, "optimizer.lora_plus", f"1: {c.method} has no lora_b")
+    need(0 < c.adalora.final < 1 - c.adalora.warmup, "adalora.final",
+         "above 0 and, with adalora.warmup, below 1")
+    need(c.sora.gate_rate > 0, "sora.gate_rate", "above 0")
+    if c.method == "adalora":
+        need(c.adalora.initial_rank > c.lora.rank, "adalora.initial_rank",
+             f"above lora.rank, {c.lora.rank}, which is what is left")
+    if c.method == "sora":
+        need(c.lora.init != "pissa", "lora.init", "another than pissa for sora")
     need(0 <= c.optimizer.warmup < 1, "optimizer.warmup", "a fraction of the steps in [0, 1)")
     need(0 <= c.optimizer.label_smoothing < 1, "optimizer.label_smoothing", "in [0, 1)")
     need(0 <= c.lora.dropout < 1, "lora.dropout", "in [0, 1)")

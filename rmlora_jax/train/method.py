@@ -23,17 +23,22 @@ def description(config: ml_collections.ConfigDict) -> rm.LoRA:
         return rm.LoRA(rank=1, target=None, train=rf"(?:.*/)?bias|(?:{c.train})")
     if config.method == "head":
         return rm.LoRA(rank=1, target=None, train=c.train)
-    return rm.LoRA(
-        rank=c.rank,
-        alpha=c.alpha,
-        target=c.target,
-        train=c.train,
-        dropout=c.dropout,
-        init=c.init,
-        rs=c.rs,
-        rank_pattern=_pairs(c.rank_pattern),
-        alpha_pattern=_pairs(c.alpha_pattern),
-    )
+    fields = {
+        "rank": c.rank,
+        "alpha": c.alpha,
+        "target": c.target,
+        "train": c.train,
+        "dropout": c.dropout,
+        "init": c.init,
+        "rs": c.rs,
+        "rank_pattern": _pairs(c.rank_pattern),
+        "alpha_pattern": _pairs(c.alpha_pattern),
+    }
+    if config.method == "adalora":
+        return rm.AdaLoRA(**fields | {"rank": config.adalora.initial_rank, "init": "normal"})
+    if config.method == "sora":
+        return rm.SoRA(**fields | {"rank": config.sora.initial_rank})
+    return rm.LoRA(**fields)
 
 
 def _pairs(pattern) -> tuple:
@@ -56,13 +61,40 @@ def learning_rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
 
 
 def optimizer(
-    config: ml_collections.ConfigDict, schedule: optax.Schedule
+    config: ml_collections.ConfigDict, schedule: optax.Schedule, steps: int
 ) -> optax.GradientTransformation:
-    """Clip and AdamW; for RM-LoRA and its halves, penalty gradient, clip, mask and AdamW."""
+    """Clip and AdamW for a run of ``steps`` steps, with what the method adds before and after.
+
+    For RM-LoRA and its halves that is the penalty's gradient before the clip and the mask behind
+    it; for AdaLoRA its penalty and its allocation; for SoRA the proximal step of its gates.
+    """
     c = config.optimizer
     adamw = {"b1": c.b1, "b2": c.b2, "eps": c.eps, "weight_decay": c.weight_decay}
     if config.method in (*PENALISED, *MASKED):
         tx = _rm_lora(config, schedule, adamw)
+    elif config.method == "adalora":
+        tx = rm.adalora(
+            schedule,
+            total_steps=steps,
+            target=config.lora.rank,
+            initial_steps=int(config.adalora.warmup * steps),
+            final_steps=int(config.adalora.final * steps),
+            every=config.adalora.every,
+            orthogonal=config.adalora.orthogonal,
+            clip=c.clip or None,
+            **adamw,
+        )
+    elif config.method == "sora":
+        s = config.sora
+        tx = rm.sora(
+            schedule,
+            sparsity=s.sparsity,
+            gate_learning_rate=lambda step: s.gate_rate * schedule(step),
+            l1=s.l1,
+            proximal=s.proximal,
+            clip=c.clip or None,
+            **adamw,
+        )
     else:
         clip = optax.clip_by_global_norm(c.clip) if c.clip else optax.identity()
         tx = optax.chain(clip, optax.adamw(schedule, **adamw))

@@ -68,7 +68,7 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
     steps = config.steps or max(1, round(config.epochs * feed.train_size / config.batch_size))
     schedule = method.learning_rate(config, steps)
     with fields("rm.* and --config.lora.rank"):
-        tx = method.optimizer(config, schedule)
+        tx = method.optimizer(config, schedule, steps)
         state = init_state(tx, _cast(trainable, jnp.float32))
 
     def apply(params, inputs, rngs=None):
