@@ -149,6 +149,17 @@ def test_evaluation_sees_each_example_once(tokenizer, split, processes):
     assert {b["input_ids"].shape[1] for b in shares[0]} == {32, 40}
 
 
+def test_one_length_pads_all_to_it(tokenizer, split):
+    tokens = tokenise(split.texts, tokenizer, 40)
+    options = {"pad_id": 0, "max_length": 40, "one_length": True}
+    batches = [*eval_batches(tokens, split.labels, 16, **options)]
+    found = train_batches(tokens, split.labels, 8, seed=3, **options)
+    batches += [next(found) for _ in range(20)]
+    assert {batch["input_ids"].shape[1] for batch in batches} == {40}
+    check(batches[0], tokens, split.labels, 0)
+    check(batches[-1], tokens, split.labels, 0)
+
+
 def test_folders_without_a_tokenizer(tmp_path, tokenizer):
     folder = write_model(tmp_path / "m")
     for name in ("vocab.txt", "tokenizer_config.json"):

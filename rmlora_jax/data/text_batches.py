@@ -36,6 +36,7 @@ def train_batches(
     max_length: int,
     start_step: int = 0,
     group_by_length: bool = False,
+    one_length: bool = False,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict]:
@@ -50,6 +51,7 @@ def train_batches(
       start_step: steps that are done.
       group_by_length: within a window of 64 batches, put examples of similar length together; which
         examples a window has, and so that a pass has each once, stays as it is.
+      one_length: pad every batch to ``max_length``.
       process_index, process_count: which part of each global batch is yielded.
 
     Yields:
@@ -58,7 +60,7 @@ def train_batches(
     """
     local = local_size(global_batch, process_count)
     mine = slice(process_index * local, (process_index + 1) * local)
-    lengths = buckets(max_length)
+    lengths = (max_length,) if one_length else buckets(max_length)
     if not group_by_length:
         orders = batch_ids(len(labels), global_batch, seed=seed, start_step=start_step)
     else:
@@ -85,6 +87,7 @@ def eval_batches(
     *,
     pad_id: int,
     max_length: int,
+    one_length: bool = False,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict]:
@@ -97,7 +100,7 @@ def eval_batches(
     """
     local = local_size(global_batch, process_count)
     mine = slice(process_index * local, (process_index + 1) * local)
-    lengths, n = _doubling(max_length), len(labels)
+    lengths, n = (max_length,) if one_length else _doubling(max_length), len(labels)
     order = np.argsort(tokens.lengths, kind="stable").astype(np.int32)
     rows = np.full(math.ceil(n / global_batch) * global_batch, order[-1])
     rows[:n] = order

@@ -78,6 +78,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.text.test_file = config_dict.placeholder(str)  # None: a part of train_file is held out
     c.text.predict_file = config_dict.placeholder(str)  # without labels; predicted at the end
     c.text.group_by_length = False  # batches of similar lengths: less padding, another order
+    c.text.one_length = False  # pad all to max_length: more padding, but one program to compile
     c.text.cache = "~/.cache/rmlora_jax/tokens"  # folder of tokenised splits; "": none
 
     c.lora = ml_collections.ConfigDict()

@@ -110,6 +110,7 @@ def open_feed(config: ml_collections.ConfigDict, texts: data.TextDataset, tokeni
     options = {
         "pad_id": tokenizer.pad_token_id,
         "max_length": t.max_length,
+        "one_length": t.one_length,
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
     }
