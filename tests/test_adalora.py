@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ OPTIONS = PLAN | {"orthogonal": ORTHOGONAL, "clip": CLIP, "weight_decay": DECAY,
                   "beta1": BETA1, "beta2": BETA2}  # fmt: skip
 
 
-def problem(seed=0):
+def problem(seed=6):
     """Three stacked layers of rank 4, one of rank 3 and a head: (params, base, x, y), float64."""
     rng = np.random.default_rng(seed)
 
@@ -175,7 +176,7 @@ def assert_same(found, records):
     for t, (params, ibar, ubar, kept, allowed, *_) in enumerate(records):
         now = jax.tree.map(lambda leaf, t=t: np.asarray(leaf[t]), found)
         assert now[4] == allowed
-        for tree, wanted, atol in ((now[0], params, 2e-5), (now[1], ibar, 2e-8), (now[2], ubar, 2e-8)):
+        for tree, wanted, atol in zip(now, (params, ibar, ubar), (2e-5, 2e-8, 2e-8), strict=False):
             tree = tree if tree is now[0] else tree | {"head": {}}
             for name, value in as_modules(tree).items():
                 np.testing.assert_allclose(value, wanted[name], rtol=2e-3, atol=atol, err_msg=name)
@@ -190,12 +191,12 @@ def test_the_problem_tries_everything():
     """Clipped and whole gradients, budgets between the ends, triplets that come back."""
     params, *data = problem()
     records, gap = numpy_run(RATE, *data, params)
-    assert gap > 1e-3  # float32 cannot change the order of scores at a threshold
+    assert gap > 0.01  # float32 cannot change the order of scores at a threshold
     norms = [record[-1] for record in records]
     assert max(norms) > CLIP > min(norms)
     assert len({record[4] for record in records}) > 4 and records[-1][4] == 7
     masks = [np.concatenate(list(record[3].values())) for record in records]
-    assert any((later & ~earlier).any() for earlier, later in zip(masks, masks[1:], strict=False))
+    assert any((later & ~earlier).any() for earlier, later in itertools.pairwise(masks))
     assert masks[-1].sum() == 7 and [t for t in range(40) if records[t][5]] == [
         8, 12, 16, 20, 24, 28, 32, 33, 34, 35, 36, 37, 38, 39
     ]  # fmt: skip
@@ -218,7 +219,9 @@ def test_three_learning_rates_under_vmap_against_numpy():
     runs = jax.jit(jax.vmap(jax_run, (0, None, None, None, None)))
     found = runs(jnp.array(rates), *to_jax((*data, params)))
     for i, rate in enumerate(rates):
-        assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], found), numpy_run(rate, *data, params)[0])
+        records, gap = numpy_run(rate, *data, params)
+        assert gap > 0.01
+        assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], found), records)
 
 
 DEVICES = """
@@ -230,8 +233,9 @@ assert jax.device_count() == 4
 params, *data = problem()
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 specs = (P(), P(), P("data"), P("data"), P())
-run = jax.shard_map(functools.partial(jax_run, axis="data"), mesh=mesh, in_specs=specs, out_specs=P())
-assert_same(jax.jit(run)(RATE, *to_jax((*data, params))), numpy_run(RATE, *data, params)[0])
+run = functools.partial(jax_run, axis="data")
+run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P()))
+assert_same(run(RATE, *to_jax((*data, params))), numpy_run(RATE, *data, params)[0])
 print("equal on 4 devices")
 """
 
@@ -318,7 +322,7 @@ def test_step_in_bfloat16_is_exactly_zero_and_its_state_float32():
     gradients = tiny(e=(0.3, 0.2, 0.1))
     state = tx.init(params)
     for _ in range(4):
-        updates, state = tx.update(gradients, state, params)
+        updates, state = jax.jit(tx.update)(gradients, state, params)
         params = optax.apply_updates(params, updates)
     assert {leaf.dtype.name for leaf in jax.tree.leaves((updates, params))} == {"bfloat16"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32", "bool"}
@@ -332,8 +336,8 @@ def test_hyperparameters_may_be_traced_or_schedules():
         tx = adalora(value, **OPTIONS | {"orthogonal": value, "weight_decay": value})
         return tx.update(params, tx.init(params), params)[0]
 
-    wanted = run(lambda step: 0.03)
-    for found in (run(0.03), jax.jit(run)(0.03)):
+    wanted = jax.jit(lambda: run(0.03))()
+    for found in (jax.jit(lambda: run(lambda step: 0.03))(), jax.jit(run)(0.03)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, wanted)
 
 
@@ -416,7 +420,7 @@ def test_errors_of_the_tree():
         tree = whole | {"out": {k: v for k, v in whole["out"].items() if k != f"lora_{side}"}}
         with pytest.raises(ValueError, match=f"has no 'out/lora_{side}' beside it.*description"):
             tx.init(tree)
-    with pytest.raises(ValueError, match=r"'out/lora_e' has shape \(1, 3\).*\(\*stack, rank\) = \(3,\)"):
+    with pytest.raises(ValueError, match=r"'out/lora_e' has shape \(1, 3\).*rank\) = \(3,\)"):
         tx.init(whole | {"out": whole["out"] | {"lora_e": jnp.ones((1, 3))}})
     with pytest.raises(ValueError, match="no LoRA factors"):
         tx.init({"head": whole["head"]})
