@@ -42,13 +42,14 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # jax and TFDS tell of every file and backend at INFO
     # Imported here: --help and a mistyped flag need not wait for jax.
     from rmlora_jax.errors import UserError
-    from rmlora_jax.train import config, loop
+    from rmlora_jax.train import config, loop, sweep
 
     try:
         config.check_config(CONFIG.value)
         if DISTRIBUTED.value or COORDINATOR.value:
             join_processes()
-        loop.train(CONFIG.value, workdir())
+        train = sweep.train if config.is_sweep(CONFIG.value) else loop.train
+        train(CONFIG.value, workdir())
     except UserError as e:
         stop(e)
 

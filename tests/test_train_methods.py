@@ -99,7 +99,7 @@ def test_lora_plus_is_a_learning_rate_of_b(config, name, placement):
                 "head": {"kernel": normal(5, 2)}}
 
     schedule = method.learning_rate(config, 10)
-    tx = method.optimizer(config, schedule)
+    tx = method.optimizer(config, 10)
     adamw = [optax.adamw(lambda step, k=k: k * schedule(step), weight_decay=0.1) for k in (1, 16)]
     labels = {"q": {"lora_a": "one", "lora_b": "b"}, "head": {"kernel": "one"}}
     theirs = optax.multi_transform(dict(zip(("one", "b"), adamw, strict=True)), labels)

@@ -1,9 +1,9 @@
 """Hugging Face files in and out, without PyTorch."""
 
 from rmlora_jax.hub.source import bundled, find_folder
-from rmlora_jax.hub.text import PretrainedText, load_text
+from rmlora_jax.hub.text import PretrainedText, load_text, new_text_head
 from rmlora_jax.hub.tokenizer import load_tokenizer
-from rmlora_jax.hub.vit import Pretrained, load_vit
+from rmlora_jax.hub.vit import Pretrained, load_vit, new_vit_head
 
 __all__ = [
     "Pretrained",
@@ -13,4 +13,6 @@ __all__ = [
     "load_text",
     "load_tokenizer",
     "load_vit",
+    "new_text_head",
+    "new_vit_head",
 ]

@@ -115,13 +115,8 @@ def load_text(
     )
     params = flatten_dict(read.params, sep="/")
     new = tuple(path for path in shapes if path not in params)
-    key = jax.random.key(0) if key is None else key
-    for number, path in enumerate(new):
-        params[path] = np.zeros(shapes[path], np.float32)
-        if path.endswith("/kernel"):
-            draw = jax.random.normal(jax.random.fold_in(key, number), shapes[path], jnp.float32)
-            params[path] = config.initializer_range * np.asarray(draw)
-    return PretrainedText(
+    params |= {path: np.zeros(shapes[path], np.float32) for path in new}
+    pretrained = PretrainedText(
         family=family,
         config=config,
         params=unflatten_dict(params, sep="/"),
@@ -132,6 +127,18 @@ def load_text(
         folder=folder,
         source=str(source),
     )
+    return new_text_head(pretrained, jax.random.key(0) if key is None else key)
+
+
+def new_text_head(pretrained: PretrainedText, key: jax.Array) -> PretrainedText:
+    """The same model with all that is new drawn from ``key``, as `load_text`; nothing is read."""
+    params = flatten_dict(pretrained.params, sep="/")
+    for number, path in enumerate(pretrained.new):
+        if path.endswith("/kernel"):
+            shape = params[path].shape
+            draw = jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32)
+            params[path] = pretrained.config.initializer_range * np.asarray(draw)
+    return pretrained._replace(params=unflatten_dict(params, sep="/"))
 
 
 def _shapes(family: Family, config, num_labels: int) -> dict[str, tuple[int, ...]]:

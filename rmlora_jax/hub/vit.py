@@ -167,13 +167,8 @@ def load_vit(
 
     embed = params["embed"]
     embed["position"] = resize_positions(embed["position"], resized.grid)
-    if not keep_head:
-        key = jax.random.key(0) if key is None else key
-        init = truncated_normal(config.initializer_range)
-        kernel = np.asarray(init(key, (config.hidden_size, classes), jnp.float32))
-        params["head"] = {"kernel": kernel, "bias": np.zeros((classes,), np.float32)}
     mean, std = _normalisation(folder, config.num_channels)
-    return Pretrained(
+    pretrained = Pretrained(
         config=resized,
         params=params,
         num_classes=classes,
@@ -185,6 +180,20 @@ def load_vit(
         new=() if keep_head else tuple(entry.path for entry in HEAD),
         source=str(source),
     )
+    return new_vit_head(pretrained, jax.random.key(0) if key is None else key)
+
+
+def new_vit_head(pretrained: Pretrained, key: jax.Array) -> Pretrained:
+    """The same model with its new head drawn from ``key``, as `load_vit` does; nothing is read."""
+    if not pretrained.new:
+        return pretrained
+    shape = (pretrained.config.hidden_size, pretrained.num_classes)
+    init = truncated_normal(pretrained.config.initializer_range)
+    head = {
+        "kernel": np.asarray(init(key, shape, jnp.float32)),
+        "bias": np.zeros(shape[1:], np.float32),
+    }
+    return pretrained._replace(params=pretrained.params | {"head": head})
 
 
 def _resized(config: ViTConfig, image_size: int) -> ViTConfig:

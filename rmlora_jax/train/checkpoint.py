@@ -32,8 +32,10 @@ def score(metrics: dict) -> Score:
     return Score(finite(metrics["score"]), finite(-metrics["loss"]))
 
 
-def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
+def open_checkpoints(workdir: Path, *, keep_best: bool = True) -> ocp.CheckpointManager:
     """The manager of ``workdir/checkpoints``; saves are asynchronous, close it to wait for them.
+
+    It keeps the latest checkpoint and, with ``keep_best``, the best.
 
     Raises:
       UserError: the folder is none, or what it says of its steps is missing or damaged.
@@ -44,7 +46,9 @@ def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
         save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),
         preservation_policy=policy.AnyPreservationPolicy(
             [policy.LatestN(1), policy.BestN(get_metric_fn=score, n=1)]
-        ),
+        )
+        if keep_best
+        else policy.LatestN(1),
         best_fn=lambda metrics: metrics["score"],  # without it orbax writes no metrics
         cleanup_tmp_directories=True,  # what a killed save left behind
     )
@@ -65,12 +69,21 @@ def save(
     manager: ocp.CheckpointManager, state: State, validation: dict[str, float], metric: str
 ) -> None:
     """Starts to write a checkpoint; ``metric`` names the figure that best is chosen by."""
+    write(manager, int(state.step), state, scored(validation, metric))
+
+
+def scored(validation: dict[str, float], metric: str) -> dict[str, float]:
+    """The figures of a checkpoint with the "score" that `score` compares."""
     value = validation[metric]
-    figures = validation | {"score": value if higher_is_better(metric) else -value}
-    manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()), metrics=figures)
+    return validation | {"score": value if higher_is_better(metric) else -value}
 
 
-def restore(manager: ocp.CheckpointManager, like: State, step: int) -> State:
+def write(manager: ocp.CheckpointManager, step: int, state: NamedTuple, figures: dict) -> None:
+    """Starts to write any state with its figures, which are kept as JSON."""
+    manager.save(step, args=ocp.args.StandardSave(state._asdict()), metrics=figures)
+
+
+def restore(manager: ocp.CheckpointManager, like: NamedTuple, step: int) -> NamedTuple:
     """Reads a step into the shapes, dtypes and shardings of ``like``.
 
     Raises:
@@ -79,7 +92,7 @@ def restore(manager: ocp.CheckpointManager, like: State, step: int) -> State:
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
     hook, sys.unraisablehook = sys.unraisablehook, _without_late_reads(sys.unraisablehook)
     try:
-        state = State(**manager.restore(step, args=ocp.args.StandardRestore(target)))
+        state = type(like)(**manager.restore(step, args=ocp.args.StandardRestore(target)))
         sys.unraisablehook = hook
         return state
     except Exception as e:  # orbax and tensorstore raise many kinds for damaged files

@@ -3,11 +3,13 @@
 import difflib
 import re
 import types
+from typing import NamedTuple
 
 import ml_collections
 from ml_collections import config_dict
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.train import grid
 from rmlora_jax.train.scores import NAMES
 
 REGRESSION = "text_regression"
@@ -18,11 +20,23 @@ PENALISED = ("rm_lora", "reg_only")  # of these, those with the penalty
 MASKED = ("rm_lora", "mask_only")  # and those with the mask
 METHODS = (*ADAPTED, "bitfit", "head", "full")
 
+# What a sweep can vary: its name in sweep.grid -> the field, and the methods that read the field.
+SWEEPABLE = {
+    "learning_rate": ("optimizer.learning_rate", METHODS),
+    "weight_decay": ("optimizer.weight_decay", METHODS),
+    "penalty": ("rm.penalty", PENALISED),
+    "keep": ("rm.keep", MASKED),
+    "alpha": ("lora.alpha", ADAPTED),
+    "orthogonal": ("adalora.orthogonal", ("adalora",)),
+    "sparsity": ("sora.sparsity", ("sora",)),
+    "l1": ("sora.l1", ("sora",)),
+}
+
 # Fields that may differ between a run and its continuation: they change where things are, or
 # what is written, and no number.
 FREE_ON_RESUME = frozenset(
     {"data.data_dir", "data.workers", "data.processes", "log_every", "compilation_cache"}
-    | {"text.cache"}
+    | {"text.cache", "sweep.at_once"}
 )
 
 
@@ -34,7 +48,7 @@ def default_config() -> ml_collections.ConfigDict:
     # adalora and sora, which share out or close rank directions while they train;
     # bitfit (every bias, and what lora.train matches); head (what lora.train matches); full
     c.method = "rm_lora"
-    c.seed = 0  # of the factors, the order of the data, the augmentation and the masks
+    c.seed = 0  # of factors, head, masks and dropout; where data.seed is None, of the data too
     c.epochs = 8.0  # passes over the training split; ignored where steps is set
     c.steps = 0  # optimizer steps; 0: from epochs
     c.batch_size = 64  # examples an optimizer step, over all devices of all processes
@@ -69,6 +83,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.processes = 0  # processes that decode streamed training images; 0: threads of this one
     c.data.flip = True  # mirror training images at random
     c.data.crop = "pad"  # pad: shift by up to an eighth; resized: random part; none
+    c.data.seed = config_dict.placeholder(int)  # of order and augmentation; None: seed
 
     c.text = ml_collections.ConfigDict()  # read by the tasks of text alone
     c.text.columns = ()  # one or two names of features with text; (): those of the GLUE task
@@ -129,6 +144,12 @@ def default_config() -> ml_collections.ConfigDict:
     c.optimizer.clip = 1.0  # global norm of the gradient; 0: no clipping
     c.optimizer.label_smoothing = 0.0
     c.optimizer.lora_plus = 1.0  # LoRA+: learning rate of lora_b over that of all else, such as 16
+
+    c.sweep = ml_collections.ConfigDict()  # many runs in one program, on the same batches
+    c.sweep.seeds = 0  # this many seeds: seed, seed + 1, ...; 0: seed alone
+    # "{'penalty': (0, .1), 'keep': (.5, 1)}": every combination; "[{'penalty': .1}, ...]": these
+    c.sweep.grid = ""
+    c.sweep.at_once = 0  # runs in a program; 0: as many as fit in memory
     return c
 
 
@@ -198,8 +219,9 @@ def check_config(c: ml_collections.ConfigDict) -> None:
                   "adalora.initial_rank", "adalora.every", "sora.initial_rank"):
         need(vars(flat)[field] >= 1, field, "at least 1")
     for field in ("steps", "eval_every", "model.image_size", "data.limit", "data.processes",
-                  "rm.penalty", "rm.start_step", "optimizer.weight_decay", "optimizer.clip",
-                  "adalora.warmup", "adalora.orthogonal", "sora.sparsity", "sora.l1"):
+                  "sweep.seeds", "sweep.at_once", "rm.penalty", "rm.start_step",
+                  "optimizer.weight_decay", "optimizer.clip", "adalora.warmup",
+                  "adalora.orthogonal", "sora.sparsity", "sora.l1"):
         need(vars(flat)[field] >= 0, field, "0 or more")
     need(c.steps > 0 or c.epochs > 0, "epochs", "above 0 where steps is 0")
     need(c.lora.alpha > 0, "lora.alpha", "above 0")
@@ -221,6 +243,7 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     need(c.data.validation > 0, "data.validation", "above 0: the best step is chosen on it")
     need(c.batch_size % c.accumulate == 0, "accumulate", f"a divisor of batch_size {c.batch_size}")
     need(0 <= c.seed < 2**31, "seed", "from 0 to 2147483647")
+    need(0 <= data_seed(c) < 2**31, "data.seed", "from 0 to 2147483647")
     if c.task in KINDS[1:]:
         for field, only in (("model.image_size", 0), ("model.attention", "auto")):
             need(vars(flat)[field] in (only, "xla"), field, f"{only!r} for text")
@@ -238,8 +261,98 @@ def check_config(c: ml_collections.ConfigDict) -> None:
             re.compile(vars(flat)[field])
         except re.error as e:
             wrong.append(f"config.{field}={vars(flat)[field]!r}: not a regular expression: {e}")
+    if is_sweep(c):
+        wrong += _mistakes_of_sweep(c, wrong)
     if wrong:
         raise UserError("\n".join(wrong))
+
+
+def _mistakes_of_sweep(c: ml_collections.ConfigDict, known: list[str]) -> list[str]:
+    """What is wrong with ``sweep.*``, and with single runs beyond the mistakes ``known``."""
+    wrong = []
+    where = f"config.sweep.grid={c.sweep.grid!r}"
+    try:
+        settings = grid.parse(c.sweep.grid)
+    except ValueError as e:
+        return [f"{where}: {e}"]
+    for name in dict.fromkeys(name for setting in settings for name in setting):
+        if name not in SWEEPABLE:
+            near = difflib.get_close_matches(str(name), SWEEPABLE, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            if name == "seed":
+                hint = "; type --config.sweep.seeds=5 for five seeds"
+            wrong.append(f"{where}: no {name!r}, there are {', '.join(SWEEPABLE)}{hint}")
+        elif c.method not in SWEEPABLE[name][1]:
+            readers = SWEEPABLE[name][1]
+            wrong.append(f"{where}: {name!r} changes nothing with method {c.method}, only with "
+                         f"{', '.join(readers)}; drop it, or type --config.method={readers[0]}")
+        elif name == "keep" and c.rm.draw == "exact":
+            wrong.append(f"{where}: 'keep' is swept as a probability; type "
+                         "--config.rm.draw=bernoulli")
+    if wrong:
+        return wrong
+    singles = runs(c)
+    names = [run.name for run in singles]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        wrong.append(f"{where}: the same run more than once: {', '.join(twice)}")
+    if c.seed + max(c.sweep.seeds, 1) > 2**31:
+        wrong.append(f"config.sweep.seeds={c.sweep.seeds!r}: seeds from {c.seed} would pass "
+                     "2147483647; lower --config.seed")
+        return wrong
+    for run in singles:
+        try:
+            check_config(run.config)
+        except UserError as e:
+            wrong += [f"{where}: {line}" for line in str(e).splitlines() if line not in known]
+    return list(dict.fromkeys(wrong))
+
+
+def data_seed(c: ml_collections.ConfigDict) -> int:
+    """What the order of the examples and their augmentation are drawn from."""
+    return c.seed if c.data.seed is None else c.data.seed
+
+
+def is_sweep(c: ml_collections.ConfigDict) -> bool:
+    return bool(c.sweep.seeds or c.sweep.grid)
+
+
+class Run(NamedTuple):
+    """One of the runs of a sweep."""
+
+    name: str  # of its folder: seed=3,penalty=0.1
+    setting: dict[str, float]  # its values of what is swept, by the names of SWEEPABLE
+    config: ml_collections.ConfigDict  # of the single run that it equals
+
+
+def runs(c: ml_collections.ConfigDict) -> list[Run]:
+    """The runs of a sweep: every setting of ``sweep.grid``, each with every seed.
+
+    Raises:
+      ValueError: ``sweep.grid`` is not as it should be; `check_config` says all that is wrong.
+    """
+    settings = grid.parse(c.sweep.grid)
+    swept = dict.fromkeys(name for setting in settings for name in setting)
+    off = default_config().sweep
+    found = []
+    for setting in settings:
+        values = {name: SWEEPABLE[name][0] for name in swept}
+        values = {name: setting.get(name, flatten(c)[path]) for name, path in values.items()}
+        for seed in range(c.seed, c.seed + max(c.sweep.seeds, 1)):
+            own = with_values(c, values)
+            own.seed, own.data.seed, own.sweep = seed, data_seed(c), off
+            found.append(Run(grid.name({"seed": seed} | values), values, own))
+    return found
+
+
+def with_values(c: ml_collections.ConfigDict, values: dict) -> ml_collections.ConfigDict:
+    """A copy with the fields of ``SWEEPABLE`` at these values, which may be traced."""
+    own = c.copy_and_resolve_references()
+    with own.ignore_type():
+        for name, value in values.items():
+            section, _, field = SWEEPABLE[name][0].partition(".")
+            own[section][field] = value
+    return own
 
 
 def differences(old: dict, new: dict) -> list[str]:

@@ -13,8 +13,9 @@ import numpy as np
 
 from rmlora_jax import data
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub import Pretrained, find_folder, load_vit
+from rmlora_jax.hub import Pretrained, find_folder, load_vit, new_vit_head
 from rmlora_jax.models import ViT
+from rmlora_jax.train.config import data_seed
 from rmlora_jax.train.fields import fields
 from rmlora_jax.train.mesh import Devices, replicate
 from rmlora_jax.train.task import Feed, Problem, checkpoint_notes
@@ -51,6 +52,8 @@ def open_problem(
     return Problem(
         model=model,
         params=pretrained.params,
+        new=pretrained.new,
+        reseeded=lambda key: new_vit_head(pretrained, key).params,
         example=(image,),
         open_feed=lambda: open_feed(config, images, pretrained, devices),
         metrics=("accuracy",),
@@ -93,7 +96,7 @@ def open_feed(
         std=pretrained.image_std,
         dtype=jnp.dtype(config.model.dtype),
     )
-    options = {"seed": config.seed, **process}
+    options = {"seed": data_seed(config), **process}
 
     if storage.resident:
         arrays = {

@@ -3,7 +3,7 @@
 import functools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import plain, read_json, write_json
 from rmlora_jax.train import checkpoint, setup, terminal
-from rmlora_jax.train.config import check_config, differences
+from rmlora_jax.train.config import check_config, differences, is_sweep
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter, read_metrics
 from rmlora_jax.train.report import verdict, write_report
@@ -32,6 +32,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     """
     began = time.monotonic()
     check_config(config)
+    if is_sweep(config):
+        raise ValueError("loop.train is for a single run: call sweep.train")
     workdir = Path(workdir).absolute()
     check_workdir(config, workdir)
     leader = jax.process_index() == 0
@@ -77,7 +79,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
             )
             for note in job.notes:
                 writer.print(note)
-            compiled = compile_steps(job, state, devices)
+            compiled = compile_steps(job, state, start, devices)
             writer.print(f"compiled in {terminal.duration(compiled.seconds)}")
             state, rate = fit(config, job, state, compiled, checkpoints, writer, devices)
         checkpoints.wait_until_finished()
@@ -92,28 +94,44 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
             if leader:
                 file = job.write_predictions(workdir, split, out.ids, out.predictions)
                 print(f"predictions of step {step:,} for {split}: {file}")
-        summary = {
-            "task": config.task,
-            "method": config.method,
-            "model": config.model.source,
-            "dataset": config.data.name,
-            "steps": job.steps,
-            "metric": job.metrics[0],
-            "eval": last,
-            "best_eval": {"step": step} | best_eval,
-            "trainable_parameters": job.trainable_parameters,
-            "total_parameters": job.total_parameters,
-            "examples_per_second": rate,
-            "compile_seconds": compiled.seconds,
-            "wall_seconds": time.monotonic() - began,
-            "peak_memory_bytes": peak_memory(),
-            "intrinsic_dimension": plain(spectrum(state, job)),
-        }
+        summary = summary_of(
+            config,
+            job,
+            last=last,
+            best={"step": step} | best_eval,
+            rate=rate,
+            compile_seconds=compiled.seconds,
+            wall_seconds=time.monotonic() - began,
+            intrinsic=spectrum(state.trainable, job.constants.frozen, job.lora),
+        )
     if leader:
         write_json(workdir / "summary.json", summary)
         write_report(workdir)
         print(ending(summary, workdir), flush=True)
     return summary
+
+
+def summary_of(
+    config, job: setup.Job, *, last, best, rate, compile_seconds, wall_seconds, intrinsic
+) -> dict:
+    """What ``summary.json`` says of a run."""
+    return {
+        "task": config.task,
+        "method": config.method,
+        "model": config.model.source,
+        "dataset": config.data.name,
+        "steps": job.steps,
+        "metric": job.metrics[0],
+        "eval": last,
+        "best_eval": best,
+        "trainable_parameters": job.trainable_parameters,
+        "total_parameters": job.total_parameters,
+        "examples_per_second": rate,
+        "compile_seconds": compile_seconds,
+        "wall_seconds": wall_seconds,
+        "peak_memory_bytes": peak_memory(),
+        "intrinsic_dimension": plain(intrinsic),
+    }
 
 
 def ending(summary: dict, workdir: Path) -> str:
@@ -151,10 +169,10 @@ class Steps(NamedTuple):
         return self.train.seconds + self.evaluate.seconds
 
 
-def compile_steps(job: setup.Job, state: State, devices: Devices) -> Steps:
-    """Both steps, compiled for the shapes of their first batches."""
+def compile_steps(job: setup.Job, state: State, start: int, devices: Devices) -> Steps:
+    """Both steps, compiled for the shapes of their first batches from step ``start`` on."""
     steps = Steps(Compiled(job.train_step), Compiled(job.eval_step))
-    batch = shard(next(iter(job.feed.train(int(state.step)))), devices)
+    batch = shard(next(iter(job.feed.train(start))), devices)
     steps.train.program(state, job.constants, batch)
     batch = shard(next(iter(job.feed.evaluate("validation"))), devices)
     steps.evaluate.program(state.trainable, job.constants, batch)
@@ -166,7 +184,37 @@ def fit(config, job: setup.Job, state: State, compiled: Steps, checkpoints, writ
 
     The rate counts the time of training steps alone: without compilation, evaluation, checkpoints.
     """
-    pending, seconds, trained = [], 0.0, 0
+    seconds, trained = 0.0, 0
+    for done in stretches(config, job, state, compiled, devices):
+        state = done.state
+        seconds, trained = seconds + done.seconds, trained + len(done.metrics)
+        row = row_of(done, done.metrics, job.schedule, config)
+        if done.evaluating:
+            outputs = evaluate(compiled, state.trainable, job, "validation", devices)
+            validation = measured(outputs, job.metrics)
+            row |= {f"eval/{name}": value for name, value in validation.items()}
+            writer.write(done.step, row)
+            intrinsic = spectrum(state.trainable, job.constants.frozen, job.lora)
+            writer.intrinsic(done.step, intrinsic)
+            checkpoint.save(checkpoints, state, validation, job.metrics[0])
+        else:
+            writer.write(done.step, row)
+    return state, trained * config.batch_size / seconds if seconds else None
+
+
+class Stretch(NamedTuple):
+    """The steps up to a line of metrics.jsonl."""
+
+    step: int  # optimizer steps done
+    state: State  # valid until the next stretch, which reuses its memory
+    metrics: list[dict]  # of each step, on the host
+    seconds: float  # that the steps took, without compilation
+    evaluating: bool  # whether an evaluation and a checkpoint are due
+
+
+def stretches(config, job: setup.Job, state: State, compiled: Steps, devices) -> Iterator[Stretch]:
+    """Trains from ``state`` to the last step; what is done with a stretch is not in its time."""
+    pending = []
 
     def clock():
         return time.monotonic() - compiled.seconds
@@ -179,23 +227,17 @@ def fit(config, job: setup.Job, state: State, compiled: Steps, checkpoints, writ
         evaluating = done % job.eval_every == 0 or done == job.steps
         if done % config.log_every and not evaluating:
             continue
-        row = mean_of(jax.device_get(pending))  # waits for the steps
-        elapsed = clock() - since
-        seconds, trained = seconds + elapsed, trained + len(pending)
-        row["learning_rate"] = float(job.schedule(done - 1))
-        row["examples_per_second"] = len(pending) * config.batch_size / elapsed
-        pending = []
-        if evaluating:
-            outputs = evaluate(compiled, state.trainable, job, "validation", devices)
-            validation = measured(outputs, job.metrics)
-            row |= {f"eval/{name}": value for name, value in validation.items()}
-            writer.write(done, row)
-            writer.intrinsic(done, spectrum(state, job))
-            checkpoint.save(checkpoints, state, validation, job.metrics[0])
-        else:
-            writer.write(done, row)
-        since = clock()
-    return state, trained * config.batch_size / seconds if seconds else None
+        metrics = jax.device_get(pending)  # waits for the steps
+        yield Stretch(done, state, metrics, clock() - since, evaluating)
+        pending, since = [], clock()
+
+
+def row_of(done: Stretch, metrics: list[dict], schedule, config) -> dict[str, float]:
+    """A line of metrics.jsonl from the metrics of each step of one run."""
+    return mean_of(metrics) | {
+        "learning_rate": float(schedule(done.step - 1)),
+        "examples_per_second": len(metrics) * config.batch_size / done.seconds,
+    }
 
 
 def mean_of(metrics: list[dict]) -> dict[str, float]:
@@ -211,10 +253,10 @@ def evaluate(compiled: Steps, trainable, job: setup.Job, split: str, devices: De
             for batch in job.feed.evaluate(split)
         ]
     )
-    rows = {k: np.concatenate([b[k].reshape(-1) for b in batches]) for k in batches[0]}
+    rows = {k: np.concatenate([b[k] for b in batches], axis=-1) for k in batches[0]}
     order = np.argsort(rows["id"], kind="stable")
     order = order[rows["mask"][order]]
-    return Outputs(*(rows[k][order] for k in ("id", "prediction", "label", "loss")))
+    return Outputs(*(rows[k][..., order] for k in ("id", "prediction", "label", "loss")))
 
 
 def measured(outputs: Outputs, metrics: tuple[str, ...]) -> dict[str, float]:
@@ -228,9 +270,14 @@ def reported(compiled: Steps, trainable, job: setup.Job, devices: Devices) -> di
     figures = {}
     for split in job.feed.tests:
         outputs = evaluate(compiled, trainable, job, split, devices)
-        suffix = split.removeprefix("test")
-        figures |= {k + suffix: v for k, v in measured(outputs, job.metrics).items()}
+        figures |= named(measured(outputs, job.metrics), split)
     return figures
+
+
+def named(figures: dict[str, float], split: str) -> dict[str, float]:
+    """Figures under the names of a reported split."""
+    suffix = split.removeprefix("test")
+    return {name + suffix: value for name, value in figures.items()}
 
 
 def peak_memory() -> int | None:
@@ -238,11 +285,11 @@ def peak_memory() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def spectrum(state: State, job: setup.Job) -> dict:
+def spectrum(trainable, frozen, lora: rm.LoRA) -> dict:
     """`rmlora_jax.intrinsic_dimension` of the adapted weights; {} for methods without."""
-    if job.lora.target is None:
+    if lora.target is None:
         return {}
-    return jax.device_get(_spectrum(state.trainable, job.constants.frozen, job.lora))
+    return jax.device_get(_spectrum(trainable, frozen, lora))
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -60,15 +60,13 @@ def learning_rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
     return optax.join_schedules([rise, decay], [warmup])
 
 
-def optimizer(
-    config: ml_collections.ConfigDict, schedule: optax.Schedule, steps: int
-) -> optax.GradientTransformation:
+def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
     """Clip and AdamW for a run of ``steps`` steps, with what the method adds before and after.
 
     For RM-LoRA and its halves that is the penalty's gradient before the clip and the mask behind
     it; for AdaLoRA its penalty and its allocation; for SoRA the proximal step of its gates.
     """
-    c = config.optimizer
+    c, schedule = config.optimizer, learning_rate(config, steps)
     adamw = {"b1": c.b1, "b2": c.b2, "eps": c.eps, "weight_decay": c.weight_decay}
     if config.method in (*PENALISED, *MASKED):
         tx = _rm_lora(config, schedule, adamw)

@@ -112,6 +112,7 @@ class MetricWriter:
       stream: where to show progress; standard output by default.
       interval: seconds between lines of progress where ``stream`` is not a terminal.
       tensorboard: whether to write events to the folder ``tensorboard`` (by tensorboardX).
+      progress: False shows nothing: the runs of a sweep share a display.
 
     Raises:
       UserError: a file to be continued holds a line that is not one of this class's.
@@ -127,10 +128,11 @@ class MetricWriter:
         stream: TextIO | None = None,
         interval: float = 5.0,
         tensorboard: bool = True,
+        progress: bool = True,
     ):
         self.workdir = pathlib.Path(workdir)
         self.enabled = enabled
-        self._events = None
+        self._events = self._progress = None
         self._shown = {}
         self._last_step = start_step if start_step > 0 else -1
         if not enabled:
@@ -140,7 +142,8 @@ class MetricWriter:
             drop_after(self.workdir / name, start_step)
         if tensorboard:
             self._events = _open_events(self.workdir / EVENTS, start_step)
-        self._progress = Progress(total_steps, stream=stream, interval=interval)
+        if progress:
+            self._progress = Progress(total_steps, stream=stream, interval=interval)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records the metrics of ``step``, all of them at once, and shows them.
@@ -167,11 +170,11 @@ class MetricWriter:
                     continue
                 self._events.add_scalar(key, value, step)
         self._shown |= values
-        self._progress.update(step, self._shown)
+        self.progress(step)
 
     def progress(self, step: int) -> None:
         """Moves the progress display to ``step`` without recording anything."""
-        if self.enabled:
+        if self._progress is not None:
             self._progress.update(int(step), self._shown)
 
     def intrinsic(self, step: int, modules: Mapping[str, Mapping[str, Any]]) -> None:
@@ -188,14 +191,13 @@ class MetricWriter:
 
     def print(self, text: str) -> None:
         """Shows ``text`` on lines of its own without disturbing the progress bar."""
-        if self.enabled:
+        if self._progress is not None:
             self._progress.print(text)
 
     def close(self) -> None:
         """Ends the progress bar and flushes the events; a second call does nothing."""
-        if not self.enabled:
-            return
-        self._progress.close()
+        if self._progress is not None:
+            self._progress.close()
         if self._events is not None:
             self._events.close()
             self._events = None

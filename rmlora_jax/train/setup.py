@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -14,11 +15,11 @@ import optax
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.train import images, method, text
-from rmlora_jax.train.config import KINDS, REGRESSION
+from rmlora_jax.train.config import KINDS, REGRESSION, data_seed
 from rmlora_jax.train.fields import fields
 from rmlora_jax.train.mesh import Devices, check_divisible, replicate, spread
 from rmlora_jax.train.step import Constants, State, init_state, make_eval_step, make_train_step
-from rmlora_jax.train.task import Feed
+from rmlora_jax.train.task import Feed, Problem
 
 
 class Job(NamedTuple):
@@ -40,11 +41,50 @@ class Job(NamedTuple):
     write_predictions: Callable | None  # (folder, split, ids, predictions)
 
 
+class Base(NamedTuple):
+    """What a run, or all runs of a sweep, starts from: data, pretrained weights, adapted model."""
+
+    problem: Problem
+    feed: Feed
+    lora: rm.LoRA
+    adapted: nn.Module  # the model with its factors
+    trainable: dict  # before the first step, of the config's own seed
+    constants: Constants
+    steps: int
+    total_parameters: int
+    trainable_parameters: int
+
+
 def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
     """Reads data and weights, adapts the model and makes the two steps.
 
     Raises:
       UserError: whatever of the config cannot be had, with what to type.
+    """
+    base = open_base(config, devices)
+    return Job(
+        lora=base.lora,
+        state=replicate(start(config, base, base.trainable), devices),
+        constants=base.constants,
+        train_step=spread(train_step(config, base), devices, donate=True),
+        eval_step=spread(eval_step(config, base), devices),
+        feed=base.feed,
+        schedule=method.learning_rate(config, base.steps),
+        steps=base.steps,
+        eval_every=eval_every(config, base),
+        total_parameters=base.total_parameters,
+        trainable_parameters=base.trainable_parameters,
+        metrics=base.problem.metrics,
+        notes=base.problem.notes,
+        write_predictions=base.problem.write_predictions,
+    )
+
+
+def open_base(config: ml_collections.ConfigDict, devices: Devices) -> Base:
+    """The base of a run or of a sweep.
+
+    Raises:
+      UserError: as `build`.
     """
     sizes = {"batch_size": config.batch_size, "eval_batch_size": config.eval_batch_size}
     check_divisible(devices, **sizes)
@@ -55,7 +95,7 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
             f"--config.batch_size={devices.count * config.accumulate}, or a multiple of it"
         )
     open_problem = images.open_problem if config.task == KINDS[0] else text.open_problem
-    head_key, factors_key = jax.random.split(jax.random.key(config.seed))
+    head_key, factors_key = keys(config)
     problem = open_problem(config, devices, head_key)
     with fields("lora.*"):
         lora = method.description(config)
@@ -66,44 +106,83 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
 
     feed = problem.open_feed()
     steps = config.steps or max(1, round(config.epochs * feed.train_size / config.batch_size))
-    schedule = method.learning_rate(config, steps)
+    trainable = _cast(trainable, jnp.float32)
     with fields("rm.* and --config.lora.rank"):
-        tx = method.optimizer(config, schedule, steps)
-        state = init_state(tx, _cast(trainable, jnp.float32))
+        tx = method.optimizer(config, steps)
+        jax.eval_shape(tx.init, trainable)
+    return Base(
+        problem=problem,
+        feed=feed,
+        lora=lora,
+        adapted=adapted,
+        trainable=trainable,
+        constants=Constants(
+            frozen=replicate(_cast(frozen, jnp.dtype(config.model.base_dtype)), devices),
+            data=feed.resident,
+            data_seed=replicate(np.uint32(data_seed(config)), devices),
+            seed=replicate(np.uint32(config.seed), devices),
+        ),
+        steps=steps,
+        total_parameters=count(params),
+        trainable_parameters=count(trainable),
+    )
 
-    def apply(params, inputs, rngs=None):
-        return adapted.apply({"params": params}, *inputs, train=rngs is not None, rngs=rngs)
 
-    regression = config.task == REGRESSION
+def keys(config: ml_collections.ConfigDict) -> jax.Array:
+    """The keys of what is new in the pretrained model, such as its head, and of the factors."""
+    return jax.random.split(jax.random.key(config.seed))
+
+
+def start(config: ml_collections.ConfigDict, base: Base, trainable: dict) -> State:
+    """The state of a run before its first step."""
+    return init_state(method.optimizer(config, base.steps), trainable)
+
+
+def reseeded(config: ml_collections.ConfigDict, base: Base) -> dict:
+    """What the run of another seed (or alpha) trains before its first step, on the same base."""
+    head_key, factors_key = keys(config)
+    params = base.problem.reseeded(head_key)
+    lora = method.description(config)
+    adapted = rm.adapt(base.problem.model, lora)
+    params = rm.attach(factors_key, adapted, params, *base.problem.example)
+    return _cast(rm.split(params, lora)[0], jnp.float32)
+
+
+def eval_every(config: ml_collections.ConfigDict, base: Base) -> int:
+    return config.eval_every or math.ceil(base.feed.train_size / config.batch_size)
+
+
+def train_step(config: ml_collections.ConfigDict, base: Base, prepare_params=None) -> Callable:
+    """The step of one device; fields of ``SWEEPABLE`` in the config may be traced.
+
+    ``prepare_params`` changes the parameters on their way into the model.
+    """
     penalty = functools.partial(rm.orthogonality, kind=config.rm.kind)
-    train_step = make_train_step(
-        apply,
-        tx,
-        feed.prepare_train,
-        regression=regression,
-        penalty=penalty if lora.target is not None else None,
+    return make_train_step(
+        _apply(base, prepare_params),
+        method.optimizer(config, base.steps),
+        base.feed.prepare_train,
+        regression=config.task == REGRESSION,
+        penalty=penalty if base.lora.target is not None else None,
         accumulate=config.accumulate,
         label_smoothing=config.optimizer.label_smoothing,
     )
-    frozen = replicate(_cast(frozen, jnp.dtype(config.model.base_dtype)), devices)
-    return Job(
-        lora=lora,
-        state=replicate(state, devices),
-        constants=Constants(frozen, feed.resident, replicate(np.uint32(config.seed), devices)),
-        train_step=spread(train_step, devices, donate=True),
-        eval_step=spread(
-            make_eval_step(apply, feed.prepare_eval, regression=regression), devices
-        ),
-        feed=feed,
-        schedule=schedule,
-        steps=steps,
-        eval_every=config.eval_every or math.ceil(feed.train_size / config.batch_size),
-        total_parameters=count(params),
-        trainable_parameters=count(trainable),
-        metrics=problem.metrics,
-        notes=problem.notes,
-        write_predictions=problem.write_predictions,
+
+
+def eval_step(config: ml_collections.ConfigDict, base: Base, prepare_params=None) -> Callable:
+    """The evaluation step of one device, as `train_step`."""
+    regression = config.task == REGRESSION
+    return make_eval_step(
+        _apply(base, prepare_params), base.feed.prepare_eval, regression=regression
     )
+
+
+def _apply(base: Base, prepare_params: Callable | None) -> Callable:
+    def apply(params, inputs, rngs=None):
+        params = prepare_params(params) if prepare_params else params
+        return base.adapted.apply({"params": params}, *inputs, train=rngs is not None, rngs=rngs)
+
+    return apply
 
 
 def _cast(tree: Any, dtype) -> Any:

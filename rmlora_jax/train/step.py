@@ -30,7 +30,8 @@ class Constants(NamedTuple):
 
     frozen: dict  # the base
     data: dict  # the resident data, {} where batches are streamed
-    seed: jax.Array  # uint32: of augmentation and dropout; folded with the step
+    data_seed: jax.Array  # uint32: of the augmentation; folded with the step
+    seed: jax.Array  # uint32: of dropout; folded with the step
 
 
 def init_state(tx: optax.GradientTransformation, trainable: dict) -> State:
@@ -66,8 +67,8 @@ def make_train_step(
     grad_norm.
     """
 
-    def loss_fn(trainable, constants, batch, key, positions):
-        augment_key, dropout_key = jax.random.split(key)
+    def loss_fn(trainable, constants, batch, keys, positions):
+        augment_key, dropout_key = keys
         inputs, labels = prepare(augment_key, positions, constants.data, batch)
         # Dropout alone differs with the number of devices: its masks are drawn per micro-batch.
         rngs = {"dropout": jax.random.fold_in(dropout_key, positions[0])}
@@ -80,7 +81,10 @@ def make_train_step(
         return losses.sum(), {"accuracy": (logits.argmax(-1) == labels).sum(dtype=jnp.float32)}
 
     def step(state: State, constants: Constants, batch):
-        key = jax.random.fold_in(jax.random.key(constants.seed), state.step)
+        # Two halves of one key where the seeds are one. Nothing of a run enters the first, so that
+        # runs mapped over this step share what it draws.
+        augment_key, _ = _split(constants.data_seed, state.step)
+        _, dropout_key = _split(constants.seed, state.step)
         local = jax.tree.leaves(batch)[0].shape[0]
         count = local * jax.lax.axis_size(AXIS)
         positions = jax.lax.axis_index(AXIS) * local + jnp.arange(local)
@@ -88,7 +92,7 @@ def make_train_step(
         def gradients(micro):
             batch, positions = micro
             (loss, counts), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.trainable, constants, batch, key, positions
+                state.trainable, constants, batch, (augment_key, dropout_key), positions
             )
             return jax.tree.map(lambda g: g.astype(jnp.float32), grads), {"loss": loss} | counts
 
@@ -118,6 +122,10 @@ def make_train_step(
         return State(state.step + 1, trainable, opt_state), metrics
 
     return step
+
+
+def _split(seed: jax.Array, step: jax.Array) -> jax.Array:
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
 
 
 def make_eval_step(apply: Callable, prepare: Callable, *, regression: bool = False) -> Callable:

@@ -39,6 +39,8 @@ class Problem(NamedTuple):
 
     model: nn.Module
     params: dict
+    new: tuple[str, ...]  # paths of the parameters that the checkpoint does not have
+    reseeded: Callable[[jax.Array], dict]  # key -> params with the new ones drawn from it
     example: tuple[jax.ShapeDtypeStruct, ...]  # the model's arguments for one example
     open_feed: Callable[[], Feed]  # what takes long (decoding, tokenising) happens here
     metrics: tuple[str, ...]  # names of train/scores.py; the first picks the best step

@@ -37,8 +37,9 @@ def header(
     dataset: str | None = None,
     start_step: int = 0,
     total_steps: int | None = None,
+    runs: str | None = None,
 ) -> str:
-    """The table that a run begins with.
+    """The table that a run begins with; ``runs`` says how many runs a sweep has.
 
     ``devices`` are jax devices, counted by kind; ``mesh`` maps an axis's name to its size;
     ``trainable`` and ``total`` are numbers of parameters; ``data`` maps a split to its number of
@@ -66,6 +67,7 @@ def header(
                  else ", ".join(f"{axis} {n}" for axis, n in mesh.items())),
         ("model", model),
         ("method", method),
+        ("runs", runs),
         ("parameters", parameters(trainable, total)),
         ("data", f"{dataset}: {sizes}" if dataset else sizes),
         ("steps", steps),
@@ -237,6 +239,8 @@ def _parts(shown: Mapping[str, float]) -> list[str]:
     measured = "train/accuracy" if chosen in (None, "eval/accuracy") else chosen
     parts = [f"{_name(key.partition('/')[2])} {number(shown[key])}"
              for key in ("train/loss", measured) if key in shown]
+    if parts and "train/loss/low" in shown:  # of many runs, whose mean is the loss
+        parts[0] += f" ({number(shown['train/loss/low'])} to {number(shown['train/loss/high'])})"
     if "examples_per_second" in shown:
         parts.append(f"{shown['examples_per_second']:,.0f} examples/s")
     return parts

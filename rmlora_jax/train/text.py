@@ -9,7 +9,7 @@ import ml_collections
 
 from rmlora_jax import data, hub
 from rmlora_jax.data import text_batches
-from rmlora_jax.train.config import REGRESSION
+from rmlora_jax.train.config import REGRESSION, data_seed
 from rmlora_jax.train.fields import fields
 from rmlora_jax.train.mesh import Devices
 from rmlora_jax.train.task import Feed, Problem, checkpoint_notes
@@ -52,6 +52,8 @@ def open_problem(
     return Problem(
         model=model,
         params=pretrained.params,
+        new=pretrained.new,
+        reseeded=lambda key: hub.new_text_head(pretrained, key).params,
         example=example,
         open_feed=lambda: open_feed(config, texts, tokenizer),
         metrics=metrics(config, glue),
@@ -120,7 +122,7 @@ def open_feed(config: ml_collections.ConfigDict, texts: data.TextDataset, tokeni
             tokens["train"],
             texts.train.labels,
             config.batch_size,
-            seed=config.seed,
+            seed=data_seed(config),
             start_step=step,
             group_by_length=t.group_by_length,
             **options,

@@ -1,0 +1,57 @@
+"""How many runs fit into the memory of a device at once."""
+
+import os
+from collections.abc import Callable
+
+import jax
+
+
+def needed(program) -> int:
+    """Bytes that a compiled program has allocated while it runs; 0 where XLA does not tell."""
+    found = program.memory_analysis()
+    if found is None:
+        return 0
+    return (
+        found.argument_size_in_bytes
+        + found.temp_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+    )
+
+
+def available() -> int:
+    """Bytes that a device of this process may hold; on CPUs a share of the machine's memory."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+def largest(
+    count: int, need: Callable[[int], int | None], limit: int, constant: int = 0
+) -> tuple[int, int | None]:
+    """The most runs, up to ``count``, that need at most ``limit``; and what ``count`` would need.
+
+    Args:
+      count: runs there are.
+      need: runs at once -> bytes, None where even the compiler runs out of memory.
+      limit: bytes there are.
+      constant: bytes of them that do not grow with the number of runs, for the next guess.
+
+    >>> largest(8, lambda runs: 10 + 4 * runs, limit=27, constant=10)
+    (4, 42)
+    """
+    size, first = count, need(count)
+    found = first
+    while size > 1 and (found is None or found > limit):
+        guess = size // 2
+        if found is not None:
+            guess = int((limit - constant) / max((found - constant) / size, 1))
+        size = max(1, min(size - 1, guess))
+        found = need(size) if size > 1 else 0
+    return size, first
+
+
+def gibibytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
