@@ -43,7 +43,7 @@ def loss_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[str,
     start = train[0] if train.size else top.max()
     # A spike must not flatten everything else: show up to twice the loss at the start.
     ax.set_ylim(0, 1.06 * min(top.max(), 2 * max(start, *test, 1e-3)))
-    _finish(ax, title, "step", unit, last=history[-1]["step"])
+    finish(ax, title, "step", unit, last=history[-1]["step"])
 
 
 def metric_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any],
@@ -65,7 +65,7 @@ def metric_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[st
         ax.axhline(0, color=MUTED, lw=1.2)
     ax.set_ylim(1.2 * bottom, 1.02 if 0.7 < top <= 1 else 1.2 * top)
     title = metric.long[0].upper() + metric.long[1:]
-    _finish(ax, title + (f": {', '.join(parts)}" if parts else ""), "step", metric.axis,
+    finish(ax, title + (f": {', '.join(parts)}" if parts else ""), "step", metric.axis,
             last=history[-1]["step"])
 
 
@@ -92,7 +92,7 @@ def singular_value_panel(ax, step: int, kinds: Mapping[str, Mapping[str, np.ndar
     bar = ax.figure.colorbar(mesh, ax=ax, pad=0.015, fraction=0.03)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=MUTED, labelsize=9.5, length=0)
-    _finish(ax, f"What moved: singular values of \u0394W, layer by layer, at step {step:,}", "",
+    finish(ax, f"What moved: singular values of \u0394W, layer by layer, at step {step:,}", "",
             "layer", caption=_blocks_caption(shown, most))
     for i, label in enumerate(ax.get_xticklabels()):
         label.set(color=kind_colour(i), fontweight="bold", fontsize=11 if len(names) <= 8 else 9.5)
@@ -130,7 +130,7 @@ def effective_rank_panel(ax, steps: Sequence[int],
     title = "Effective rank of \u0394W"
     if last.size:
         title += f": mean {last.mean():.1f} of {rank}"
-    _finish(ax, title, "step", "mean over layers; band \u00b1 1 s.d.",
+    finish(ax, title, "step", "mean over layers; band \u00b1 1 s.d.",
             legend=keyed, columns=max(len(names), 1), last=steps[-1],
             caption="colours as of the names on the left"
             if not keyed and len(names) <= MOST_NAMES else "")
@@ -277,7 +277,7 @@ def _test_points(ax, summary, key, labels):
     return [value for _, value, _, _ in drawn]
 
 
-def _finish(ax, title, xlabel, ylabel, *, last=None, caption="", legend=True, columns=4):
+def finish(ax, title, xlabel, ylabel, *, last=None, caption="", legend=True, columns=4):
     """Title, under it the legend or a caption, axes of one style; ``last``: the run's last step."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
