@@ -329,6 +329,18 @@ def test_step_in_bfloat16_is_exactly_zero_and_its_state_float32():
     assert (params["q"]["lora_e"] != 0).sum() == 1
 
 
+def test_state_is_float32_under_x64_too():
+    with jax.enable_x64(True):
+        params = to_jax(problem()[0], jnp.float64)
+        tx = adalora(0.1, **OPTIONS)
+        before = tx.init(params)
+        updates, after = jax.jit(tx.update)(params, before, params)
+        assert updates["out"]["lora_e"].dtype == jnp.float64
+        assert optax.tree.get(after, "sensitivity")["out"]["lora_a"].dtype == jnp.float32
+        dtypes = [[leaf.dtype for leaf in jax.tree.leaves(state)] for state in (before, after)]
+        assert dtypes[0] == dtypes[1]
+
+
 def test_hyperparameters_may_be_traced_or_schedules():
     params = to_jax(problem()[0])
 

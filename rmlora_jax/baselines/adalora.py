@@ -252,7 +252,8 @@ def allocate_rank(
         allowed = budget(step, initial=initial, target=goal, **phases)
         chosen = _most_important(_scores(found, sensitivity, uncertainty), initial - allowed)
         is_final = step > total_steps - final_steps
-        allocates = (step > initial_steps) & (is_final | (step % every == 0))
+        # In the initial steps too, where the budget is whole and nothing is masked.
+        allocates = is_final | (step % every == 0)
 
         outputs, treedef, _ = flatten(updates)
         kept, kept_treedef, _ = flatten(state.kept)

@@ -14,7 +14,7 @@ import numpy as np
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import plain, read_json, write_json
-from rmlora_jax.train import checkpoint, setup, terminal
+from rmlora_jax.train import checkpoint, method, setup, terminal
 from rmlora_jax.train.config import check_config, differences, is_sweep
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter, read_metrics
@@ -102,6 +102,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
             rate=rate,
             compile_seconds=compiled.seconds,
             wall_seconds=time.monotonic() - began,
+            trainable=jax.device_get(state.trainable),
             intrinsic=spectrum(state.trainable, job.constants.frozen, job.lora),
         )
     if leader:
@@ -112,7 +113,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
 
 
 def summary_of(
-    config, job: setup.Job, *, last, best, rate, compile_seconds, wall_seconds, intrinsic
+    config, job: setup.Job, *, last, best, rate, compile_seconds, wall_seconds, trainable, intrinsic
 ) -> dict:
     """What ``summary.json`` says of a run."""
     return {
@@ -125,6 +126,7 @@ def summary_of(
         "eval": last,
         "best_eval": best,
         "trainable_parameters": job.trainable_parameters,
+        "final_parameters": plain(method.left(config, trainable)),
         "total_parameters": job.total_parameters,
         "examples_per_second": rate,
         "compile_seconds": compile_seconds,

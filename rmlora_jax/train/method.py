@@ -3,12 +3,19 @@
 Every method is the same loop with another pair (description, optax transformation).
 """
 
+import math
+from typing import Any
+
+import jax
 import ml_collections
+import numpy as np
 import optax
 
 import rmlora_jax as rm
+from rmlora_jax.baselines import find_diagonals, surviving, surviving_parameters
 from rmlora_jax.factors import find_factors, flatten
-from rmlora_jax.train.config import MASKED, PENALISED
+from rmlora_jax.lora import is_factor
+from rmlora_jax.train.config import GATED, MASKED, PENALISED
 
 
 def description(config: ml_collections.ConfigDict) -> rm.LoRA:
@@ -97,6 +104,32 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
         clip = optax.clip_by_global_norm(c.clip) if c.clip else optax.identity()
         tx = optax.chain(clip, optax.adamw(schedule, **adamw))
     return tx if c.lora_plus == 1 else optax.chain(tx, scale_lora_b(c.lora_plus))
+
+
+def figures(config: ml_collections.ConfigDict, trainable: Any) -> dict[str, jax.Array]:
+    """What is logged of factors, float32 scalars: penalty, the unweighted R, whatever the method;
+    for AdaLoRA and SoRA open_directions, how many entries of the diagonals are not 0."""
+    found = {"penalty": rm.orthogonality(trainable, kind=config.rm.kind)}
+    if config.method in GATED:
+        found["open_directions"] = surviving(trainable)["surviving_directions"]
+    return found
+
+
+def left(config: ml_collections.ConfigDict, trainable: Any) -> dict[str, Any]:
+    """What is left of a trained tree once closed directions are cut off and diagonals folded in.
+
+    ``{"factors": parameters without the head, "head": those of ``lora.train``, "ranks": {module:
+    open directions of each layer}}``; ranks for AdaLoRA and SoRA alone.
+    """
+    leaves, _, paths = flatten(trainable)
+    trained = rm.LoRA(rank=1, target=None, train=config.lora.train)
+    sizes = {path: math.prod(leaf.shape) for path, leaf in zip(paths, leaves, strict=True)}
+    head = {p: n for p, n in sizes.items() if trained.trains(p) and not is_factor(p.split("/"))}
+    found = {"factors": sum(sizes.values()) - sum(head.values()), "head": sum(head.values())}
+    if config.method in GATED:
+        ranks = {d.module: np.count_nonzero(leaves[d.e], -1) for d in find_diagonals(trainable)}
+        found |= {"factors": surviving_parameters(trainable), "ranks": ranks}
+    return found
 
 
 def _rm_lora(config, schedule, adamw):

@@ -157,13 +157,12 @@ def train_step(config: ml_collections.ConfigDict, base: Base, prepare_params=Non
 
     ``prepare_params`` changes the parameters on their way into the model.
     """
-    penalty = functools.partial(rm.orthogonality, kind=config.rm.kind)
     return make_train_step(
         _apply(base, prepare_params),
         method.optimizer(config, base.steps),
         base.feed.prepare_train,
         regression=config.task == REGRESSION,
-        penalty=penalty if base.lora.target is not None else None,
+        figures=functools.partial(method.figures, config) if base.lora.target else None,
         accumulate=config.accumulate,
         label_smoothing=config.optimizer.label_smoothing,
     )

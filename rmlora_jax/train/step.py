@@ -44,7 +44,7 @@ def make_train_step(
     prepare: Callable,
     *,
     regression: bool = False,
-    penalty: Callable | None = None,
+    figures: Callable | None = None,
     accumulate: int = 1,
     label_smoothing: float = 0.0,
 ) -> Callable:
@@ -57,14 +57,14 @@ def make_train_step(
         example's place in the global batch, so that random crops do not depend on the number of
         devices or micro-batches.
       regression: squared error of one value instead of cross-entropy.
-      penalty: R as a function of the trainable tree, for the metrics; None without factors.
+      figures: ``(trainable) -> {name: scalar}``, more metrics; None without factors.
       accumulate: micro-batches, run one after another; gradients are added in float32.
       label_smoothing: weight of the uniform distribution in the targets.
 
     Metrics (float32 scalars, equal on all devices): loss and, for classes, accuracy, means over the
-    global batch (the loss without the penalty); penalty, the unweighted R at the parameters before
-    the update; kept_fraction, the part of the factors' entries whose gradient passed the mask;
-    grad_norm.
+    global batch (the loss without the penalty); grad_norm; with factors, ``figures`` of the
+    parameters before the update and kept_fraction, the part of the factors' entries whose gradient
+    passed the mask.
     """
 
     def loss_fn(trainable, constants, batch, keys, positions):
@@ -116,8 +116,8 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = means | {"grad_norm": optax.tree.norm(grads)}
-        if penalty is not None:
-            metrics["penalty"] = penalty(state.trainable)
+        if figures is not None:
+            metrics |= figures(state.trainable)
             metrics["kept_fraction"] = rm.kept_fraction(opt_state)
         return State(state.step + 1, trainable, opt_state), metrics
 

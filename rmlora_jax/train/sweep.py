@@ -375,6 +375,7 @@ def finish(
             rate=rate,
             compile_seconds=times.compiling,
             wall_seconds=times.wall,
+            trainable=jax.device_get(many.pick(together.state.trainable, i)),
             intrinsic=spectrum(together.state.trainable, job, i),
         )
         write_json(folder / "summary.json", summary | {
