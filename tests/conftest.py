@@ -40,6 +40,10 @@ TINY_RUN = {
 @pytest.fixture
 def config(tiny_vit):
     """Twenty steps of that ViT on digits, in float32."""
+    return tiny_config(tiny_vit)
+
+
+def tiny_config(tiny_vit):
     from rmlora_jax.train.config import default_config
 
     c = default_config()

@@ -16,7 +16,8 @@ from rmlora_jax.train.terminal import duration
 from rmlora_jax.train.verdict import bin_means, series
 
 WIDTH = 16.0  # inches at 100 dots each
-NAMED = 24  # settings that have a colour and a name of their own
+NAMED = 24  # settings whose names are written large
+MOST = 40  # characters of such a name
 
 
 class Finished(NamedTuple):
@@ -164,13 +165,15 @@ def draw(runs: Sequence[Finished], metric: str):
                 f"{first['dataset']}", fontsize=20, fontweight="bold", color=panels.INK, va="top")
     figure.text(0.05, 1 - 0.78 / height, best_in_words(groups, labels, metric), fontsize=12.5,
                 color=panels.INK, va="top")
-    longest = max(map(len, labels))
-    grid = figure.add_gridspec(
-        1, 3, left=0.05, right=0.98, top=1 - 1.75 / height, bottom=0.62 / height,
-        wspace=0.16 + 0.006 * min(longest, 40), width_ratios=(1, 1, 0.8))
-    loss_panel(figure.add_subplot(grid[0, 0]), groups, colours)
-    metric_panel(figure.add_subplot(grid[0, 1]), groups, colours, metric)
-    results_panel(figure.add_subplot(grid[0, 2]), groups, colours, labels, metric)
+    bottom, tall = 0.62 / height, 1 - 2.37 / height
+    names = 0.0058 * min(max(map(len, labels)), MOST)  # as wide as the names of the settings
+    wide = (0.98 - 0.05 - 0.045 - 0.035 - names) / 2.75
+    left, middle = 0.05, 0.05 + wide + 0.045
+    right = middle + wide + 0.035 + names
+    loss_panel(figure.add_axes((left, bottom, wide, tall)), groups, colours)
+    metric_panel(figure.add_axes((middle, bottom, wide, tall)), groups, colours, metric)
+    results_panel(figure.add_axes((right, bottom, 0.98 - right, tall)), groups, colours, labels,
+                  metric)
     return figure
 
 
@@ -197,36 +200,47 @@ def best_in_words(groups, labels, metric: str) -> str:
 
 
 def loss_panel(ax, groups, colours) -> None:
-    """Validation loss in bold, training loss faint, both of every run."""
+    """Validation loss of every run, bold for the mean of several; training loss faint."""
     tops, last = [1e-3], 1
     for group, colour in zip(groups, colours, strict=True):
         for run in group:
             steps, train = panels.finite(*series(run.history, "train/loss"))
-            ax.plot(steps, panels.smooth(train), color=colour, lw=1.0, alpha=0.35)
-            at, validation = panels.finite(*series(run.history, "eval/loss"))
-            ax.plot(at, validation, "-o" if len(at) <= 25 else "-", color=colour, lw=1.8, ms=3.5,
-                    alpha=0.9)
+            ax.plot(steps, panels.smooth(train), color=colour, lw=1.0, alpha=0.25)
+            _, validation = panels.finite(*series(run.history, "eval/loss"))
             start = max(train[:1].max(initial=0), validation[:1].max(initial=0))
             reached = max(panels.smooth(train).max(initial=0), validation.max(initial=0))
             tops.append(min(reached, 2 * start))  # a run that diverges must not flatten the others
             last = run.history[-1]["step"]
+        curves(ax, group, colour, "eval/loss")
     ax.set_ylim(0, 1.06 * max(tops))
-    panels.finish(ax, "Loss", "step", "loss", last=last, caption="bold: validation, faint: train")
+    panels.finish(ax, "Loss", "step", "loss", last=last,
+                  caption="strong: validation, faint: train" + bold_words(groups))
 
 
 def metric_panel(ax, groups, colours, metric: str) -> None:
     """The metric that picks the best step, on validation, of every run."""
-    values, last = [], 1
     for group, colour in zip(groups, colours, strict=True):
-        for run in group:
-            steps, found = panels.finite(*series(run.history, f"eval/{metric}"))
-            ax.plot(steps, found, "-o" if len(steps) <= 25 else "-", color=colour, lw=1.8, ms=3.5,
-                    alpha=0.9)
-            values += found.tolist()
-            last = run.history[-1]["step"]
+        curves(ax, group, colour, f"eval/{metric}")
     named, _ = describe(metric)
     panels.finish(ax, f"{named.long[0].upper()}{named.long[1:]} on validation", "step", named.axis,
-                   last=last, caption="of every run, coloured as on the right")
+                  last=groups[0][0].history[-1]["step"],
+                  caption="coloured as on the right" + bold_words(groups))
+
+
+def bold_words(groups) -> str:
+    return "; bold: mean of the seeds" if max(map(len, groups)) > 1 else ""
+
+
+def curves(ax, group, colour, key: str) -> None:
+    """One line a run; where there are several, thin ones and their mean."""
+    found = [series(run.history, key) for run in group]
+    alone = len(group) == 1
+    for steps, values in found:
+        ax.plot(*panels.finite(steps, values), color=colour, lw=2.0 if alone else 0.9,
+                alpha=0.9 if alone else 0.55)
+    if not alone:
+        mean = np.mean([values for _, values in found], axis=0)
+        ax.plot(*panels.finite(found[0][0], mean), color=colour, lw=2.6)
 
 
 def results_panel(ax, groups, colours, labels, metric: str) -> None:
@@ -240,10 +254,9 @@ def results_panel(ax, groups, colours, labels, metric: str) -> None:
         ax.plot(found, [y] * len(found), "o", color=colour, ms=7, mec="white", mew=1.0, zorder=3)
     ax.set_ylim(len(groups) - 0.4, -0.6)
     size = 10.5 if len(groups) <= NAMED else 8
-    ax.set_yticks(range(len(labels)), [panels.shorten(label, 40) for label in labels])
+    ax.set_yticks(range(len(labels)), [panels.shorten(label, MOST) for label in labels])
     panels.finish(ax, f"Test {describe(metric)[0].long}", describe(metric)[0].axis, "",
-                   caption="at the best validation step"
-                   + (", bar: mean of the seeds" if max(map(len, groups)) > 1 else ""))
+                  caption="at the best step" + ("; bar: mean" if max(map(len, groups)) > 1 else ""))
     ax.grid(axis="x", color=panels.GRID, lw=0.8)
     ax.set_axisbelow(True)
     for label, colour in zip(ax.get_yticklabels(), colours, strict=True):
