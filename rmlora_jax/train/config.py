@@ -356,8 +356,11 @@ def with_values(c: ml_collections.ConfigDict, values: dict) -> ml_collections.Co
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """The fields that a continuation must share and does not, as ``field: old -> new``."""
-    old, new = flatten(old), flatten(new)
+    """The fields that a continuation must share and does not, as ``field: old -> new``.
+
+    A field that is younger than the run has its default there.
+    """
+    old, new = flatten(default_config()) | flatten(old), flatten(new)
     return [
         f"{k}: {old.get(k)!r} -> {new.get(k)!r}"
         for k in sorted(old.keys() | new.keys())

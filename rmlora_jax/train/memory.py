@@ -28,6 +28,11 @@ def available() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
+def is_short(error: Exception) -> bool:
+    """Whether an error of XLA says that memory is exhausted."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def largest(
     count: int, need: Callable[[int], int | None], limit: int, constant: int = 0
 ) -> tuple[int, int | None]:

@@ -7,6 +7,7 @@ checkpoint in ``program/`` holds all its runs; it is removed when their own chec
 """
 
 import contextlib
+import itertools
 import math
 import shutil
 import time
@@ -17,15 +18,18 @@ from typing import NamedTuple
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json, write_json
 from rmlora_jax.train import checkpoint, loop, many, memory, setup, terminal
-from rmlora_jax.train.config import Run, check_config, runs
-from rmlora_jax.train.mesh import Devices, all_devices
+from rmlora_jax.train.config import KINDS, Run, check_config, runs
+from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter
 from rmlora_jax.train.step import State
 from rmlora_jax.train.sweep_report import write_sweep_report
+
+SAMPLED = 64  # batches among which the longest is looked for
 
 
 class Together(NamedTuple):
@@ -88,8 +92,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
         train_chunk(config, base, chunk, programs, workdir, devices, since)
         since = time.monotonic()
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
             multihost_utils.sync_global_devices(f"chunk {number}")
     summary = {
         "sweep": len(every),
@@ -155,10 +157,14 @@ class Programs:
         job = many.build(self.config, chunk, self.base, self.devices)
         try:
             steps = self.of(job, len(chunk))
+            if self.config.task != KINDS[0]:  # the first batch of texts may be a short one
+                batches = itertools.islice(self.base.feed.train(0), SAMPLED)
+                longest = max(batches, key=lambda batch: batch["input_ids"].size)
+                steps.train.program(job.state, job.constants, shard(longest, self.devices))
         except jax.errors.JaxRuntimeError as e:
-            if "RESOURCE_EXHAUSTED" not in str(e):
-                raise
-            return None
+            if memory.is_short(e):
+                return None
+            raise
         found = [p for step in steps for p in step.programs.values()]
         # The best state of each run is kept as well, and is there twice while it is chosen.
         return max(map(memory.needed, found)) + 2 * size_of(job.state)
@@ -189,6 +195,8 @@ def plan(
         most, whole = memory.largest(
             len(left), lambda count: programs.need(left[:count]), limit, constant
         )
+        if jax.process_count() > 1:
+            most = int(multihost_utils.broadcast_one_to_all(np.int32(most)))
         if most < len(left) and jax.process_index() == 0:
             much = "more than the compiler has" if whole is None else memory.gibibytes(whole)
             print(
@@ -247,12 +255,22 @@ def train_chunk(
                 start_step=start,
                 enabled=leader,
                 progress=False,
+                tensorboard=False,  # of many runs its events cost as much as some steps
             ))
             for run in chunk
         ]
-        together, figures, seconds = fit(
-            config, job, together, figures, steps, manager, writers, devices
-        )
+        try:
+            together, figures, seconds = fit(
+                config, job, together, figures, steps, manager, writers, devices
+            )
+        except jax.errors.JaxRuntimeError as e:
+            if memory.is_short(e):
+                raise UserError(
+                    f"{len(chunk)} runs at once are out of memory after all; type "
+                    f"--config.sweep.at_once={max(1, len(chunk) // 2)}"
+                    + (f", and delete {folder}" if recorded(workdir) else "")
+                ) from e
+            raise
         manager.wait_until_finished()
     times = Times(seconds, steps.seconds, time.monotonic() - began)
     finish(config, job, chunk, together, figures, steps, workdir, devices, times,
@@ -348,6 +366,8 @@ def finish(
     config, job, chunk, together: Together, figures, steps, workdir, devices, times: Times, trained
 ) -> None:
     """Evaluates the runs on test, and writes what is left to write of a single run's folder."""
+    # Asked before the evaluations, which all processes wait for: no summary is written until then.
+    left = [i for i, run in enumerate(chunk) if not (workdir / run.name / "summary.json").exists()]
     last = reported(steps, together.state.trainable, job, devices)
     best = last
     if any(found["step"] != job.steps for found in figures["best"]):
@@ -356,10 +376,8 @@ def finish(
         split: loop.evaluate(steps, together.best.trainable, job, split, devices)
         for split in job.feed.unlabelled
     }
-    for i, run in enumerate(chunk):
-        folder = workdir / run.name
-        if (folder / "summary.json").exists():
-            continue
+    for i in left:
+        run, folder = chunk[i], workdir / chunk[i].name
         write_checkpoints(folder, together, figures, i, job.steps)
         if jax.process_index() != 0:
             continue
