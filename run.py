@@ -1,4 +1,7 @@
-"""Fine-tune a pretrained model: ``python run.py --config=configs/NAME.py --workdir=DIR``."""
+"""Fine-tune a pretrained model: ``python run.py --config=configs/NAME.py --workdir=DIR``.
+
+A config with a field ``study`` is of many runs, and goes to ``rmlora_jax.study``.
+"""
 
 import os
 import sys
@@ -45,6 +48,9 @@ def main(argv):
     from rmlora_jax.train import config, loop, sweep
 
     try:
+        if "study" in CONFIG.value:
+            study(CONFIG.value)
+            return
         config.check_config(CONFIG.value)
         if DISTRIBUTED.value or COORDINATOR.value:
             join_processes()
@@ -52,6 +58,16 @@ def main(argv):
         train(CONFIG.value, workdir())
     except UserError as e:
         stop(e)
+
+
+def study(config):
+    from rmlora_jax.errors import UserError
+    from rmlora_jax.study.run import run_study
+
+    if DISTRIBUTED.value or COORDINATOR.value:
+        raise UserError("a study trains in one process; leave out --distributed")
+    # No date in the folder's name: the same command goes on where it stopped.
+    run_study(config, Path(WORKDIR.value or Path("runs", config.study)).absolute())
 
 
 def join_processes():

@@ -7,6 +7,7 @@ from pathlib import Path
 from rmlora_jax.data.cifar import archive_of, prepare_cifar
 from rmlora_jax.data.dataset import Dataset, Subset, with_validation
 from rmlora_jax.data.digits import load_digits
+from rmlora_jax.data.subsets import with_classes, with_per_class
 from rmlora_jax.data.tfds_images import (
     Name,
     default_data_dir,
@@ -29,6 +30,8 @@ def load_images(
     test_split: str | None = None,
     image_key: str = "image",
     label_key: str = "label",
+    classes: int = 0,
+    per_class: int = 0,
     limit: int | None = None,
     download: bool = True,
     base_url: str | None = None,
@@ -46,7 +49,10 @@ def load_images(
       train_split, test_split: TFDS split names or slices such as "train[:80%]". Without
         ``test_split``: "test" where it has labels, else "validation".
       image_key, label_key: names of the features.
-      limit: use only this many training images, after the hold-out; None or 0 for all.
+      classes: use the images of this many classes only, in all splits; 0 for all. Which ones is
+        fixed (:func:`rmlora_jax.data.subsets.with_classes`), and so is what was held out.
+      per_class: use at most this many training images of each class, after the hold-out; 0 for all.
+      limit: use only this many training images, after all of that; None or 0 for all.
       download: False never uses the network.
       base_url: of the CIFAR archives, see :func:`rmlora_jax.data.cifar.prepare_cifar`.
 
@@ -59,7 +65,7 @@ def load_images(
     """
     if name == "digits":
         data = load_digits(validation=validation, seed=seed)
-        return _limited(data, limit)
+        return _smaller(data, classes, per_class, limit)
     data_dir = Path(data_dir).expanduser() if data_dir else default_data_dir()
     parsed = Name.parse(name)
     folder = find_prepared(parsed, data_dir)
@@ -86,7 +92,7 @@ def load_images(
             raise UserError(f"split {which!r} of {name} has no labelled images")
     train, held = with_validation(train, validation, seed=seed)
     data = Dataset(name, train, held, test, len(class_names), class_names, shape, channels)
-    return _limited(data, limit)
+    return _smaller(data, classes, per_class, limit)
 
 
 def _default_test(folder: Path, split):
@@ -104,8 +110,11 @@ def _default_test(folder: Path, split):
     )
 
 
-def _limited(data: Dataset, limit: int | None) -> Dataset:
-    if not limit or limit >= len(data.train):
-        return data
-    return dataclasses.replace(data, train=Subset(data.train, range(limit)))
-
+def _smaller(data: Dataset, classes: int, per_class: int, limit: int | None) -> Dataset:
+    if classes:
+        data = with_classes(data, classes)
+    if per_class:
+        data = with_per_class(data, per_class)
+    if limit and limit < len(data.train):
+        data = dataclasses.replace(data, train=Subset(data.train, range(limit)))
+    return data

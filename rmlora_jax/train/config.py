@@ -78,6 +78,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.label_key = "label"
     c.data.validation = 0.1  # fraction (below 1) or number of training examples held out
     c.data.limit = 0  # use this many training examples only; 0: all
+    c.data.classes = 0  # use the first so many classes of a fixed random order; 0: all; images only
+    c.data.per_class = 0  # use at most so many training images of each class; 0: all; images only
     c.data.mode = "auto"  # resident: all on the device; stream; auto: resident if it fits
     c.data.workers = 8  # threads that decode
     c.data.processes = 0  # processes that decode streamed training images; 0: threads of this one
@@ -218,11 +220,12 @@ def check_config(c: ml_collections.ConfigDict) -> None:
                   "model.unroll", "data.workers", "text.max_length", "rm.resample_every",
                   "adalora.initial_rank", "adalora.every", "sora.initial_rank"):
         need(vars(flat)[field] >= 1, field, "at least 1")
-    for field in ("steps", "eval_every", "model.image_size", "data.limit", "data.processes",
-                  "sweep.seeds", "sweep.at_once", "rm.penalty", "rm.start_step",
+    for field in ("steps", "eval_every", "model.image_size", "data.limit", "data.per_class",
+                  "data.processes", "sweep.seeds", "sweep.at_once", "rm.penalty", "rm.start_step",
                   "optimizer.weight_decay", "optimizer.clip", "adalora.warmup",
                   "adalora.orthogonal", "sora.sparsity", "sora.l1"):
         need(vars(flat)[field] >= 0, field, "0 or more")
+    need(c.data.classes == 0 or c.data.classes >= 2, "data.classes", "0 for all, or at least 2")
     need(c.steps > 0 or c.epochs > 0, "epochs", "above 0 where steps is 0")
     need(c.lora.alpha > 0, "lora.alpha", "above 0")
     need(c.optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0")
@@ -247,6 +250,8 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     if c.task in KINDS[1:]:
         for field, only in (("model.image_size", 0), ("model.attention", "auto")):
             need(vars(flat)[field] in (only, "xla"), field, f"{only!r} for text")
+        for field in ("data.classes", "data.per_class"):
+            need(vars(flat)[field] == 0, field, "0 for text")
         need(len(c.text.columns) <= 2, "text.columns", "at most two names")
         for name in c.text.metrics:
             need(name in NAMES, "text.metrics", f"names among {', '.join(NAMES)}")

@@ -61,7 +61,7 @@ def open_problem(
     )
 
 
-def load(config: ml_collections.ConfigDict) -> data.Dataset:
+def load(config: ml_collections.ConfigDict, *, download: bool = True) -> data.Dataset:
     """The data set that the config names, with a validation split carved from train."""
     c = config.data
     return data.load_images(
@@ -72,7 +72,10 @@ def load(config: ml_collections.ConfigDict) -> data.Dataset:
         test_split=c.test_split,
         image_key=c.image_key,
         label_key=c.label_key,
+        classes=c.classes,
+        per_class=c.per_class,
         limit=c.limit,
+        download=download,
     )
 
 

@@ -62,7 +62,9 @@ def open_problem(
     )
 
 
-def load(config: ml_collections.ConfigDict, glue: data.GlueTask | None) -> data.TextDataset:
+def load(
+    config: ml_collections.ConfigDict, glue: data.GlueTask | None, *, download: bool = True
+) -> data.TextDataset:
     """The data set that the config names, with a validation split carved from train."""
     c, t = config.data, config.text
     tests = {"test": c.test_split} if glue is None or c.test_split else glue.tests
@@ -83,6 +85,7 @@ def load(config: ml_collections.ConfigDict, glue: data.GlueTask | None) -> data.
         test_file=t.test_file,
         predict_file=t.predict_file,
         limit=c.limit,
+        download=download,
     )
 
 

@@ -1,13 +1,20 @@
 """Stored results and the tables made from them.
 
     python tests/results/tables.py add NAME WORKDIR...   # append finished runs to NAME.jsonl
+    python tests/results/tables.py study WORKDIR...      # store the rows of studies, by their names
     python tests/results/tables.py                       # write the tables of configs/README.md
+    python tests/results/tables.py pictures              # draw the studies' pictures to configs/
 """
 
 import json
 import statistics
 import sys
 from pathlib import Path
+
+from rmlora_jax.study import rows as study_rows
+from rmlora_jax.study import tables as study_tables
+from rmlora_jax.study import tasks as study_tasks
+from rmlora_jax.study.pictures import draw
 
 HERE = Path(__file__).parent
 README = HERE.parent.parent / "configs" / "README.md"
@@ -64,6 +71,36 @@ def text_row(workdir: Path, config: dict, summary: dict) -> dict:
     }
 
 
+def add_study(workdir: Path) -> None:
+    """Stores the rows of a study under its name; those that are there already stay once."""
+    found = study_rows.read_rows(workdir / "rows.jsonl")
+    for name in dict.fromkeys(row["study"] for row in found):
+        study_rows.append_rows(
+            HERE / f"{name}.jsonl", [row for row in found if row["study"] == name]
+        )
+
+
+def pictures() -> None:
+    """Draws every stored study's pictures, as its config names them, to configs/STUDY_NAME.png."""
+    for file in sorted(HERE.glob("*.jsonl")):
+        found = rows(file.stem)
+        if "study" not in found[0]:
+            continue
+        study = config_of(file.stem)
+        for name in study.pictures:
+            draw(found, README.parent / f"{file.stem}_{name}.png", name, study.along)
+
+
+def config_of(study: str):
+    """The config of ``ablation_grid``: configs/ablation.py with the argument ``grid``."""
+    for file in sorted(README.parent.glob("*.py")):
+        if study == file.stem:
+            return study_tasks.load(str(file))
+        if study.startswith(f"{file.stem}_"):
+            return study_tasks.load(f"{file}:{study.removeprefix(f'{file.stem}_')}")
+    raise ValueError(f"no file of configs/ has a study {study!r}")
+
+
 def rows(name: str) -> list[dict]:
     return [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text().splitlines()]
 
@@ -97,6 +134,8 @@ def runs_of(found: list[dict], **fields) -> list[dict]:
 
 def table(name: str) -> str:
     """Markdown: a line a method, mean +- sample standard deviation over seeds."""
+    if "study" in rows(name)[0]:
+        return study_tables.markdown(rows(name))
     if "task" in rows(name)[0]:
         return task_table(rows(name))
     lines = [
@@ -134,4 +173,9 @@ def with_tables(text: str) -> str:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["add"]:
         add(sys.argv[2], sys.argv[3:])
+    if sys.argv[1:2] == ["study"]:
+        for workdir in map(Path, sys.argv[2:]):
+            add_study(workdir)
+    if sys.argv[1:2] == ["pictures"]:
+        pictures()
     README.write_text(with_tables(README.read_text()))

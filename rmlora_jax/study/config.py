@@ -1,0 +1,105 @@
+"""Every field of a study, with its meaning, and the checks made before anything runs."""
+
+import difflib
+from pathlib import Path
+
+import ml_collections
+
+from rmlora_jax.errors import UserError
+from rmlora_jax.study import plan, tasks
+from rmlora_jax.study.pictures import PICTURES
+from rmlora_jax.study.program import program
+from rmlora_jax.train.config import METHODS, SWEEPABLE, check_config
+
+
+def default_study() -> ml_collections.ConfigDict:
+    """The fields of a study. A file in ``configs/`` starts from these and changes what it needs."""
+    c = ml_collections.ConfigDict()
+    c.study = ""  # its name; its folder and its rows bear it
+    # Config files of runs, each with fields of its own and, where two would be called the same, a
+    # name: "configs/minilm_glue.py:rte epochs=20 as rte_long"
+    c.tasks = ()
+    c.methods = ()  # of --config.method
+    c.fields = ()  # fields of every run that make the study what it is, such as ("steps=2000",)
+    c.set = ()  # the same, set on top by who starts it, such as ("data.data_dir=/data",)
+    c.method_set = ml_collections.ConfigDict()  # method -> fields of its runs
+    c.variants = ((),)  # fields of runs that are compared, such as (("lora.rank=2",), ())
+    c.grid = ml_collections.ConfigDict()  # values that are compared: penalty, keep, alpha, ...
+    # Learning rates to choose from, by validation at the last step; with one there is no choice
+    c.rates = (3e-4, 1e-3, 3e-3, 1e-2)
+    c.full_rates = (2e-5, 5e-5, 1e-4, 2e-4)  # of method full
+    c.head_rates = (1e-3, 3e-3, 1e-2, 3e-2)  # of method head
+    c.choose_seeds = 2  # runs for each of them: seeds 100, 101, ...
+    c.seeds = 5  # runs that are reported, on test at the last step: seeds 0, 1, ...
+    c.at_once = 0  # runs that are trained at once; 0: as many of a program as fit in memory
+    c.processes = True  # each program in a process of its own, so that its peak memory is its own
+    c.along = "method"  # what pictures compare: method, task, or a name of grid or variants
+    c.pictures = ("table",)  # table, heat, frequency, gap, layers, dimension
+    c.dry_run = False  # print the plan and what it costs, and stop
+    return c
+
+
+def check_study(c: ml_collections.ConfigDict) -> dict[tuple, ml_collections.ConfigDict]:
+    """The config that the runs of every place share (`plan.place`), tasks in their order.
+
+    Raises one UserError that lists every mistake.
+    """
+    wrong = []
+
+    def need(ok: bool, field: str, allowed: str):
+        if not ok:
+            wrong.append(f"config.{field}={plan.field(c, field)!r}: must be {allowed}")
+
+    def known(field: str, names, allowed, what: str):
+        for name in names:
+            if name not in allowed:
+                near = difflib.get_close_matches(str(name), allowed, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                wrong.append(
+                    f"config.{field}: no {what} {name!r}: there are {', '.join(allowed)}{hint}"
+                )
+
+    need(bool(c.study) and "/" not in c.study, "study", "the study's name, without a /")
+    need(len(c.tasks) > 0, "tasks", "one config file or more")
+    need(len(c.methods) > 0, "methods", "one method or more")
+    need(len(set(c.methods)) == len(c.methods), "methods", "methods, each of them once")
+    known("methods", c.methods, METHODS, "method")
+    known("method_set", c.method_set, METHODS, "method")
+    known("pictures", c.pictures, tuple(PICTURES), "picture")
+    for field in ("rates", "full_rates", "head_rates"):
+        values = plan.field(c, field)
+        fine = len(values) > 0 and all(isinstance(v, int | float) and v > 0 for v in values)
+        need(fine and len(set(values)) == len(values), field, "numbers above 0, each once")
+    for field in ("choose_seeds", "seeds"):
+        need(plan.field(c, field) >= 1, field, "at least 1")
+    need(c.at_once >= 0, "at_once", "0 or more")
+    need(c.seeds <= plan.FIRST_CHOOSE_SEED, "seeds",
+         f"at most {plan.FIRST_CHOOSE_SEED}: seeds from there on choose the rate")
+    need(len(c.variants) > 0, "variants", "one tuple of fields or more; ((),) for none")
+    known("grid", c.grid, tuple(SWEEPABLE), "name")
+    for name, values in c.grid.items():
+        need(len(values) > 0, f"grid.{name}", "one value or more")
+        if name == "learning_rate":
+            wrong.append("config.grid.learning_rate: give the rates as config.rates")
+        readers = SWEEPABLE.get(name, ("", c.methods))[1]
+        idle = [method for method in c.methods if method not in readers]
+        if idle:
+            wrong.append(f"config.grid.{name}: it changes nothing with {', '.join(idle)}")
+    axes = ("method", "task", *c.grid, *plan.varied_fields(c.variants))
+    known("along", (c.along,), axes, "axis")
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+    opened, bases = tasks.open_tasks(c), {}
+    for cell in plan.cells(c, opened):
+        try:
+            base = tasks.configured(c, opened[cell.task], cell.method, cell.variant)
+            bases[plan.place(cell)] = base
+            whole = program(cell, base, Path(), c.at_once)
+            check_config(ml_collections.ConfigDict(whole.config))
+        except UserError as e:
+            where = " ".join([cell.task, cell.method, *cell.variant])
+            wrong += [f"{where}: {line}" for line in str(e).splitlines()]
+    if wrong:
+        raise UserError("\n".join(dict.fromkeys(wrong)))
+    return bases

@@ -1,0 +1,174 @@
+"""One program of a study: the runs of a cell, trained together, and their rows.
+
+    python -m rmlora_jax.study.program FILE    # what `in_own_process` starts
+"""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from absl import logging
+
+from rmlora_jax.errors import UserError
+from rmlora_jax.files import read_json, write_json
+from rmlora_jax.study import plan
+from rmlora_jax.study.plan import Cell
+from rmlora_jax.study.rows import finished, row_of
+from rmlora_jax.study.tasks import ROOT
+from rmlora_jax.train import loop, sweep
+from rmlora_jax.train.config import is_sweep, with_values
+
+ROWS = ".rows.json"  # beside the program's folder
+
+
+class Program(NamedTuple):
+    """What is trained at once. ``runs`` has the identity, the setting and the seed of each."""
+
+    cell: Cell
+    config: dict  # what the trainer takes, as plain values
+    runs: tuple[tuple[str, dict, int], ...]
+    folder: str
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for key, *_ in self.runs]
+
+
+def program(
+    cell: Cell, base: ml_collections.ConfigDict, workdir: Path, at_once: int = 0
+) -> Program:
+    """The program of a cell; ``base``: the config that its runs share.
+
+    A single run has no sweep. All runs of a sweep have the same batches, in the order of the first
+    seed.
+    """
+    config = with_values(base, cell.settings[0])
+    config.seed = cell.seeds[0]
+    if cell.runs > 1:
+        config.sweep.seeds, config.sweep.grid = len(cell.seeds), swept(cell.settings)
+        config.sweep.at_once = at_once
+    runs = []
+    for setting in cell.settings:
+        for seed in cell.seeds:
+            one = with_values(base, setting)
+            one.seed = seed
+            runs.append((plan.identity(one.to_dict(), cell.stage), dict(setting), seed))
+    words = [cell.task, cell.method, cell.stage, *(v.rpartition(".")[2] for v in cell.variant)]
+    words = ["".join(c if c.isalnum() else "-" for c in word) for word in words]
+    both = hashlib.sha256("".join(key for key, *_ in runs).encode()).hexdigest()[:8]
+    folder = Path(workdir) / "runs" / "_".join([*words, both])
+    return Program(cell, config.to_dict(), tuple(runs), str(folder))
+
+
+def swept(settings: Sequence[Mapping[str, float]]) -> str:
+    """``config.sweep.grid`` for these settings: "" for one, which the config itself holds.
+
+    >>> swept(({"learning_rate": 0.1}, {"learning_rate": 0.2}))
+    "[{'learning_rate': 0.1}, {'learning_rate': 0.2}]"
+    """
+    return repr([dict(setting) for setting in settings]) if len(settings) > 1 else ""
+
+
+def trainer(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    (sweep.train if is_sweep(config) else loop.train)(config, workdir)
+
+
+def train(program: Program, study: str, *, trainer: Callable = trainer) -> list[dict]:
+    """Trains the program, or what is missing of it, and returns a row for each of its runs.
+
+    The peak of the memory is the process's: a row has it only if this program raised it.
+    """
+    before = loop.peak_memory() or 0
+    trainer(ml_collections.ConfigDict(program.config), Path(program.folder))
+    device = jax.devices()[0].device_kind
+    found = {}
+    for folder in finished(program.folder):
+        run = run_of(read_json(folder / "config.json"), program.runs)
+        if run is None:
+            continue
+        key, setting, _ = run
+        row = row_of(
+            folder,
+            key=key,
+            study=study,
+            task=program.cell.task,
+            stage=program.cell.stage,
+            variant=dict(text.split("=", 1) for text in program.cell.variant),
+            settings=setting,
+            device=device,
+            jax=jax.__version__,
+        )
+        if (row["peak_memory_bytes"] or 0) <= before:
+            row["peak_memory_bytes"] = None
+        found[key] = row
+    missing = set(program.keys) - found.keys()
+    if missing:
+        raise UserError(
+            f"{program.folder}: {len(missing)} of {len(program.runs)} runs left no summary; "
+            "delete the folder and start again"
+        )
+    return [found[key] for key in program.keys]
+
+
+def run_of(config: Mapping[str, Any], runs) -> tuple[str, dict, int] | None:
+    """Which of a program's runs a folder holds, by its seed and its settings."""
+    for key, setting, seed in runs:
+        found = plan.setting_of(config, setting)
+        same = all(math.isclose(found[n], v, rel_tol=1e-6) for n, v in setting.items())
+        if config["seed"] == seed and same:
+            return key, setting, seed
+    return None
+
+
+def in_own_process(program: Program, study: str) -> list[dict]:
+    """`train` in a process of its own, whose memory is all its own and whose end ends nothing else.
+
+    Raises:
+      UserError: it failed; what it said stands above on the terminal.
+    """
+    rows = Path(program.folder + ROWS)
+    if not rows.exists():
+        whole = {"study": study} | program._asdict() | {"cell": program.cell._asdict()}
+        file = write_json(program.folder + ".json", whole)
+        command = [sys.executable, "-m", "rmlora_jax.study.program", str(file)]
+        here = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": here}  # also where the package is not installed
+        code = subprocess.run(command, env=environment, check=False).returncode
+        if code:
+            raise UserError(
+                f"{program.cell} failed with code {code}; its words stand above\n"
+                "The same command goes on from here"
+            )
+    return read_json(rows)
+
+
+def main(file: str) -> None:
+    logging.set_verbosity(logging.WARNING)  # as in run.py
+    stored = read_json(file)
+    cell = stored["cell"]
+    cell = Cell(**cell | {name: tuple(cell[name]) for name in ("settings", "seeds", "variant")})
+    runs = tuple((key, setting, seed) for key, setting, seed in stored["runs"])
+    whole = Program(cell, _tuples(stored["config"]), runs, stored["folder"])
+    write_json(whole.folder + ROWS, train(whole, stored["study"]))
+
+
+def _tuples(value):
+    """JSON has no tuples, a config no lists."""
+    if isinstance(value, dict):
+        return {name: _tuples(v) for name, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1])
+    except (UserError, json.JSONDecodeError) as e:
+        sys.exit("\n".join(f"error: {line}" for line in str(e).splitlines()))

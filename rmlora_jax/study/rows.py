@@ -1,0 +1,179 @@
+"""One row a run: everything that a table or a picture needs, in a file of JSON lines.
+
+A row is written once its run is finished, in one write; a last line that a killed process left
+half written is dropped, and its run's row written again.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rmlora_jax.errors import UserError
+from rmlora_jax.files import plain, read_json, write_text_atomic
+from rmlora_jax.study.trajectory import trajectory
+from rmlora_jax.train.metrics import read_intrinsic, read_metrics
+from rmlora_jax.train.panels import by_kind
+
+ROWS = "rows.jsonl"
+MOST_TIMES = 12  # times at which a row keeps the effective rank of every layer
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a file, each key once, without a last line that is half written.
+
+    Raises:
+      UserError: a line other than the last is not a row.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    *lines, last = path.read_bytes().split(b"\n")
+    found = {}
+    for number, line in enumerate([*lines, last], 1):
+        try:
+            row = json.loads(line)
+            found.setdefault(row["key"], row)
+        except (ValueError, TypeError, KeyError) as e:
+            if number > len(lines):
+                break  # empty after a whole line, or torn
+            raise UserError(f"{path}: line {number} is not the row of a run; delete it") from e
+    return list(found.values())
+
+
+def append_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds the rows whose key the file does not have, each in one write."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there = read_rows(path)
+    text = "".join(json.dumps(row) + "\n" for row in there)
+    if path.exists() and path.read_bytes() != text.encode():
+        write_text_atomic(path, text)  # without the torn line
+    keys = {row["key"] for row in there}
+    with open(path, "ab") as file:
+        for row in rows:
+            if row["key"] not in keys:
+                file.write(json.dumps(plain(row), allow_nan=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+                keys.add(row["key"])
+
+
+def finished(folder: str | os.PathLike) -> list[Path]:
+    """The folders of the finished runs of a program: those inside it, or ``folder`` itself."""
+    folder = Path(folder)
+    inside = sorted(path.parent for path in folder.glob("*/summary.json"))
+    return inside or [path.parent for path in folder.glob("summary.json")]
+
+
+def row_of(folder: Path, **known: Any) -> dict[str, Any]:
+    """What a finished run's folder says of it, and what is ``known`` beside.
+
+    ``validation`` and ``test`` are the values of ``metric`` at the last step, ``test_best`` that at
+    the step with the best validation; ``rank`` is the most that Delta W could have.
+    ``factor_parameters`` (whatever is not the head) and ``head_parameters`` are what the run ended
+    with, closed directions left out.
+    """
+    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    metric, steps = summary["metric"], summary["steps"]
+    history = read_metrics(folder)
+    curve = curve_of(history, metric)
+    ranks = [float(r) for m in summary["intrinsic_dimension"].values()
+             for r in np.ravel(m["effective_rank"])]
+    widths = [np.shape(m["singular_values"])[-1] for m in summary["intrinsic_dimension"].values()]
+    return known | {
+        "dataset": summary["dataset"],
+        "model": Path(summary["model"]).name,
+        "method": summary["method"],
+        "seed": config["seed"],
+        "data_seed": config["seed"] if config["data"]["seed"] is None else config["data"]["seed"],
+        "metric": metric,
+        "validation": _last(curve["validation"]),
+        "test": summary["eval"][metric],
+        "test_best": summary["best_eval"][metric],
+        "test_loss": summary["eval"]["loss"],
+        "validation_loss": _last(curve["validation_loss"]),
+        "train_loss": _last(curve["train_loss"]),
+        "train": _last(curve["train"]),
+        "steps": steps,
+        "batch_size": config["batch_size"],
+        "rank": max(widths, default=None),
+        "classes": config["data"]["classes"],
+        "effective_rank": float(np.mean(ranks)) if ranks else None,
+        "effective_rank_modules": {
+            name: round(float(np.mean(m["effective_rank"])), 4)
+            for name, m in summary["intrinsic_dimension"].items()
+        },
+        "trainable_parameters": summary["trainable_parameters"],
+        "total_parameters": summary["total_parameters"],
+        "factor_parameters": summary["final_parameters"]["factors"],
+        "head_parameters": summary["final_parameters"]["head"],
+        "seconds": seconds_of(config, summary),
+        "together": summary.get("sweep", 1),
+        "peak_memory_bytes": summary.get("peak_memory_bytes"),
+        "curve": curve,
+        "layers": layers_of(folder),
+        "trajectory": trajectory(folder, config),
+    }
+
+
+def seconds_of(config: Mapping[str, Any], summary: Mapping[str, Any]) -> float | None:
+    """The seconds of a run's training steps: its share, where several ran in one program."""
+    if summary.get("train_seconds") is not None:
+        return summary["train_seconds"]
+    rate = summary.get("examples_per_second")
+    return summary["steps"] * config["batch_size"] / rate if rate else summary.get("wall_seconds")
+
+
+def curve_of(history: list[dict], metric: str) -> dict[str, list]:
+    """Loss and metric at every evaluation: on training the mean of the lines since the one before.
+
+    ``test`` and ``test_loss`` are None where the run does not evaluate test on its way.
+    """
+    keys = {"validation": f"eval/{metric}", "validation_loss": "eval/loss",
+            "test": f"test/{metric}", "test_loss": "test/loss"}
+    curve = {name: [] for name in ("step", "train", "train_loss", *keys)}
+    since = []
+    for row in history:
+        since.append(row)
+        if "eval/loss" not in row:
+            continue
+        curve["step"].append(row["step"])
+        for name, key in keys.items():
+            curve[name].append(_finite(row.get(key)))
+        for name, key in (("train", f"train/{metric}"), ("train_loss", "train/loss")):
+            values = [r[key] for r in since if r.get(key) is not None]
+            curve[name].append(_finite(np.mean(values)) if values else None)
+        since = []
+    return curve
+
+
+def layers_of(folder: Path) -> dict[str, list] | None:
+    """Effective ranks over time: ``{"step": [T], "effective_rank": [T][layers]}``, means over the
+    kinds of modules of a layer; None for methods without factors."""
+    records = [record for record in read_intrinsic(folder) if record["modules"]]
+    if not records:
+        return None
+    kept = np.unique(np.linspace(0, len(records) - 1, MOST_TIMES).round().astype(int))
+    found = {"step": [], "effective_rank": []}
+    for record in (records[i] for i in kept):
+        kinds = [kind["effective_rank"] for kind in by_kind(record["modules"]).values()]
+        deepest = max(map(len, kinds), default=0)
+        ranks = np.mean([ranks for ranks in kinds if len(ranks) == deepest], axis=0)
+        found["step"].append(record["step"])
+        found["effective_rank"].append([round(float(r), 4) for r in ranks])
+    return found
+
+
+def _finite(value) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.6g}")
+
+
+def _last(values: list):
+    return values[-1] if values else None

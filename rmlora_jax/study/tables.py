@@ -1,0 +1,245 @@
+"""From rows to ``table.md`` and ``table.csv``: means and deviations over seeds."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rmlora_jax.study.plan import CHOOSE, FINAL
+from rmlora_jax.train.scores import describe, higher_is_better
+
+TOLERANCE = 0.02  # by which methods with factors may differ in the parameters they end with
+PARAMETERS = ("factor_parameters", "head_parameters")
+
+Row = Mapping[str, Any]
+
+
+class Group(NamedTuple):
+    """Runs that differ in their seed only."""
+
+    task: str
+    method: str
+    varied: tuple[tuple[str, Any], ...]  # name -> value of what the study compares beside these
+    rows: tuple[Row, ...]
+
+    @property
+    def rate(self) -> float | None:
+        return self.rows[0]["settings"].get("learning_rate")
+
+
+def groups(rows: Iterable[Row], stage: str = FINAL) -> list[Group]:
+    """The rows of a stage, gathered, in the order in which each group first occurs.
+
+    For the choice of the rate every rate is a group; of the reported runs a method has one rate.
+    """
+    found = {}
+    for row in rows:
+        if row["stage"] == stage:
+            found.setdefault((row["task"], row["method"], varied(row)), []).append(row)
+    return [Group(*key, tuple(values)) for key, values in found.items()]
+
+
+def varied(row: Row) -> tuple[tuple[str, Any], ...]:
+    """The values of a row that the study compares, its task and method left out."""
+    settings = {k: v for k, v in row["settings"].items()
+                if row["stage"] == CHOOSE or k != "learning_rate"}
+    return tuple({**row["variant"], **settings}.items())
+
+
+def values(rows: Iterable[Row], name: str) -> list[float]:
+    """The numbers under ``name`` that are there."""
+    found = (row.get(name) for row in rows)
+    return [v for v in found if v is not None and math.isfinite(v)]
+
+
+def mean(numbers: Sequence[float]) -> float | None:
+    return statistics.mean(numbers) if numbers else None
+
+
+def deviation(numbers: Sequence[float]) -> float | None:
+    """The sample standard deviation; None of fewer than two."""
+    return statistics.stdev(numbers) if len(numbers) > 1 else None
+
+
+def scale(metric: str) -> float:
+    """What a metric is multiplied by to be read: 100, but for errors."""
+    return 100.0 if higher_is_better(metric) else 1.0
+
+
+def unit(metric: str) -> str:
+    """
+    >>> unit("accuracy"), unit("matthews")
+    ('accuracy, %', 'Matthews x 100')
+    """
+    short = describe(metric)[0].short
+    if scale(metric) == 1:
+        return short
+    return f"{short}, %" if metric.startswith("accuracy") else f"{short} x 100"
+
+
+def parameters(rows: Sequence[Row]) -> tuple[int, int]:
+    """What the runs ended with, a mean: without the head, and with it."""
+    factors, head = (round(statistics.mean(row[name] for row in rows)) for name in PARAMETERS)
+    return factors, factors + head
+
+
+def unequal(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each task whose methods with factors end with numbers of parameters that
+    differ by more than 2 % of the smallest, the head left out."""
+    found = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        counts = {}
+        for group in groups(rows):
+            count, _ = parameters(group.rows)
+            if group.task == task and count and values(group.rows, "effective_rank"):
+                counts.setdefault(group.method, count)
+        least = min(counts.values(), default=0)
+        over = [m for m, count in counts.items() if count > (1 + TOLERANCE) * least]
+        if over:
+            found.append(
+                f"{task}: {', '.join(over)} trained more than 2 % more parameters than the "
+                f"method with the fewest, {least:,}."
+            )
+    return found
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table for each task: a line a method, and for every value that the study compares."""
+    parts = []
+    names = list(dict.fromkeys(name for g in groups(rows) for name, _ in g.varied))
+    for task in dict.fromkeys(row["task"] for row in rows):
+        found = [group for group in groups(rows) if group.task == task]
+        if not found:
+            continue
+        first = found[0].rows[0]
+        heads = ["method", *(name.rpartition(".")[2].replace("_", " ") for name in names), "rate",
+                 "seeds", f"test {unit(first['metric'])}", "test loss", "train loss",
+                 "effective rank", "parameters", "with head", "seconds", "GiB"]
+        lines = [_line(heads), "|" + "---|" * len(heads)]
+        edges = False
+        for group in found:
+            rate = _number(group.rate)
+            if at_edge(group, rows):
+                rate, edges = rate + " *", True
+            lines.append(_line([group.method, *(_value(dict(group.varied).get(n)) for n in names),
+                                rate, *_figures(group)]))
+        notes = [together(found)]
+        notes += ["\\* at the edge of the rates it was chosen from."] if edges else []
+        notes += [text for text in unequal(rows) if text.startswith(f"{task}: ")]
+        title = f"**{task}**: {first['dataset']}, {first['model']}, {first['steps']:,} steps"
+        parts += [title, "\n".join(lines), *notes]
+    return "\n\n".join(parts)
+
+
+def together(found: Sequence[Group]) -> str:
+    """What the times and the memory of a table are of."""
+    counts = sorted({row["together"] for group in found for row in group.rows})
+    devices = ", ".join(dict.fromkeys(row["device"] for group in found for row in group.rows))
+    if counts == [1]:
+        return f"{devices}. seconds: a run's training steps; GiB: the peak of its process."
+    runs = " or ".join(map(str, counts))
+    return (f"{devices}. seconds: a run's share of the training steps of its program, which "
+            f"trains {runs} runs together; GiB: the peak of that program.")
+
+
+def _figures(group: Group) -> list[str]:
+    metric = group.rows[0]["metric"]
+    test = [scale(metric) * v for v in values(group.rows, "test")]
+    without, whole = parameters(group.rows)
+    memory = values(group.rows, "peak_memory_bytes")
+    return [
+        str(len(test)),
+        spread(test),
+        spread(values(group.rows, "test_loss"), 3),
+        spread(values(group.rows, "train_loss"), 3),
+        spread(values(group.rows, "effective_rank")),
+        f"{without:,}",
+        f"{whole:,}",
+        spread(values(group.rows, "seconds"), 1, alone=True),
+        f"{max(memory) / 2**30:.2f}" if memory else "-",
+    ]
+
+
+def spread(numbers: Sequence[float], digits: int = 2, *, alone: bool = False) -> str:
+    """Mean and sample standard deviation; ``alone`` leaves the latter out.
+
+    >>> spread([1.0, 3.0]), spread([1.0]), spread([])
+    ('2.00 ± 1.41', '1.00', '-')
+    """
+    if not numbers:
+        return "-"
+    text = f"{statistics.mean(numbers):.{digits}f}"
+    wide = deviation(numbers)
+    return text if wide is None or alone else f"{text} ± {wide:.{digits}f}"
+
+
+def rates_table(rows: Sequence[Row]) -> str:
+    """How the rates were chosen: for each method the mean on validation at each of its rates."""
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        for method in dict.fromkeys(row["method"] for row in rows if row["task"] == task):
+            found = [g for g in groups(rows, CHOOSE) if (g.task, g.method) == (task, method)]
+            chosen = chosen_rates(rows, task, method)
+            cells = []
+            for group in found:
+                factor = scale(group.rows[0]["metric"])
+                text = spread([factor * v for v in values(group.rows, "validation")], alone=True)
+                text = f"{_number(group.rate)}: {text}"
+                cells.append(f"**{text}**" if group.rate in chosen else text)
+            if cells:
+                lines.append(_line([task, method, ", ".join(cells)]))
+    if not lines:
+        return ""
+    return "\n".join(["| task | method | rate: validation, mean of the runs that choose |",
+                      "|---|---|---|", *lines])
+
+
+def chosen_rates(rows: Iterable[Row], task: str, method: str) -> set[float]:
+    return {group.rate for group in groups(rows) if (group.task, group.method) == (task, method)}
+
+
+def at_edge(group: Group, rows: Iterable[Row]) -> bool:
+    """Whether the rate is the smallest or the largest of three or more it was chosen from."""
+    tried = sorted({row["settings"]["learning_rate"] for row in rows
+                    if (row["task"], row["method"], row["stage"])
+                    == (group.task, group.method, CHOOSE)})
+    return len(tried) > 2 and group.rate in (tried[0], tried[-1])
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """The figures of every group with all their digits, by names without spaces."""
+    names = list(dict.fromkeys(name for g in groups(rows) for name, _ in g.varied))
+    spreads = ("test", "test_best", "validation", "test_loss", "train_loss", "effective_rank")
+    heads = ["study", "task", "dataset", "model", "method", *names, "learning_rate", "metric",
+             "seeds", *(f"{n}_{what}" for n in spreads for what in ("mean", "std")), "steps",
+             "batch_size", "parameters_without_head", "parameters_with_head", "seconds_per_run",
+             "runs_together", "peak_memory_bytes", "device", "jax"]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(heads)
+    for group in groups(rows):
+        first, varied_values = group.rows[0], dict(group.varied)
+        figures = [f(values(group.rows, n)) for n in spreads for f in (mean, deviation)]
+        memory = values(group.rows, "peak_memory_bytes")
+        writer.writerow([
+            first["study"], group.task, first["dataset"], first["model"], group.method,
+            *(varied_values.get(n) for n in names), group.rate, first["metric"], len(group.rows),
+            *figures, first["steps"], first["batch_size"], *parameters(group.rows),
+            mean(values(group.rows, "seconds")), first["together"], max(memory, default=None),
+            first["device"], first["jax"],
+        ])
+    return file.getvalue()
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
+
+
+def _value(value: Any) -> str:
+    return _number(value) if isinstance(value, int | float) or value is None else str(value)
