@@ -32,6 +32,9 @@ def default_study() -> ml_collections.ConfigDict:
     c.choose_seeds = 2  # runs for each of them: seeds 100, 101, ...
     c.seeds = 5  # runs that are reported, on test at the last step: seeds 0, 1, ...
     c.at_once = 0  # runs that are trained at once; 0: as many of a program as fit in memory
+    # Train lora and the halves of rm_lora as rm_lora with penalty 0 or keep 1, which they equal bit
+    # for bit: the four then compile alike, and three find their program in the compilation cache.
+    c.shared = False
     c.processes = True  # each program in a process of its own, so that its peak memory is its own
     c.along = "method"  # what pictures compare: method, task, or a name of grid or variants
     c.pictures = ("table",)  # table, heat, frequency, gap, layers, dimension
@@ -95,7 +98,7 @@ def check_study(c: ml_collections.ConfigDict) -> dict[tuple, ml_collections.Conf
         try:
             base = tasks.configured(c, opened[cell.task], cell.method, cell.variant)
             bases[plan.place(cell)] = base
-            whole = program(cell, base, Path(), c.at_once)
+            whole = program(cell, base, Path(), at_once=c.at_once, shared=c.shared)
             check_config(ml_collections.ConfigDict(whole.config))
         except UserError as e:
             where = " ".join([cell.task, cell.method, *cell.variant])

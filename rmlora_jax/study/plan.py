@@ -19,6 +19,15 @@ FIRST_CHOOSE_SEED = 100
 Setting = Mapping[str, float]  # name of rmlora_jax.train.config.SWEEPABLE -> value
 
 
+# rm_lora at special values of its own fields: bit for bit these methods.
+AS_RM_LORA = {
+    "rm_lora": {},
+    "reg_only": {"keep": 1.0},
+    "mask_only": {"penalty": 0.0},
+    "lora": {"penalty": 0.0, "keep": 1.0},
+}
+
+
 class Cell(NamedTuple):
     """Runs that differ in their setting and their seed only.
 

@@ -43,22 +43,34 @@ class Program(NamedTuple):
 
 
 def program(
-    cell: Cell, base: ml_collections.ConfigDict, workdir: Path, at_once: int = 0
+    cell: Cell,
+    base: ml_collections.ConfigDict,
+    workdir: Path,
+    *,
+    at_once: int = 0,
+    shared: bool = False,
 ) -> Program:
     """The program of a cell; ``base``: the config that its runs share.
 
     A single run has no sweep. All runs of a sweep have the same batches, in the order of the first
-    seed.
+    seed. With ``shared`` the relatives of rm_lora run as rm_lora, with penalty and keep among what
+    is swept whatever they are, so that their programs differ in their inputs only.
     """
-    config = with_values(base, cell.settings[0])
+    also = {}
+    if shared and cell.method in plan.AS_RM_LORA and base.rm.draw == "bernoulli":
+        base = with_values(base, {})
+        base.method = "rm_lora"
+        also = {"penalty": base.rm.penalty, "keep": base.rm.keep} | plan.AS_RM_LORA[cell.method]
+    config = with_values(base, also | cell.settings[0])
     config.seed = cell.seeds[0]
     if cell.runs > 1:
-        config.sweep.seeds, config.sweep.grid = len(cell.seeds), swept(cell.settings)
+        config.sweep.seeds = len(cell.seeds)
+        config.sweep.grid = swept([also | setting for setting in cell.settings], always=bool(also))
         config.sweep.at_once = at_once
     runs = []
     for setting in cell.settings:
         for seed in cell.seeds:
-            one = with_values(base, setting)
+            one = with_values(base, also | setting)
             one.seed = seed
             runs.append((plan.identity(one.to_dict(), cell.stage), dict(setting), seed))
     words = [cell.task, cell.method, cell.stage, *(v.rpartition(".")[2] for v in cell.variant)]
@@ -68,13 +80,14 @@ def program(
     return Program(cell, config.to_dict(), tuple(runs), str(folder))
 
 
-def swept(settings: Sequence[Mapping[str, float]]) -> str:
-    """``config.sweep.grid`` for these settings: "" for one, which the config itself holds.
+def swept(settings: Sequence[Mapping[str, float]], always: bool = False) -> str:
+    """``config.sweep.grid`` for these settings: "" for one, which the config itself holds, unless
+    it is ``always`` to be stated.
 
     >>> swept(({"learning_rate": 0.1}, {"learning_rate": 0.2}))
     "[{'learning_rate': 0.1}, {'learning_rate': 0.2}]"
     """
-    return repr([dict(setting) for setting in settings]) if len(settings) > 1 else ""
+    return repr([dict(s) for s in settings]) if always or len(settings) > 1 else ""
 
 
 def trainer(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -100,6 +113,7 @@ def train(program: Program, study: str, *, trainer: Callable = trainer) -> list[
             key=key,
             study=study,
             task=program.cell.task,
+            method=program.cell.method,
             stage=program.cell.stage,
             variant=dict(text.split("=", 1) for text in program.cell.variant),
             settings=setting,

@@ -88,7 +88,6 @@ def row_of(folder: Path, **known: Any) -> dict[str, Any]:
     return known | {
         "dataset": summary["dataset"],
         "model": Path(summary["model"]).name,
-        "method": summary["method"],
         "seed": config["seed"],
         "data_seed": config["seed"] if config["data"]["seed"] is None else config["data"]["seed"],
         "metric": metric,

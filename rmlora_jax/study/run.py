@@ -34,7 +34,8 @@ def run_study(
     file = workdir / ROWS
 
     def program_of(cell: Cell) -> program.Program:
-        return program.program(cell, bases[plan.place(cell)], workdir, study.at_once)
+        base = bases[plan.place(cell)]
+        return program.program(cell, base, workdir, at_once=study.at_once, shared=study.shared)
 
     if study.dry_run:
         print(cost_table(cells, bases, read_rows(file), program_of), flush=True)

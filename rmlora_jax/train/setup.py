@@ -107,7 +107,7 @@ def open_base(config: ml_collections.ConfigDict, devices: Devices) -> Base:
     feed = problem.open_feed()
     steps = config.steps or max(1, round(config.epochs * feed.train_size / config.batch_size))
     trainable = _cast(trainable, jnp.float32)
-    with fields("rm.* and --config.lora.rank"):
+    with fields("rm.*, adalora.*, sora.* or lora.rank"):
         tx = method.optimizer(config, steps)
         jax.eval_shape(tx.init, trainable)
     return Base(
