@@ -16,7 +16,8 @@ def get_config(part="methods"):
     c.methods = ("lora", "rm_lora")
     c.rates = (1e-3,)  # one rate for all: what differs is not the rate
     c.seeds = 3
-    c.fields = ("steps=2000", "eval_every=200")  # one length; layers measured ten times
+    # One length, and ten times at which layers and what was explored are measured.
+    c.fields = ("steps=2000", "eval_every=200", "snapshots=True")
     c.pictures = ("dimension", "layers")
     if part == "methods":
         c.tasks = (VIT, "configs/minilm_glue.py:cola")

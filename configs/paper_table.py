@@ -22,5 +22,6 @@ def get_config():
     c.head_rates = (1e-3, 3e-3, 1e-2, 3e-2)  # head among its own,
     c.choose_seeds = 2  # by the validation split at the last step, seeds 100 and 101;
     c.seeds = 5  # reported: test at the last step, seeds 0 to 4
+    c.fields = ("snapshots=True",)
     c.pictures = ("table", "gap", "layers", "dimension")
     return c

@@ -55,6 +55,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.accumulate = 1  # micro-batches a step: memory of batch_size / accumulate
     c.eval_batch_size = 256  # examples an evaluation step, over all devices
     c.eval_every = 0  # steps between evaluations (each is a checkpoint); 0: once an epoch
+    c.snapshots = False  # keep the factors of each evaluation, for what training explored
     c.log_every = 20  # steps between lines of metrics.jsonl
     c.parallel = "mesh"  # mesh: jit(shard_map); pmap: jax.pmap
     c.compilation_cache = "~/.cache/rmlora_jax/xla"  # folder of compiled programs; "": none

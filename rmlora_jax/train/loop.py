@@ -14,7 +14,7 @@ import numpy as np
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import plain, read_json, write_json
-from rmlora_jax.train import checkpoint, method, setup, terminal
+from rmlora_jax.train import checkpoint, method, setup, snapshots, terminal
 from rmlora_jax.train.config import check_config, differences, is_sweep
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter, read_metrics
@@ -59,6 +59,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
         state, start = job.state, checkpoints.latest_step() or 0
         if start:
             state = checkpoint.restore(checkpoints, state, start)
+            snapshots.drop_after(workdir, start)
         with MetricWriter(
             workdir, total_steps=job.steps, start_step=start, enabled=leader
         ) as writer:
@@ -198,6 +199,8 @@ def fit(config, job: setup.Job, state: State, compiled: Steps, checkpoints, writ
             writer.write(done.step, row)
             intrinsic = spectrum(state.trainable, job.constants.frozen, job.lora)
             writer.intrinsic(done.step, intrinsic)
+            if config.snapshots and writer.enabled and intrinsic:
+                snapshots.save(writer.workdir, done.step, jax.device_get(state.trainable))
             checkpoint.save(checkpoints, state, validation, job.metrics[0])
         else:
             writer.write(done.step, row)

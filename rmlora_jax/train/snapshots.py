@@ -67,4 +67,4 @@ def drop_after(workdir: str | os.PathLike, step: int) -> None:
     """Deletes the snapshots of later steps: a run that continues after ``step`` makes them anew."""
     for path in (pathlib.Path(workdir) / FOLDER).glob("*.npz"):
         if int(path.stem) > step:
-            path.unlink()
+            path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json, write_json
-from rmlora_jax.train import checkpoint, loop, many, memory, setup, terminal
+from rmlora_jax.train import checkpoint, loop, many, memory, setup, snapshots, terminal
 from rmlora_jax.train.config import KINDS, Run, check_config, runs
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter
@@ -240,6 +240,8 @@ def train_chunk(
         if start:
             like = Together(job.state, many.best_shapes(job.state))
             together = checkpoint.restore(manager, like, start)
+            for name in names:
+                snapshots.drop_after(workdir / name, start)
             figures = manager.metrics(start)
         else:
             together = Together(many.first_state(chunk, base, devices), None)
@@ -303,6 +305,9 @@ def fit(config, job, together, figures, steps, manager, writers, devices):
             writer.write(done.step, row)
             if done.evaluating:
                 writer.intrinsic(done.step, spectrum(state.trainable, job, i))
+                if config.snapshots and writer.enabled and job.lora[i].target is not None:
+                    own = jax.device_get(many.pick(state.trainable, i))
+                    snapshots.save(writer.workdir, done.step, own)
         if done.evaluating:
             checkpoint.write(manager, done.step, Together(state, best), figures)
         shown |= summed_up(rows)
