@@ -9,6 +9,7 @@ pads them.
 """
 
 from rmlora_jax.data.dataset import ArraySource, Dataset, ImageSource, Subset
+from rmlora_jax.data.decoded import cached
 from rmlora_jax.data.glue import GlueTask, glue_task, write_predictions
 from rmlora_jax.data.pipeline import (
     Storage,
@@ -36,6 +37,7 @@ __all__ = [
     "Tokens",
     "augment",
     "batch_ids",
+    "cached",
     "eval_batches",
     "glue_task",
     "load_images",

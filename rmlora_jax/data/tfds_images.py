@@ -145,6 +145,13 @@ class TfdsImages:
     def __len__(self) -> int:
         return len(self._records)
 
+    def identity(self) -> str:
+        """What is read: the files with their sizes and times, the split, the features."""
+        folder, *rest = self._arguments
+        files = [(p.name, p.stat()) for p in sorted(Path(folder).resolve().iterdir())]
+        found = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+        return repr((str(Path(folder).resolve()), *rest, found))
+
     def __getitem__(self, index: int) -> dict:
         image, label = self.load(index)
         return {"image": image, "label": label}

@@ -35,8 +35,8 @@ SWEEPABLE = {
 # Fields that may differ between a run and its continuation: they change where things are, or
 # what is written, and no number.
 FREE_ON_RESUME = frozenset(
-    {"data.data_dir", "data.workers", "data.processes", "log_every", "compilation_cache"}
-    | {"text.cache", "sweep.at_once"}
+    {"data.data_dir", "data.cache", "data.workers", "data.processes", "text.cache"}
+    | {"log_every", "compilation_cache", "sweep.at_once"}
 )
 
 
@@ -82,6 +82,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.classes = 0  # use the first so many classes of a fixed random order; 0: all; images only
     c.data.per_class = 0  # use at most so many training images of each class; 0: all; images only
     c.data.mode = "auto"  # resident: all on the device; stream; auto: resident if it fits
+    c.data.cache = "~/.cache/rmlora_jax/images"  # folder of decoded splits; "": none
     c.data.workers = 8  # threads that decode
     c.data.processes = 0  # processes that decode streamed training images; 0: threads of this one
     c.data.flip = True  # mirror training images at random

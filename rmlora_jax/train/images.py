@@ -102,10 +102,14 @@ def open_feed(
     options = {"seed": data_seed(config), **process}
 
     if storage.resident:
+        def decode(name):
+            desc = f"decoding {images.name} {name}"
+            return data.load_resident(splits[name], storage.size, threads=c.workers, desc=desc)
+
         arrays = {
-            name: data.load_resident(
-                split, storage.size, threads=c.workers, desc=f"decoding {images.name} {name}"
-            )
+            name: data.cached(split, storage.size, c.cache, functools.partial(decode, name))
+            if c.cache
+            else decode(name)
             for name, split in splits.items()
         }
         for name, (_, labels) in arrays.items():
