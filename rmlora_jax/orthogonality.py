@@ -119,8 +119,8 @@ def add_orthogonality(
 
     .. seealso:: :func:`rmlora_jax.rm_lora`, which puts it in front of clipping and the mask.
     """
-    _check_arguments(kind, reduction, factors)
     is_identity = isinstance(weight, int | float) and weight == 0
+    _check_arguments(kind, reduction, None if is_identity else factors)
 
     def init_fn(params):
         find_factors(params, factors)

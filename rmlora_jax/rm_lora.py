@@ -68,7 +68,7 @@ def rm_lora(
       resample_every: see there.
       rescale: see there.
       seed: see there.
-      factors: see there; here None or a pair of regular expressions.
+      factors: see there; here None or a pair of regular expressions, with ``penalty=0`` one too.
       placement: where the mask stands. ``"before"`` AdamW, as the authors do: the moments still
         move what the mask hides. ``"after"``: hidden directions do not move, their moments see
         every gradient. ``"lazy"``: neither their parameters nor their moments change.

@@ -22,11 +22,12 @@ def attend(
     """softmax(Q K^T / sqrt(head_dim)) V for each head, the softmax in float32.
 
     Args:
-      query: (B, N, H, head_dim), any floating dtype; ``key`` and ``value`` have the same shape.
+      query: (B, N, H, head_dim), any floating dtype; ``key`` and ``value`` have the same shape, or
+        both another length N.
       implementation: ``"xla"`` runs everywhere; ``"cudnn"`` is the flash kernel of NVIDIA GPUs
         (bfloat16 or float16); ``"auto"`` takes cuDNN where it can run and XLA elsewhere.
-      mask: bool (B, N), False for the keys that are padding: their weight is exactly 0. Only XLA
-        takes one, since it may have any pattern. A row without a key gets equal weights.
+      mask: bool (B, N of the keys), False for those that are padding: their weight is exactly 0.
+        Only XLA takes one, since it may have any pattern. A row without a key gets equal weights.
 
     Returns:
       (B, N, H, head_dim) in the dtype of ``query``.
@@ -77,16 +78,18 @@ def padded_attention(query: jax.Array, key: jax.Array, value: jax.Array, impleme
 
     cuDNN refuses odd lengths such as ViT's 197. Arguments and result as in ``attend``.
     """
-    batch, length = query.shape[:2]
-    extra = -length % CUDNN_MULTIPLE
-    if not extra:
+    lengths = query.shape[1], key.shape[1]
+    if not any(length % CUDNN_MULTIPLE for length in lengths):
         return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
-    padded = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (query, key, value))
-    lengths = jnp.full((batch,), length, jnp.int32)
-    out = jax.nn.dot_product_attention(
-        *padded, key_value_seq_lengths=lengths, implementation=implementation
+    padded = (
+        jnp.pad(x, ((0, 0), (0, -x.shape[1] % CUDNN_MULTIPLE), (0, 0), (0, 0)))
+        for x in (query, key, value)
     )
-    return out[:, :length]
+    keys = jnp.full((query.shape[0],), lengths[1], jnp.int32)
+    out = jax.nn.dot_product_attention(
+        *padded, key_value_seq_lengths=keys, implementation=implementation
+    )
+    return out[:, : lengths[0]]
 
 
 def cudnn_can_run(dtype, head_dim: int) -> bool:

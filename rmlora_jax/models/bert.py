@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rmlora_jax.models.attention import attend, attend_with_dropout
 from rmlora_jax.models.bert_config import BertConfig
 from rmlora_jax.models.encoder import MLP, checked_tokens, normal_dense, normal_embed
+from rmlora_jax.models.inserts import bottleneck, prefixed
 from rmlora_jax.models.parts import REMAT, check_choices, check_counts, layer_norm, scan_layers
 
 
@@ -57,6 +58,7 @@ class Attention(nn.Module):
         query, key, value = (
             dense(c.hidden_size, name=name)(x).reshape(heads) for name in ("query", "key", "value")
         )
+        key, value, mask = prefixed(c, self.param_dtype, key, value, mask)
         if c.attention_probs_dropout_prob and not self.deterministic:
             drop = nn.Dropout(c.attention_probs_dropout_prob, deterministic=False)
             mixed = attend_with_dropout(query, key, value, drop, mask)
@@ -79,11 +81,13 @@ class Layer(nn.Module):
         c = self.config
         norm = functools.partial(layer_norm, c.layer_norm_eps, self.dtype, self.param_dtype)
         drop = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)
+        adapter = functools.partial(bottleneck, c, self.dtype, self.param_dtype)
         attention = Attention(
             c, self.dtype, self.param_dtype, self.deterministic, name="attention"
         )
-        x = norm("norm1")(x + drop(attention(x, mask)))
-        x = norm("norm2")(x + drop(MLP(c, self.dtype, self.param_dtype, name="mlp")(x)))
+        mlp = MLP(c, self.dtype, self.param_dtype, name="mlp")
+        x = norm("norm1")(x + adapter("bottleneck1")(drop(attention(x, mask))))
+        x = norm("norm2")(x + adapter("bottleneck2")(drop(mlp(x))))
         return x, x if self.collect else None
 
 
@@ -121,8 +125,9 @@ class Bert(nn.Module):
 
     Parameters live under ``embed`` {word, position, token_type, norm},
     ``encoder/layers/attention/`` {query, key, value, out}, ``encoder/layers/mlp/`` {fc1, fc2},
-    ``encoder/layers/`` {norm1, norm2}, ``pooler`` and ``head``. Everything under ``encoder/layers``
-    is stacked over the layers on axis 0.
+    ``encoder/layers/`` {norm1, norm2}, ``pooler`` and ``head``; where the config has them also
+    ``encoder/layers/`` {bottleneck1, bottleneck2} and ``encoder/layers/attention/prefix``.
+    Everything under ``encoder/layers`` is stacked over the layers on axis 0.
 
     Attributes:
       config: the architecture.

@@ -34,6 +34,8 @@ class BertConfig:
       initializer_range: standard deviation of new weights.
       layer_norm_eps: epsilon of every layer norm.
       pad_token_id: the token that stands for padding.
+      bottleneck_width: width of an adapter behind attention and MLP; 0: none (see inserts.py).
+      prefix_length: trained keys and values in front of every layer's own; 0: none.
 
     Raises:
       ValueError: naming the field, its value and what is allowed.
@@ -60,6 +62,8 @@ class BertConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
+    bottleneck_width: int = 0
+    prefix_length: int = 0
 
     def __post_init__(self):
         check_fields(self, minimum={"pad_token_id": 0})

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rmlora_jax.models.deberta_config import DebertaConfig
 from rmlora_jax.models.disentangled import disentangled_scores, drop_rows, relative_rows
 from rmlora_jax.models.encoder import MLP, checked_tokens, normal_dense, normal_embed
+from rmlora_jax.models.inserts import bottleneck
 from rmlora_jax.models.parts import (
     ACTIVATIONS,
     REMAT,
@@ -105,11 +106,13 @@ class Layer(nn.Module):
         c = self.config
         norm = functools.partial(layer_norm, c.layer_norm_eps, self.dtype, self.param_dtype)
         drop = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)
+        adapter = functools.partial(bottleneck, c, self.dtype, self.param_dtype)
         attention = Attention(
             c, self.dtype, self.param_dtype, self.deterministic, name="attention"
         )
-        x = norm("norm1")(x + drop(attention(x, mask, relative)))
-        x = norm("norm2")(x + drop(MLP(c, self.dtype, self.param_dtype, name="mlp")(x)))
+        mlp = MLP(c, self.dtype, self.param_dtype, name="mlp")
+        x = norm("norm1")(x + adapter("bottleneck1")(drop(attention(x, mask, relative))))
+        x = norm("norm2")(x + adapter("bottleneck2")(drop(mlp(x))))
         if beside is not None:
             mixed, scale, bias = beside
             mixed = normalised(x + mixed, scale, bias, c.layer_norm_eps)

@@ -50,6 +50,7 @@ class DebertaConfig:
       pooler_hidden_act: activation of the pooler.
       pooler_dropout: dropout before the pooler (training).
       cls_dropout: dropout before the head (training); None: as ``hidden_dropout_prob``.
+      bottleneck_width: width of an adapter behind attention and MLP; 0: none (see inserts.py).
 
     Raises:
       ValueError: naming the field, its value and what is allowed.
@@ -86,6 +87,7 @@ class DebertaConfig:
     pooler_hidden_act: str = "gelu"
     pooler_dropout: float = 0.0
     cls_dropout: float | None = None
+    bottleneck_width: int = 0
 
     def __post_init__(self):
         least = {"embedding_size": 0, "type_vocab_size": 0, "conv_kernel_size": 0}

@@ -15,6 +15,9 @@ BOOKKEEPING = (
     *("id2label", "label2id", "num_labels", "chunk_size_feed_forward"),
 )
 
+# Fields of ours: what is put into the layers, see inserts.py. By default nothing.
+INSERTS = {"bottleneck_width": 0, "prefix_length": 0}
+
 
 def check_fields(config: Any, minimum: Mapping[str, int] = {}) -> None:
     """Checks the values of a dataclass of sizes and constants, by the types of its fields.
@@ -28,7 +31,7 @@ def check_fields(config: Any, minimum: Mapping[str, int] = {}) -> None:
     """
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
-        least = minimum.get(name, 1)
+        least = (INSERTS | dict(minimum)).get(name, 1)
         if field.type is int and (type(value) is not int or value < least):
             refuse(name, value, f"a whole number of at least {least}")
         if field.type is bool and not isinstance(value, bool):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rmlora_jax.models.attention import IMPLEMENTATIONS, attend, attend_with_dropout
+from rmlora_jax.models.inserts import bottleneck, prefixed
 from rmlora_jax.models.parts import (
     ACTIVATIONS,
     REMAT,
@@ -76,6 +77,7 @@ class Attention(nn.Module):
             dense(use_bias=c.qkv_bias, name=name)(x).reshape(heads)
             for name in ("query", "key", "value")
         )
+        key, value, _ = prefixed(c, self.param_dtype, key, value)
         if c.attention_probs_dropout_prob and not self.deterministic:
             drop = nn.Dropout(c.attention_probs_dropout_prob, deterministic=False)
             mixed = attend_with_dropout(query, key, value, drop)
@@ -119,11 +121,13 @@ class Layer(nn.Module):
         c = self.config
         norm = functools.partial(layer_norm, c.layer_norm_eps, self.dtype, self.param_dtype)
         drop = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)
+        adapter = functools.partial(bottleneck, c, self.dtype, self.param_dtype)
         attention = Attention(
             c, self.dtype, self.param_dtype, self.attention, self.deterministic, name="attention"
         )
-        x = x + drop(attention(norm("norm1")(x)))
-        x = x + drop(MLP(c, self.dtype, self.param_dtype, name="mlp")(norm("norm2")(x)))
+        mlp = MLP(c, self.dtype, self.param_dtype, name="mlp")
+        x = x + adapter("bottleneck1")(drop(attention(norm("norm1")(x))))
+        x = x + adapter("bottleneck2")(drop(mlp(norm("norm2")(x))))
         return x, x if self.collect else None
 
 
@@ -163,8 +167,9 @@ class ViT(nn.Module):
 
     Parameters live under ``embed`` (cls_token, position, patch), ``encoder/layers/attention/``
     {query, key, value, out}, ``encoder/layers/mlp/`` {fc1, fc2}, ``encoder/layers/`` {norm1,
-    norm2}, ``encoder/norm`` and ``head``. Everything under ``encoder/layers`` is stacked over
-    the layers on axis 0.
+    norm2}, ``encoder/norm`` and ``head``; where the config has them also ``encoder/layers/``
+    {bottleneck1, bottleneck2} and ``encoder/layers/attention/prefix``. Everything under
+    ``encoder/layers`` is stacked over the layers on axis 0.
 
     Attributes:
       config: the architecture.

@@ -28,6 +28,8 @@ class ViTConfig:
       patch_size: side of a square patch, in pixels.
       num_channels: image channels C.
       qkv_bias: whether query, key and value have biases.
+      bottleneck_width: width of an adapter behind attention and MLP; 0: none (see inserts.py).
+      prefix_length: trained keys and values in front of every layer's own; 0: none.
 
     Raises:
       ValueError: naming the field, its value and what is allowed.
@@ -51,6 +53,8 @@ class ViTConfig:
     patch_size: int = 16
     num_channels: int = 3
     qkv_bias: bool = True
+    bottleneck_width: int = 0
+    prefix_length: int = 0
 
     def __post_init__(self):
         check_fields(self)

@@ -9,8 +9,8 @@ from rmlora_jax import data
 from rmlora_jax.errors import UserError
 from rmlora_jax.study import plan
 from rmlora_jax.study.plan import Cell
-from rmlora_jax.train import images, text
-from rmlora_jax.train.config import KINDS
+from rmlora_jax.train import images, speech, text
+from rmlora_jax.train.config import KINDS, SPEECH
 from rmlora_jax.train.terminal import duration
 
 HEADS = ("program", "runs", "left", "steps a run", "examples left", "time left")
@@ -73,6 +73,8 @@ def training_examples(config: ml_collections.ConfigDict) -> int | None:
     try:
         if config.task == KINDS[0]:
             return len(images.load(config, download=False).train)
+        if config.task == SPEECH:
+            return len(speech.load(config).train.labels)
         glue = data.glue_task(config.data.name)
         return len(text.load(config, glue, download=False).train.ids)
     except UserError:

@@ -13,12 +13,16 @@ from rmlora_jax.train import grid
 from rmlora_jax.train.scores import NAMES
 
 REGRESSION = "text_regression"
-KINDS = ("image_classification", "text_classification", REGRESSION)
+SPEECH = "speech_classification"
+TEXTS = ("text_classification", REGRESSION)
+KINDS = ("image_classification", *TEXTS, SPEECH)
 GATED = ("adalora", "sora")  # methods with a diagonal between their factors
 ADAPTED = ("rm_lora", "lora", "reg_only", "mask_only", *GATED)  # methods with factors
 PENALISED = ("rm_lora", "reg_only")  # of these, those with the penalty
 MASKED = ("rm_lora", "mask_only")  # and those with the mask
-METHODS = (*ADAPTED, "bitfit", "head", "full")
+INSERTED = ("bottleneck", "prefix")  # methods with modules of their own in the layers
+ALSO = ("bitfit", *INSERTED)  # methods that rm.also masks
+METHODS = (*ADAPTED, *ALSO, "head", "full")
 
 # What a sweep can vary: its name in sweep.grid -> the field, and the methods that read the field.
 SWEEPABLE = {
@@ -43,9 +47,11 @@ FREE_ON_RESUME = frozenset(
 def default_config() -> ml_collections.ConfigDict:
     """The fields of a run. A file in ``configs/`` starts from these and changes what it needs."""
     c = ml_collections.ConfigDict()
-    c.task = "image_classification"  # or text_classification, text_regression
+    c.task = "image_classification"  # text_classification, text_regression, speech_classification
     # rm_lora; its halves reg_only (penalty, no mask) and mask_only (mask, no penalty); lora;
     # adalora and sora, which share out or close rank directions while they train;
+    # bottleneck (adapters behind attention and MLP) and prefix (trained keys and values), both
+    # with what lora.train matches;
     # bitfit (every bias, and what lora.train matches); head (what lora.train matches); full
     c.method = "rm_lora"
     c.seed = 0  # of factors, head, masks and dropout; where data.seed is None, of the data too
@@ -100,6 +106,13 @@ def default_config() -> ml_collections.ConfigDict:
     c.text.one_length = False  # pad all to max_length: more padding, but one program to compile
     c.text.cache = "~/.cache/rmlora_jax/tokens"  # folder of tokenised splits; "": none
 
+    c.speech = ml_collections.ConfigDict()  # read by the task of speech alone
+    c.speech.speakers = ()  # numbers from 1 to 9 of those who are told apart; (): all
+    c.speech.clusters = 0  # above 0: no speakers; tell the cluster, of so many, of a hidden frame
+    c.speech.width = 64  # of a new model (model.source="", not a run's folder)
+    c.speech.layers = 4
+    c.speech.heads = 4
+
     c.lora = ml_collections.ConfigDict()
     c.lora.rank = 4
     c.lora.alpha = 16.0  # the low-rank product is scaled by alpha / rank
@@ -125,6 +138,12 @@ def default_config() -> ml_collections.ConfigDict:
     c.sora.gate_rate = 1.0  # learning rate of the gates over that of all else
     c.sora.proximal = "paper"  # paper, authors_exact
 
+    c.bottleneck = ml_collections.ConfigDict()  # read by method bottleneck alone
+    c.bottleneck.width = 8  # of the adapters: y + up(gelu(down(y))), up begins at 0
+
+    c.prefix = ml_collections.ConfigDict()  # read by method prefix alone; not for DeBERTa
+    c.prefix.length = 8  # trained keys and values in front of every layer's own
+
     c.rm = ml_collections.ConfigDict()  # the two parts of RM-LoRA; only method rm_lora reads them
     c.rm.penalty = 0.1  # weight of the orthogonality penalty
     c.rm.kind = "norm"  # norm, squared, cosine
@@ -136,6 +155,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.rm.resample_every = 1  # steps between draws
     c.rm.rescale = False  # divide what is kept by keep
     c.rm.placement = "before"  # mask before the optimizer, after it, or lazy
+    # Mask bitfit, bottleneck or prefix too, but never what lora.train matches. rm.unit says what
+    # is drawn. bitfit: element (an entry of a bias); prefix: element, or matrix (all keys of a
+    # layer, all its values); bottleneck: rank (a column of down and its row of up), element, matrix
+    c.rm.also = False
 
     c.optimizer = ml_collections.ConfigDict()  # AdamW
     c.optimizer.learning_rate = 1e-3
@@ -220,12 +243,14 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     one_of("optimizer.schedule", "linear", "cosine", "constant")
     for field in ("batch_size", "accumulate", "eval_batch_size", "log_every", "lora.rank",
                   "model.unroll", "data.workers", "text.max_length", "rm.resample_every",
-                  "adalora.initial_rank", "adalora.every", "sora.initial_rank"):
+                  "adalora.initial_rank", "adalora.every", "sora.initial_rank",
+                  "bottleneck.width", "prefix.length", "speech.width", "speech.layers",
+                  "speech.heads"):
         need(vars(flat)[field] >= 1, field, "at least 1")
     for field in ("steps", "eval_every", "model.image_size", "data.limit", "data.per_class",
                   "data.processes", "sweep.seeds", "sweep.at_once", "rm.penalty", "rm.start_step",
                   "optimizer.weight_decay", "optimizer.clip", "adalora.warmup",
-                  "adalora.orthogonal", "sora.sparsity", "sora.l1"):
+                  "adalora.orthogonal", "sora.sparsity", "sora.l1", "speech.clusters"):
         need(vars(flat)[field] >= 0, field, "0 or more")
     need(c.data.classes == 0 or c.data.classes >= 2, "data.classes", "0 for all, or at least 2")
     need(c.steps > 0 or c.epochs > 0, "epochs", "above 0 where steps is 0")
@@ -249,7 +274,7 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     need(c.batch_size % c.accumulate == 0, "accumulate", f"a divisor of batch_size {c.batch_size}")
     need(0 <= c.seed < 2**31, "seed", "from 0 to 2147483647")
     need(0 <= data_seed(c) < 2**31, "data.seed", "from 0 to 2147483647")
-    if c.task in KINDS[1:]:
+    if c.task in TEXTS:
         for field, only in (("model.image_size", 0), ("model.attention", "auto")):
             need(vars(flat)[field] in (only, "xla"), field, f"{only!r} for text")
         for field in ("data.classes", "data.per_class"):
@@ -257,12 +282,26 @@ def check_config(c: ml_collections.ConfigDict) -> None:
         need(len(c.text.columns) <= 2, "text.columns", "at most two names")
         for name in c.text.metrics:
             need(name in NAMES, "text.metrics", f"names among {', '.join(NAMES)}")
+    if c.task == SPEECH:
+        need(c.data.name == "japanese_vowels", "data.name", "japanese_vowels for speech")
+        need(c.speech.width % c.speech.heads == 0, "speech.heads",
+             f"a divisor of speech.width {c.speech.width}")
     if c.rm.draw == "bernoulli":
         need(0 < c.rm.keep <= 1, "rm.keep", "a probability in (0, 1]")
     else:
         whole = c.rm.keep >= 1 and c.rm.keep == int(c.rm.keep)
         need(whole, "rm.keep", "a whole number with draw exact")
         need(c.rm.unit == "rank", "rm.unit", "rank with draw exact")
+    if c.rm.also:
+        need(c.method in ALSO, "rm.also", f"False for {c.method}; it is for {', '.join(ALSO)}")
+        if c.method == "bitfit":
+            need(c.rm.unit == "element", "rm.unit", "element to mask bitfit: a bias has no rank")
+        if c.method == "prefix":
+            need(c.rm.unit in ("element", "matrix"), "rm.unit",
+                 "element or matrix to mask prefix: its vectors have no rank directions")
+        if c.method == "bottleneck" and c.rm.draw == "exact":
+            need(c.rm.keep <= c.bottleneck.width, "rm.keep",
+                 f"at most bottleneck.width {c.bottleneck.width} with draw exact")
     for field in ("lora.target", "lora.train"):
         try:
             re.compile(vars(flat)[field])

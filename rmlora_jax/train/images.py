@@ -15,6 +15,7 @@ from rmlora_jax import data
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub import Pretrained, find_folder, load_vit, new_vit_head
 from rmlora_jax.models import ViT
+from rmlora_jax.train import method
 from rmlora_jax.train.config import data_seed
 from rmlora_jax.train.fields import fields
 from rmlora_jax.train.mesh import Devices, replicate
@@ -38,7 +39,7 @@ def open_problem(
         key=head_key,
     )
     model = ViT(
-        pretrained.config,
+        method.architecture(config, pretrained.config),
         images.num_classes,
         dtype=jnp.dtype(config.model.dtype),
         attention=config.model.attention,

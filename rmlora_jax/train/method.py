@@ -3,6 +3,7 @@
 Every method is the same loop with another pair (description, optax transformation).
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,9 +14,17 @@ import optax
 
 import rmlora_jax as rm
 from rmlora_jax.baselines import find_diagonals, surviving, surviving_parameters
-from rmlora_jax.factors import find_factors, flatten
+from rmlora_jax.errors import UserError
+from rmlora_jax.factors import FactorNames, find_factors, flatten
 from rmlora_jax.lora import is_factor
-from rmlora_jax.train.config import GATED, MASKED, PENALISED
+from rmlora_jax.train.config import ADAPTED, ALSO, GATED, INSERTED, MASKED, PENALISED
+
+# What bitfit, bottleneck and prefix train beside lora.train: parameters by their paths.
+OWN = {
+    "bitfit": r"(?:.*/)?bias",
+    "bottleneck": r".*/bottleneck[12]/.*",
+    "prefix": r".*/prefix/(?:key|value)",
+}
 
 
 def description(config: ml_collections.ConfigDict) -> rm.LoRA:
@@ -26,8 +35,8 @@ def description(config: ml_collections.ConfigDict) -> rm.LoRA:
     c = config.lora
     if config.method == "full":
         return rm.LoRA(rank=1, target=None, train=".*")
-    if config.method == "bitfit":
-        return rm.LoRA(rank=1, target=None, train=rf"(?:.*/)?bias|(?:{c.train})")
+    if config.method in OWN:
+        return rm.LoRA(rank=1, target=None, train=rf"{OWN[config.method]}|(?:{c.train})")
     if config.method == "head":
         return rm.LoRA(rank=1, target=None, train=c.train)
     fields = {
@@ -46,6 +55,38 @@ def description(config: ml_collections.ConfigDict) -> rm.LoRA:
     if config.method == "sora":
         return rm.SoRA(**fields | {"rank": config.sora.initial_rank})
     return rm.LoRA(**fields)
+
+
+def architecture(config: ml_collections.ConfigDict, base: Any) -> Any:
+    """The config of the pretrained model with what the method puts into its layers.
+
+    Raises:
+      UserError: the model has no place for it.
+    """
+    if config.method not in INSERTED:
+        return base
+    if config.method == "bottleneck":
+        return dataclasses.replace(base, bottleneck_width=config.bottleneck.width)
+    if not hasattr(base, "prefix_length"):
+        raise UserError(
+            f"config.method='prefix' does not fit {config.model.source}: DeBERTa's attention goes "
+            "by relative positions, which prefix vectors have not; type --config.method=bottleneck"
+        )
+    return dataclasses.replace(base, prefix_length=config.prefix.length)
+
+
+def masks(config: ml_collections.ConfigDict) -> bool:
+    """Whether the optimizer of the method holds a mask."""
+    return config.method in MASKED or (config.rm.also and config.method in ALSO)
+
+
+def _masked_names(config) -> FactorNames:
+    """``factors`` of the mask: the LoRA factors, or what rm.also covers, lora.train left out."""
+    if config.method not in ALSO:
+        return None
+    if config.method == "bottleneck":
+        return r"down/kernel", r"up/kernel"
+    return rf"(?!(?:{config.lora.train})(?:/|$)){OWN[config.method]}"
 
 
 def _pairs(pattern) -> tuple:
@@ -71,11 +112,12 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
     """Clip and AdamW for a run of ``steps`` steps, with what the method adds before and after.
 
     For RM-LoRA and its halves that is the penalty's gradient before the clip and the mask behind
-    it; for AdaLoRA its penalty and its allocation; for SoRA the proximal step of its gates.
+    it (with rm.also the mask alone); for AdaLoRA its penalty and its allocation; for SoRA the
+    proximal step of its gates.
     """
     c, schedule = config.optimizer, learning_rate(config, steps)
     adamw = {"b1": c.b1, "b2": c.b2, "eps": c.eps, "weight_decay": c.weight_decay}
-    if config.method in (*PENALISED, *MASKED):
+    if config.method in PENALISED or masks(config):
         tx = _rm_lora(config, schedule, adamw)
     elif config.method == "adalora":
         tx = rm.adalora(
@@ -106,10 +148,18 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
     return tx if c.lora_plus == 1 else optax.chain(tx, scale_lora_b(c.lora_plus))
 
 
-def figures(config: ml_collections.ConfigDict, trainable: Any) -> dict[str, jax.Array]:
-    """What is logged of factors, float32 scalars: penalty, the unweighted R, whatever the method;
-    for AdaLoRA and SoRA open_directions, how many entries of the diagonals are not 0."""
-    found = {"penalty": rm.orthogonality(trainable, kind=config.rm.kind)}
+def figures(config: ml_collections.ConfigDict, trainable: Any, state: Any) -> dict[str, jax.Array]:
+    """What is logged of a step beside its loss, float32 scalars.
+
+    With factors penalty, the unweighted R; with factors or a mask kept_fraction, the part of the
+    maskable entries whose gradient passed; for AdaLoRA and SoRA open_directions, how many entries
+    of the diagonals are not 0.
+    """
+    found = {}
+    if config.method in ADAPTED or masks(config):
+        found["kept_fraction"] = rm.kept_fraction(state)
+    if config.method in ADAPTED:
+        found["penalty"] = rm.orthogonality(trainable, kind=config.rm.kind)
     if config.method in GATED:
         found["open_directions"] = surviving(trainable)["surviving_directions"]
     return found
@@ -150,7 +200,8 @@ def _rm_lora(config, schedule, adamw):
         kind=m.kind,
         clip=config.optimizer.clip or None,
         seed=config.seed,
-        **(mask if config.method in MASKED else {"keep": 1.0}),
+        factors=_masked_names(config),
+        **(mask if masks(config) else {"keep": 1.0}),
         **adamw,
     )
 

@@ -14,8 +14,9 @@ import optax
 
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
-from rmlora_jax.train import images, method, text
-from rmlora_jax.train.config import KINDS, REGRESSION, data_seed
+from rmlora_jax.models.inserts import with_inserts
+from rmlora_jax.train import images, method, speech, text
+from rmlora_jax.train.config import INSERTED, KINDS, REGRESSION, SPEECH, data_seed
 from rmlora_jax.train.fields import fields
 from rmlora_jax.train.mesh import Devices, check_divisible, replicate, spread
 from rmlora_jax.train.step import Constants, State, init_state, make_eval_step, make_train_step
@@ -94,13 +95,13 @@ def open_base(config: ml_collections.ConfigDict, devices: Devices) -> Base:
             f"{config.accumulate} micro-batches on each of {devices.count} devices; type "
             f"--config.batch_size={devices.count * config.accumulate}, or a multiple of it"
         )
-    open_problem = images.open_problem if config.task == KINDS[0] else text.open_problem
+    task = {KINDS[0]: images, SPEECH: speech}.get(config.task, text)
     head_key, factors_key = keys(config)
-    problem = open_problem(config, devices, head_key)
+    problem = task.open_problem(config, devices, head_key)
     with fields("lora.*"):
         lora = method.description(config)
         adapted = rm.adapt(problem.model, lora)
-        params = rm.attach(factors_key, adapted, problem.params, *problem.example)
+        params = with_new(config, problem, problem.params, adapted, factors_key)
         trainable, frozen = rm.split(params, lora)
     count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
 
@@ -133,6 +134,13 @@ def keys(config: ml_collections.ConfigDict) -> jax.Array:
     return jax.random.split(jax.random.key(config.seed))
 
 
+def with_new(config, problem: Problem, params: dict, adapted: nn.Module, key: jax.Array) -> dict:
+    """Pretrained parameters with what the method adds to them: factors, bottlenecks or prefixes."""
+    if config.method in INSERTED:
+        params = with_inserts(key, problem.model, params, *problem.example)
+    return rm.attach(key, adapted, params, *problem.example)
+
+
 def start(config: ml_collections.ConfigDict, base: Base, trainable: dict) -> State:
     """The state of a run before its first step."""
     return init_state(method.optimizer(config, base.steps), trainable)
@@ -144,7 +152,7 @@ def reseeded(config: ml_collections.ConfigDict, base: Base) -> dict:
     params = base.problem.reseeded(head_key)
     lora = method.description(config)
     adapted = rm.adapt(base.problem.model, lora)
-    params = rm.attach(factors_key, adapted, params, *base.problem.example)
+    params = with_new(config, base.problem, params, adapted, factors_key)
     return _cast(rm.split(params, lora)[0], jnp.float32)
 
 
@@ -162,7 +170,7 @@ def train_step(config: ml_collections.ConfigDict, base: Base, prepare_params=Non
         method.optimizer(config, base.steps),
         base.feed.prepare_train,
         regression=config.task == REGRESSION,
-        figures=functools.partial(method.figures, config) if base.lora.target else None,
+        figures=functools.partial(method.figures, config),
         accumulate=config.accumulate,
         label_smoothing=config.optimizer.label_smoothing,
     )

@@ -57,14 +57,13 @@ def make_train_step(
         example's place in the global batch, so that random crops do not depend on the number of
         devices or micro-batches.
       regression: squared error of one value instead of cross-entropy.
-      figures: ``(trainable) -> {name: scalar}``, more metrics; None without factors.
+      figures: ``(trainable before the update, optimizer state after it) -> {name: scalar}``, more
+        metrics.
       accumulate: micro-batches, run one after another; gradients are added in float32.
       label_smoothing: weight of the uniform distribution in the targets.
 
     Metrics (float32 scalars, equal on all devices): loss and, for classes, accuracy, means over the
-    global batch (the loss without the penalty); grad_norm; with factors, ``figures`` of the
-    parameters before the update and kept_fraction, the part of the factors' entries whose gradient
-    passed the mask.
+    global batch (the loss without the penalty); grad_norm; and ``figures``.
     """
 
     def loss_fn(trainable, constants, batch, keys, positions):
@@ -117,8 +116,7 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = means | {"grad_norm": optax.tree.norm(grads)}
         if figures is not None:
-            metrics |= figures(state.trainable)
-            metrics["kept_fraction"] = rm.kept_fraction(opt_state)
+            metrics |= figures(state.trainable, opt_state)
         return State(state.step + 1, trainable, opt_state), metrics
 
     return step

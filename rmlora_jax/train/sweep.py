@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json, write_json
 from rmlora_jax.train import checkpoint, loop, many, memory, setup, snapshots, terminal
-from rmlora_jax.train.config import KINDS, Run, check_config, runs
+from rmlora_jax.train.config import TEXTS, Run, check_config, runs
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter
 from rmlora_jax.train.step import State
@@ -157,7 +157,7 @@ class Programs:
         job = many.build(self.config, chunk, self.base, self.devices)
         try:
             steps = self.of(job, len(chunk))
-            if self.config.task != KINDS[0]:  # the first batch of texts may be a short one
+            if self.config.task in TEXTS:  # the first batch of texts may be a short one
                 batches = itertools.islice(self.base.feed.train(0), SAMPLED)
                 longest = max(batches, key=lambda batch: batch["input_ids"].size)
                 steps.train.program(job.state, job.constants, shard(longest, self.devices))

@@ -9,6 +9,7 @@ import ml_collections
 
 from rmlora_jax import data, hub
 from rmlora_jax.data import text_batches
+from rmlora_jax.train import method
 from rmlora_jax.train.config import REGRESSION, data_seed
 from rmlora_jax.train.fields import fields
 from rmlora_jax.train.mesh import Devices
@@ -33,7 +34,7 @@ def open_problem(
         key=head_key,
     )
     model = pretrained.family.model(
-        pretrained.config,
+        method.architecture(config, pretrained.config),
         pretrained.num_labels,
         dtype=jnp.dtype(config.model.dtype),
         unroll=min(config.model.unroll, pretrained.config.num_hidden_layers),

@@ -1,0 +1,125 @@
+"""A small transformer over frames, such as cepstral coefficients, as a classifier of sequences."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rmlora_jax.models.bert import Encoder
+from rmlora_jax.models.encoder import normal_dense
+from rmlora_jax.models.hf_config import check_fields
+from rmlora_jax.models.parts import REMAT, check_choices, check_counts, layer_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class FramesConfig:
+    """The architecture; names mean what they mean in ``BertConfig``.
+
+    Attributes:
+      num_channels: values C of a frame.
+      longest: frames that have positions.
+
+    Raises:
+      ValueError: naming the field, its value and what is allowed.
+    """
+
+    num_channels: int = 12
+    longest: int = 32
+    hidden_size: int = 64
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    intermediate_size: int = 256
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.1
+    layer_norm_eps: float = 1e-6
+    bottleneck_width: int = 0
+    prefix_length: int = 0
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+class Embed(nn.Module):
+    """Frames projected, a class token in front, positions: (B, N, C) -> (B, 1 + N, D)."""
+
+    config: FramesConfig
+    dtype: Any
+    param_dtype: Any
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, frames):
+        c = self.config
+        dense = normal_dense(c.initializer_range, self.param_dtype, self.dtype)
+        x = dense(c.hidden_size, name="frame")(frames)
+        init = nn.initializers.normal(c.initializer_range)
+        token = self.param("cls_token", init, (1, 1, c.hidden_size), self.param_dtype)
+        shape = (1, 1 + c.longest, c.hidden_size)
+        position = self.param("position", init, shape, self.param_dtype)
+        x = jnp.concatenate([jnp.tile(token.astype(x.dtype), (len(x), 1, 1)), x], axis=1)
+        x += position[:, : x.shape[1]].astype(x.dtype)
+        x = layer_norm(c.layer_norm_eps, self.dtype, self.param_dtype, "norm")(x)
+        return nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)(x)
+
+
+class Frames(nn.Module):
+    """BERT's encoder over frames, the head on a class token in front of them.
+
+    Parameters live under ``embed`` {frame, cls_token, position, norm}, ``encoder/layers`` as in
+    ``Bert``, and ``head``.
+
+    Attributes:
+      config: the architecture.
+      num_labels: outputs of the head.
+      dtype, param_dtype, unroll, remat: as in ``Bert``.
+
+    >>> model = Frames(FramesConfig(hidden_size=8, num_attention_heads=2), num_labels=3)
+    >>> frames, mask = jnp.zeros((2, 5, 12)), jnp.arange(5) < jnp.array([[5], [3]])
+    >>> params = model.init(jax.random.key(0), frames, mask)["params"]
+    >>> model.apply({"params": params}, frames, mask).shape
+    (2, 3)
+    """
+
+    config: FramesConfig
+    num_labels: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    unroll: int = 1
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, frames: jax.Array, mask: jax.Array, *, train: bool = False):
+        """Logits (B, num_labels), float32, of frames (B, N, C); ``mask`` (B, N): False for padding.
+
+        Raises:
+          ValueError: shapes that do not fit, too many frames, or an attribute out of its range.
+        """
+        c = self.config
+        check_choices("Frames", remat=(self.remat, REMAT))
+        check_counts("Frames", num_labels=self.num_labels, unroll=self.unroll)
+        if frames.ndim != 3 or frames.shape[2] != c.num_channels or frames.shape[1] > c.longest:
+            raise ValueError(
+                f"Frames: frames have shape {frames.shape}; expected (batch, at most {c.longest}, "
+                f"{c.num_channels})"
+            )
+        if mask.shape != frames.shape[:2]:
+            raise ValueError(f"Frames: mask has shape {mask.shape}; frames have {frames.shape}")
+        x = Embed(c, self.dtype, self.param_dtype, not train, name="embed")(frames)
+        mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)  # the class token
+        x, _ = Encoder(
+            c,
+            self.dtype,
+            self.param_dtype,
+            not train,
+            False,
+            self.unroll,
+            self.remat,
+            name="encoder",
+        )(x, mask)
+        drop = nn.Dropout(c.hidden_dropout_prob, deterministic=not train)
+        dense = normal_dense(c.initializer_range, self.param_dtype)
+        return dense(self.num_labels, name="head")(drop(x[:, 0].astype(jnp.float32)))
