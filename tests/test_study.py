@@ -677,6 +677,7 @@ def command(tiny_vit, workdir, *more):
             *more]
 
 
+@pytest.mark.slow
 def test_a_real_study_from_the_command_line(tiny_vit, tmp_path):
     environment = os.environ | {"XLA_FLAGS": ""}
 

@@ -109,8 +109,9 @@ def test_seeds_and_grid_equal_their_single_runs(config):
                    for a, b in zip(*step, strict=True))  # of two seeds
 
 
+@pytest.mark.slow
 def test_lora_with_rates_decays_and_alphas(config):
-    config.method = "lora"
+    config.method, config.accumulate = "lora", 2
     config.optimizer.warmup = 0.2
     config.lora.alpha_pattern = ((".*/query", 4.0),)
     config.lora.init = "orthogonal"
@@ -149,16 +150,17 @@ def text_config(texts):
     return c
 
 
+@pytest.mark.slow
 def test_texts_with_dropout(text_config):
     text_config.lora.dropout = 0.3
     text_config.text.max_length = 32
     text_config.text.group_by_length = True  # two lengths, hence two programs
-    text_config.accumulate = 2
     text_config.sweep.seeds = 2
     _, seen = check_equal(text_config, all_devices(limit=1))
     assert differ(seen, "loss") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["mesh", "pmap"])
 def test_eight_devices(config, parallel):
     config.sweep.seeds = 2
@@ -424,6 +426,7 @@ def test_run_py_trains_a_sweep(tiny_vit, tmp_path):
 # What fits.
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_runs_in_chunks_and_says_so(config, monkeypatch, tmp_path, capsys):
     config.method, config.sweep.seeds = "lora", 4
     devices = all_devices(limit=1)

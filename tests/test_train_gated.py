@@ -102,7 +102,7 @@ def test_the_folded_model_predicts_the_same(gated, name):
     assert sum(sizes.values()) < sum(v.size for p, v in end.items() if "lora_" in p)
 
 
-@pytest.mark.parametrize("name", ["adalora", "sora"])
+@pytest.mark.parametrize("name", ["adalora", pytest.param("sora", marks=pytest.mark.slow)])
 def test_a_continued_run_ends_bit_identical(gated, name, tmp_path):
     gated.method = name
     whole = loop.train(gated, tmp_path / "whole")
@@ -126,6 +126,7 @@ def test_a_continued_run_ends_bit_identical(gated, name, tmp_path):
     assert json.dumps(summary["intrinsic_dimension"]) == json.dumps(whole["intrinsic_dimension"])
 
 
+@pytest.mark.slow
 def test_runs_together_equal_runs_alone(gated, tmp_path):
     gated.method, gated.steps, gated.eval_every = "sora", 6, 6
     gated.sweep.grid = "{'sparsity': (0.5, 20.0)}"

@@ -91,6 +91,7 @@ def test_the_mask_covers_the_method_and_leaves_the_head(config, name):
         assert masks["encoder/layers/attention/prefix/key"].shape == (2, 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bitfit", "prefix", "bottleneck"])
 def test_a_mask_that_keeps_all_is_none(config, name):
     config = changed(config, method=name, rm__keep=1.0, rm__unit="element")

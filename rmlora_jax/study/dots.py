@@ -97,7 +97,7 @@ def dimension_picture(rows: Sequence[dict], along: str = "method"):
                      lambda row: row["trajectory"]["effective_rank"][-1])
             style.finish(line[1], f"{label}all increments", xlabel,
                          "effective rank of the trajectory")
-            line[1].set_ylim(bottom=0)
+            line[1].set_ylim(0, 1.15 * max(r["trajectory"]["effective_rank"][-1] for r in kept))
     if along != "method" and len(methods) > 1:
         _key(axes[0][-1], methods)
     figure.tight_layout(w_pad=2.5, h_pad=2)

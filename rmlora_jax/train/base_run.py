@@ -21,6 +21,7 @@ def read_base(workdir: Path, task: str, advice: str) -> tuple[dict, dict]:
     Raises:
       UserError: there is no such run, it is not finished, or it trained a part of its model.
     """
+    workdir = workdir.absolute()  # orbax takes no other
     if not (workdir / "summary.json").is_file():
         raise UserError(f"config.model.source={str(workdir)!r} holds no finished run; {advice}")
     config = read_json(workdir / "config.json")
