@@ -10,6 +10,7 @@ import optax
 from rmlora_jax.factors import FactorNames, find_factors, flatten, is_absent
 from rmlora_jax.masking import Keep, lazily_masked, mask_gradients
 from rmlora_jax.orthogonality import add_orthogonality
+from rmlora_jax.precision import in_float32
 
 
 def rm_lora(
@@ -76,7 +77,7 @@ def rm_lora(
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`; ``update`` needs ``params``. The step is
       computed and its state kept in float32, whatever the dtype of the parameters; updates come
-      back in the dtype of the gradients.
+      back in the dtype of the parameters.
 
     Raises:
       ValueError: an argument is not one of those above.
@@ -114,7 +115,7 @@ def rm_lora(
     else:
         steps = [lazily_masked(adamw, keep, **options)]
     penalise = add_orthogonality(penalty, kind=kind, reduction=reduction, factors=factors)
-    return _in_float32(optax.chain(penalise, _clip(clip), *steps))
+    return in_float32(optax.chain(penalise, _clip(clip), *steps))
 
 
 def authors_exact(
@@ -179,7 +180,7 @@ def authors_exact(
     mask = mask_gradients(
         k, draw="exact", coupling=couplings[version], start_step=1, seed=seed, factors=factors
     )
-    return _in_float32(
+    return in_float32(
         optax.chain(
             add_orthogonality(penalty, factors=factors),
             _clip(clip),
@@ -229,21 +230,3 @@ def _factors_only(rank: int, factors: FactorNames) -> optax.GradientTransformati
 
 def _clip(max_norm: float | None) -> optax.GradientTransformation:
     return optax.identity() if max_norm is None else optax.clip_by_global_norm(max_norm)
-
-
-def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """``inner`` at float32 or better, its norms and state included; updates keep their dtype."""
-    inner = optax.with_extra_args_support(inner)
-
-    def init_fn(params):
-        return inner.init(_widen(params))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        outputs, state = inner.update(_widen(updates), state, _widen(params), **extra_args)
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), outputs, updates), state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _widen(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)

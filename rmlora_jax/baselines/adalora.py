@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmlora_jax.baselines.diagonal import Diagonal, check_params, find_diagonals, in_float32
+from rmlora_jax.baselines.diagonal import Diagonal, find_diagonals
 from rmlora_jax.factors import flatten, is_absent
 from rmlora_jax.orthogonality import add_orthogonality
+from rmlora_jax.precision import check_params, in_float32
 
 
 class AllocationState(NamedTuple):

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmlora_jax.baselines.diagonal import check_params, find_diagonals, in_float32
+from rmlora_jax.baselines.diagonal import find_diagonals
 from rmlora_jax.factors import flatten, is_absent
+from rmlora_jax.precision import check_params, in_float32
 
 # SparseAdamW is built without an eps, which leaves it that of Transformers' AdamW.
 GATE_EPS = 1e-6

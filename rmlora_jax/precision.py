@@ -1,0 +1,44 @@
+"""Optimizers in float32, whatever the dtype of the parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """``inner`` at float32 or better, its norms and state included.
+
+    Updates come back in the dtype of the parameters, in which ``-p`` added to ``p`` is exactly 0.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> params = {"lora_e": jnp.full(2, 0.1, jnp.bfloat16)}
+      >>> tx = in_float32(optax.adam(1e-3))
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+      >>> print(state[0].mu["lora_e"].dtype, updates["lora_e"].dtype)
+      float32 bfloat16
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        return inner.init(_widen(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        check_params(params)
+        updates, state = inner.update(_widen(updates), state, _widen(params), **extra_args)
+        return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_params(params: Any) -> None:
+    """Raises ValueError where an update was called without the parameters."""
+    if params is None:
+        raise ValueError("the optimizer needs the parameters: call tx.update(updates, state, params)")
+
+
+def _widen(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
