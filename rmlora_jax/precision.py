@@ -37,7 +37,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
 def check_params(params: Any) -> None:
     """Raises ValueError where an update was called without the parameters."""
     if params is None:
-        raise ValueError("the optimizer needs the parameters: call tx.update(updates, state, params)")
+        raise ValueError("an update needs the parameters: call tx.update(updates, state, params)")
 
 
 def _widen(tree: Any) -> Any:
