@@ -19,5 +19,5 @@ def get_config():
     c.method_set.prefix = ("rm.unit=element",)  # for each entry of a prefix vector
     c.method_set.bottleneck = ("rm.unit=rank",)  # for each of its directions
     c.rates = (1e-3, 3e-3, 1e-2, 3e-2)
-    c.pictures = ("table", "gap")
+    c.pictures = ("table",)
     return c

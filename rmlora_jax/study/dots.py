@@ -18,6 +18,7 @@ def table_picture(rows: Sequence[dict], along: str = "method"):
     panel, figures = 3.3, 2.2  # for the dots, and beside them for numbers
     width, height = room + len(tasks) * (panel + figures), 1.3 + 0.46 * len(names)
     figure = style.new_figure(width, height)
+    limits = {}  # by data set: two tasks of one data set have one axis
     for place, task in enumerate(tasks):
         left = room + place * (panel + figures)
         ax = figure.add_axes((left / width, 0.65 / height, panel / width, 1 - 1.25 / height))
@@ -25,7 +26,9 @@ def table_picture(rows: Sequence[dict], along: str = "method"):
         metric = next(iter(found.values())).rows[0]["metric"]
         results = {name: [scale(metric) * v for v in values(group.rows, "test")]
                    for name, group in found.items()}
+        data = next(iter(found.values())).rows[0]["dataset"]
         low, high = _limits(found, results)
+        limits.setdefault(data, []).append((ax, low, high))
         for y, name in enumerate(names):
             if name not in found:
                 continue
@@ -46,12 +49,14 @@ def table_picture(rows: Sequence[dict], along: str = "method"):
         head = {"transform": ax.transAxes, "fontsize": 9, "color": MUTED, "va": "bottom"}
         ax.text(1.04, 1.02, "mean ± sd", **head)
         ax.text(1.56, 1.02, "trained", ha="right", **head)
-        ax.set_xlim(low, high)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.set_yticks(range(len(names)), names)
         style.finish(ax, task, f"test {style.axis(metric)}", grid="x")
         ax.tick_params(axis="y", labelsize=10.5, labelcolor=INK, labelleft=place == 0)
         ax.spines["left"].set_visible(False)
+    for panels in limits.values():
+        for ax, *_ in panels:
+            ax.set_xlim(min(low for _, low, _ in panels), max(high for *_, high in panels))
     style.caption(figure, CAPTION + "  Arrow: off the scale.  trained: parameters at the end, "
                   "without the head.")
     return figure

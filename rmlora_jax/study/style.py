@@ -10,7 +10,7 @@ from rmlora_jax.train.scores import describe, higher_is_better
 COLOURS = {
     "full": "#3b3b3b", "head": "#8f8f8f", "bitfit": "#b8a100", "lora": "#0072b2",
     "adalora": "#56b4e9", "sora": "#009e73", "reg_only": "#e69f00", "mask_only": "#cc79a7",
-    "rm_lora": "#d55e00",
+    "rm_lora": "#d55e00", "bottleneck": "#56b4e9", "prefix": "#009e73",
 }
 OTHERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#3b3b3b", "#8f8f8f")
 NEVER = 10**8  # steps between draws, or before the first: so many that it does not happen
