@@ -2,10 +2,11 @@
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from rmlora_jax.errors import UserError
-from rmlora_jax.train import snapshots
+from rmlora_jax.train import checkpoint, loop, snapshots, sweep
 
 
 def params(seed, layers=3):
@@ -70,3 +71,32 @@ def test_pickles_and_damaged_files_are_refused(tmp_path):
         snapshots.read(tmp_path)
     with pytest.raises(ValueError, match="no LoRA factors"):
         snapshots.save(tmp_path, 1, {"head": {"kernel": np.ones((2, 2))}})
+
+
+def test_runs_keep_their_factors_at_each_evaluation(config, tmp_path):
+    """A single run and a sweep: the same factors, those of the checkpoint, the gate in A."""
+    config.method, config.steps, config.eval_every, config.snapshots = "sora", 4, 2, True
+    config.compilation_cache = ""
+    loop.train(config, tmp_path / "one")
+    config.sweep.seeds = 2
+    sweep.train(config, tmp_path / "two")
+    taken = snapshots.read(tmp_path / "one")
+    assert [step for step, _ in taken] == [2, 4]
+    assert [s for s, _ in snapshots.read(tmp_path / "two" / "seed=1")] == [2, 4]
+    for (_, ours), (_, theirs) in zip(taken, snapshots.read(tmp_path / "two" / "seed=0"),
+                                      strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+                     ours, theirs)
+    with checkpoint.open_checkpoints(tmp_path / "one") as manager:
+        path = manager.directory / "4" / "default"
+    kept = ocp.StandardCheckpointer().restore(path)["trainable"]["encoder"]["layers"]["mlp"]["fc1"]
+    found = taken[-1][1]["encoder"]["layers"]["mlp"]["fc1"]
+    np.testing.assert_array_equal(found["lora_b"], kept["lora_b"])
+    np.testing.assert_array_equal(
+        found["lora_a"], np.asarray(kept["lora_a"]) * np.asarray(kept["lora_e"])[:, None, :])
+    # A run that goes on from step 2 makes the later ones anew.
+    snapshots.drop_after(tmp_path / "one", 2)
+    assert [step for step, _ in snapshots.read(tmp_path / "one")] == [2]
+    config.sweep.seeds, config.snapshots = 0, False
+    loop.train(config, tmp_path / "none")
+    assert snapshots.read(tmp_path / "none") == []
