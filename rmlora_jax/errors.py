@@ -1,4 +1,7 @@
-"""The one exception a user of the trainer is meant to read."""
+"""The one exception a user of the trainer is meant to read, and a word that its texts share."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -7,3 +10,13 @@ class UserError(ValueError):
     The message is one or two plain lines: what is wrong, where, and what to type next. ``run.py``
     prints it without a traceback and exits with a code other than 0.
     """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean rm_lora?"`` for a word that is near one that is known, else nothing.
+
+    >>> did_you_mean("rm_lore", ["lora", "rm_lora"]), did_you_mean("x", ["lora"])
+    ('; did you mean rm_lora?', '')
+    """
+    near = difflib.get_close_matches(str(word), known, 1)
+    return f"; did you mean {near[0]}?" if near else ""

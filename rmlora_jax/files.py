@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from rmlora_jax.errors import UserError
+
 
 def write_bytes_atomic(path: str | os.PathLike, data: bytes) -> pathlib.Path:
     """Writes ``data`` to ``path`` so that a reader, or a crash, sees the old file or the new one.
@@ -58,6 +60,32 @@ def write_json(path: str | os.PathLike, value: Any) -> pathlib.Path:
 def read_json(path: str | os.PathLike) -> Any:
     """The value in a JSON file. Raises FileNotFoundError or json.JSONDecodeError, a ValueError."""
     return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+
+
+def read_json_lines(path: str | os.PathLike, key: str, kind: type, wrong: str) -> list[dict]:
+    """The objects of a JSON-lines file, [] without one; each has a ``key`` of this ``kind``.
+
+    A last line that a killed process left half written is left out.
+
+    Raises:
+      UserError: another line is no such object: "PATH: line N " and then ``wrong``.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    *lines, last = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate([*lines, last], 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row[key], kind):
+                raise TypeError(key)
+        except (ValueError, TypeError, KeyError) as error:
+            if number > len(lines):
+                break  # empty after a whole line, or torn
+            raise UserError(f"{path}: line {number} {wrong}") from error
+        rows.append(row)
+    return rows
 
 
 def plain(value: Any) -> Any:

@@ -168,6 +168,12 @@ class LoRA:
         for name, allowed in (("init", INITS), ("execution", EXECUTIONS)):
             if getattr(self, name) not in allowed:
                 raise _error(name, getattr(self, name), "one of " + ", ".join(map(repr, allowed)))
+        if self.init == "pissa" and self.diagonal is not None:
+            name = type(self).__name__
+            raise ValueError(
+                f'{name}.init is "pissa", which takes W_0 apart for plain factors: use LoRA for '
+                f"it, or another init of {name}."
+            )
         put("layers", (self.layers,) if isinstance(self.layers, Layer) else tuple(self.layers))
         if not all(isinstance(layer, Layer) for layer in self.layers):
             raise _error("layers", self.layers, "a tuple of Layer(cls, equation, ...)")

@@ -1,4 +1,4 @@
-"""Optimizers in float32, whatever the dtype of the parameters."""
+"""What optimizers share: float32 whatever the dtype of the parameters, clipping or none."""
 
 from typing import Any
 
@@ -32,6 +32,11 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def clip_by_norm(max_norm: float | None) -> optax.GradientTransformation:
+    """:func:`optax.clip_by_global_norm`, or nothing for None."""
+    return optax.identity() if max_norm is None else optax.clip_by_global_norm(max_norm)
 
 
 def check_params(params: Any) -> None:

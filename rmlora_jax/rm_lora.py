@@ -10,7 +10,7 @@ import optax
 from rmlora_jax.factors import FactorNames, find_factors, flatten, is_absent
 from rmlora_jax.masking import Keep, lazily_masked, mask_gradients
 from rmlora_jax.orthogonality import add_orthogonality
-from rmlora_jax.precision import in_float32
+from rmlora_jax.precision import clip_by_norm, in_float32
 
 
 def rm_lora(
@@ -115,7 +115,7 @@ def rm_lora(
     else:
         steps = [lazily_masked(adamw, keep, **options)]
     penalise = add_orthogonality(penalty, kind=kind, reduction=reduction, factors=factors)
-    return in_float32(optax.chain(penalise, _clip(clip), *steps))
+    return in_float32(optax.chain(penalise, clip_by_norm(clip), *steps))
 
 
 def authors_exact(
@@ -183,7 +183,7 @@ def authors_exact(
     return in_float32(
         optax.chain(
             add_orthogonality(penalty, factors=factors),
-            _clip(clip),
+            clip_by_norm(clip),
             mask,
             _factors_only(rank, factors),
             optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
@@ -226,7 +226,3 @@ def _factors_only(rank: int, factors: FactorNames) -> optax.GradientTransformati
         return treedef.unflatten(leaves), FactorsOnlyState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _clip(max_norm: float | None) -> optax.GradientTransformation:
-    return optax.identity() if max_norm is None else optax.clip_by_global_norm(max_norm)

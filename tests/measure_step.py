@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from rmlora_jax.train import setup
+from rmlora_jax.train import memory, setup
 from rmlora_jax.train.mesh import all_devices, shard
 
 CONFIG = config_flags.DEFINE_config_file("config")
@@ -39,7 +39,6 @@ def main(_):
         began = time.perf_counter()
         step = job.train_step.lower(state, job.constants, batch).compile()
         compiled = time.perf_counter() - began
-        memory = step.memory_analysis()
         for _ in range(5):
             state, metrics = step(state, job.constants, batch)
         jax.block_until_ready(metrics)
@@ -48,17 +47,11 @@ def main(_):
             state, metrics = step(state, job.constants, batch)
         jax.block_until_ready(metrics)
         seconds = (time.perf_counter() - began) / STEPS.value
-        used = (
-            memory.argument_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-        )
         row = {
             "shapes": shapes,
             "step_ms": 1000 * seconds,
             "examples_per_second": config.batch_size / seconds,
-            "memory_gib": used / 2**30,
+            "memory_gib": memory.needed(step) / 2**30,
             "compile_seconds": compiled,
             "device": jax.devices()[0].device_kind,
         }

@@ -57,6 +57,8 @@ def test_other_images_are_not_mistaken(folder, tmp_path):
              (Subset(data.train, [1, 0]), None), (Subset(Subset(data.train, [2, 1, 0]), [1, 2]), 3)]
     names = [fingerprint(source, size) for source, size in found]
     assert len(set(names)) == len(names) and None not in names
+    fewer = load_images("made", data_dir=root, validation=4, classes=2)
+    assert fingerprint(fewer.train, None) not in (None, *names)  # other labels, other images
     elsewhere = tmp_path / "copy"
     shutil.copytree(root, elsewhere)
     file = next((elsewhere / "made" / "1.0.0").glob("*train*record*"))

@@ -3,16 +3,21 @@
 import doctest
 import functools
 import importlib
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_adalora import LAYERS, MODULES, as_modules, jax_loss, numpy_gradient, to_jax
+from test_adalora import (
+    LAYERS,
+    MODULES,
+    as_modules,
+    jax_loss,
+    numpy_gradient,
+    on_four_devices,
+    to_jax,
+)
 from test_adalora import problem as problem_without_gates
 
 from rmlora_jax.baselines.sora import sora, surviving, surviving_parameters
@@ -132,31 +137,12 @@ def test_three_learning_rates_under_vmap_against_numpy(proximal):
         assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], found), records)
 
 
-DEVICES = """
-import functools, jax
-from jax.sharding import PartitionSpec as P
-from test_sora import RATE, assert_same, jax_run, numpy_run, problem, to_jax
-
-assert jax.device_count() == 4
-params, *data = problem()
-mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-specs = (P(), P(), P("data"), P("data"), P())
-for name in ("paper", "authors_exact"):
-    run = functools.partial(jax_run, name, axis="data")
-    run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P()))
-    assert_same(run(RATE, *to_jax((*data, params))), numpy_run(name, RATE, *data, params)[0])
-print("equal on 4 devices")
-"""
-
-
-def test_training_on_four_devices_against_numpy():
-    paths = [os.path.dirname(__file__), *(p for p in sys.path if p)]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths),
-           "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}  # fmt: skip
-    run = subprocess.run(
-        [sys.executable, "-c", DEVICES], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert "equal on 4 devices" in run.stdout, run.stderr[-3000:]
+@VARIANTS
+def test_training_on_four_devices_against_numpy(proximal):
+    params, *data = problem()
+    run = on_four_devices(functools.partial(jax_run, proximal))
+    found = run(RATE, *to_jax((*data, params)))
+    assert_same(found, numpy_run(proximal, RATE, *data, params)[0])
 
 
 @VARIANTS

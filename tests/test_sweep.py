@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from conftest import tiny_config
-from fixtures.text.tiny import write_model, write_texts
+from fixtures.text.tiny import config_of, write_model, write_texts
 
 import rmlora_jax as rm
 from rmlora_jax.data import augment, load_images
@@ -21,7 +21,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.hub import load_vit
 from rmlora_jax.models import ViT
 from rmlora_jax.train import checkpoint, grid, loop, many, memory, mesh, setup, sweep
-from rmlora_jax.train.config import check_config, default_config, differences, runs
+from rmlora_jax.train.config import check_config, differences, runs
 from rmlora_jax.train.mesh import all_devices, shard
 
 ROOT = Path(__file__).parent.parent
@@ -138,16 +138,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture
 def text_config(texts):
-    c = default_config()
-    c.task = "text_classification"
-    c.model.source = str(texts / "model")
-    c.model.dtype = "float32"
-    c.text.columns = ("text",)
-    c.text.max_length = 48
-    c.text.train_file = str(texts / "train.jsonl")
-    c.text.cache = ""
-    c.lora.train = "head|pooler"
-    c.batch_size, c.eval_batch_size, c.steps = 16, 32, STEPS
+    c = config_of(texts, steps=STEPS)
     c.optimizer.learning_rate = 5e-3
     return c
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures.text.tiny import write_model, write_texts
+from fixtures.text.tiny import config_of, write_model, write_texts
 
 from rmlora_jax.train import loop, setup
 from rmlora_jax.train.config import check_config, default_config, use_glue
@@ -119,17 +119,7 @@ def test_regression(files, tmp_path):
 
 @pytest.fixture
 def config(files):
-    c = default_config()
-    c.task = "text_classification"
-    c.model.source = str(files / "model")
-    c.model.dtype = "float32"
-    c.text.columns = ("text",)
-    c.text.max_length = 48
-    c.text.train_file = str(files / "train.jsonl")
-    c.text.cache = ""
-    c.lora.train = "head|pooler"
-    c.batch_size, c.eval_batch_size, c.steps = 16, 32, 4
-    return c
+    return config_of(files, steps=4)
 
 
 def test_every_reported_split_has_its_figures(config):

@@ -12,7 +12,7 @@ import optax
 from rmlora_jax.baselines.diagonal import Diagonal, find_diagonals
 from rmlora_jax.factors import flatten, is_absent
 from rmlora_jax.orthogonality import add_orthogonality
-from rmlora_jax.precision import check_params, in_float32
+from rmlora_jax.precision import check_params, clip_by_norm, in_float32
 
 
 class AllocationState(NamedTuple):
@@ -123,8 +123,7 @@ def adalora(
         beta1=beta1,
         beta2=beta2,
     )
-    clipping = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
-    return in_float32(optax.chain(add_orthogonality(orthogonal), clipping, allocated))
+    return in_float32(optax.chain(add_orthogonality(orthogonal), clip_by_norm(clip), allocated))
 
 
 def allocate_rank(

@@ -33,10 +33,6 @@ class AdaLoRA(LoRA):
     init: str = "normal"
     diagonal: ClassVar[str] = "zeros"
 
-    def __post_init__(self):
-        super().__post_init__()
-        _refuse_pissa(self)
-
     def _scale(self, rank: int, alpha: float | None) -> float:
         scale = super()._scale(rank, alpha)
         return scale if self.rs else scale * rank / (rank + 1e-5)
@@ -64,16 +60,3 @@ class SoRA(LoRA):
     """
 
     diagonal: ClassVar[str] = "normal"
-
-    def __post_init__(self):
-        super().__post_init__()
-        _refuse_pissa(self)
-
-
-def _refuse_pissa(lora: LoRA) -> None:
-    if lora.init == "pissa":
-        name = type(lora).__name__
-        raise ValueError(
-            f'{name}.init is "pissa", which takes W_0 apart for plain factors: use LoRA for it, '
-            f"or another init of {name}."
-        )

@@ -11,7 +11,7 @@ import optax
 
 from rmlora_jax.baselines.diagonal import find_diagonals
 from rmlora_jax.factors import flatten, is_absent
-from rmlora_jax.precision import check_params, in_float32
+from rmlora_jax.precision import check_params, clip_by_norm, in_float32
 
 # SparseAdamW is built without an eps, which leaves it that of Transformers' AdamW.
 GATE_EPS = 1e-6
@@ -112,7 +112,7 @@ def sora(
     return in_float32(
         optax.chain(
             optax.masked(_add_l1(l1), lambda tree: _mark_gates(tree, True, False)),
-            optax.identity() if clip is None else optax.clip_by_global_norm(clip),
+            clip_by_norm(clip),
             optax.partition(groups, lambda tree: _mark_gates(tree, "gate", "rest")),
         )
     )

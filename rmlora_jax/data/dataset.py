@@ -1,6 +1,7 @@
 """What every image source gives the trainer: random access, and three fixed splits."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -96,6 +97,16 @@ class Subset:
 
     def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
         return self.source.load(int(self.ids[index]), size)
+
+    def identity(self) -> str | None:
+        return identity_of(self.source, self.ids)
+
+
+def identity_of(source: ImageSource, chosen: Sequence[int]) -> str | None:
+    """What is read of ``source`` through these numbers, in words that tell it from all else; None
+    where ``source`` has no ``identity()`` or does not know."""
+    own = source.identity() if hasattr(source, "identity") else None
+    return own and f"{own} {hashlib.sha256(np.asarray(chosen, np.int64).tobytes()).hexdigest()}"
 
 
 def held_out_count(n: int, amount: float) -> int:

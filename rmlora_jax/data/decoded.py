@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from rmlora_jax.data.dataset import ImageSource, Subset
+from rmlora_jax.data.dataset import ImageSource
 from rmlora_jax.files import write_bytes_atomic
 
 FORMAT = "1"
@@ -41,16 +41,10 @@ def cached(
 
 def fingerprint(source: ImageSource, size: int | None) -> str | None:
     """Hexadecimal SHA-256 of all that decides the decoded images; None where it is not known."""
-    digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {size}".encode())
-    while isinstance(source, Subset):
-        ids = np.asarray(source.ids, np.int64)
-        digest.update(b"subset" + len(ids).to_bytes(8, "little") + ids.tobytes())
-        source = source.source
-    identity = getattr(source, "identity", None)
+    identity = source.identity() if hasattr(source, "identity") else None
     if identity is None:
         return None
-    digest.update(identity().encode())
-    return digest.hexdigest()
+    return hashlib.sha256(f"{FORMAT} {PIL.__version__} {size} {identity}".encode()).hexdigest()
 
 
 def _write(path: Path, images: np.ndarray, labels: np.ndarray) -> None:

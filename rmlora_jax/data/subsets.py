@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from rmlora_jax.data.dataset import ArraySource, Dataset, ImageSource, Subset
+from rmlora_jax.data.dataset import ArraySource, Dataset, ImageSource, Subset, identity_of
 from rmlora_jax.errors import UserError
 
 SEED = 0
@@ -36,6 +36,10 @@ class Relabelled:
     def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
         image, label = self.source.load(index, size)
         return image, int(self.labels[label])
+
+    def identity(self) -> str | None:
+        own = identity_of(self.source, self.labels)
+        return own and f"relabelled {own}"
 
 
 def labels_of(source: ImageSource) -> np.ndarray:

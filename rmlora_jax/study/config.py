@@ -1,11 +1,10 @@
 """Every field of a study, with its meaning, and the checks made before anything runs."""
 
-import difflib
 from pathlib import Path
 
 import ml_collections
 
-from rmlora_jax.errors import UserError
+from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.study import plan, tasks
 from rmlora_jax.study.pictures import PICTURES
 from rmlora_jax.study.program import program
@@ -56,8 +55,7 @@ def check_study(c: ml_collections.ConfigDict) -> dict[tuple, ml_collections.Conf
     def known(field: str, names, allowed, what: str):
         for name in names:
             if name not in allowed:
-                near = difflib.get_close_matches(str(name), allowed, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                hint = did_you_mean(name, allowed)
                 wrong.append(
                     f"config.{field}: no {what} {name!r}: there are {', '.join(allowed)}{hint}"
                 )

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rmlora_jax.errors import UserError
-from rmlora_jax.files import plain, read_json, write_text_atomic
+from rmlora_jax.files import plain, read_json, read_json_lines, write_text_atomic
 from rmlora_jax.study.trajectory import trajectory
 from rmlora_jax.train.metrics import read_intrinsic, read_metrics
 from rmlora_jax.train.panels import by_kind
@@ -29,19 +28,9 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
       UserError: a line other than the last is not a row.
     """
-    path = Path(path)
-    if not path.exists():
-        return []
-    *lines, last = path.read_bytes().split(b"\n")
     found = {}
-    for number, line in enumerate([*lines, last], 1):
-        try:
-            row = json.loads(line)
-            found.setdefault(row["key"], row)
-        except (ValueError, TypeError, KeyError) as e:
-            if number > len(lines):
-                break  # empty after a whole line, or torn
-            raise UserError(f"{path}: line {number} is not the row of a run; delete it") from e
+    for row in read_json_lines(path, "key", str, "is not the row of a run; delete it"):
+        found.setdefault(row["key"], row)
     return list(found.values())
 
 

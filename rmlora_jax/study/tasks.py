@@ -2,14 +2,13 @@
 
 import ast
 import copy
-import difflib
 import importlib.util
 import sys
 from pathlib import Path
 
 import ml_collections
 
-from rmlora_jax.errors import UserError
+from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.train.config import flatten
 
 ROOT = Path(__file__).parent.parent.parent  # where configs/ lies in a checkout
@@ -86,8 +85,7 @@ def override(config: ml_collections.ConfigDict, text: str) -> None:
     path, equals, value = text.partition("=")
     flat = flatten(config)
     if not equals or path not in flat:
-        near = difflib.get_close_matches(path, flat, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(path, flat)
         raise UserError(f"{text!r}: must be a field and its value, such as epochs=4{hint}")
     *parents, name = path.split(".")
     node = config

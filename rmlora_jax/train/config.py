@@ -1,6 +1,5 @@
 """Every field of a run, with its meaning, and the checks made before anything is loaded."""
 
-import difflib
 import re
 import types
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 import ml_collections
 from ml_collections import config_dict
 
-from rmlora_jax.errors import UserError
+from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.train import grid
 from rmlora_jax.train.scores import NAMES
 
@@ -189,8 +188,7 @@ def use_glue(c: ml_collections.ConfigDict, task: str) -> None:
     from rmlora_jax.data.glue import TASKS
 
     if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(task, TASKS)
         raise UserError(f"no GLUE task {task!r}: there are {', '.join(TASKS)}{hint}")
     c.task = REGRESSION if TASKS[task].regression else "text_classification"
     c.data.name = f"glue/{task}"
@@ -219,8 +217,7 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     def one_of(field: str, *allowed: str):
         value = flatten(c)[field]
         if value not in allowed:
-            near = difflib.get_close_matches(str(value), allowed, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(value, allowed)
             wrong.append(f"config.{field}={value!r}: must be one of {', '.join(allowed)}{hint}")
 
     flat = types.SimpleNamespace(**flatten(c))
@@ -323,8 +320,7 @@ def _mistakes_of_sweep(c: ml_collections.ConfigDict, known: list[str]) -> list[s
         return [f"{where}: {e}"]
     for name in dict.fromkeys(name for setting in settings for name in setting):
         if name not in SWEEPABLE:
-            near = difflib.get_close_matches(str(name), SWEEPABLE, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, SWEEPABLE)
             if name == "seed":
                 hint = "; type --config.sweep.seeds=5 for five seeds"
             wrong.append(f"{where}: no {name!r}, there are {', '.join(SWEEPABLE)}{hint}")

@@ -19,7 +19,7 @@ from rmlora_jax.train import method
 from rmlora_jax.train.config import data_seed
 from rmlora_jax.train.fields import fields
 from rmlora_jax.train.mesh import Devices, replicate
-from rmlora_jax.train.task import Feed, Problem, checkpoint_notes
+from rmlora_jax.train.task import Feed, Problem, checkpoint_notes, numbered
 
 
 def open_problem(
@@ -91,7 +91,6 @@ def open_feed(
     splits = {"train": images.train, "validation": images.validation, "test": images.test}
     sizes = {name: len(split) for name, split in splits.items()}
     storage = data.plan_storage(images, pretrained.image_size, mode=c.mode)
-    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     augment = functools.partial(
         data.augment,
         image_size=pretrained.image_size,
@@ -100,8 +99,6 @@ def open_feed(
         std=pretrained.image_std,
         dtype=jnp.dtype(config.model.dtype),
     )
-    options = {"seed": data_seed(config), **process}
-
     if storage.resident:
         def decode(name):
             desc = f"decoding {images.name} {name}"
@@ -115,8 +112,6 @@ def open_feed(
         }
         for name, (_, labels) in arrays.items():
             check_labels(labels, images.num_classes, f"{images.name}, split {name}")
-        # One array for all splits: the evaluation step then compiles once.
-        first = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
         resident = replicate(
             {
                 "image": np.concatenate([pixels for pixels, _ in arrays.values()]),
@@ -124,16 +119,10 @@ def open_feed(
             },
             devices,
         )
-
-        def train(step):
-            ids = data.batch_ids(sizes["train"], config.batch_size, start_step=step, **options)
-            return ({"id": i} for i in ids)
-
-        def evaluate(split):
-            for batch in data.eval_batches(sizes[split], config.eval_batch_size, **process):
-                yield {"id": batch["id"] + np.int32(first[split]), "mask": batch["mask"]}
+        train, evaluate = numbered(config, sizes)
     else:
         resident = {}
+        process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         reading = {"size": storage.size, "threads": c.workers}
 
         def checked(batches, split):
@@ -148,7 +137,8 @@ def open_feed(
                 config.batch_size,
                 start_step=step,
                 workers=c.processes,
-                **options,
+                seed=data_seed(config),
+                **process,
                 **reading,
             )
             return checked(batches, "train")

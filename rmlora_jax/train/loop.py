@@ -1,5 +1,6 @@
 """A run from its first step to its report; the same folder again continues where it stopped."""
 
+import contextlib
 import functools
 import tempfile
 import time
@@ -46,12 +47,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
         return summary
     use_compilation_cache(config.compilation_cache)
     devices = all_devices(config.parallel)
-    try:
+    with no_folder_of_a_run_that_cannot_start(workdir):
         job = setup.build(config, devices)
-    except UserError:
-        if not any(workdir.iterdir()):
-            workdir.rmdir()
-        raise
     if leader:
         write_json(workdir / "config.json", config.to_dict())
 
@@ -59,25 +56,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
         state, start = job.state, checkpoints.latest_step() or 0
         if start:
             state = checkpoint.restore(checkpoints, state, start)
-            snapshots.drop_after(workdir, start)
         with MetricWriter(
             workdir, total_steps=job.steps, start_step=start, enabled=leader
         ) as writer:
-            writer.print(
-                terminal.header(
-                    devices=jax.devices(),
-                    mesh=dict(devices.mesh.shape),
-                    model=config.model.source,
-                    method=config.method,
-                    trainable=job.trainable_parameters,
-                    total=job.total_parameters,
-                    data=job.feed.sizes,
-                    dataset=config.data.name,
-                    workdir=workdir,
-                    start_step=start,
-                    total_steps=job.steps,
-                )
-            )
+            writer.print(header(config, job, devices, workdir, start_step=start))
             for note in job.notes:
                 writer.print(note)
             compiled = compile_steps(job, state, start, devices)
@@ -111,6 +93,34 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
         write_report(workdir)
         print(ending(summary, workdir), flush=True)
     return summary
+
+
+@contextlib.contextmanager
+def no_folder_of_a_run_that_cannot_start(workdir: Path) -> Iterator[None]:
+    """Removes ``workdir`` again, if it is empty, where a UserError ends what is done inside."""
+    try:
+        yield
+    except UserError:
+        if not any(workdir.iterdir()):
+            workdir.rmdir()
+        raise
+
+
+def header(config, of: setup.Job | setup.Base, devices: Devices, workdir: Path, **more) -> str:
+    """What is about to be trained, for the terminal."""
+    return terminal.header(
+        devices=jax.devices(),
+        mesh=dict(devices.mesh.shape),
+        model=config.model.source,
+        method=config.method,
+        trainable=of.trainable_parameters,
+        total=of.total_parameters,
+        data=of.feed.sizes,
+        dataset=config.data.name,
+        workdir=workdir,
+        total_steps=of.steps,
+        **more,
+    )
 
 
 def summary_of(
@@ -197,14 +207,21 @@ def fit(config, job: setup.Job, state: State, compiled: Steps, checkpoints, writ
             validation = measured(outputs, job.metrics)
             row |= {f"eval/{name}": value for name, value in validation.items()}
             writer.write(done.step, row)
-            intrinsic = spectrum(state.trainable, job.constants.frozen, job.lora)
-            writer.intrinsic(done.step, intrinsic)
-            if config.snapshots and writer.enabled and intrinsic:
-                snapshots.save(writer.workdir, done.step, jax.device_get(state.trainable))
+            keep_factors(
+                config, writer, done.step, state.trainable, job.constants.frozen, job.lora
+            )
             checkpoint.save(checkpoints, state, validation, job.metrics[0])
         else:
             writer.write(done.step, row)
     return state, trained * config.batch_size / seconds if seconds else None
+
+
+def keep_factors(config, writer, step: int, trainable, frozen, lora: rm.LoRA) -> None:
+    """Writes what an evaluation keeps of a run's factors: spectrum and, if asked, a snapshot."""
+    intrinsic = spectrum(trainable, frozen, lora)
+    writer.intrinsic(step, intrinsic)
+    if config.snapshots and writer.enabled and intrinsic:
+        snapshots.save(writer.workdir, step, jax.device_get(trainable))
 
 
 class Stretch(NamedTuple):

@@ -149,9 +149,13 @@ def best_shapes(state: State) -> State:
 
 def first_state(runs: Sequence[Run], base: setup.Base, devices: Devices) -> State:
     """The states of the runs before their first step, each as a single run would have it."""
+    # What is trained depends on the seed and the description alone, and is made once for each.
+    kinds = [(run.config.seed, method.description(run.config)) for run in runs]
+    first = dict(zip(reversed(kinds), reversed(runs), strict=True))
+    trainable = {kind: setup.reseeded(run.config, base) for kind, run in first.items()}
     states = [
-        jax.device_get(setup.start(run.config, base, setup.reseeded(run.config, base)))
-        for run in runs
+        jax.device_get(setup.start(run.config, base, trainable[kind]))
+        for kind, run in zip(kinds, runs, strict=True)
     ]
     many = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
     return replicate(many._replace(step=states[0].step), devices)

@@ -17,6 +17,7 @@ from rmlora_jax.baselines import find_diagonals, surviving, surviving_parameters
 from rmlora_jax.errors import UserError
 from rmlora_jax.factors import FactorNames, find_factors, flatten
 from rmlora_jax.lora import is_factor
+from rmlora_jax.precision import clip_by_norm
 from rmlora_jax.train.config import ADAPTED, ALSO, GATED, INSERTED, MASKED, PENALISED
 
 # What bitfit, bottleneck and prefix train beside lora.train: parameters by their paths.
@@ -143,8 +144,7 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
             **adamw,
         )
     else:
-        clip = optax.clip_by_global_norm(c.clip) if c.clip else optax.identity()
-        tx = optax.chain(clip, optax.adamw(schedule, **adamw))
+        tx = optax.chain(clip_by_norm(c.clip or None), optax.adamw(schedule, **adamw))
     return tx if c.lora_plus == 1 else optax.chain(tx, scale_lora_b(c.lora_plus))
 
 

@@ -22,8 +22,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from rmlora_jax.errors import UserError
-from rmlora_jax.files import plain, write_text_atomic
+from rmlora_jax.files import plain, read_json_lines, write_text_atomic
+from rmlora_jax.train import snapshots
 from rmlora_jax.train.terminal import Progress
 
 METRICS = "metrics.jsonl"
@@ -106,8 +106,8 @@ class MetricWriter:
     Args:
       workdir: the run's folder, made if missing.
       total_steps: the run's last step.
-      start_step: the step after which the run continues; lines of later steps are dropped. At 0
-        the run begins anew and earlier lines are dropped too.
+      start_step: the step after which the run continues; lines and snapshots of later steps are
+        dropped. At 0 the run begins anew and earlier lines are dropped too.
       enabled: False makes every method do nothing; pass ``jax.process_index() == 0``.
       stream: where to show progress; standard output by default.
       interval: seconds between lines of progress where ``stream`` is not a terminal.
@@ -140,6 +140,7 @@ class MetricWriter:
         self.workdir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, INTRINSIC):
             drop_after(self.workdir / name, start_step)
+        snapshots.drop_after(self.workdir, start_step)
         if tensorboard:
             self._events = _open_events(self.workdir / EVENTS, start_step)
         if progress:
@@ -234,24 +235,9 @@ def _append(path: pathlib.Path, line: str) -> None:
 
 
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, without a last line that is half written."""
-    if not path.exists():
-        return []
-    *lines, last = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate([*lines, last], 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row["step"], int):
-                raise TypeError("no step")
-        except (ValueError, TypeError, KeyError) as error:
-            if number > len(lines):
-                break  # empty after a whole line, or torn
-            raise UserError(
-                f"{path}: line {number} is not a JSON object with a step.\n"
-                "Delete that line, or start again with another --workdir.") from error
-        rows.append(row)
-    return rows
+    return read_json_lines(
+        path, "step", int, "is not a JSON object with a step.\n"
+        "Delete that line, or start again with another --workdir.")
 
 
 def _open_events(folder: pathlib.Path, start_step: int):

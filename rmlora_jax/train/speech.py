@@ -13,14 +13,13 @@ import ml_collections
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from rmlora_jax import data
 from rmlora_jax.data.speech import SpeechDataset, load_speech
 from rmlora_jax.models.frames import Frames, FramesConfig
 from rmlora_jax.train import method
 from rmlora_jax.train.base_run import read_base
-from rmlora_jax.train.config import SPEECH, data_seed
+from rmlora_jax.train.config import SPEECH
 from rmlora_jax.train.mesh import Devices, replicate
-from rmlora_jax.train.task import Feed, Problem
+from rmlora_jax.train.task import Feed, Problem, numbered
 
 ADVICE = "type: python run.py --config=configs/speech.py:base --workdir=FOLDER"
 
@@ -92,20 +91,9 @@ def open_feed(
     """All utterances on the device; batches are numbers into them."""
     splits = {name: getattr(utterances, name) for name in ("train", "validation", "test")}
     sizes = {name: len(split.labels) for name, split in splits.items()}
-    first = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
     stacked = [np.concatenate(parts) for parts in zip(*splits.values(), strict=True)]
     resident = replicate(dict(zip(("frames", "lengths", "label"), stacked, strict=True)), devices)
-    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-
-    def train(step):
-        ids = data.batch_ids(
-            sizes["train"], config.batch_size, seed=data_seed(config), start_step=step, **process
-        )
-        return ({"id": i} for i in ids)
-
-    def evaluate(split):
-        for batch in data.eval_batches(sizes[split], config.eval_batch_size, **process):
-            yield {"id": batch["id"] + np.int32(first[split]), "mask": batch["mask"]}
+    train, evaluate = numbered(config, sizes)
 
     def prepare(resident, batch):
         frames, lengths, labels = (

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json, write_json
-from rmlora_jax.train import checkpoint, loop, many, memory, setup, snapshots, terminal
+from rmlora_jax.train import checkpoint, loop, many, memory, setup, terminal
 from rmlora_jax.train.config import TEXTS, Run, check_config, runs
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter
@@ -65,20 +65,18 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     loop.use_compilation_cache(config.compilation_cache)
     devices = all_devices(config.parallel)
     every = runs(config)
-    try:
+    with loop.no_folder_of_a_run_that_cannot_start(workdir):
         base = setup.open_base(config, devices)
         many.check_frozen(config, base)
-    except UserError:
-        if not any(workdir.iterdir()):
-            workdir.rmdir()
-        raise
     for run in every:
         loop.check_workdir(run.config, workdir / run.name)
     if leader:
         write_json(workdir / "config.json", config.to_dict())
         for run in every:
             write_json(workdir / run.name / "config.json", run.config.to_dict())
-        print(header(config, every, base, workdir, devices), flush=True)
+        first, last = every[0].name, every[-1].name
+        words = f"{len(every)}: {first} to {last}" if every[1:] else first
+        print(loop.header(config, base, devices, workdir, runs=words), flush=True)
         for note in base.problem.notes:
             print(note, flush=True)
 
@@ -106,22 +104,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
         write_json(workdir / "summary.json", summary)
         print(ending(summary, workdir), flush=True)
     return summary
-
-
-def header(config, every: Sequence[Run], base: setup.Base, workdir, devices: Devices) -> str:
-    return terminal.header(
-        devices=jax.devices(),
-        mesh=dict(devices.mesh.shape),
-        model=config.model.source,
-        method=config.method,
-        runs=f"{len(every)}: {every[0].name} to {every[-1].name}" if every[1:] else every[0].name,
-        trainable=base.trainable_parameters,
-        total=base.total_parameters,
-        data=base.feed.sizes,
-        dataset=config.data.name,
-        workdir=workdir,
-        total_steps=base.steps,
-    )
 
 
 def ending(summary: dict, workdir: Path) -> str:
@@ -240,8 +222,6 @@ def train_chunk(
         if start:
             like = Together(job.state, many.best_shapes(job.state))
             together = checkpoint.restore(manager, like, start)
-            for name in names:
-                snapshots.drop_after(workdir / name, start)
             figures = manager.metrics(start)
         else:
             together = Together(many.first_state(chunk, base, devices), None)
@@ -304,10 +284,8 @@ def fit(config, job, together, figures, steps, manager, writers, devices):
         for i, (writer, row) in enumerate(zip(writers, rows, strict=True)):
             writer.write(done.step, row)
             if done.evaluating:
-                writer.intrinsic(done.step, spectrum(state.trainable, job, i))
-                if config.snapshots and writer.enabled and job.lora[i].target is not None:
-                    own = jax.device_get(many.pick(state.trainable, i))
-                    snapshots.save(writer.workdir, done.step, own)
+                own, frozen = many.pick(state.trainable, i), job.constants.shared.frozen
+                loop.keep_factors(config, writer, done.step, own, frozen, job.lora[i])
         if done.evaluating:
             checkpoint.write(manager, done.step, Together(state, best), figures)
         shown |= summed_up(rows)
@@ -362,11 +340,6 @@ def reported(steps, trainable, job, devices) -> list[dict[str, float]]:
     return figures
 
 
-def spectrum(trainable, job: setup.Job, i: int) -> dict:
-    frozen = job.constants.shared.frozen
-    return loop.spectrum(many.pick(trainable, i), frozen, job.lora[i])
-
-
 def finish(
     config, job, chunk, together: Together, figures, steps, workdir, devices, times: Times, trained
 ) -> None:
@@ -388,7 +361,7 @@ def finish(
             continue
         for split, out in predicted.items():
             job.write_predictions(folder, split, out.ids, out.predictions[i])
-        step = figures["best"][i]["step"]
+        step, own = figures["best"][i]["step"], many.pick(together.state.trainable, i)
         rate = trained * config.batch_size / times.training if times.training else None
         summary = loop.summary_of(
             run.config,
@@ -398,8 +371,8 @@ def finish(
             rate=rate,
             compile_seconds=times.compiling,
             wall_seconds=times.wall,
-            trainable=jax.device_get(many.pick(together.state.trainable, i)),
-            intrinsic=spectrum(together.state.trainable, job, i),
+            trainable=jax.device_get(own),
+            intrinsic=loop.spectrum(own, job.constants.shared.frozen, job.lora[i]),
         )
         write_json(folder / "summary.json", summary | {
             "sweep": len(chunk),

@@ -6,8 +6,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
+
+from rmlora_jax import data
+from rmlora_jax.train.config import data_seed
 
 
 class Feed(NamedTuple):
@@ -32,6 +36,25 @@ class Feed(NamedTuple):
     @property
     def train_size(self) -> int:
         return self.sizes["train"]
+
+
+def numbered(config: ml_collections.ConfigDict, sizes: dict[str, int]) -> tuple[Callable, Callable]:
+    """``train`` and ``evaluate`` of a `Feed` whose splits, of these sizes, lie on the device one
+    behind the other: a batch is numbers into them, so that the evaluation step compiles once."""
+    first = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+    def train(step):
+        ids = data.batch_ids(
+            sizes["train"], config.batch_size, seed=data_seed(config), start_step=step, **process
+        )
+        return ({"id": i} for i in ids)
+
+    def evaluate(split):
+        for batch in data.eval_batches(sizes[split], config.eval_batch_size, **process):
+            yield {"id": batch["id"] + np.int32(first[split]), "mask": batch["mask"]}
+
+    return train, evaluate
 
 
 class Problem(NamedTuple):
