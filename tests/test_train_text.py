@@ -153,9 +153,6 @@ def test_each_length_is_compiled_once_and_timed_apart(config):
 @pytest.mark.parametrize("name", ["cola", "stsb", "mnli"])
 @pytest.mark.parametrize("file", ["deberta", "roberta", "minilm"])
 def test_glue_configs(name, file):
-    import importlib
-
-    sys.path.insert(0, str(ROOT))
     c = importlib.import_module(f"configs.{file}_glue").get_config(name)
     check_config(c)
     assert c.data.name == f"glue/{name}"
