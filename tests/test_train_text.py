@@ -1,5 +1,6 @@
 """``python run.py`` on texts: what it leaves, on any number of devices, and how it refuses."""
 
+import importlib
 import json
 import os
 import subprocess

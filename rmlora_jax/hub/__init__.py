@@ -1,5 +1,6 @@
 """Hugging Face files in and out, without PyTorch."""
 
+from rmlora_jax.hub.pretrained import load_pretrained
 from rmlora_jax.hub.source import bundled, find_folder
 from rmlora_jax.hub.text import PretrainedText, load_text, new_text_head
 from rmlora_jax.hub.tokenizer import load_tokenizer
@@ -10,6 +11,7 @@ __all__ = [
     "PretrainedText",
     "bundled",
     "find_folder",
+    "load_pretrained",
     "load_text",
     "load_tokenizer",
     "load_vit",

@@ -58,6 +58,7 @@ NEW = (r"pooler/.*", r"head/.*")
 BERT = Family(
     config=BertConfig,
     model=Bert,
+    classifier="BertForSequenceClassification",
     prefix="bert.",
     table=(
         *encoder_table("bert."),
@@ -71,6 +72,7 @@ BERT = Family(
 ROBERTA = Family(
     config=BertConfig,
     model=Bert,
+    classifier="RobertaForSequenceClassification",
     prefix="roberta.",
     table=(
         *encoder_table("roberta."),

@@ -16,6 +16,7 @@ _CONV1D = (2, 1, 0)
 DEBERTA = Family(
     config=DebertaConfig,
     model=Deberta,
+    classifier="DebertaV2ForSequenceClassification",
     prefix="deberta.",
     table=(
         *(

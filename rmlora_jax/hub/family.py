@@ -1,4 +1,4 @@
-"""What differs between families of text encoders, as data."""
+"""What differs between families of models, as data."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,8 @@ class Family(NamedTuple):
     Attributes:
       config: dataclass with ``from_hf(dict)``.
       model: Linen module ``model(config, num_labels, dtype=..., unroll=..., remat=...)`` that is
-        called with ``(input_ids, attention_mask, token_type_ids)``.
+        called with images, or with ``(input_ids, attention_mask, token_type_ids)``.
+      classifier: transformers' class of the same model with a classification head.
       prefix: the part of the names that a file of the bare encoder leaves out, such as ``"bert."``.
       table: one entry a parameter.
       new: regular expressions (full match) of the parameters' paths that a file may lack, since
@@ -21,6 +22,7 @@ class Family(NamedTuple):
 
     config: type
     model: type
+    classifier: str
     prefix: str
     table: tuple[Entry, ...]
     new: tuple[str, ...]

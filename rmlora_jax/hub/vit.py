@@ -10,6 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.hub.family import Family
 from rmlora_jax.hub.labels import label_names
 from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_folder, read_json
 from rmlora_jax.hub.weights import AS_IS, CONV, LINEAR, Entry, Tensors, read_params
@@ -17,9 +18,6 @@ from rmlora_jax.models.parts import truncated_normal
 from rmlora_jax.models.positions import resize_positions
 from rmlora_jax.models.vit import ViT
 from rmlora_jax.models.vit_config import ViTConfig
-
-# Files of a bare ViTModel leave it out.
-PREFIX = "vit."
 
 # Modules of a layer: path here, name up to transformers 5.8, name since 5.9.
 _LINEARS = (
@@ -66,12 +64,20 @@ TABLE = (
     *HEAD,
 )
 
-# What other ViT classes leave in a file and a classifier does not use: the pooler of ViTModel,
-# the mask token and the decoder of masked-image modelling.
-LEFTOVERS = (
-    r"(vit\.)?pooler\.dense\.(weight|bias)",
-    r"(vit\.)?embeddings\.mask_token",
-    r"decoder\..*",
+VIT = Family(
+    config=ViTConfig,
+    model=ViT,
+    classifier="ViTForImageClassification",
+    prefix="vit.",
+    table=TABLE,
+    new=(r"head/.*",),
+    # What other ViT classes leave in a file and a classifier does not use: the pooler of ViTModel,
+    # the mask token and the decoder of masked-image modelling.
+    leftovers=(
+        r"(vit\.)?pooler\.dense\.(weight|bias)",
+        r"(vit\.)?embeddings\.mask_token",
+        r"decoder\..*",
+    ),
 )
 
 
@@ -87,7 +93,9 @@ class Pretrained(NamedTuple):
       labels: class names, or None where the head is new.
       dropped: names of tensors in the file that were left out.
       new: paths of parameters that are newly initialised.
+      folder: where its files are.
       source: what was loaded, as given.
+      family: ``VIT``.
     """
 
     config: ViTConfig
@@ -99,7 +107,13 @@ class Pretrained(NamedTuple):
     labels: tuple[str, ...] | None
     dropped: tuple[str, ...]
     new: tuple[str, ...]
+    folder: Path
     source: str
+    family: Family = VIT
+
+    @property
+    def num_labels(self) -> int:
+        return self.num_classes
 
 
 def load_vit(
@@ -151,7 +165,7 @@ def load_vit(
     if not isinstance(classes, int) or classes < 1:
         raise UserError(f"num_classes is {classes!r}; it must be a whole number of at least 1")
     keep_head = stored == classes
-    leftovers = LEFTOVERS if keep_head else (*LEFTOVERS, r"classifier\.(weight|bias)")
+    leftovers = VIT.leftovers if keep_head else (*VIT.leftovers, r"classifier\.(weight|bias)")
     shapes = _shapes(config, classes)
     if not keep_head:
         shapes = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
@@ -159,7 +173,7 @@ def load_vit(
         tensors,
         TABLE,
         shapes,
-        prefix=PREFIX,
+        prefix=VIT.prefix,
         leftovers=leftovers,
         trained=(r"head/.*",),
         dtype=dtype,
@@ -178,6 +192,7 @@ def load_vit(
         labels=label_names(raw, classes) if keep_head else None,
         dropped=dropped,
         new=() if keep_head else tuple(entry.path for entry in HEAD),
+        folder=folder,
         source=str(source),
     )
     return new_vit_head(pretrained, jax.random.key(0) if key is None else key)

@@ -225,6 +225,36 @@ def _read(tensors: Tensors, entry: Entry, found, shape, dtype) -> np.ndarray:
     return out
 
 
+def to_stored(value: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
+    """A parameter (of one layer) as files keep it, contiguous: the way back of ``Entry.axes``.
+
+    Contiguous, because the writer of safetensors takes the raw buffer of a transposed array.
+
+    >>> to_stored(np.array([[1, 2, 3], [4, 5, 6]]), LINEAR).tolist()
+    [[1, 4], [2, 5], [3, 6]]
+    """
+    value = np.asarray(value)
+    return np.ascontiguousarray(value if axes is None else value.transpose(np.argsort(axes)))
+
+
+def stored_tensors(
+    flat: Mapping[str, np.ndarray], table: Sequence[Entry], *, old_names: bool
+) -> dict[str, np.ndarray]:
+    """Parameters by their '/'-joined paths, as the tensors of a file: the way back of `read_params`.
+
+    ``old_names`` takes the first spelling of a name, otherwise the last; paths that ``table`` does
+    not have are left out.
+    """
+    found = {}
+    for entry in table:
+        if entry.path not in flat:
+            continue
+        name, value = entry.names[0 if old_names else -1], np.asarray(flat[entry.path])
+        for layer, one in enumerate(value if _stacked(entry) else [value]):
+            found[name.format(layer)] = to_stored(one, entry.axes)
+    return found
+
+
 def stored_shape(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[int, ...]:
     """The shape in the file of a parameter (of one layer): the inverse of ``Entry.axes``.
 
