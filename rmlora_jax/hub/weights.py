@@ -240,7 +240,7 @@ def to_stored(value: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
 def stored_tensors(
     flat: Mapping[str, np.ndarray], table: Sequence[Entry], *, old_names: bool
 ) -> dict[str, np.ndarray]:
-    """Parameters by their '/'-joined paths, as the tensors of a file: the way back of `read_params`.
+    """Parameters by their paths as the tensors of a file: the way back of `read_params`.
 
     ``old_names`` takes the first spelling of a name, otherwise the last; paths that ``table`` does
     not have are left out.
