@@ -5,7 +5,9 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,67 @@ def write_json(path: str | os.PathLike, value: Any) -> pathlib.Path:
       TypeError: ``value`` holds something JSON has no word for.
     """
     return write_text_atomic(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """A folder that is whole or not there: yields a temporary one, then puts it at ``path``.
+
+    The temporary folder lies beside ``path``. When the block ends, its files are flushed to the
+    disk and it is renamed; when the block raises, it is removed. With ``overwrite`` the old folder
+    is moved aside, the new one put in its place, and then the old one removed: a failure before
+    the last step puts the old one back, and should the machine stop between the two renames, it is
+    still whole, as ``.NAME.<hex>.old``.
+
+    Args:
+      path: the folder to make; missing parents are made too. A link to a folder stays a link.
+      overwrite: replaces a folder that is there, with all that is in it.
+
+    Raises:
+      UserError: before anything is written: ``path`` is there and ``overwrite`` is not given, it is
+        no folder, or the current or the home folder lies in it.
+      OSError: the folder cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     with new_folder(root + "/model") as folder:
+    ...         _ = write_json(folder / "config.json", {"rank": 4})
+    ...     [path.name for path in pathlib.Path(root).rglob("*")]
+    ['model', 'config.json']
+    """
+    path = pathlib.Path(path).expanduser().resolve()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; give the name of a folder")
+    home = pathlib.Path(os.path.expanduser("~")).resolve()
+    if any(place.is_relative_to(path) for place in (pathlib.Path.cwd(), home)):
+        raise UserError(f"{path} holds your home or the folder you are in; give one of its own")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} is there already; give another folder, or overwrite=True")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        _sync_tree(temporary)
+        if path.exists() and overwrite:
+            _swap(temporary, path)
+        else:
+            os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _swap(new: pathlib.Path, path: pathlib.Path) -> None:
+    old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old)
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -119,6 +182,16 @@ def plain(value: Any) -> Any:
     if array.ndim:
         return [plain(v) for v in array]
     return float(str(array)) if np.isfinite(array) else None
+
+
+def _sync_tree(folder: pathlib.Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
+    _sync_folder(folder)
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

@@ -1,5 +1,7 @@
 """Hugging Face files in and out, without PyTorch."""
 
+from rmlora_jax.hub.export import save_model
+from rmlora_jax.hub.info import Info, read_info, write_info
 from rmlora_jax.hub.pretrained import load_pretrained
 from rmlora_jax.hub.source import bundled, find_folder
 from rmlora_jax.hub.text import PretrainedText, load_text, new_text_head
@@ -7,6 +9,7 @@ from rmlora_jax.hub.tokenizer import load_tokenizer
 from rmlora_jax.hub.vit import Pretrained, load_vit, new_vit_head
 
 __all__ = [
+    "Info",
     "Pretrained",
     "PretrainedText",
     "bundled",
@@ -17,4 +20,7 @@ __all__ = [
     "load_vit",
     "new_text_head",
     "new_vit_head",
+    "read_info",
+    "save_model",
+    "write_info",
 ]

@@ -2,6 +2,10 @@
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
 from rmlora_jax.hub.weights import Entry
 
 
@@ -27,3 +31,15 @@ class Family(NamedTuple):
     table: tuple[Entry, ...]
     new: tuple[str, ...]
     leftovers: tuple[str, ...]
+
+
+def param_shapes(family: Family, config, num_labels: int) -> dict[str, tuple[int, ...]]:
+    """'/'-joined path -> shape of every parameter of ``family.model(config, num_labels)``."""
+    if hasattr(config, "image_size"):
+        side = config.image_size
+        inputs = jax.ShapeDtypeStruct((1, side, side, config.num_channels), jnp.float32)
+    else:
+        inputs = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    model = family.model(config, num_labels)
+    params = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+    return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}

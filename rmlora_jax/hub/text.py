@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.bert import BERT, ROBERTA
 from rmlora_jax.hub.deberta import DEBERTA
-from rmlora_jax.hub.family import Family
+from rmlora_jax.hub.family import Family, param_shapes
 from rmlora_jax.hub.labels import label_names
 from rmlora_jax.hub.source import CONFIG, find_folder, read_json
 from rmlora_jax.hub.weights import Tensors, read_params
@@ -98,7 +98,7 @@ def load_text(
         raise UserError(f"{folder} has no head; say how many labels with num_labels=...")
     if not isinstance(labels, int) or labels < 1:
         raise UserError(f"num_labels is {labels!r}; it must be a whole number of at least 1")
-    shapes = _shapes(family, config, labels)
+    shapes = param_shapes(family, config, labels)
     wanted, leftovers = shapes, family.leftovers
     if stored != labels:
         wanted = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
@@ -139,10 +139,3 @@ def new_text_head(pretrained: PretrainedText, key: jax.Array) -> PretrainedText:
             draw = jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32)
             params[path] = pretrained.config.initializer_range * np.asarray(draw)
     return pretrained._replace(params=unflatten_dict(params, sep="/"))
-
-
-def _shapes(family: Family, config, num_labels: int) -> dict[str, tuple[int, ...]]:
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    model = family.model(config, num_labels)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}

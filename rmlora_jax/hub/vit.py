@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub.family import Family
+from rmlora_jax.hub.family import Family, param_shapes
 from rmlora_jax.hub.labels import label_names
 from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_folder, read_json
 from rmlora_jax.hub.weights import AS_IS, CONV, LINEAR, Entry, Tensors, read_params
@@ -166,7 +165,7 @@ def load_vit(
         raise UserError(f"num_classes is {classes!r}; it must be a whole number of at least 1")
     keep_head = stored == classes
     leftovers = VIT.leftovers if keep_head else (*VIT.leftovers, r"classifier\.(weight|bias)")
-    shapes = _shapes(config, classes)
+    shapes = param_shapes(VIT, config, classes)
     if not keep_head:
         shapes = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
     params, dropped, _ = read_params(
@@ -224,15 +223,6 @@ def _resized(config: ViTConfig, image_size: int) -> ViTConfig:
 def _stored_classes(tensors: Tensors) -> int | None:
     name = HEAD[0].names[0]
     return tensors.shape(name)[0] if name in tensors else None
-
-
-def _shapes(config: ViTConfig, num_classes: int) -> dict[str, tuple[int, ...]]:
-    images = jax.ShapeDtypeStruct(
-        (1, config.image_size, config.image_size, config.num_channels), jnp.float32
-    )
-    model = ViT(config, num_classes, attention="xla")
-    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
 
 
 def _normalisation(folder: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

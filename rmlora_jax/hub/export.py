@@ -1,0 +1,214 @@
+"""A trained model as a folder that Hugging Face's transformers opens, without PyTorch."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.core import meta
+from flax.traverse_util import flatten_dict
+
+from rmlora_jax.errors import UserError
+from rmlora_jax.files import new_folder, write_json, write_text_atomic
+from rmlora_jax.hub.family import param_shapes
+from rmlora_jax.hub.info import Info, write_info
+from rmlora_jax.hub.pretrained import Pretrained, PretrainedText
+from rmlora_jax.hub.source import CONFIG, EXTRAS, KINDS, PREPROCESSOR, read_json
+from rmlora_jax.hub.tokenizer import FILES
+from rmlora_jax.hub.weights import some, stored_tensors
+from rmlora_jax.lora import is_factor
+
+CARD = "README.md"
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER = tuple(dict.fromkeys(name for name in (*EXTRAS, *FILES) if name != PREPROCESSOR))
+
+# Fields that make transformers fetch or run code, or read other weights than these.
+CODE = (
+    *("auto_map", "custom_pipelines", "trust_remote_code", "attn_implementation"),
+    "quantization_config",
+)
+
+# Classes of the families that share RoBERTa's table.
+CLASSIFIERS = {
+    "xlm-roberta": "XLMRobertaForSequenceClassification",
+    "camembert": "CamembertForSequenceClassification",
+}
+
+BILINEAR = 2  # pillow's number
+
+
+def save_model(
+    folder: str | Path,
+    params: Any,
+    base: Pretrained | PretrainedText,
+    *,
+    info: Info,
+    old_names: bool = True,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the whole model as a folder of the Hugging Face layout.
+
+    ``AutoModelForImageClassification`` or ``AutoModelForSequenceClassification`` opens it in
+    PyTorch, `load_pretrained` here, bit for bit. The folder holds config.json, model.safetensors in
+    the dtypes of ``params`` (transformers computes in float32), rmlora.json, a README.md where
+    ``info.about`` has a ``"card"``, the tokenizer's files of ``base`` or preprocessor_config.json.
+    It appears as a whole or not at all.
+
+    Args:
+      folder: to write.
+      params: nested dict, the parameters of the unadapted Linen model
+        ``base.family.model(base.config, base.num_labels)``: what ``rm.merge`` returns, or a model
+        that was trained in full.
+      base: what the training began with, as loaded; its files are still in ``base.folder``.
+      info: the task, the names of the classes, and how images are made.
+      old_names: for ViT, the names of transformers up to 5.8, which every later release reads too.
+        Those since 5.9 (False) are unknown to older ones, which then draw new layers at random.
+      overwrite: replaces a folder that is there.
+
+    Returns:
+      ``folder``.
+
+    Raises:
+      UserError: factors in ``params``, or parameters that are missing, unexpected or misshapen;
+        ``info`` of another task, number of classes or image size than ``base``; a ``folder`` that
+        is there. Nothing is written then.
+      OSError: the folder cannot be written; nothing is left of it.
+
+    >>> import tempfile
+    >>> from rmlora_jax.hub import load_vit
+    >>> base = load_vit("vit-tiny-patch8-64-tinyimagenet", num_classes=2)
+    >>> info = Info("image_classification", labels=("cat", "dog"))
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     load_vit(save_model(root + "/pets", base.params, base, info=info)).labels
+    ('cat', 'dog')
+    """
+    folder = Path(folder).expanduser()
+    _check_info(info, base)
+    flat = _checked(params, base)
+    config = hf_config(base, info)
+    tensors = stored_tensors(flat, base.family.table, old_names=old_names)
+    with new_folder(folder, overwrite=overwrite) as new:
+        from safetensors.numpy import save_file
+
+        write_json(new / CONFIG, config)
+        save_file(tensors, new / KINDS[0][0], metadata={"format": "pt"})
+        if info.is_image:
+            write_json(new / PREPROCESSOR, preprocessor(base, info))
+        else:
+            copy_tokenizer(base.folder, new)
+        write_info(new, info)
+        if isinstance(card := info.about.get("card"), str):
+            write_text_atomic(new / CARD, card)
+    return folder
+
+
+def hf_config(base: Pretrained | PretrainedText, info: Info) -> dict[str, Any]:
+    """The base's config.json for the trained classifier.
+
+    Without what would run code, without private fields (the writer's paths, for one), and in
+    float32: transformers 5 otherwise computes in the dtype that the base was published in.
+    """
+    raw = _without_code(read_json(base.folder / CONFIG))
+    raw = {name: value for name, value in raw.items() if not name.startswith("_")}
+    for name in ("torch_dtype", "num_labels", "problem_type"):  # an older spelling; read from below
+        raw.pop(name, None)
+    labels = info.labels or [f"LABEL_{i}" for i in range(base.num_labels)]
+    config = raw | {
+        "architectures": [CLASSIFIERS.get(raw.get("model_type"), base.family.classifier)],
+        "id2label": {str(i): name for i, name in enumerate(labels)},
+        "label2id": {name: i for i, name in enumerate(labels)},
+        "dtype": "float32",
+    }
+    if info.is_image:
+        config |= {"model_type": "vit", "image_size": base.config.image_size}
+    if info.is_regression:
+        config["problem_type"] = "regression"
+    elif base.num_labels > 1:  # transformers refuses it for a single class
+        config["problem_type"] = "single_label_classification"
+    return config
+
+
+def preprocessor(base: Pretrained, info: Info) -> dict[str, Any]:
+    """preprocessor_config.json: what evaluation did to images, as nearly as transformers can.
+
+    An image is resized (bilinear, antialiased) and normalised, (x / 255 - mean) / std. Where only
+    the middle was used, the shorter side is first brought to ``image_size / center``. Two
+    differences stay: transformers rounds the longer side to whole pixels before it takes the
+    middle, and ``info.channels`` 1 is not made of colours; gray images are repeated to three
+    channels, as here.
+    """
+    side = base.config.image_size
+    square = {"height": side, "width": side}
+    config = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": base.config.num_channels == 3,
+        "do_resize": True,
+        "size": square,
+        "resample": BILINEAR,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": base.image_mean,
+        "image_std": base.image_std,
+    }
+    if info.stored_size is None and info.center == 1:
+        return config
+    # ViTImageProcessor can take the middle only since transformers 5; CLIP's always could.
+    return config | {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": round(side / info.center)},
+        "do_center_crop": True,
+        "crop_size": square,
+    }
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer's files that there are from one folder to another; never code."""
+    for name in TOKENIZER:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if (target / TOKENIZER_CONFIG).exists():
+        raw = read_json(target / TOKENIZER_CONFIG)
+        if (clean := _without_code(raw)) != raw:
+            write_json(target / TOKENIZER_CONFIG, clean)
+
+
+def _without_code(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in CODE}
+
+
+def _check_info(info: Info, base: Pretrained | PretrainedText) -> None:
+    side = getattr(base.config, "image_size", None)
+    if info.is_image != (side is not None):
+        raise UserError(f"info.task is {info.task!r}, but {base.source} is a "
+                        f"{base.family.classifier}; give the base that was trained")
+    if info.labels is not None and len(info.labels) != base.num_labels:
+        raise UserError(f"info.labels has {len(info.labels)} names, but {base.source} was loaded "
+                        f"for {base.num_labels}; give one a class, or None")
+    if info.image_size not in (None, side):
+        raise UserError(f"info.image_size is {info.image_size}, but {base.source} was loaded for "
+                        f"{side}; load it with image_size={info.image_size}")
+
+
+def _checked(params: Any, base: Pretrained | PretrainedText) -> dict[str, np.ndarray]:
+    """'/'-joined path -> value of exactly the parameters that the model's files hold."""
+    flat = flatten_dict(meta.unbox(params), sep="/")
+    if factors := [path for path in flat if is_factor(path.split("/"))]:
+        raise UserError(f"params: {some(factors)} are low-rank factors; save what "
+                        "rm.merge(params, lora) returns")
+    shapes = param_shapes(base.family, base.config, base.num_labels)
+    known = {entry.path for entry in base.family.table}
+    parts = {
+        "lacks": sorted(shapes.keys() - flat.keys()),
+        "has unexpected": sorted((flat.keys() - shapes.keys()) | (flat.keys() - known)),
+    }
+    if any(parts.values()):
+        what = "; ".join(f"{verb} {some(paths)}" for verb, paths in parts.items() if paths)
+        raise UserError(f"params: {what}. A {base.family.classifier} cannot have them so; give the "
+                        "whole parameters of the unadapted model")
+    for path, shape in shapes.items():
+        if np.shape(flat[path]) != shape:
+            raise UserError(f"params: {path!r} has shape {np.shape(flat[path])}, but "
+                            f"{base.source} asks for {shape}; give the base that was trained")
+    return flat
