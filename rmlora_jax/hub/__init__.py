@@ -2,6 +2,8 @@
 
 from rmlora_jax.hub.export import save_model
 from rmlora_jax.hub.info import Info, read_info, write_info
+from rmlora_jax.hub.peft_read import load_peft, stored_labels
+from rmlora_jax.hub.peft_write import save_peft
 from rmlora_jax.hub.pretrained import load_pretrained
 from rmlora_jax.hub.source import bundled, find_folder
 from rmlora_jax.hub.text import PretrainedText, load_text, new_text_head
@@ -14,6 +16,7 @@ __all__ = [
     "PretrainedText",
     "bundled",
     "find_folder",
+    "load_peft",
     "load_pretrained",
     "load_text",
     "load_tokenizer",
@@ -22,5 +25,7 @@ __all__ = [
     "new_vit_head",
     "read_info",
     "save_model",
+    "save_peft",
+    "stored_labels",
     "write_info",
 ]

@@ -39,6 +39,11 @@ class Entry(NamedTuple):
     axes: tuple[int, ...] | None
     names: tuple[str, ...]
 
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter is stacked over the layers."""
+        return "{}" in self.names[0]
+
 
 class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a folder by name, sharded or not; each is read only when it is asked for.
@@ -197,18 +202,14 @@ def read_params(
 
 
 def _layers(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return shapes[entry.path][0] if _stacked(entry) else 1
-
-
-def _stacked(entry: Entry) -> bool:
-    return "{}" in entry.names[0]
+    return shapes[entry.path][0] if entry.stacked else 1
 
 
 def _read(tensors: Tensors, entry: Entry, found, shape, dtype) -> np.ndarray:
     out = np.empty(shape, dtype)
-    for layer in range(len(out) if _stacked(entry) else 1):
+    for layer in range(len(out) if entry.stacked else 1):
         name = found[entry.path, layer]
-        target = out[layer] if _stacked(entry) else out
+        target = out[layer] if entry.stacked else out
         expected = stored_shape(target.shape, entry.axes)
         if tensors.shape(name) != expected:
             raise UserError(
@@ -250,7 +251,7 @@ def stored_tensors(
         if entry.path not in flat:
             continue
         name, value = entry.names[0 if old_names else -1], np.asarray(flat[entry.path])
-        for layer, one in enumerate(value if _stacked(entry) else [value]):
+        for layer, one in enumerate(value if entry.stacked else [value]):
             found[name.format(layer)] = to_stored(one, entry.axes)
     return found
 

@@ -1,0 +1,268 @@
+"""Reading an adapter in the format of Hugging Face PEFT."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rmlora_jax.errors import UserError
+from rmlora_jax.hub.peft_config import CONFIG_FILE, PeftConfig, ends_with, read_config
+from rmlora_jax.hub.peft_names import PREFIX, Base
+from rmlora_jax.hub.peft_write import EMBEDDING, LAYER, WEIGHTS_FILE, alpha_of
+from rmlora_jax.hub.pickled import PickledTensors
+from rmlora_jax.hub.safetensors_file import SafetensorsFile
+from rmlora_jax.hub.weights import Entry, some, stored_shape
+from rmlora_jax.lora import FACTORS, WEIGHTS, LoRA
+
+OLD_WEIGHTS_FILE = "adapter_model.bin"
+FACTOR = re.compile(r"(.+)\.({})".format("|".join(map(re.escape, (*LAYER, *EMBEDDING)))))
+
+
+def load_peft(folder: str | Path, base: Base) -> tuple[dict, LoRA]:
+    """The adapter in a folder, as parameters of the adapted model and their description.
+
+    Reads what `save_peft` and PEFT (in PyTorch) write, for every family of models that can be
+    loaded and in both spellings of ViT's names::
+
+        base = load_vit(source, num_classes=stored_labels(folder))
+        params, lora = load_peft(folder, base)
+        model = rmlora_jax.adapt(ViT(base.config, base.num_classes), lora)
+        logits = model.apply({"params": params}, images)      # or go on training
+
+    Layers that the file leaves out, or that have a lower rank than others of their stack, get
+    directions that are 0 in A and in B, which no gradient moves. Where the scales of a stack
+    differ, their ratio is multiplied into B. All else is taken over as it is stored, as float32.
+
+    Args:
+      folder: with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``).
+      base: the pretrained model, with as many labels as the adapter's own classifier has.
+
+    Returns:
+      (params, lora): ``params`` hold the arrays of ``base.params`` where nothing is stored.
+
+    Raises:
+      UserError: the folder is damaged, or a tensor is missing, unexpected or misshapen.
+    """
+    folder = Path(folder)
+    config, tensors = read_config(folder), _open(folder)
+    params = dict(flatten_dict(base.params, sep="/"))
+    shapes = {path: np.shape(x) for path, x in params.items()}
+    found = _sorted_out(folder, tensors, base, shapes)
+    _check_complete(folder, config, found, shapes)
+    described = {}
+    for path, layers in found.factors.items():
+        module = path.rpartition("/")[0]
+        factors, scale = _stack(folder, config, layers, found.entries[path], shapes[path])
+        params |= {f"{module}/{name}": x for name, x in zip(FACTORS, factors, strict=True)}
+        rank = factors[0].shape[-1]
+        described[module] = (rank, alpha_of(scale, rank, config.rs))
+    if not described:
+        raise UserError(f"{folder / WEIGHTS_FILE} has no factors; is it an adapter of LoRA?")
+    for (path, layer), name in found.saved.items():
+        params[path] = _replaced(folder, tensors, name, params[path], layer, found.entries[path])
+    trained = {path.rpartition("/")[0] for path, _ in found.saved}
+    return unflatten_dict(params, sep="/"), _description(config, described, trained)
+
+
+def _description(config: PeftConfig, described: dict[str, tuple[int, float]], trained) -> LoRA:
+    """The LoRA of modules with these ranks and alphas, the most frequent as default."""
+    common = Counter(described.values()).most_common(1)[0][0]
+    others = [(re.escape(m), pair) for m, pair in sorted(described.items()) if pair != common]
+    return LoRA(
+        rank=common[0],
+        alpha=common[1],
+        target=tuple(sorted(described)),
+        train=tuple(sorted(trained)) or None,
+        dropout=config.dropout,
+        rs=config.rs,
+        rank_pattern=tuple((module, rank) for module, (rank, _) in others),
+        alpha_pattern=tuple((module, alpha) for module, (_, alpha) in others),
+    )
+
+
+def stored_labels(folder: str | Path) -> int | None:
+    """Number of outputs of the classifier that an adapter's folder holds, None without one.
+
+    Raises:
+      UserError: the folder is damaged.
+    """
+    tensors = _open(Path(folder))
+    names = {_plain(key): key for key in tensors}
+    heads = [n for n in ("classifier.out_proj.weight", "classifier.weight") if n in names]
+    return tensors.shape(names[heads[0]])[0] if heads else None
+
+
+def _open(folder: Path) -> SafetensorsFile | PickledTensors:
+    if (folder / WEIGHTS_FILE).exists():
+        return SafetensorsFile(folder / WEIGHTS_FILE)
+    if (folder / OLD_WEIGHTS_FILE).exists():
+        return PickledTensors(folder / OLD_WEIGHTS_FILE)
+    raise UserError(f"{folder} has no {WEIGHTS_FILE}; is it an adapter's folder?")
+
+
+def _plain(key: str) -> str:
+    """The name of a tensor without what PEFT, in any of its releases, puts into it."""
+    return key.removeprefix(PREFIX).replace(".modules_to_save.", ".")
+
+
+class _Found(NamedTuple):
+    """The tensors of a file by what they are here; a layer without a stack is layer 0."""
+
+    entries: dict[str, Entry]
+    factors: dict[str, dict[int, tuple[str, np.ndarray, np.ndarray]]]  # (module's name, A, B)
+    saved: dict[tuple[str, int], str]  # (path, layer) -> name in the file
+
+
+def _sorted_out(folder: Path, tensors, base: Base, shapes) -> _Found:
+    """Every tensor of the file, found in the family's table.
+
+    Raises:
+      UserError: one is not in it, is there twice, or is a factor without its partner.
+    """
+    file, prefix = folder / WEIGHTS_FILE, base.family.prefix
+    entries = {e.path: e for e in base.family.table if e.path in shapes}
+    slots = {
+        name: (entry.path, layer)
+        for entry in entries.values()
+        for spelling in entry.names
+        for layer in range(_layers(entry, shapes))
+        for name in (spelling.format(layer), spelling.format(layer).removeprefix(prefix))
+    }
+    weights = {
+        name.rpartition(".")[0]: slot
+        for name, slot in slots.items()
+        if slot[0].rpartition("/")[2] in WEIGHTS
+    }
+    found: dict[Any, str] = {}
+    modules, unexpected = {}, []
+    for key in tensors:
+        factor = FACTOR.fullmatch(_plain(key))
+        slot = weights.get(factor[1]) if factor else slots.get(_plain(key))
+        if slot is None or not key.startswith(PREFIX):
+            unexpected.append(key)
+            continue
+        if factor:
+            kinds = EMBEDDING if slot[0].endswith("/embedding") else LAYER
+            if factor[2] not in kinds:
+                unexpected.append(key)
+                continue
+            modules[slot] = factor[1]
+            slot = (*slot, kinds.index(factor[2]))
+        if found.setdefault(slot, key) != key:
+            raise UserError(f"{file}: {found[slot]!r} and {key!r} are the same tensor")
+    halves = [(slot, side) for slot in modules for side in (0, 1) if (*slot, side) not in found]
+    lonely = [f"{PREFIX}{modules[slot]}.{LAYER[side]}" for slot, side in halves]
+    if unexpected or lonely:
+        parts = [("lacks", lonely), ("has unexpected", unexpected)]
+        what = "; ".join(f"{verb} {some(names)}" for verb, names in parts if names)
+        kind = base.family.classifier
+        raise UserError(f"{file} {what}. Is it an adapter of {base.source}, a {kind}?")
+    factors = {}
+    for (path, layer), module in modules.items():
+        a, b = (_floating(folder, tensors, found[path, layer, side]) for side in (0, 1))
+        factors.setdefault(path, {})[layer] = (module, a, b)
+    saved = {slot: key for slot, key in found.items() if len(slot) == 2}
+    return _Found(entries, factors, saved)
+
+
+def _layers(entry: Entry, shapes) -> int:
+    return shapes[entry.path][0] if entry.stacked else 1
+
+
+def _floating(folder: Path, tensors, name: str) -> np.ndarray:
+    value = tensors[name]
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise UserError(f"{folder / WEIGHTS_FILE}: {name!r} is {value.dtype}; it must be floating")
+    return value.astype(np.float32)
+
+
+def _check_complete(folder: Path, config: PeftConfig, found: _Found, shapes) -> None:
+    """Raises a UserError unless every module that the config names is in the file."""
+    have = {(path, layer) for path, layers in found.factors.items() for layer in layers}
+    have |= found.saved.keys()
+    missing = []
+    for entry in found.entries.values():
+        adaptable = entry.path.rpartition("/")[2] in WEIGHTS
+        for layer in range(_layers(entry, shapes)):
+            modules = [name.format(layer).rpartition(".")[0] for name in entry.names]
+            targets = config.targets if adaptable and config.targets else ()
+            named = any(ends_with(module, target) for module in modules for target in targets)
+            inside = any(_is_inside(module, root) for module in modules for root in config.saved)
+            if (named or inside) and (entry.path, layer) not in have:
+                missing.append(entry.names[-1].format(layer))
+    if missing:
+        raise UserError(
+            f"{folder / WEIGHTS_FILE} lacks what {CONFIG_FILE} says of {some(missing)}; copy the "
+            "folder again"
+        )
+
+
+def _is_inside(module: str, root: str) -> bool:
+    """Whether a module is one that ``root`` names, or is in it.
+
+    >>> _is_inside("bert.pooler.dense", "pooler"), _is_inside("bert.poolers", "pooler")
+    (True, False)
+    """
+    return f".{root}." in f".{module}."
+
+
+def _stack(folder: Path, config: PeftConfig, layers: dict, entry: Entry, shape):
+    """(A (*stack, in, r), B (*stack, r, out)), s of one weight from the factors of its layers."""
+    inner = shape[entry.stacked :]
+    ready, scales = {}, {}
+    for layer, (name, a, b) in layers.items():
+        ready[layer] = _factors(folder, config, name, a, b, entry, inner)
+        scales[layer] = config.scale_of(name, ready[layer][0].shape[1])
+    common = Counter(scales.values()).most_common(1)[0][0]
+    rank = max(a.shape[1] for a, _ in ready.values())
+    first_a, first_b = next(iter(ready.values()))
+    count = shape[0] if entry.stacked else 1
+    whole_a = np.zeros((count, first_a.shape[0], rank), np.float32)
+    whole_b = np.zeros((count, rank, first_b.shape[1]), np.float32)
+    for layer, (a, b) in ready.items():
+        ratio = scales[layer] / common
+        whole_a[layer, :, : a.shape[1]] = a
+        whole_b[layer, : len(b)] = b if ratio == 1 else (ratio * b.astype(np.float64))
+    return (whole_a, whole_b) if entry.stacked else (whole_a[0], whole_b[0]), common
+
+
+def _factors(folder: Path, config: PeftConfig, name: str, a, b, entry: Entry, inner):
+    """A (in, r) and B (r, out) of one module, whose weight has the shape ``inner`` here.
+
+    Raises:
+      UserError: they do not fit the weight, or the rank that the config gives the module.
+    """
+    rank, axes = config.rank_of(name), entry.axes
+    if entry.path.endswith("/embedding"):
+        wanted, axes = [(rank, inner[0]), (inner[1], rank)], (1, 0)
+    else:
+        ones = (1,) * (len(inner) - 2)
+        wanted = [(*inner[:-1], rank), (*ones, rank, inner[-1])]
+        wanted = [stored_shape(shape, axes) for shape in wanted]
+    if [a.shape, b.shape] != wanted:
+        raise UserError(
+            f"{folder / WEIGHTS_FILE}: the factors of {name!r} have shapes {a.shape} and {b.shape};"
+            f" the base, and rank {rank} of {CONFIG_FILE}, ask for {wanted[0]} and {wanted[1]}"
+        )
+    return a.transpose(axes).reshape(-1, rank), b.transpose(axes).reshape(rank, -1)
+
+
+def _replaced(folder: Path, tensors, name: str, old, layer: int, entry: Entry) -> np.ndarray:
+    """A parameter with it, or one layer of it, as the file has it."""
+    value = _floating(folder, tensors, name)
+    wanted = stored_shape(np.shape(old)[entry.stacked :], entry.axes)
+    if value.shape != wanted:
+        raise UserError(
+            f"{folder / WEIGHTS_FILE}: {name!r} has shape {value.shape}, the base's is {wanted}; "
+            "load the base with as many labels, and images of the size, that the adapter has"
+        )
+    value = np.ascontiguousarray(value if entry.axes is None else value.transpose(entry.axes))
+    if not entry.stacked:
+        return value
+    new = np.array(old, np.float32)
+    new[layer] = value
+    return new

@@ -1,0 +1,195 @@
+"""Writing an adapter in the format of Hugging Face PEFT.
+
+What the folder holds is a product of names: the table of a family says what a parameter is called
+in PyTorch and how its axes lie, PEFT puts ``base_model.model.`` in front and ``.lora_A.weight`` or
+``.lora_B.weight`` behind. A stack of L layers here is L modules there, each with a rank of its own.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from rmlora_jax.adapt import product
+from rmlora_jax.baselines import to_lora
+from rmlora_jax.errors import UserError
+from rmlora_jax.files import new_folder, write_bytes_atomic, write_json, write_text_atomic
+from rmlora_jax.hub.card import adapter_card
+from rmlora_jax.hub.info import Info, write_info
+from rmlora_jax.hub.peft_config import CONFIG_FILE, endings
+from rmlora_jax.hub.peft_names import PREFIX, Base, Names
+from rmlora_jax.hub.text import PretrainedText
+from rmlora_jax.hub.weights import Entry, some, stored_tensors, to_stored
+from rmlora_jax.lora import LoRA, is_factor
+from rmlora_jax.tree import adapted_weights
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+# What PEFT calls A and B of a layer, and of an embedding.
+LAYER = ("lora_A.weight", "lora_B.weight")
+EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+
+
+def save_peft(
+    folder: str | Path,
+    params: Mapping[str, Any],
+    lora: LoRA,
+    base: Base,
+    *,
+    info: Info | None = None,
+    old_names: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Writes an adapter that PEFT opens in PyTorch, and `load_peft` here.
+
+    The folder has the factors of every adapted module, and as ``modules_to_save`` whatever else is
+    trained (``lora.train``) or new in ``base``. With them the base gives the outputs of the adapted
+    model. AdaLoRA and SoRA are written as the plain LoRA that `to_lora` makes of them, each layer
+    with the rank that it has left; PiSSA as the change to the untouched base, of twice the rank. A
+    module that is trained in full and has factors is written merged.
+
+    Args:
+      folder: to write; it appears as a whole or not at all.
+      params: parameters of the adapted model, base included, as `rmlora_jax.join` gives them.
+      lora: their description.
+      base: what `load_vit` or `load_text` returned, of which ``params`` are an adaptation.
+      info: classes and preprocessing, kept beside the adapter and in its README.md.
+      old_names: name a ViT's modules as transformers up to 5.8 does, not as later ones do. (Files
+        of the other families have one spelling.) PEFT looks for the names of the version that it
+        runs with.
+      overwrite: replace a folder that is there.
+
+    Raises:
+      UserError: the folder exists, or something that is adapted or trained has no name in PyTorch.
+      ValueError: ``params`` and ``lora`` do not belong together.
+    """
+    if lora.diagonal is not None:
+        params, lora = to_lora(params, lora)
+    names = Names(base, old_names)
+    flat = {path: np.asarray(x) for path, x in flatten_dict(params, sep="/").items()}
+    untouched = flatten_dict(base.params, sep="/")
+    saved = _saved_modules(names, flat, lora, base)
+    kept = {path: flat[path] for root in saved for path in names.below(root)}
+    modules, scales = {}, {}
+    for (*module, leaf), weight, a, b in adapted_weights(params, lora):
+        path, scale = "/".join((*module, leaf)), lora.scale_of("/".join(module))
+        if path not in names.entries:
+            raise UserError(
+                f"{'/'.join(module)!r} has factors, but no name in {base.family.classifier}; "
+                "exclude it from LoRA.target, or merge and save the whole model"
+            )
+        if path in kept:
+            kept[path] = np.asarray(product.merged(weight, a, b, scale))
+            continue
+        if lora.init == "pissa":
+            a, b = _from_untouched(untouched[path], a, b, scale, lora)
+        entry = names.entries[path]
+        layers = zip(*map(np.asarray, (a, b)), strict=True) if entry.stacked else [(a, b)]
+        for name, one in zip(names.of_layers(names.module(path)), layers, strict=True):
+            modules[name] = _stored_factors(*one, entry, weight.shape[entry.stacked :])
+            scales[name] = scale
+    # A layer without a direction is the base's, and left out; but PEFT wants to find one layer.
+    used = {name: sides for name, sides in modules.items() if any(x.any() for _, x in sides)}
+    modules = used or modules
+    tensors = {
+        f"{PREFIX}{name}.{side}": value for name, sides in modules.items() for side, value in sides
+    }
+    for name, value in stored_tensors(kept, base.family.table, old_names=old_names).items():
+        tensors[PREFIX + name] = value
+    ranks = {name: len(sides[0][1]) for name, sides in modules.items()}
+    alphas = {name: alpha_of(scales[name], rank, lora.rs) for name, rank in ranks.items()}
+    config = _config(names, base, lora, ranks, alphas, saved)
+    with new_folder(Path(folder), overwrite=overwrite) as temporary:
+        from safetensors.numpy import save
+
+        write_bytes_atomic(temporary / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
+        write_json(temporary / CONFIG_FILE, config)
+        if info:
+            write_info(temporary, info)
+        write_text_atomic(temporary / "README.md", adapter_card(config, base, info, old_names))
+    return Path(folder)
+
+
+def _config(names: Names, base: Base, lora: LoRA, ranks, alphas, saved) -> dict[str, Any]:
+    """The content of adapter_config.json, with every field that old releases of PEFT want."""
+    r, alpha = Counter((ranks[name], alphas[name]) for name in ranks).most_common(1)[0][0]
+
+    def pattern(values: dict, usual) -> dict:
+        found = {}
+        for value in sorted(set(values.values()) - {usual}):
+            some_names = [name for name in values if values[name] == value]
+            found |= dict.fromkeys(endings(some_names, names.modules), value)
+        return found
+
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": base.source,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_dropout": lora.dropout,
+        "modules_to_save": endings(
+            (name for root in saved for name in names.of_layers(root)), names.modules
+        ) or None,
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": pattern(ranks, r),
+        "alpha_pattern": pattern(alphas, alpha),
+        "revision": None,
+        "target_modules": endings(ranks, names.modules),
+        "task_type": "SEQ_CLS" if isinstance(base, PretrainedText) else None,
+        "use_rslora": lora.rs,
+    }
+
+
+def _stored_factors(a, b, entry: Entry, shape: tuple[int, ...]) -> list[tuple[str, np.ndarray]]:
+    """A (in, r) and B (r, out) of one layer, whose weight has this shape, as PEFT keeps them.
+
+    Directions behind the last that is not 0 on both sides are padding, and are left out.
+    """
+    used = np.flatnonzero((a != 0).any(0) | (b != 0).any(1))
+    rank = int(used[-1]) + 1 if used.size else 1
+    a, b = a[:, :rank], b[:rank]
+    if entry.path.endswith("/embedding"):
+        names, axes = EMBEDDING, (1, 0)
+    else:
+        names, axes = LAYER, entry.axes
+        a, b = a.reshape(*shape[:-1], rank), b.reshape(*(1,) * (len(shape) - 2), *b.shape)
+    return [(name, to_stored(x, axes)) for name, x in zip(names, (a, b), strict=True)]
+
+
+def alpha_of(scale: float, rank: int, rs: bool) -> float:
+    """The alpha whose scale is this one; of those a whole number, where there is one."""
+    root = math.sqrt(rank) if rs else rank
+    alpha = scale * root
+    near = (round(alpha), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf))
+    return next((one for one in near if one / root == scale), alpha)
+
+
+def _from_untouched(weight, a, b, scale: float, lora: LoRA):
+    """(A', B') of twice the rank with s A' B' = s A B - s A_0 B_0: the change to a base from which
+    PiSSA has moved A_0 B_0 out."""
+    weight, shapes = jnp.asarray(weight), (a.shape, b.shape)
+    (a0, b0), _ = product.initial_factors(jax.random.key(0), weight, None, shapes, scale, lora)
+    return jnp.concatenate([a, a0], -1), jnp.concatenate([b, -b0], -2)
+
+
+def _saved_modules(names, flat, lora: LoRA, base: Base) -> list[str]:
+    """Names of the modules to keep as a whole: those trained beside the factors, or new."""
+    own = [p for p in flat if not is_factor(p.split("/")) and (lora.trains(p) or p in base.new)]
+    unknown = [path for path in own if path not in names.entries]
+    if unknown:
+        raise UserError(
+            f"{some(unknown)} is trained, but has no name in {base.family.classifier}; only the "
+            "whole model can be saved"
+        )
+    return sorted({names.root(path) for path in own})
