@@ -22,7 +22,7 @@ OLD_WEIGHTS_FILE = "adapter_model.bin"
 FACTOR = re.compile(r"(.+)\.({})".format("|".join(map(re.escape, (*LAYER, *EMBEDDING)))))
 
 
-def load_peft(folder: str | Path, base: Base) -> tuple[dict, LoRA]:
+def load_peft(folder: str | Path, base: Base, *, saved: bool = True) -> tuple[dict, LoRA]:
     """The adapter in a folder, as parameters of the adapted model and their description.
 
     Reads what `save_peft` and PEFT (in PyTorch) write, for every family of models that can be
@@ -40,6 +40,7 @@ def load_peft(folder: str | Path, base: Base) -> tuple[dict, LoRA]:
     Args:
       folder: with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``).
       base: the pretrained model, with as many labels as the adapter's own classifier has.
+      saved: False takes the factors alone, so that the base may be for another task.
 
     Returns:
       (params, lora): ``params`` hold the arrays of ``base.params`` where nothing is stored.
@@ -53,6 +54,8 @@ def load_peft(folder: str | Path, base: Base) -> tuple[dict, LoRA]:
     shapes = {path: np.shape(x) for path, x in params.items()}
     found = _sorted_out(folder, tensors, base, shapes)
     _check_complete(folder, config, found, shapes)
+    if not saved:
+        found = found._replace(saved={})
     described = {}
     for path, layers in found.factors.items():
         module = path.rpartition("/")[0]

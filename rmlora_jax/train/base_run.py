@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import jax
-import orbax.checkpoint as ocp
-
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json
 from rmlora_jax.train import checkpoint
@@ -30,13 +27,4 @@ def read_base(workdir: Path, task: str, advice: str) -> tuple[dict, dict]:
             raise UserError(
                 f"{workdir} holds a run with {field} {config[field]!r}, not {wanted!r}; {advice}"
             )
-    with checkpoint.open_checkpoints(workdir) as manager:
-        folder = manager.directory / str(checkpoint.best_step(manager)) / "default"
-    reader = ocp.StandardCheckpointer()
-    # On one device here, however many wrote it.
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-        reader.metadata(folder).item_metadata.tree,
-    )
-    return config, jax.device_get(reader.restore(folder, like)["trainable"])
+    return config, checkpoint.best_trainable(workdir)

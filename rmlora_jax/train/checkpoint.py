@@ -96,11 +96,16 @@ def restore(manager: ocp.CheckpointManager, like: NamedTuple, step: int) -> Name
         sys.unraisablehook = hook
         return state
     except Exception as e:  # orbax and tensorstore raise many kinds for damaged files
-        raise UserError(
-            f"the checkpoint {manager.directory / str(step)} cannot be read "
-            f"({type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else 'no details'}). "
-            "Delete that folder to continue from an older one, or start anew with another --workdir"
-        ) from e
+        raise damaged(manager.directory / str(step), e) from e
+
+
+def damaged(folder: Path, error: Exception) -> UserError:
+    """The words for a checkpoint that cannot be read."""
+    why = str(error).splitlines()[0][:200] if str(error) else "no details"
+    return UserError(
+        f"the checkpoint {folder} cannot be read ({type(error).__name__}: {why}). Delete that "
+        "folder to continue from an older one, or start anew with another --workdir"
+    )
 
 
 def _without_late_reads(hook):
@@ -117,3 +122,24 @@ def _without_late_reads(hook):
 def best_step(manager: ocp.CheckpointManager) -> int:
     """The step with the best validation score; of equals the latest, which is the one kept."""
     return max(manager.all_steps(), key=lambda s: (score(manager.metrics(s)), s))
+
+
+def best_trainable(workdir: Path) -> dict:
+    """What a run trained, at its best step, on the host.
+
+    Raises:
+      UserError: its checkpoints are damaged.
+    """
+    with open_checkpoints(workdir) as manager:
+        folder = manager.directory / str(best_step(manager)) / "default"
+    reader = ocp.StandardCheckpointer()
+    # On one device here, however many wrote it.
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            reader.metadata(folder).item_metadata.tree,
+        )
+        return jax.device_get(reader.restore(folder, like)["trainable"])
+    except Exception as e:  # orbax and tensorstore raise many kinds for damaged files
+        raise damaged(folder.parent, e) from e

@@ -67,6 +67,9 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.model = ml_collections.ConfigDict()
     c.model.source = "google/vit-base-patch16-224-in21k"  # folder, bundled name, or hub name
+    # A PEFT adapter of that model to go on from; its rank, alpha and targets are then lora.*'s, and
+    # its head is taken where it has as many classes. "": new factors
+    c.model.adapter = ""
     c.model.image_size = 0  # pixels; 0: the checkpoint's own. Positions are interpolated
     c.model.dtype = "bfloat16"  # of the computation: bfloat16, float16, float32
     c.model.base_dtype = "float32"  # in which the frozen base is held; as dtype
@@ -259,6 +262,11 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     need(0 < c.adalora.final < 1 - c.adalora.warmup, "adalora.final",
          "above 0 and, with adalora.warmup, below 1")
     need(c.sora.gate_rate > 0, "sora.gate_rate", "above 0")
+    if c.model.adapter:
+        need(c.method in ADAPTED and c.method not in GATED, "model.adapter",
+             f"empty for {c.method}; it is for {', '.join(m for m in ADAPTED if m not in GATED)}")
+        need(c.task != SPEECH, "model.adapter", "empty for speech")
+        need(not is_sweep(c), "model.adapter", "empty for sweep.*, whose runs begin apart")
     if c.method == "adalora":
         need(c.adalora.initial_rank > c.lora.rank, "adalora.initial_rank",
              f"above lora.rank, {c.lora.rank}, which is what is left")

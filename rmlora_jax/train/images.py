@@ -13,7 +13,7 @@ import numpy as np
 
 from rmlora_jax import data
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub import Pretrained, find_folder, load_vit, new_vit_head
+from rmlora_jax.hub import Info, Pretrained, find_folder, load_vit, new_vit_head
 from rmlora_jax.models import ViT
 from rmlora_jax.train import method
 from rmlora_jax.train.config import data_seed
@@ -59,6 +59,22 @@ def open_problem(
         open_feed=lambda: open_feed(config, images, pretrained, devices),
         metrics=("accuracy",),
         notes=checkpoint_notes(pretrained),
+        pretrained=pretrained,
+        info=info(config, images, size),
+    )
+
+
+def info(config: ml_collections.ConfigDict, images: data.Dataset, size: int) -> Info:
+    """What tells how to prepare an image as the evaluation does."""
+    storage = data.plan_storage(images, size, mode=config.data.mode)
+    return Info(
+        task=config.task,
+        labels=tuple(images.class_names),
+        image_size=size,
+        stored_size=storage.size,
+        center=storage.center,
+        channels=images.channels,
+        dtype=config.model.dtype,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import plain, read_json, write_json
-from rmlora_jax.train import checkpoint, method, setup, snapshots, terminal
+from rmlora_jax.train import checkpoint, finished, method, setup, snapshots, terminal
 from rmlora_jax.train.config import check_config, differences, is_sweep
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter, read_metrics
@@ -60,7 +60,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
             workdir, total_steps=job.steps, start_step=start, enabled=leader
         ) as writer:
             writer.print(header(config, job, devices, workdir, start_step=start))
-            for note in job.notes:
+            for note in job.problem.notes:
                 writer.print(note)
             compiled = compile_steps(job, state, start, devices)
             writer.print(f"compiled in {terminal.duration(compiled.seconds)}")
@@ -75,7 +75,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
         for split in job.feed.unlabelled:
             out = evaluate(compiled, best.trainable, job, split, devices)
             if leader:
-                file = job.write_predictions(workdir, split, out.ids, out.predictions)
+                file = job.problem.write_predictions(workdir, split, out.ids, out.predictions)
                 print(f"predictions of step {step:,} for {split}: {file}")
         summary = summary_of(
             config,
@@ -89,6 +89,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
             intrinsic=spectrum(state.trainable, job.constants.frozen, job.lora),
         )
     if leader:
+        trained = jax.device_get(best.trainable)
+        finished.write_adapter(workdir, config, job.lora, trained, job.problem, summary)
         write_json(workdir / "summary.json", summary)
         write_report(workdir)
         print(ending(summary, workdir), flush=True)
@@ -133,7 +135,7 @@ def summary_of(
         "model": config.model.source,
         "dataset": config.data.name,
         "steps": job.steps,
-        "metric": job.metrics[0],
+        "metric": job.problem.metrics[0],
         "eval": last,
         "best_eval": best,
         "trainable_parameters": job.trainable_parameters,
@@ -204,13 +206,13 @@ def fit(config, job: setup.Job, state: State, compiled: Steps, checkpoints, writ
         row = row_of(done, done.metrics, job.schedule, config)
         if done.evaluating:
             outputs = evaluate(compiled, state.trainable, job, "validation", devices)
-            validation = measured(outputs, job.metrics)
+            validation = measured(outputs, job.problem.metrics)
             row |= {f"eval/{name}": value for name, value in validation.items()}
             writer.write(done.step, row)
             keep_factors(
                 config, writer, done.step, state.trainable, job.constants.frozen, job.lora
             )
-            checkpoint.save(checkpoints, state, validation, job.metrics[0])
+            checkpoint.save(checkpoints, state, validation, job.problem.metrics[0])
         else:
             writer.write(done.step, row)
     return state, trained * config.batch_size / seconds if seconds else None
@@ -292,7 +294,7 @@ def reported(compiled: Steps, trainable, job: setup.Job, devices: Devices) -> di
     figures = {}
     for split in job.feed.tests:
         outputs = evaluate(compiled, trainable, job, split, devices)
-        figures |= named(measured(outputs, job.metrics), split)
+        figures |= named(measured(outputs, job.problem.metrics), split)
     return figures
 
 

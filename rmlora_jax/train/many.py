@@ -58,9 +58,7 @@ def build(
         eval_every=setup.eval_every(config, base),
         total_parameters=base.total_parameters,
         trainable_parameters=base.trainable_parameters,
-        metrics=base.problem.metrics,
-        notes=base.problem.notes,
-        write_predictions=base.problem.write_predictions,
+        problem=base.problem,
     )
 
 

@@ -1,8 +1,11 @@
 """From a config to everything a run needs: data, model, method, compiled-to-be steps."""
 
+import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,6 +16,7 @@ import numpy as np
 import optax
 
 import rmlora_jax as rm
+from rmlora_jax import hub
 from rmlora_jax.errors import UserError
 from rmlora_jax.models.inserts import with_inserts
 from rmlora_jax.train import images, method, speech, text
@@ -37,9 +41,7 @@ class Job(NamedTuple):
     eval_every: int
     total_parameters: int
     trainable_parameters: int
-    metrics: tuple[str, ...]  # names of train/scores.py; the first picks the best step
-    notes: tuple[str, ...]  # what a person should know of the checkpoint that was read
-    write_predictions: Callable | None  # (folder, split, ids, predictions)
+    problem: Problem
 
 
 class Base(NamedTuple):
@@ -75,9 +77,7 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
         eval_every=eval_every(config, base),
         total_parameters=base.total_parameters,
         trainable_parameters=base.trainable_parameters,
-        metrics=base.problem.metrics,
-        notes=base.problem.notes,
-        write_predictions=base.problem.write_predictions,
+        problem=base.problem,
     )
 
 
@@ -99,10 +99,11 @@ def open_base(config: ml_collections.ConfigDict, devices: Devices) -> Base:
     head_key, factors_key = keys(config)
     problem = task.open_problem(config, devices, head_key)
     with fields("lora.*"):
-        lora = method.description(config)
-        adapted = rm.adapt(problem.model, lora)
-        params = with_new(config, problem, problem.params, adapted, factors_key)
+        lora, adapted, params = with_new(config, problem, problem.params, factors_key)
         trainable, frozen = rm.split(params, lora)
+    if config.model.adapter:
+        found = f"goes on from {config.model.adapter}: {lora.rank=}, {lora.alpha=}, {lora.target=}"
+        problem = problem._replace(notes=(*problem.notes, found.replace("lora.", "")))
     count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
 
     feed = problem.open_feed()
@@ -134,11 +135,28 @@ def keys(config: ml_collections.ConfigDict) -> jax.Array:
     return jax.random.split(jax.random.key(config.seed))
 
 
-def with_new(config, problem: Problem, params: dict, adapted: nn.Module, key: jax.Array) -> dict:
-    """Pretrained parameters with what the method adds to them: factors, bottlenecks or prefixes."""
+def with_new(
+    config: ml_collections.ConfigDict, problem: Problem, params: dict, key: jax.Array
+) -> tuple[rm.LoRA, nn.Module, dict]:
+    """Description, adapted model, and pretrained parameters with what the method adds to them:
+    factors, new or of ``model.adapter``, bottlenecks or prefixes."""
+    if config.model.adapter:
+        params, lora = from_adapter(config, problem, params)
+        return lora, rm.adapt(problem.model, lora), params
+    lora = method.description(config)
+    adapted = rm.adapt(problem.model, lora)
     if config.method in INSERTED:
         params = with_inserts(key, problem.model, params, *problem.example)
-    return rm.attach(key, adapted, params, *problem.example)
+    return lora, adapted, rm.attach(key, adapted, params, *problem.example)
+
+
+def from_adapter(config, problem: Problem, params: dict) -> tuple[dict, rm.LoRA]:
+    """The factors of ``model.adapter``, and its head where that is for as many classes."""
+    folder, base = Path(config.model.adapter).expanduser(), problem.pretrained
+    whole = hub.stored_labels(folder) == base.num_labels
+    params, lora = hub.load_peft(folder, base._replace(params=params), saved=whole)
+    rules = [*map(re.escape, lora.train or ()), config.lora.train]
+    return params, dataclasses.replace(lora, train="|".join(rules), dropout=config.lora.dropout)
 
 
 def start(config: ml_collections.ConfigDict, base: Base, trainable: dict) -> State:
@@ -150,9 +168,7 @@ def reseeded(config: ml_collections.ConfigDict, base: Base) -> dict:
     """What the run of another seed (or alpha) trains before its first step, on the same base."""
     head_key, factors_key = keys(config)
     params = base.problem.reseeded(head_key)
-    lora = method.description(config)
-    adapted = rm.adapt(base.problem.model, lora)
-    params = with_new(config, base.problem, params, adapted, factors_key)
+    lora, _, params = with_new(config, base.problem, params, factors_key)
     return _cast(rm.split(params, lora)[0], jnp.float32)
 
 

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json, write_json
-from rmlora_jax.train import checkpoint, loop, many, memory, setup, terminal
+from rmlora_jax.train import checkpoint, finished, loop, many, memory, setup, terminal
 from rmlora_jax.train.config import TEXTS, Run, check_config, runs
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter
@@ -275,7 +275,7 @@ def fit(config, job, together, figures, steps, manager, writers, devices):
         ]
         if done.evaluating:
             last = [
-                checkpoint.scored(found, job.metrics[0]) | {"step": done.step}
+                checkpoint.scored(found, job.problem.metrics[0]) | {"step": done.step}
                 for found in measured(steps, state.trainable, job, "validation", devices)
             ]
             for row, found in zip(rows, last, strict=True):
@@ -324,7 +324,7 @@ def measured(steps, trainable, job, split: str, devices) -> list[dict[str, float
     """The figures of every run over a whole split."""
     outputs = loop.evaluate(steps, trainable, job, split, devices)
     return [
-        loop.measured(outputs._replace(predictions=p, losses=losses), job.metrics)
+        loop.measured(outputs._replace(predictions=p, losses=losses), job.problem.metrics)
         for p, losses in zip(outputs.predictions, outputs.losses, strict=True)
     ]
 
@@ -360,7 +360,7 @@ def finish(
         if jax.process_index() != 0:
             continue
         for split, out in predicted.items():
-            job.write_predictions(folder, split, out.ids, out.predictions[i])
+            job.problem.write_predictions(folder, split, out.ids, out.predictions[i])
         step, own = figures["best"][i]["step"], many.pick(together.state.trainable, i)
         rate = trained * config.batch_size / times.training if times.training else None
         summary = loop.summary_of(
@@ -374,6 +374,8 @@ def finish(
             trainable=jax.device_get(own),
             intrinsic=loop.spectrum(own, job.constants.shared.frozen, job.lora[i]),
         )
+        trained = jax.device_get(many.pick(together.best.trainable, i))
+        finished.write_adapter(folder, run.config, job.lora[i], trained, job.problem, summary)
         write_json(folder / "summary.json", summary | {
             "sweep": len(chunk),
             "train_seconds": times.training / len(chunk),

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from rmlora_jax import data
+from rmlora_jax.hub import Info, Pretrained, PretrainedText
 from rmlora_jax.train.config import data_seed
 
 
@@ -69,6 +70,8 @@ class Problem(NamedTuple):
     metrics: tuple[str, ...]  # names of train/scores.py; the first picks the best step
     notes: tuple[str, ...]  # what a person should know of the checkpoint that was read
     write_predictions: Callable[..., Any] | None = None  # (folder, split, ids, predictions)
+    pretrained: Pretrained | PretrainedText | None = None  # None: a model that is only ours
+    info: Info | None = None  # what else a user of the trained model must know
 
 
 def example_losses(logits, labels, *, regression: bool, label_smoothing: float = 0.0):

@@ -60,6 +60,14 @@ def open_problem(
         metrics=metrics(config, glue),
         notes=checkpoint_notes(pretrained),
         write_predictions=write_predictions,
+        pretrained=pretrained,
+        info=hub.Info(
+            task=config.task,
+            labels=texts.label_names,
+            max_length=config.text.max_length,
+            columns=tuple(texts.columns),
+            dtype=config.model.dtype,
+        ),
     )
 
 
