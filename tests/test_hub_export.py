@@ -85,9 +85,11 @@ def everything(root):
 # Round trips.
 
 
-@pytest.mark.parametrize("old_names", [True, False])
-@pytest.mark.parametrize("name", ["plain", "grow", "bert", "roberta", "deberta_v3",
-                                  "deberta_v2_conv", "deberta_unshared", "deberta_biased"])
+@pytest.mark.parametrize(
+    ("name", "old_names"),
+    [("plain", True), ("plain", False), ("grow", False), ("bert", True), ("roberta", True),
+     ("deberta_v3", True), ("deberta_v3", False), ("deberta_v2_conv", True)],
+)
 def test_what_is_written_is_read_back(name, old_names, tmp_path):
     base = load_pretrained(folder_of(tmp_path / "base", name))
     params = trained(base.params)
@@ -99,12 +101,13 @@ def test_what_is_written_is_read_back(name, old_names, tmp_path):
         base.config, base.num_labels, (), ()
     )
     assert read_info(folder) == info_of(base)
-    # jax arrays, as training holds them, give the same file.
-    again = save_model(tmp_path / "jax", jax.tree.map(jnp.asarray, params), base,
-                       info=info_of(base), old_names=old_names)
-    assert (again / "model.safetensors").read_bytes() == (
-        (folder / "model.safetensors").read_bytes()
-    )
+
+
+def test_jax_arrays_give_the_same_file(tmp_path):
+    base = load_vit(vit_folder(tmp_path / "base"))
+    one = save_model(tmp_path / "a", base.params, base, info=IMAGES)
+    two = save_model(tmp_path / "b", jax.tree.map(jnp.asarray, base.params), base, info=IMAGES)
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
 
 
 def test_resized_images_and_a_new_head(tmp_path):
