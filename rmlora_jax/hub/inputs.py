@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from rmlora_jax.data.decode import SUFFIXES, open_image, pixels
+from rmlora_jax.data.decode import FORMATS, SUFFIXES, open_image, pixels
 from rmlora_jax.data.pipeline import stored_as
 from rmlora_jax.data.text_batches import eval_batches
 from rmlora_jax.data.tokens import tokenise
@@ -127,7 +127,7 @@ def name_images(inputs: Any) -> list[tuple[str, Any]]:
         if isinstance(image, str | Path):
             named += [(path, path) for path in find_images(image)]
         else:
-            named.append((getattr(image, "filename", "") or f"image {number}", image))
+            named.append((str(getattr(image, "filename", "") or f"image {number}"), image))
     return named
 
 
@@ -148,7 +148,7 @@ def read_image(image: Any, info: Info, image_size: int) -> tuple[np.ndarray, flo
     Raises:
       Exception: of any kind, for a file that is damaged, or larger than pillow thinks wise.
     """
-    if isinstance(image, str):
+    if isinstance(image, str | Path):
         image = open_image(Path(image).read_bytes())
     elif isinstance(image, Image.Image):
         image = image.copy()  # what follows may change how its file is read
@@ -177,6 +177,8 @@ def _image_batches(named, info, image_size, batch_size, failed) -> Iterator[tupl
             return read_image(image, info, image_size)
         except Exception as error:  # pillow raises many kinds, and leaves its reasons to others
             why = str(error).strip().partition("\n")[0] or type(error).__name__
+            if isinstance(error, UnidentifiedImageError):  # it would tell of an object's address
+                why = f"its content is none of {', '.join(FORMATS)}"
             return UserError(f"{name} cannot be read as an image: {why}")
 
     rows = batch_rows(len(named), batch_size)

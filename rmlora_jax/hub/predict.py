@@ -5,6 +5,7 @@ import glob
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,10 @@ def predict(
         failures.append(error)
         tqdm.write(f"error: {error}", file=sys.stderr)  # print would tear the progress bar
 
-    rows = model(inputs, top=top, failed=failed)
+    with warnings.catch_warnings():
+        # On palettes with alpha, and on large images that it reads all the same.
+        warnings.filterwarnings("ignore", module="PIL")
+        rows = model(inputs, top=top, failed=failed)
     if rows:
         # A file's name need not be text.
         write_bytes_atomic(file, to_csv(rows).encode("utf-8", "surrogateescape"))
