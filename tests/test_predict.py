@@ -133,6 +133,7 @@ def test_mistakes_in_inputs(tiny_vit, pairs, photos, tmp_path):
         (tiny_vit, [str(tmp_path / "empty")], "there is no image in"),
         (tiny_vit, [str(tmp_path / "notes.txt")], "is no image by its suffix; give one of .bmp"),
         (tiny_vit, [f"{photos}/a.png,{photos}/x.png"], "there is no file or folder"),
+        (tiny_vit, ["a text " * 100], "there is no file or folder 'a text a"),
         (tiny_vit, [f"{photos}/*.gif"], "no image is called"),
         (pairs, ["a", "b"], "--predict, line 1: this model takes 2 texts (one, two) with a tab"),
         (pairs, [f"@{tmp_path}/one.tsv"], "one.tsv, line 3: this model takes 2 texts"),

@@ -6,6 +6,7 @@ inputs, in order; ``batches`` iterates over pairs ``(ids, arguments)``: places o
 """
 
 import functools
+import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,13 +86,13 @@ def find_images(path: str | Path) -> list[str]:
       UserError: nothing is there, or a file that is no image by its suffix.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike path.is_dir() it takes names of any length
         found = images_below(path)
         if not found:
             raise UserError(f"there is no image in {path}, nor in a folder of it; known: {KINDS}")
         return found
-    if not path.exists():
-        raise UserError(f"there is no file or folder {str(path)!r}; check the name")
+    if not os.path.exists(path):
+        raise UserError(f"there is no file or folder {str(path)[:200]!r}; check the name")
     if not is_image(path):
         raise UserError(f"{path} is no image by its suffix; give one of {KINDS}, or a folder")
     return [str(path)]
