@@ -1,6 +1,8 @@
 """Fine-tune a pretrained model: ``python run.py --config=configs/NAME.py --workdir=DIR``.
 
 A config with a field ``study`` is of many runs, and goes to ``rmlora_jax.study``.
+
+Use a trained one: ``python run.py --workdir=DIR --predict photos/``.
 """
 
 import os
@@ -25,6 +27,17 @@ WORKDIR = flags.DEFINE_string(
     "folder of the run; the same folder again continues it. Default: a new one under runs/",
 )
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "print the resolved config and exit")
+PREDICT = flags.DEFINE_multi_string(
+    "predict",
+    None,
+    "classify these with the model in --workdir (a run, an adapter or a model): images, folders or "
+    "patterns, with commas between; or a text, a file with a text a line (@FILE), - for stdin. "
+    "Words without a flag are more of them",
+)
+TOP = flags.DEFINE_integer("top", 1, "with --predict: classes of each input", lower_bound=1)
+OUT = flags.DEFINE_string(
+    "out", None, "with --predict: CSV file (default: predictions.csv in --workdir)"
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "join the processes of a cluster through jax.distributed first"
 )
@@ -37,6 +50,8 @@ DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error")
 
 
 def main(argv):
+    if PREDICT.value is not None:
+        return predict([*PREDICT.value, *argv[1:]])
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; fields: --config.a.b=value")
     if PRINT_CONFIG.value:
@@ -56,6 +71,17 @@ def main(argv):
             join_processes()
         train = sweep.train if config.is_sweep(CONFIG.value) else loop.train
         train(CONFIG.value, workdir())
+    except UserError as e:
+        stop(e)
+
+
+def predict(inputs):
+    logging.set_verbosity(logging.WARNING)
+    from rmlora_jax.errors import UserError
+    from rmlora_jax.hub.predict import predict
+
+    try:
+        return predict(WORKDIR.value, inputs, top=TOP.value, out=OUT.value)
     except UserError as e:
         stop(e)
 
@@ -96,19 +122,21 @@ def workdir() -> Path:
 def parse(argv):
     """Parses the flags; a mistake in them or in the config file is one line, not a traceback."""
     given = [a.lstrip("-") for a in argv]
+    predicting = any(a.partition("=")[0] == "predict" for a in given)
+    flags.FLAGS.set_gnu_getopt(predicting)  # flags may follow the inputs
     if "config" in given[:-1]:
         file = argv[given.index("config") + 1]
     else:
         file = next((a.partition("=")[2] for a in given if a.startswith("config=")), None)
-    if file is None:
+    if file is None and not predicting:
         # Not the flag's default: absl would apply the overrides to it even where another is named.
         argv = [argv[0], f"--config={QUICKSTART}", *argv[1:]]
-    elif not Path(file.partition(":")[0]).is_file():
+    elif file and not Path(file.partition(":")[0]).is_file():
         known = ", ".join(sorted(f"configs/{p.name}" for p in QUICKSTART.parent.glob("*.py")))
         stop(FileNotFoundError(f"there is no config file {file!r}; there are {known}"))
     try:
         rest = flags.FLAGS(argv)
-        dict(CONFIG.value)  # a broken config file shows itself only when it is read
+        dict(CONFIG.value or {})  # a broken config file shows itself only when it is read
         return rest
     except (AttributeError, KeyError) as e:  # how ml_collections reports an unknown field
         unknown = str(e).strip("'\"").replace("\\'", "'")

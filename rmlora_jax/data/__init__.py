@@ -18,6 +18,7 @@ from rmlora_jax.data.pipeline import (
     load_resident,
     local_size,
     plan_storage,
+    stored_as,
     stream_batches,
 )
 from rmlora_jax.data.sources import load_images
@@ -45,6 +46,7 @@ __all__ = [
     "load_texts",
     "local_size",
     "plan_storage",
+    "stored_as",
     "stream_batches",
     "tokenise",
     "write_predictions",

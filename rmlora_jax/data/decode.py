@@ -5,6 +5,11 @@ import io
 import numpy as np
 from PIL import Image
 
+# What a file may be, whatever its name says. Pillow knows more formats, and hands one of them (EPS)
+# to another program, which runs what is in it.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -24,7 +29,16 @@ def decode(encoded: bytes, channels: int = 3, size: int | None = None) -> np.nda
     >>> decode(file.getvalue()).shape, decode(file.getvalue(), 1, size=2).ravel().tolist()
     ((4, 6, 3), [7, 7, 7, 7])
     """
-    image = Image.open(io.BytesIO(encoded))
+    return pixels(open_image(encoded), channels, size)
+
+
+def open_image(encoded: bytes) -> Image.Image:
+    """The file's header, read; its pixels are decoded when they are first needed."""
+    return Image.open(io.BytesIO(encoded), formats=FORMATS)
+
+
+def pixels(image: Image.Image, channels: int = 3, size: int | None = None) -> np.ndarray:
+    """`decode` of an image of pillow, whose file, if it is still to be read, is changed by it."""
     mode = _MODES[channels]
     if size is not None:
         image.draft(mode, (size, size))

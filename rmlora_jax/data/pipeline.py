@@ -63,17 +63,26 @@ def plan_storage(
     """
     if mode not in ("auto", "resident", "stream"):
         raise UserError(f"data.mode={mode!r}: must be auto, resident or stream")
-    size = storage_size or round(image_size * 256 / 224)
-    shape = data.image_shape
-    if shape is not None and shape[0] == shape[1] <= size:
-        side, center = None, 1.0
-    else:
-        side, shape = size, (size, size, data.channels)
-        center = min(1.0, image_size / size)
+    side, center = stored_as(data.image_shape, image_size, storage_size)
+    shape = data.image_shape if side is None else (side, side, data.channels)
     splits = (data.train, data.validation, data.test)
     nbytes = math.prod(shape) * sum(len(s) for s in splits if s is not None)
     resident = mode == "resident" or (mode == "auto" and nbytes <= resident_limit)
     return Storage(resident, side, shape, center, nbytes)
+
+
+def stored_as(
+    shape: tuple[int, ...] | None, image_size: int, storage_size: int | None = None
+) -> tuple[int | None, float]:
+    """``size`` and ``center`` of `Storage` for images (H, W, C), None where they differ in shape.
+
+    >>> stored_as((32, 32, 3), 224), stored_as((480, 640, 3), 224)
+    ((None, 1.0), (256, 0.875))
+    """
+    size = storage_size or round(image_size * 256 / 224)
+    if shape is not None and shape[0] == shape[1] <= size:
+        return None, 1.0
+    return size, min(1.0, image_size / size)
 
 
 def load_resident(

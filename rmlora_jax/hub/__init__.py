@@ -1,5 +1,6 @@
 """Hugging Face files in and out, without PyTorch."""
 
+from rmlora_jax.hub.classifier import Classifier, Prediction, load
 from rmlora_jax.hub.export import save_model
 from rmlora_jax.hub.info import Info, read_info, write_info
 from rmlora_jax.hub.peft_read import load_peft, stored_labels
@@ -11,11 +12,14 @@ from rmlora_jax.hub.tokenizer import load_tokenizer
 from rmlora_jax.hub.vit import Pretrained, load_vit, new_vit_head
 
 __all__ = [
+    "Classifier",
     "Info",
+    "Prediction",
     "Pretrained",
     "PretrainedText",
     "bundled",
     "find_folder",
+    "load",
     "load_peft",
     "load_pretrained",
     "load_text",

@@ -1,0 +1,244 @@
+"""What is given to a trained model, in batches: made as the trainer makes those of an evaluation.
+
+A reader is ``read(inputs, batch_size, failed) -> (names, batches)``. ``names`` are those of all
+inputs, in order; ``batches`` iterates over pairs ``(ids, arguments)``: places of n inputs in
+``names``, and the model's arguments with b >= n rows, those from n on being padding.
+"""
+
+import functools
+import os
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from rmlora_jax.data.decode import FORMATS, SUFFIXES, open_image, pixels
+from rmlora_jax.data.pipeline import stored_as
+from rmlora_jax.data.text_batches import eval_batches
+from rmlora_jax.data.tokens import tokenise
+from rmlora_jax.data.vision import augment
+from rmlora_jax.errors import UserError
+from rmlora_jax.hub.info import Info
+
+THREADS = 8  # that read and decode images
+KINDS = ", ".join(SUFFIXES)
+
+
+def image_reader(info: Info, image_size: int, mean, std) -> Callable:
+    """The reader of a model of images of this size, mean and standard deviation.
+
+    Images of one shape make a batch, which is resized and normalised by a small program of its own:
+    the model's, which takes long to compile, is the same for all shapes.
+    """
+    prepare = functools.partial(
+        augment,
+        image_size=image_size,
+        train=False,
+        mean=mean,
+        std=std,
+        dtype=jnp.dtype(info.dtype),
+    )
+    prepare = jax.jit(prepare, static_argnames="center")
+
+    def read(inputs, batch_size, failed):
+        named = name_images(inputs)
+        batches = _image_batches(named, info, image_size, batch_size, failed)
+        prepared = ((ids, (prepare(images, center=center),)) for ids, images, center in batches)
+        return [name for name, _ in named], prepared
+
+    return read
+
+
+def text_reader(info: Info, tokenizer) -> Callable:
+    """The reader of a model of texts; batches are those of the trainer's evaluation."""
+
+    def read(inputs, batch_size, failed):
+        rows = text_rows(inputs, info.columns)
+        names = [row[0] for row in rows] if len(info.columns) == 1 else rows
+        return names, batches(rows, batch_size) if rows else ()
+
+    def batches(rows, batch_size):
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        tokens = tokenise(columns, tokenizer, info.max_length)
+        for batch in eval_batches(
+            tokens,
+            np.zeros(len(rows)),
+            batch_rows(len(rows), batch_size),
+            pad_id=tokenizer.pad_token_id,
+            max_length=info.max_length,
+        ):
+            names = ("input_ids", "attention_mask", "token_type_ids")
+            yield batch["id"][batch["mask"]], tuple(batch[name] for name in names)
+
+    return read
+
+
+def find_images(path: str | Path) -> list[str]:
+    """The image at ``path``, or all below the folder ``path``, sorted, hidden ones left out.
+
+    Raises:
+      UserError: nothing is there, or a file that is no image by its suffix.
+    """
+    path = Path(path).expanduser()
+    if os.path.isdir(path):  # unlike path.is_dir() it takes names of any length
+        found = images_below(path)
+        if not found:
+            raise UserError(f"there is no image in {path}, nor in a folder of it; known: {KINDS}")
+        return found
+    if not os.path.exists(path):
+        raise UserError(f"there is no file or folder {str(path)[:200]!r}; check the name")
+    if not is_image(path):
+        raise UserError(f"{path} is no image by its suffix; give one of {KINDS}, or a folder")
+    return [str(path)]
+
+
+def images_below(folder: Path) -> list[str]:
+    found = (p for p in folder.rglob("*") if is_image(p) and p.is_file())
+    return sorted(str(p) for p in found if not _hidden(p.relative_to(folder)))
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def name_images(inputs: Any) -> list[tuple[str, Any]]:
+    """Pairs (name, image) of all that may be given to a model of images; paths are their own names.
+
+    Raises:
+      UserError: as `find_images`, or an array that is no batch.
+    """
+    if isinstance(inputs, str | Path | Image.Image):
+        inputs = [inputs]
+    elif hasattr(inputs, "ndim") and inputs.ndim != 4:
+        raise UserError(
+            f"images must be uint8 (n, H, W, C) or a list, got an array {inputs.shape}"
+        )
+    named = []
+    for number, image in enumerate(inputs):
+        if isinstance(image, str | Path):
+            named += [(path, path) for path in find_images(image)]
+        else:
+            named.append((str(getattr(image, "filename", "") or f"image {number}"), image))
+    return named
+
+
+def read_image(image: Any, info: Info, image_size: int) -> tuple[np.ndarray, float]:
+    """One image as the trainer holds it, uint8 (H, W, C), and the part of its side that is used.
+
+    With ``info.stored_size`` the middle square is brought to that side, as in training. Without,
+    the training images were small squares of one size, and small squares stay as they are; any
+    other image is brought to a square, and its margin cut, as `data.plan_storage` would have it for
+    a data set of such images. A photo's note of how the camera was held is not heeded, as in
+    training.
+
+    Args:
+      image: a path, an image of pillow, or a uint8 array (H, W, C) with C 1, 3 or 4.
+      info: of the model.
+      image_size: side of the model's images.
+
+    Raises:
+      Exception: of any kind, for a file that is damaged, or larger than pillow thinks wise.
+    """
+    if isinstance(image, str | Path):
+        image = open_image(Path(image).read_bytes())
+    elif isinstance(image, Image.Image):
+        image = image.copy()  # what follows may change how its file is read
+    else:
+        image = _from_array(np.asarray(image))
+    width, height = image.size
+    size, center = info.stored_size, info.center
+    if size is None:
+        size, new = stored_as((height, width), image_size)
+        center = center if size is None else new
+    return pixels(image, info.channels, size), center
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"must be uint8 (H, W, 1, 3 or 4), got {array.dtype} {array.shape}")
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+def _image_batches(named, info, image_size, batch_size, failed) -> Iterator[tuple]:
+    """(ids, uint8 (b, H, W, C), center) of all of ``named``; threads read files ahead."""
+
+    def read(item):
+        name, image = item
+        try:
+            return read_image(image, info, image_size)
+        except Exception as error:  # pillow raises many kinds, and leaves its reasons to others
+            why = str(error).strip().partition("\n")[0] or type(error).__name__
+            if isinstance(error, UnidentifiedImageError):  # it would tell of an object's address
+                why = f"its content is none of {', '.join(FORMATS)}"
+            return UserError(f"{name} cannot be read as an image: {why}")
+
+    rows = batch_rows(len(named), batch_size)
+    waiting = defaultdict(list)
+    for number, found in enumerate(_ahead(read, named, 2 * batch_size)):
+        if isinstance(found, UserError):
+            failed(found)
+            continue
+        array, center = found
+        key = array.shape, center
+        waiting[key].append((number, array))
+        if len(waiting[key]) == rows:
+            yield _stacked(waiting.pop(key), center, rows)
+    for (_, center), images in waiting.items():
+        yield _stacked(images, center, rows)
+
+
+def _stacked(images: list[tuple[int, np.ndarray]], center: float, rows: int) -> tuple:
+    ids, arrays = zip(*images, strict=True)
+    padding = [arrays[0]] * (rows - len(arrays))
+    return list(ids), np.stack([*arrays, *padding]), center
+
+
+def _ahead(function: Callable, items: Iterable, most: int) -> Iterator:
+    """``map`` in threads, in order, with at most so many results waiting."""
+    pool, waiting = ThreadPoolExecutor(THREADS), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def batch_rows(n: int, batch_size: int) -> int:
+    """Rows of the batches of ``n`` inputs: a power of two for a few, so that few programs compile.
+
+    >>> [batch_rows(n, 48) for n in (1, 3, 40, 1000)]
+    [1, 4, 48, 48]
+    """
+    return min(1 << (n - 1).bit_length(), batch_size)
+
+
+def text_rows(inputs: Any, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """Each text, or pair of texts, as a tuple with a string for each of ``columns``.
+
+    Raises:
+      UserError: an input is something else, by its number.
+    """
+    inputs = [inputs] if isinstance(inputs, str) else inputs
+    wanted = "a string" if len(columns) == 1 else f"a pair of strings ({', '.join(columns)})"
+    rows = []
+    for number, text in enumerate(inputs):
+        row = (text,) if isinstance(text, str) else text
+        fits = isinstance(row, tuple | list) and len(row) == len(columns)
+        if not fits or not all(isinstance(part, str) for part in row):
+            raise UserError(f"input {number} is {repr(text)[:80]}; this model takes {wanted} each")
+        rows.append(tuple(row))
+    return rows
