@@ -55,7 +55,8 @@ def combine_adapters(
             (Weights of 1 give the sum.)
         how: "svd", "cat" or "linear".
         rank: of "svd": None is the largest rank that a module has in any adapter.
-        head: index of the adapter from which all that is trained in full is taken.
+        head: index of the adapter from which all that is trained in full is taken; what only others
+            train stays the base's.
 
     Returns:
         ``(params, lora)``: factors in float32; the base leaves, the same arrays, if any adapter
