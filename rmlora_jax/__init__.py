@@ -8,6 +8,10 @@ from rmlora_jax.baselines import (
     sora,  # clip, AdamW and the proximal step of the gates in one chain
     to_lora,  # what the two trained, as plain LoRA of the rank that is left
 )
+from rmlora_jax.combine import (
+    align_adapters,  # adapters of one structure: one compiled program serves them all
+    combine_adapters,  # one adapter out of several of the same base
+)
 from rmlora_jax.intrinsic import (
     intrinsic_dimension,  # the spectrum of each Delta W, from its factors
     trajectory_dimension,  # the spectrum of what training explored
@@ -25,6 +29,10 @@ from rmlora_jax.masking import (
 from rmlora_jax.orthogonality import (
     add_orthogonality,  # the penalty's gradient as an optax transformation
     orthogonality,  # the penalty
+)
+from rmlora_jax.ranks import (
+    pad_rank,  # a higher rank, the same updates
+    reduce_rank,  # the best approximation of the updates by a lower rank
 )
 from rmlora_jax.rm_lora import authors_exact, rm_lora  # penalty, clip, mask and AdamW in one chain
 from rmlora_jax.tree import (
@@ -44,8 +52,10 @@ __all__ = [
     "adalora",
     "adapt",
     "add_orthogonality",
+    "align_adapters",
     "attach",
     "authors_exact",
+    "combine_adapters",
     "intrinsic_dimension",
     "join",
     "kept_fraction",
@@ -53,6 +63,8 @@ __all__ = [
     "mask_gradients",
     "merge",
     "orthogonality",
+    "pad_rank",
+    "reduce_rank",
     "rm_lora",
     "sora",
     "split",

@@ -1,8 +1,5 @@
 """``to_lora``: what AdaLoRA or SoRA trained, as plain LoRA factors of the rank that is left."""
 
-import dataclasses
-import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rmlora_jax.adapt.linen import reboxed, unboxed
 from rmlora_jax.lora import DIAGONAL, FACTORS, LoRA
+from rmlora_jax.ranks import described
 from rmlora_jax.tree import adapted_weights
 
 __all__ = ["to_lora"]
@@ -59,20 +57,5 @@ def to_lora(params: Mapping[str, Any], lora: LoRA) -> tuple[dict, LoRA]:
         b = jnp.take_along_axis(b, first[..., None], -2) * open_[..., None]
         for name, value in zip(FACTORS, (a, b), strict=True):
             flat[(*module, name)] = reboxed(flat[(*module, name)], value)
-        kept["/".join(module)] = (rank, lora.scale_of("/".join(module)) * rank)
-    return unflatten_dict(flat), _described(lora, kept)
-
-
-def _described(lora: LoRA, kept: dict[str, tuple[int, float]]) -> LoRA:
-    """A plain description of modules with the given (rank, alpha), the most frequent as default."""
-    common = Counter(kept.values()).most_common(1)[0][0]
-    fields = {f.name: getattr(lora, f.name) for f in dataclasses.fields(LoRA)}
-    others = [(re.escape(path), pair) for path, pair in kept.items() if pair != common]
-    fields |= {
-        "rank": common[0],
-        "alpha": common[1],
-        "rank_pattern": tuple((path, rank) for path, (rank, _) in others),
-        "alpha_pattern": tuple((path, alpha) for path, (_, alpha) in others),
-        "rs": False,
-    }
-    return LoRA(**fields)
+        kept["/".join(module)] = (rank, lora.scale_of("/".join(module)))
+    return unflatten_dict(flat), described(lora, kept)
