@@ -15,6 +15,8 @@ from rmlora_jax.data.progress import progress
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.info import TASKS, Info, read_info
 from rmlora_jax.hub.inputs import image_reader, text_reader
+from rmlora_jax.hub.peft_config import CONFIG_FILE, read_config
+from rmlora_jax.hub.peft_read import load_peft, stored_labels
 from rmlora_jax.hub.pretrained import load_pretrained
 from rmlora_jax.hub.source import CONFIG, read_json
 from rmlora_jax.hub.text import PretrainedText
@@ -22,7 +24,6 @@ from rmlora_jax.hub.tokenizer import load_tokenizer
 from rmlora_jax.hub.vit import Pretrained
 
 ADAPTER, MERGED = "adapter", "merged"  # folders of a run
-PEFT_CONFIG = "adapter_config.json"
 
 
 def load(folder: str | Path) -> "Classifier":
@@ -46,7 +47,7 @@ def load(folder: str | Path) -> "Classifier":
     """
     where = find_model(Path(folder).expanduser())
     info = read_info(where)
-    if not (where / PEFT_CONFIG).exists():
+    if not (where / CONFIG_FILE).exists():
         base = load_pretrained(where)
         if base.new:
             raise UserError(f"{where} has no trained {', '.join(base.new)}; train it first")
@@ -54,13 +55,14 @@ def load(folder: str | Path) -> "Classifier":
             raise UserError(f"{where} gives several labels at once, which is not supported")
         return classifier(base, base.params, None, info or info_of(base))
 
-    from rmlora_jax.hub.peft import load_peft, read_config, stored_labels
-
     outputs = stored_labels(where)
     if outputs is None and info is not None:
         outputs = 1 if info.is_regression else info.labels and len(info.labels)
+    config = read_config(where)
+    if config.base is None:
+        raise UserError(f"{where / CONFIG_FILE} does not say its base_model_name_or_path; add it")
     base = load_pretrained(
-        read_config(where)["base_model_name_or_path"],
+        config.base,
         num_labels=outputs,
         image_size=info and info.image_size,
     )
@@ -77,7 +79,7 @@ def find_model(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"there is no folder {str(folder)!r}; give that of a run, or of a model")
     for place in (folder, folder / ADAPTER):
-        if (place / PEFT_CONFIG).exists():
+        if (place / CONFIG_FILE).exists():
             return place
     for place in (folder / MERGED, folder):
         if (place / CONFIG).exists() and "model_type" in read_json(place / CONFIG):
@@ -88,7 +90,7 @@ def find_model(folder: Path) -> Path:
             f"python run.py --workdir={folder} --export=merged"
         )
     raise UserError(
-        f"{folder} holds neither a run nor a model: it has no {PEFT_CONFIG} and no {CONFIG}; "
+        f"{folder} holds neither a run nor a model: it has no {CONFIG_FILE} and no {CONFIG}; "
         "give the --workdir of a run, or the folder of an adapter or a model"
     )
 

@@ -1,10 +1,9 @@
-"""Makes the environment with PyTorch that some tests compare with; about 1.5 GB, CPU only.
+"""Makes the environment with PyTorch that some tests compare with; a CPU is enough for them.
 
 python3 tests/oracle/make_environment.py .venv-peft
 
 The tests find ``.venv-peft`` in the checkout by themselves; for another folder set the variable
-that is printed at the end. Needs only Python's own library, and a network for pip. Where PyTorch's
-own index cannot be reached its usual build is taken, which is larger.
+that is printed at the end. Needs only Python's own library, and a network for pip.
 """
 
 import argparse
@@ -14,7 +13,6 @@ import venv
 from pathlib import Path
 
 TORCH = "torch==2.13.0"
-CPU = "https://download.pytorch.org/whl/cpu"
 OTHERS = ("transformers", "peft", "safetensors", "pillow", "sentencepiece", "protobuf", "numpy")
 
 
@@ -33,8 +31,7 @@ def main() -> None:
         if subprocess.run([python, "-m", "pip", "install", *arguments]).returncode:
             sys.exit(f"pip failed; remove {folder} and try again")
 
-    # A build for CPU has the higher version, 2.13.0+cpu, so it is taken where it is found.
-    install(TORCH, "--extra-index-url", CPU, "--retries", "1")
+    install(TORCH)
     install(*OTHERS)
     check = "import peft, torch, transformers as t; print(torch.__version__, t.__version__)"
     subprocess.run([python, "-c", check], check=True)
