@@ -374,8 +374,8 @@ def finish(
             trainable=jax.device_get(own),
             intrinsic=loop.spectrum(own, job.constants.shared.frozen, job.lora[i]),
         )
-        trained = jax.device_get(many.pick(together.best.trainable, i))
-        finished.write_adapter(folder, run.config, job.lora[i], trained, job.problem, summary)
+        best_own = jax.device_get(many.pick(together.best.trainable, i))
+        finished.write_adapter(folder, run.config, job.lora[i], best_own, job.problem, summary)
         write_json(folder / "summary.json", summary | {
             "sweep": len(chunk),
             "train_seconds": times.training / len(chunk),
