@@ -42,6 +42,15 @@ from rmlora_jax.tree import (
     split,  # params -> trainable, frozen
 )
 
+
+def __getattr__(name):  # the two need more than jax, flax and optax, and are found when asked for
+    if name in ("load_peft", "save_peft"):
+        from rmlora_jax import hub
+
+        return getattr(hub, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __version__ = "0.1.0"
 
 __all__ = [
