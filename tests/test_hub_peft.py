@@ -452,3 +452,32 @@ def test_endings_match_what_is_chosen_and_nothing_else():
 )
 def test_patterns_that_could_run_for_ever_are_not_simple(pattern):
     assert not is_simple(pattern)
+
+
+def test_damaged_folders_give_clear_errors_and_nothing_else(bases, tmp_path):
+    """Bytes of both files changed, cut off and doubled at random: refused by name, or read whole."""
+    _, base = bases["plain"]
+    rng, refused = np.random.default_rng(0), 0
+    for number in range(400):
+        folder = rewritten(cases.HERE / "vit", tmp_path / str(number % 8))
+        file = folder / ("adapter_config.json", "adapter_model.safetensors")[number % 2]
+        data = bytearray(file.read_bytes())
+        header = 2000 if number % 2 else len(data)  # where damage means something
+        for _ in range(rng.integers(1, 4)):
+            at = int(rng.integers(min(header, len(data))))
+            kind = rng.integers(3)
+            if kind == 0:
+                data[at] = rng.integers(256)
+            elif kind == 1:
+                del data[at : at + int(rng.integers(1, 40))]
+            else:
+                data[at:at] = data[at : at + int(rng.integers(1, 40))]
+        file.write_bytes(bytes(data))
+        try:
+            params, _ = load_peft(folder, base)
+        except UserError as error:
+            assert str(folder) in str(error)
+            refused += 1
+        else:
+            assert flatten_dict(params).keys() >= flatten_dict(base.params).keys()
+    assert refused > 300
