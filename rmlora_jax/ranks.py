@@ -140,7 +140,7 @@ def described(lora: LoRA, kept: Mapping[str, tuple[int, float]], **fields) -> Lo
     """
     fields = {f.name: getattr(lora, f.name) for f in dataclasses.fields(LoRA)} | fields
     if kept:
-        pairs = {path: (rank, _alpha(scale, rank)) for path, (rank, scale) in kept.items()}
+        pairs = {path: (rank, alpha_for(scale, rank)) for path, (rank, scale) in kept.items()}
         (rank, alpha), _ = Counter(pairs.values()).most_common(1)[0]
         fields |= {"rank": rank, "alpha": alpha, "rs": False}
         for i, name in enumerate(("rank", "alpha")):
@@ -188,10 +188,15 @@ def exactly(path: str) -> str:
     return re.escape(path) or "()"
 
 
-def _alpha(scale: float, rank: int) -> float:
-    """The alpha for which alpha / rank is closest to ``scale``."""
-    near = scale * rank, math.nextafter(scale * rank, 0), math.nextafter(scale * rank, math.inf)
-    return min(near, key=lambda alpha: abs(alpha / rank - scale))
+def alpha_for(scale: float, root: float) -> float:
+    """The alpha for which alpha / root is closest to ``scale``; of equals a whole one.
+
+    >>> alpha_for(7 / 3, 3)
+    7.0
+    """
+    alpha = scale * root
+    near = float(round(alpha)), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf)
+    return min(near, key=lambda alpha: abs(alpha / root - scale))
 
 
 def put_factors(flat, module, boxes, factors):

@@ -455,7 +455,7 @@ def test_patterns_that_could_run_for_ever_are_not_simple(pattern):
 
 
 def test_damaged_folders_give_clear_errors_and_nothing_else(bases, tmp_path):
-    """Bytes of both files changed, cut off and doubled at random: refused by name, or read whole."""
+    """Bytes of both files changed, cut off or doubled at random: refused by name, or read whole."""
     _, base = bases["plain"]
     rng, refused = np.random.default_rng(0), 0
     for number in range(400):

@@ -30,21 +30,23 @@ def gated(config):
     return config
 
 
-def test_adalora_follows_its_schedule(gated):
+@pytest.mark.parametrize(("target", "kept"), [(0.0, 48), (3.5, 42)])
+def test_adalora_follows_its_schedule(gated, target, kept):
+    gated.adalora.target = target
     job, start, end, history = trained(gated, 20)
     assert isinstance(job.lora, rm.AdaLoRA) and job.lora.rank == 6
     assert job.lora.scale_of("encoder/layers/mlp/fc1") == pytest.approx(16 / (6 + 1e-5), rel=1e-12)
     phases = {"total_steps": 20, "initial_steps": 2, "final_steps": 8}
-    allowed = budget(np.arange(20), initial=6 * MODULES, target=4 * MODULES, **phases)
+    allowed = budget(np.arange(20), initial=6 * MODULES, target=kept, **phases)
     open_ = np.array([row["open_directions"] for row in history])  # before each update
     assert open_[0] == 0  # e starts as 0
     assert open_[1] == 6 * MODULES
     for step in (4, 6, 8, 10, 12, *range(13, 19)):  # where the update of that step cut the budget
         assert open_[step + 1] == allowed[step], step
-    assert allowed[12] == 4 * MODULES < allowed[4] < 6 * MODULES
+    assert allowed[12] == kept < allowed[4] < 6 * MODULES
     left = method.left(gated, flatten(end))
     ranks = {path.rpartition("/")[2]: rank for path, rank in left["ranks"].items()}
-    assert sum(rank.sum() for rank in ranks.values()) == 4 * MODULES
+    assert sum(rank.sum() for rank in ranks.values()) == kept
     assert left["factors"] == sum(COSTS[name] * int(rank.sum()) for name, rank in ranks.items())
     assert left["head"] == 330
     for name in ("lora_a", "lora_b"):

@@ -27,6 +27,7 @@ from rmlora_jax.hub.peft_names import PREFIX, Base, Names
 from rmlora_jax.hub.text import PretrainedText
 from rmlora_jax.hub.weights import Entry, some, stored_tensors, to_stored
 from rmlora_jax.lora import LoRA, is_factor
+from rmlora_jax.ranks import alpha_for
 from rmlora_jax.tree import adapted_weights
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -168,11 +169,9 @@ def _stored_factors(a, b, entry: Entry, shape: tuple[int, ...]) -> list[tuple[st
 
 
 def alpha_of(scale: float, rank: int, rs: bool) -> float:
-    """The alpha whose scale is this one; of those a whole number, where there is one."""
-    root = math.sqrt(rank) if rs else rank
-    alpha = scale * root
-    near = (round(alpha), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf))
-    return next((one for one in near if one / root == scale), alpha)
+    """The alpha of this scale, a whole number where there is one: PEFT says it is."""
+    alpha = alpha_for(scale, math.sqrt(rank) if rs else rank)
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _from_untouched(weight, a, b, scale: float, lora: LoRA):

@@ -127,7 +127,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.lora.alpha_pattern = ()  # ((regex, alpha), ...)
 
     c.adalora = ml_collections.ConfigDict()  # read by method adalora alone; its init is N(0, .02^2)
-    c.adalora.initial_rank = 6  # that a layer begins with; lora.rank is what is left on average
+    c.adalora.initial_rank = 6  # that a layer begins with
+    c.adalora.target = 0.0  # directions that a layer has left on average; 0: lora.rank
     c.adalora.warmup = 0.15  # fraction of the steps before the budget falls
     c.adalora.final = 0.5  # fraction of the steps, at the end, with what is left
     c.adalora.every = 10  # steps between two allocations
@@ -250,7 +251,8 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     for field in ("steps", "eval_every", "model.image_size", "data.limit", "data.per_class",
                   "data.processes", "sweep.seeds", "sweep.at_once", "rm.penalty", "rm.start_step",
                   "optimizer.weight_decay", "optimizer.clip", "adalora.warmup",
-                  "adalora.orthogonal", "sora.sparsity", "sora.l1", "speech.clusters"):
+                  "adalora.orthogonal", "adalora.target", "sora.sparsity", "sora.l1",
+                  "speech.clusters"):
         need(vars(flat)[field] >= 0, field, "0 or more")
     need(c.data.classes == 0 or c.data.classes >= 2, "data.classes", "0 for all, or at least 2")
     need(c.steps > 0 or c.epochs > 0, "epochs", "above 0 where steps is 0")
@@ -268,8 +270,9 @@ def check_config(c: ml_collections.ConfigDict) -> None:
         need(c.task != SPEECH, "model.adapter", "empty for speech")
         need(not is_sweep(c), "model.adapter", "empty for sweep.*, whose runs begin apart")
     if c.method == "adalora":
-        need(c.adalora.initial_rank > c.lora.rank, "adalora.initial_rank",
-             f"above lora.rank, {c.lora.rank}, which is what is left")
+        left = c.adalora.target or c.lora.rank
+        need(c.adalora.initial_rank > left, "adalora.initial_rank",
+             f"above adalora.target or lora.rank, {left}, which is what is left")
     if c.method == "sora":
         need(c.lora.init != "pissa", "lora.init", "another than pissa for sora")
     need(0 <= c.optimizer.warmup < 1, "optimizer.warmup", "a fraction of the steps in [0, 1)")

@@ -124,7 +124,7 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
         tx = rm.adalora(
             schedule,
             total_steps=steps,
-            target=config.lora.rank,
+            target=config.adalora.target or config.lora.rank,
             initial_steps=int(config.adalora.warmup * steps),
             final_steps=int(config.adalora.final * steps),
             every=config.adalora.every,
