@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub import load_peft, load_pretrained, save_peft, stored_labels
+from rmlora_jax.hub import Info, load_peft, load_pretrained, save_peft, stored_labels
 from rmlora_jax.hub.peft_config import endings, is_simple, read_config
 
 NAMES = sorted(cases.CASES)
@@ -435,6 +435,26 @@ def test_what_cannot_be_saved_is_refused_and_leaves_nothing(bases, tmp_path):
         save_peft(tmp_path / "a", params, lora, base)
     save_peft(tmp_path / "a", params, lora, base, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_card_says_how_to_open_it(bases, tmp_path):
+    base = load_pretrained("vit-tiny-patch8-64-tinyimagenet", num_labels=2, image_size=32)
+    lora = rm.LoRA(rank=2, target=r"encoder/layers/mlp/fc1", train="head")
+    model = rm.adapt(base.family.model(base.config, 2), lora)
+    params = rm.attach(jax.random.key(0), model, base.params, jnp.ones((1, 32, 32, 3)))
+    info = Info("image_classification", ("cat", "dog"), 32, about={
+        "data": "pets", "method": "lora", "metrics": {"accuracy": 0.75}, "config": {"seed": 3}})
+    card = (save_peft(tmp_path / "a", params, lora, base, info=info) / "README.md").read_text()
+    for words in ('library_name: "peft"', 'base_model: "vit-tiny-patch8-64-tinyimagenet"',
+                  "* data: pets", "* classes: cat, dog", "| accuracy | 0.7500 |", '"seed": 3',
+                  'rmlora_jax.hub.load("FOLDER")', 'PeftModel.from_pretrained(base, "FOLDER")',
+                  "num_labels=2", "images of 32 pixels", "interpolate_pos_encoding=True",
+                  "transformers 5.9 or later", "find_folder('vit-tiny-patch8-64-tinyimagenet')"):
+        assert words in card, words
+    for code in re.findall(r"```python\n(.*?)```", card, re.S):
+        compile(code, "card", "exec")
+    card = (save_peft(tmp_path / "b", params, lora, base, old_names=True) / "README.md").read_text()
+    assert "transformers up to 5.8" in card and "classes" not in card
 
 
 def test_endings_match_what_is_chosen_and_nothing_else():

@@ -6,7 +6,7 @@ from typing import Any
 
 from rmlora_jax.hub.info import Info
 from rmlora_jax.hub.peft_names import Base
-from rmlora_jax.hub.source import CONFIG, read_json
+from rmlora_jax.hub.source import CONFIG, PACKAGED, bundled, read_json
 from rmlora_jax.hub.text import PretrainedText
 from rmlora_jax.models.vit_config import ViTConfig
 
@@ -53,7 +53,7 @@ model = PeftModel.from_pretrained(base, "FOLDER").eval()"""
         _code("import rmlora_jax.hub\n\nmodel = rmlora_jax.hub.load(\"FOLDER\")\n"
               f"print(model([{_example(info)}]))"),
         "In PyTorch, with `peft`:",
-        _code(torch) + versions,
+        _code(torch) + _where(base) + versions,
         *_config(info),
     ]
     return "\n\n".join(text) + "\n"
@@ -79,6 +79,14 @@ def model_card(base: Base, info: Info) -> str:
         *_config(info),
     ]
     return "\n\n".join(text) + "\n"
+
+
+def _where(base: Base) -> str:
+    """How to find a base that is on no hub."""
+    if base.source not in (*bundled(), *PACKAGED):
+        return ""
+    find = f"from rmlora_jax.hub import find_folder; print(find_folder('{base.source}'))"
+    return f"\n\nThe base is no name on a hub: give the folder that `python -c \"{find}\"` prints."
 
 
 def _about(info: Info | None) -> list[str]:

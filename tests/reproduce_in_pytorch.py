@@ -1,0 +1,52 @@
+"""The accuracy of a finished run on images, once more in PyTorch with PEFT.
+
+    python tests/reproduce_in_pytorch.py WORKDIR
+
+Reads WORKDIR's config and data set, makes the pixels of its test images as its evaluation did, and
+lets PEFT (in the environment of make_environment.py) open WORKDIR/adapter on the base. Prints the
+accuracy that the run stored, the one that PyTorch gets, and how many classes differ.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+from oracle import oracle
+
+from rmlora_jax import hub
+from rmlora_jax.data import load_resident
+from rmlora_jax.files import read_json
+from rmlora_jax.hub.peft_config import read_config
+from rmlora_jax.train import images
+
+
+def main(workdir: Path) -> None:
+    config = ml_collections.ConfigDict(read_json(workdir / "config.json"))
+    summary = read_json(workdir / "summary.json")
+    model = hub.load(workdir)
+    data = images.load(config)
+    pixels, labels = load_resident(data.test, model.info.stored_size)
+    ours = model.logits(pixels).argmax(-1)
+    # The same numbers for PyTorch: what our own reader makes of the images.
+    _, batches = model.read(pixels, 250, None)
+    made = np.concatenate([np.asarray(x, np.float32)[: len(ids)] for ids, (x,) in batches])
+    base = read_config(workdir / "adapter").base
+    with tempfile.TemporaryDirectory() as work:
+        given, out = Path(work, "in.npz"), Path(work, "out.npz")
+        np.savez(given, pixel_values=made.transpose(0, 3, 1, 2))
+        folder = hub.find_folder(base)
+        oracle.run("adapters.py", "open", folder, workdir / "adapter", data.num_classes, given, out)
+        theirs = np.load(out)["logits"].argmax(-1)
+    print(f"images    {len(labels):,} of {data.name}, split {config.data.test_split}")
+    print(f"stored    {summary['best_eval']['accuracy']:.4f}")
+    print(f"here      {(ours == labels).mean():.4f}")
+    print(f"PyTorch   {(theirs == labels).mean():.4f}")
+    print(f"classes that differ from ours: {(theirs != ours).sum()}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    main(Path(sys.argv[1]).absolute())
