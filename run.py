@@ -69,7 +69,7 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # jax and TFDS tell of every file and backend at INFO
     # Imported here: --help and a mistyped flag need not wait for jax.
     from rmlora_jax.errors import UserError
-    from rmlora_jax.train import config, loop, sweep
+    from rmlora_jax.train import config, loop, stopping, sweep
 
     try:
         if "study" in CONFIG.value:
@@ -82,6 +82,10 @@ def main(argv):
         train(CONFIG.value, workdir())
     except UserError as e:
         stop(e)
+    except stopping.Stopped as e:
+        stop(e, stopping.RESUME)
+    except KeyboardInterrupt:
+        stop(KeyboardInterrupt("stopped outside of a step; the same command goes on"), 130)
 
 
 def predict(inputs):
@@ -168,7 +172,7 @@ def parse(argv):
         stop(e)
 
 
-def in_short(error: Exception) -> str:
+def in_short(error: BaseException) -> str:
     """The error's words; ml_collections hands on what a config file raised as a whole traceback."""
     text = str(error).strip()
     if "Traceback (most recent call last)" in text:
@@ -176,13 +180,14 @@ def in_short(error: Exception) -> str:
     return text or type(error).__name__
 
 
-def stop(error: Exception):
+def stop(error: BaseException, code: int = 1):
     if "--debug" in sys.argv:
         traceback.print_exception(error)
+    kind = "error" if code == 1 else "stopped"
     lines = in_short(error).splitlines()
-    print("\n".join(f"error: {line}" for line in lines), file=sys.stderr, flush=True)
+    print("\n".join(f"{kind}: {line}" for line in lines), file=sys.stderr, flush=True)
     # Not sys.exit: threads of data readers or of a checkpoint in flight must not delay the message.
-    os._exit(1)
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -275,3 +275,57 @@ def test_reads_left_over_by_a_failed_restore_stay_quiet(tmp_path, monkeypatch):
     assert seen == []
     sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError("another")))
     assert [str(error) for error in seen] == ["another"]
+
+
+LONG = ("--config.steps=400", "--config.eval_every=150")
+
+
+def stopped_after(tiny_vit, workdir, step, *signals):
+    """A run that gets these signals after this step; its end and its output."""
+    process = subprocess.Popen(
+        command(tiny_vit, workdir, *LONG),
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    file = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        if file.exists() and file.read_bytes().count(b"\n") >= step:
+            break
+        time.sleep(0.002)
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.001)
+    return process.wait(timeout=120), process.stdout.read()
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_asked_to_stop_a_run_saves_and_goes_on_to_the_same_end(tiny_vit, tmp_path, number):
+    code, seen = stopped_after(tiny_vit, tmp_path / "stopped", 7, number)
+    assert code == 75, seen
+    assert f"{number.name}: saving after this step" in seen and "Traceback" not in seen
+    step = int(seen.split("stopped: saved after step ")[1].split()[0])
+    assert 7 <= step < 400
+    assert rows(tmp_path / "stopped")[-1]["step"] == step
+    steps = [int(p.name) for p in (tmp_path / "stopped" / "checkpoints").iterdir()
+             if p.name.isdigit()]
+    assert max(steps) == step
+    run(tiny_vit, tmp_path / "stopped", *LONG)
+    run(tiny_vit, tmp_path / "whole", *LONG)
+    one, other = (leaves(tmp_path / name, 400) for name in ("whole", "stopped"))
+    assert one.keys() == other.keys()
+    for path, value in one.items():
+        np.testing.assert_array_equal(value, other[path], err_msg=path)
+    for name in ("train/loss", "eval/loss"):
+        assert [r.get(name) for r in rows(tmp_path / "whole")] == [
+            r.get(name) for r in rows(tmp_path / "stopped")]
+    one, other = (json.loads((tmp_path / name / "summary.json").read_text())
+                  for name in ("whole", "stopped"))
+    assert one["best_eval"] == other["best_eval"]
+
+
+def test_asked_twice_a_run_ends_at_once(tiny_vit, tmp_path):
+    code, seen = stopped_after(tiny_vit, tmp_path, 3, signal.SIGTERM, signal.SIGTERM)
+    if code != 75:  # the first was not over before the second came
+        assert code == 128 + signal.SIGTERM, seen

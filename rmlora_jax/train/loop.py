@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from rmlora_jax.train.metrics import MetricWriter, read_metrics
 from rmlora_jax.train.report import verdict, write_report
 from rmlora_jax.train.scores import score
 from rmlora_jax.train.step import State
+from rmlora_jax.train.stopping import Stopped, watch
 from rmlora_jax.train.task import Outputs
 
 
@@ -215,7 +217,20 @@ def fit(config, job: setup.Job, state: State, compiled: Steps, checkpoints, writ
             checkpoint.save(checkpoints, state, validation, job.problem.metrics[0])
         else:
             writer.write(done.step, row)
+        if done.stopping:
+            if not done.evaluating:
+                checkpoint.save(checkpoints, state, UNKNOWN, "loss")
+            checkpoints.wait_until_finished()
+            raise saved_after(done.step, job.steps)
     return state, trained * config.batch_size / seconds if seconds else None
+
+
+def saved_after(step: int, steps: int) -> Stopped:
+    return Stopped(f"saved after step {step:,} of {steps:,}; the same command goes on from there")
+
+
+# The figures of a checkpoint that was saved without an evaluation: never the best.
+UNKNOWN = {"loss": math.inf}
 
 
 def keep_factors(config, writer, step: int, trainable, frozen, lora: rm.LoRA) -> None:
@@ -234,6 +249,7 @@ class Stretch(NamedTuple):
     metrics: list[dict]  # of each step, on the host
     seconds: float  # that the steps took, without compilation
     evaluating: bool  # whether an evaluation and a checkpoint are due
+    stopping: bool  # whether the run was asked to stop: then only a checkpoint is
 
 
 def stretches(config, job: setup.Job, state: State, compiled: Steps, devices) -> Iterator[Stretch]:
@@ -245,15 +261,18 @@ def stretches(config, job: setup.Job, state: State, compiled: Steps, devices) ->
 
     since = clock()
     start = int(state.step)
-    for done, batch in zip(range(start + 1, job.steps + 1), job.feed.train(start), strict=False):
-        state, metrics = compiled.train(state, job.constants, shard(batch, devices))
-        pending.append(metrics)
-        evaluating = done % job.eval_every == 0 or done == job.steps
-        if done % config.log_every and not evaluating:
-            continue
-        metrics = jax.device_get(pending)  # waits for the steps
-        yield Stretch(done, state, metrics, clock() - since, evaluating)
-        pending, since = [], clock()
+    batches = zip(range(start + 1, job.steps + 1), job.feed.train(start), strict=False)
+    with watch("saving after this step") as asked:
+        for done, batch in batches:
+            state, metrics = compiled.train(state, job.constants, shard(batch, devices))
+            pending.append(metrics)
+            stopping = asked(done) and done < job.steps
+            evaluating = done % job.eval_every == 0 or done == job.steps
+            if done % config.log_every and not evaluating and not stopping:
+                continue
+            metrics = jax.device_get(pending)  # waits for the steps
+            yield Stretch(done, state, metrics, clock() - since, evaluating, stopping)
+            pending, since = [], clock()
 
 
 def row_of(done: Stretch, metrics: list[dict], schedule, config) -> dict[str, float]:

@@ -286,8 +286,13 @@ def fit(config, job, together, figures, steps, manager, writers, devices):
             if done.evaluating:
                 own, frozen = many.pick(state.trainable, i), job.constants.shared.frozen
                 loop.keep_factors(config, writer, done.step, own, frozen, job.lora[i])
-        if done.evaluating:
+        if done.evaluating or done.stopping:
+            if best is None:  # nothing was evaluated yet; no figure says that this is the best
+                best = many.better(state, state, np.ones(count, bool))
             checkpoint.write(manager, done.step, Together(state, best), figures)
+        if done.stopping:
+            manager.wait_until_finished()
+            raise loop.saved_after(done.step, job.steps)
         shown |= summed_up(rows)
         if jax.process_index() == 0:
             progress.update(done.step, shown)

@@ -1,0 +1,58 @@
+"""Being asked to stop: by SIGTERM, as machines are taken back, or by SIGINT, from the keyboard.
+
+Asked once, a run finishes its step, saves, and ends with the exit code 75, which says that the same
+command goes on from there. Asked again it ends at once.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+RESUME = 75  # EX_TEMPFAIL of sysexits.h: a failure that is worth another try
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and all that it had is saved."""
+
+
+@contextlib.contextmanager
+def watch(saving: str) -> Iterator[Callable[[int], bool]]:
+    """Watches for signals; yields ``asked(step)``: whether to save after this step, and stop.
+
+    With several processes, of which one gets the signal, ``asked`` is true in all of them after the
+    same step. Outside the main thread, where Python gets no signals, it never is.
+
+    Args:
+      saving: what is said at the first signal, such as "saving after this step".
+    """
+    seen: list[int] = []
+
+    def first(number, frame):
+        if seen:
+            os._exit(128 + number)
+        seen.append(number)
+        name = signal.Signals(number).name
+        os.write(sys.stderr.fileno(), f"\n{name}: {saving}; once more ends at once\n".encode())
+
+    def forward(number, frame):
+        first(number, frame)
+        os.kill(os.getpid(), signal.SIGTERM)  # which jax tells the other processes
+
+    many = jax.process_count() > 1
+    handlers = {signal.SIGINT: forward} if many else dict.fromkeys(SIGNALS, first)
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield multihost_utils.reached_preemption_sync_point if many else lambda step: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
