@@ -93,6 +93,7 @@ def save_model(
 
         write_json(new / CONFIG, config)
         save_file(tensors, new / KINDS[0][0], metadata={"format": "pt"})
+        (new / KINDS[0][0]).chmod(0o644)  # it would be the writer's alone
         if info.is_image:
             write_json(new / PREPROCESSOR, preprocessor(base, info))
         else:
