@@ -38,6 +38,13 @@ TOP = flags.DEFINE_integer("top", 1, "with --predict: classes of each input", lo
 OUT = flags.DEFINE_string(
     "out", None, "with --predict: CSV file (default: predictions.csv in --workdir)"
 )
+EXPORT = flags.DEFINE_enum(
+    "export",
+    None,
+    ["merged"],
+    "write the whole model of the finished run in --workdir into its folder merged/, for "
+    "transformers in PyTorch",
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "join the processes of a cluster through jax.distributed first"
 )
@@ -52,6 +59,8 @@ DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error")
 def main(argv):
     if PREDICT.value is not None:
         return predict([*PREDICT.value, *argv[1:]])
+    if EXPORT.value is not None:
+        return export()
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; fields: --config.a.b=value")
     if PRINT_CONFIG.value:
@@ -82,6 +91,19 @@ def predict(inputs):
 
     try:
         return predict(WORKDIR.value, inputs, top=TOP.value, out=OUT.value)
+    except UserError as e:
+        stop(e)
+
+
+def export():
+    logging.set_verbosity(logging.WARNING)
+    from rmlora_jax.errors import UserError
+    from rmlora_jax.train.finished import export_merged
+
+    try:
+        if not WORKDIR.value:
+            raise UserError("--export needs the --workdir of a finished run")
+        print(f"merged model: {export_merged(Path(WORKDIR.value))}")
     except UserError as e:
         stop(e)
 
@@ -123,12 +145,13 @@ def parse(argv):
     """Parses the flags; a mistake in them or in the config file is one line, not a traceback."""
     given = [a.lstrip("-") for a in argv]
     predicting = any(a.partition("=")[0] == "predict" for a in given)
+    using = predicting or any(a.partition("=")[0] == "export" for a in given)
     flags.FLAGS.set_gnu_getopt(predicting)  # flags may follow the inputs
     if "config" in given[:-1]:
         file = argv[given.index("config") + 1]
     else:
         file = next((a.partition("=")[2] for a in given if a.startswith("config=")), None)
-    if file is None and not predicting:
+    if file is None and not using:
         # Not the flag's default: absl would apply the overrides to it even where another is named.
         argv = [argv[0], f"--config={QUICKSTART}", *argv[1:]]
     elif file and not Path(file.partition(":")[0]).is_file():

@@ -1,9 +1,6 @@
 """Several adapters of one base: against dense float64 sums, PEFT, and the model's own output."""
 
 import dataclasses
-import os
-import subprocess
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 from fixtures.adapted import Scanned, X, prepared, with_random_factors
 from flax.traverse_util import flatten_dict, unflatten_dict
+from oracle import oracle
 
 import rmlora_jax as rm
 
@@ -518,9 +516,7 @@ def test_nothing_is_changed_in_place():
 
 @pytest.mark.parametrize("ranks", [(3, 3), (2, 3)])
 def test_the_updates_are_those_of_peft(tmp_path, ranks):
-    python = os.environ.get("RMLORA_PEFT_PYTHON")
-    if not python:
-        pytest.skip("RMLORA_PEFT_PYTHON names no python with torch and peft")
+    oracle.python()  # or the test is skipped
     sizes, alphas = {"first": ((), 6, 5), "second": ((), 5, 4)}, (6.0, 1.5)
     targets = ("first", "second"), ("second",)
     adapters, data = [], {"ranks": ranks, "alphas": alphas, "weights": ODD, "svd_rank": 2}
@@ -531,11 +527,8 @@ def test_the_updates_are_those_of_peft(tmp_path, ranks):
             for name in "ab":
                 data[f"{i}/{layer}/{name}"] = np.asarray(params[layer][f"lora_{name}"])
     np.savez(tmp_path / "in.npz", **data)
-    script = Path(__file__).parent / "oracle" / "weighted_adapters.py"
-    paths = tmp_path / "in.npz", tmp_path / "out.npz"
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run([python, str(script), *map(str, paths)], check=True, timeout=300, env=env)
-    expected = np.load(paths[1])
+    oracle.run("weighted_adapters.py", tmp_path / "in.npz", tmp_path / "out.npz")
+    expected = np.load(tmp_path / "out.npz")
     hows = {name.split("/")[0] for name in expected}
     assert hows == ({"svd", "cat", "linear"} if ranks == (3, 3) else {"svd", "cat"})
     for how in hows:

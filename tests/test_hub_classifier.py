@@ -2,8 +2,6 @@
 
 import io
 import json
-import sys
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -416,34 +414,22 @@ def test_whole_models_say_what_they_are_for(tiny_vit, bert, tmp_path):
 
 
 @pytest.mark.parametrize("inside", [".", "adapter"])
-def test_an_adapter_is_put_on_its_base(tiny_vit, tmp_path, monkeypatch, inside):
-    """The order of things in `load`; the reading of adapters has tests of its own."""
-    trained = hub.load_vit(tiny_vit, num_classes=3, image_size=24)
-    params = adapted(trained)[1]
-    asked = []
-
-    def load_peft(folder, base):
-        asked.append((folder, base.num_labels, base.image_size, base.new))
-        return params, LORA
-
-    fake = SimpleNamespace(
-        load_peft=load_peft,
-        read_config=lambda folder: json.loads((folder / "adapter_config.json").read_text()),
-        stored_labels=lambda folder: None,
-    )
-    monkeypatch.setitem(sys.modules, "rmlora_jax.hub.peft", fake)
-    folder = tmp_path / inside
-    folder.mkdir(exist_ok=True)
-    config = {"base_model_name_or_path": str(tiny_vit)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    write_info(folder, Info("image_classification", CLASSES[:3], image_size=24))
-    model = hub.load(tmp_path)
-    assert asked == [(folder, 3, 24, ("head/kernel", "head/bias"))]
+def test_an_adapter_is_put_on_its_base(tiny_vit, tmp_path, inside):
+    base = hub.load_vit(tiny_vit, num_classes=3, image_size=24)
+    params = adapted(base)[1]
+    info = Info("image_classification", CLASSES[:3], image_size=24)
+    hub.save_peft(tmp_path / "run" / inside, params, LORA, base, info=info)
+    model = hub.load(tmp_path / "run")
+    assert (model.info, model.base.image_size, model.base.num_labels) == (info, 24, 3)
     pixels = noise(4, 16, 16, 3)
-    expected = classifier(trained, params, LORA, model.info).logits(pixels)
+    expected = classifier(base, params, LORA, info).logits(pixels)
     np.testing.assert_array_equal(model.logits(pixels), expected)
-    plain = classifier(trained, trained.params, None, model.info).logits(pixels)
+    plain = classifier(base, base.params, None, info).logits(pixels)
     assert np.abs(expected - plain).max() > 0.01
+    config = tmp_path / "run" / inside / "adapter_config.json"
+    config.write_text(config.read_text().replace(json.dumps(str(tiny_vit)), "null"))
+    with pytest.raises(UserError, match=r"does not say its base_model_name_or_path; add it"):
+        hub.load(tmp_path / "run")
 
 
 def test_folders_without_a_model(tiny_vit, tmp_path):
