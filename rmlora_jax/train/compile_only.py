@@ -45,7 +45,8 @@ def compile_only(config: ml_collections.ConfigDict, topology: str | None = None)
     except jax.errors.JaxRuntimeError as e:
         if not memory.is_short(e):
             raise
-        words = too_large(needed_by(e), limit, where, config, devices)
+        need, limit = refused(e) or (None, limit)  # some of a chip's memory is the runtime's
+        words = too_large(need, limit, where, config, devices)
         raise UserError(words) from e
     found = collectives(program.as_text())
     rows = [
@@ -131,14 +132,20 @@ def amount(size: int) -> str:
     return f"{size} bytes"
 
 
-def needed_by(error: Exception) -> int | None:
-    """Bytes that the TPU compiler says would have been needed, where it gave up.
+def refused(error: Exception) -> tuple[int, int] | None:
+    """Bytes that were needed and that there are, where the TPU compiler gave up and says so.
 
-    >>> needed_by(RuntimeError("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm"))
-    22011707392
+    >>> refused(RuntimeError("memory required for HLO temporaries (2.5G) exceeds available HBM "
+    ...                      "(2.00G)."))
+    (2684354560, 2147483648)
     """
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
-    return int(float(found[1]) * 1024 ** (" KMGT".index(found[2]))) if found else None
+    found = re.search(
+        r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", str(error)
+    ) or re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
+    if found is None:
+        return None
+    need, limit = (int(float(x[:-1]) * 1024 ** " KMGT".index(x[-1])) for x in found.groups())
+    return need, limit
 
 
 def too_large(

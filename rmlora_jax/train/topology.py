@@ -40,6 +40,15 @@ CHIPS = {
     "v6e": Chip(32 * 2**30, 2, {}),
 }
 
+# Without these libtpu asks Google's metadata server who it is, refuses to be loaded by two
+# processes at once, and complains that it knows neither its host nor its type, whatever they are.
+QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+}
+
 
 def chip_of(topology: str) -> Chip:
     """The chip that a name such as ``v5e:4x4`` is of.
@@ -73,8 +82,8 @@ def tpu_devices(topology: str) -> Devices:
     """
     chip = chip_of(topology)
     need_compiler()
-    # Without these libtpu asks Google's metadata server who it is, and jax wants a real TPU.
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
