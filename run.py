@@ -45,6 +45,15 @@ EXPORT = flags.DEFINE_enum(
     "write the whole model of the finished run in --workdir into its folder merged/, for "
     "transformers in PyTorch",
 )
+COMPILE_ONLY = flags.DEFINE_bool(
+    "compile_only",
+    False,
+    "compile the training step, print its memory, flops and collectives, and exit: with 1 where it "
+    "does not fit. Needs neither data nor weights",
+)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "with --compile_only: for a TPU that need not be there, such as v5e:4x4"
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "join the processes of a cluster through jax.distributed first"
 )
@@ -76,6 +85,9 @@ def main(argv):
             study(CONFIG.value)
             return
         config.check_config(CONFIG.value)
+        if COMPILE_ONLY.value or TOPOLOGY.value:
+            compile_only()
+            return
         if DISTRIBUTED.value or COORDINATOR.value:
             join_processes()
         train = sweep.train if config.is_sweep(CONFIG.value) else loop.train
@@ -120,6 +132,17 @@ def study(config):
         raise UserError("a study trains in one process; leave out --distributed")
     # No date in the folder's name: the same command goes on where it stopped.
     run_study(config, Path(WORKDIR.value or Path("runs", config.study)).absolute())
+
+
+def compile_only():
+    from rmlora_jax.errors import UserError
+    from rmlora_jax.train.compile_only import compile_only
+
+    if not COMPILE_ONLY.value:
+        raise UserError("--topology is to compile for, not to train on; add --compile_only")
+    if DISTRIBUTED.value or COORDINATOR.value:
+        raise UserError("--compile_only needs one process; leave out --distributed")
+    compile_only(CONFIG.value, TOPOLOGY.value)
 
 
 def join_processes():

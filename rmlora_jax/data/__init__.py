@@ -12,6 +12,7 @@ from rmlora_jax.data.dataset import ArraySource, Dataset, ImageSource, Subset
 from rmlora_jax.data.decoded import cached
 from rmlora_jax.data.glue import GlueTask, glue_task, write_predictions
 from rmlora_jax.data.pipeline import (
+    RESIDENT_LIMIT,
     Storage,
     batch_ids,
     eval_batches,
@@ -27,6 +28,7 @@ from rmlora_jax.data.tokens import Tokens, tokenise
 from rmlora_jax.data.vision import augment
 
 __all__ = [
+    "RESIDENT_LIMIT",
     "ArraySource",
     "Dataset",
     "GlueTask",

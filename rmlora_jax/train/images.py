@@ -5,6 +5,7 @@ matter of memory alone.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from rmlora_jax import data
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub import Info, Pretrained, find_folder, load_vit, new_vit_head
 from rmlora_jax.models import ViT
+from rmlora_jax.models.vit_config import ViTConfig
 from rmlora_jax.train import method
 from rmlora_jax.train.config import data_seed
 from rmlora_jax.train.fields import fields
@@ -38,14 +40,7 @@ def open_problem(
         image_size=config.model.image_size or None,
         key=head_key,
     )
-    model = ViT(
-        method.architecture(config, pretrained.config),
-        images.num_classes,
-        dtype=jnp.dtype(config.model.dtype),
-        attention=config.model.attention,
-        unroll=min(config.model.unroll, pretrained.config.num_hidden_layers),
-        remat=config.model.remat,
-    )
+    model = build_model(config, pretrained.config, images.num_classes)
     size = pretrained.image_size
     image = jax.ShapeDtypeStruct((1, size, size, pretrained.config.num_channels), jnp.float32)
     with fields("model.attention"):
@@ -61,6 +56,20 @@ def open_problem(
         notes=checkpoint_notes(pretrained),
         pretrained=pretrained,
         info=info(config, images, size),
+    )
+
+
+def build_model(
+    config: ml_collections.ConfigDict, architecture: ViTConfig, num_classes: int
+) -> ViT:
+    """The ViT of a run, with what its method puts into the layers."""
+    return ViT(
+        method.architecture(config, architecture),
+        num_classes,
+        dtype=jnp.dtype(config.model.dtype),
+        attention=config.model.attention,
+        unroll=min(config.model.unroll, architecture.num_hidden_layers),
+        remat=config.model.remat,
     )
 
 
@@ -107,14 +116,6 @@ def open_feed(
     splits = {"train": images.train, "validation": images.validation, "test": images.test}
     sizes = {name: len(split) for name, split in splits.items()}
     storage = data.plan_storage(images, pretrained.image_size, mode=c.mode)
-    augment = functools.partial(
-        data.augment,
-        image_size=pretrained.image_size,
-        center=storage.center,
-        mean=pretrained.image_mean,
-        std=pretrained.image_std,
-        dtype=jnp.dtype(config.model.dtype),
-    )
     if storage.resident:
         def decode(name):
             desc = f"decoding {images.name} {name}"
@@ -163,6 +164,21 @@ def open_feed(
             batches = data.eval_batches(splits[split], config.eval_batch_size, **process, **reading)
             return checked(batches, split)
 
+    prepare_train, prepare_eval = preparation(
+        config,
+        image_size=pretrained.image_size,
+        center=storage.center,
+        mean=pretrained.image_mean,
+        std=pretrained.image_std,
+    )
+    return Feed(sizes, train, evaluate, resident, prepare_train, prepare_eval)
+
+
+def preparation(config: ml_collections.ConfigDict, **image) -> tuple[Callable, Callable]:
+    """``prepare_train`` and ``prepare_eval`` of a `Feed`; ``image`` are arguments of `augment`."""
+    c = config.data
+    augment = functools.partial(data.augment, dtype=jnp.dtype(config.model.dtype), **image)
+
     def examples(resident, batch):
         if resident:
             return resident["image"][batch["id"]], resident["label"][batch["id"]]
@@ -177,7 +193,7 @@ def open_feed(
         pixels, labels = examples(resident, batch)
         return (augment(pixels, train=False),), labels
 
-    return Feed(sizes, train, evaluate, resident, prepare_train, prepare_eval)
+    return prepare_train, prepare_eval
 
 
 def check_labels(labels: np.ndarray, num_classes: int, where: str, ids=None) -> None:

@@ -87,14 +87,7 @@ def open_base(config: ml_collections.ConfigDict, devices: Devices) -> Base:
     Raises:
       UserError: as `build`.
     """
-    sizes = {"batch_size": config.batch_size, "eval_batch_size": config.eval_batch_size}
-    check_divisible(devices, **sizes)
-    if config.batch_size % (devices.count * config.accumulate):
-        raise UserError(
-            f"config.batch_size={config.batch_size} cannot be split into config.accumulate="
-            f"{config.accumulate} micro-batches on each of {devices.count} devices; type "
-            f"--config.batch_size={devices.count * config.accumulate}, or a multiple of it"
-        )
+    check_batches(config, devices)
     task = {KINDS[0]: images, SPEECH: speech}.get(config.task, text)
     head_key, factors_key = keys(config)
     problem = task.open_problem(config, devices, head_key)
@@ -108,7 +101,7 @@ def open_base(config: ml_collections.ConfigDict, devices: Devices) -> Base:
 
     feed = problem.open_feed()
     steps = config.steps or max(1, round(config.epochs * feed.train_size / config.batch_size))
-    trainable = _cast(trainable, jnp.float32)
+    trainable = cast(trainable, jnp.float32)
     with fields("rm.*, adalora.*, sora.* or lora.rank"):
         tx = method.optimizer(config, steps)
         jax.eval_shape(tx.init, trainable)
@@ -119,7 +112,7 @@ def open_base(config: ml_collections.ConfigDict, devices: Devices) -> Base:
         adapted=adapted,
         trainable=trainable,
         constants=Constants(
-            frozen=replicate(_cast(frozen, jnp.dtype(config.model.base_dtype)), devices),
+            frozen=replicate(cast(frozen, jnp.dtype(config.model.base_dtype)), devices),
             data=feed.resident,
             data_seed=replicate(np.uint32(data_seed(config)), devices),
             seed=replicate(np.uint32(config.seed), devices),
@@ -128,6 +121,18 @@ def open_base(config: ml_collections.ConfigDict, devices: Devices) -> Base:
         total_parameters=count(params),
         trainable_parameters=count(trainable),
     )
+
+
+def check_batches(config: ml_collections.ConfigDict, devices: Devices) -> None:
+    """Raises a UserError for batches that the devices cannot share equally."""
+    sizes = {"batch_size": config.batch_size, "eval_batch_size": config.eval_batch_size}
+    check_divisible(devices, **sizes)
+    if config.batch_size % (devices.count * config.accumulate):
+        raise UserError(
+            f"config.batch_size={config.batch_size} cannot be split into config.accumulate="
+            f"{config.accumulate} micro-batches on each of {devices.count} devices; type "
+            f"--config.batch_size={devices.count * config.accumulate}, or a multiple of it"
+        )
 
 
 def keys(config: ml_collections.ConfigDict) -> jax.Array:
@@ -169,7 +174,7 @@ def reseeded(config: ml_collections.ConfigDict, base: Base) -> dict:
     head_key, factors_key = keys(config)
     params = base.problem.reseeded(head_key)
     lora, _, params = with_new(config, base.problem, params, factors_key)
-    return _cast(rm.split(params, lora)[0], jnp.float32)
+    return cast(rm.split(params, lora)[0], jnp.float32)
 
 
 def eval_every(config: ml_collections.ConfigDict, base: Base) -> int:
@@ -208,7 +213,7 @@ def _apply(base: Base, prepare_params: Callable | None) -> Callable:
     return apply
 
 
-def _cast(tree: Any, dtype) -> Any:
+def cast(tree: Any, dtype) -> Any:
     return jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )

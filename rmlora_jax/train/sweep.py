@@ -362,11 +362,14 @@ def finish(
     for i in left:
         run, folder = chunk[i], workdir / chunk[i].name
         write_checkpoints(folder, together, figures, i, job.steps)
+        # Programs over all devices, which therefore all processes run.
+        own, best_own = (many.pick(s.trainable, i) for s in (together.state, together.best))
+        intrinsic = loop.spectrum(own, job.constants.shared.frozen, job.lora[i])
         if jax.process_index() != 0:
             continue
         for split, out in predicted.items():
             job.problem.write_predictions(folder, split, out.ids, out.predictions[i])
-        step, own = figures["best"][i]["step"], many.pick(together.state.trainable, i)
+        step = figures["best"][i]["step"]
         rate = trained * config.batch_size / times.training if times.training else None
         summary = loop.summary_of(
             run.config,
@@ -377,10 +380,10 @@ def finish(
             compile_seconds=times.compiling,
             wall_seconds=times.wall,
             trainable=jax.device_get(own),
-            intrinsic=loop.spectrum(own, job.constants.shared.frozen, job.lora[i]),
+            intrinsic=intrinsic,
         )
-        best_own = jax.device_get(many.pick(together.best.trainable, i))
-        finished.write_adapter(folder, run.config, job.lora[i], best_own, job.problem, summary)
+        factors = jax.device_get(best_own)
+        finished.write_adapter(folder, run.config, job.lora[i], factors, job.problem, summary)
         write_json(folder / "summary.json", summary | {
             "sweep": len(chunk),
             "train_seconds": times.training / len(chunk),

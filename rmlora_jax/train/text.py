@@ -2,13 +2,16 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
 
 from rmlora_jax import data, hub
 from rmlora_jax.data import text_batches
+from rmlora_jax.hub.family import Family
 from rmlora_jax.train import method
 from rmlora_jax.train.config import REGRESSION, data_seed
 from rmlora_jax.train.fields import fields
@@ -33,15 +36,8 @@ def open_problem(
         num_labels=1 if texts.label_names is None else len(texts.label_names),
         key=head_key,
     )
-    model = pretrained.family.model(
-        method.architecture(config, pretrained.config),
-        pretrained.num_labels,
-        dtype=jnp.dtype(config.model.dtype),
-        unroll=min(config.model.unroll, pretrained.config.num_hidden_layers),
-        remat=config.model.remat,
-    )
-    tokens = functools.partial(jax.ShapeDtypeStruct, (1, config.text.max_length))
-    example = (tokens(jnp.int32), tokens(jnp.bool_), tokens(jnp.int32))
+    model = build_model(config, pretrained.family, pretrained.config, pretrained.num_labels)
+    example = example_of(config)
     with fields("text.max_length"):  # more tokens than the model has positions
         jax.eval_shape(model.init, head_key, *example)
 
@@ -69,6 +65,31 @@ def open_problem(
             dtype=config.model.dtype,
         ),
     )
+
+
+def build_model(
+    config: ml_collections.ConfigDict, family: Family, architecture: Any, num_labels: int
+) -> nn.Module:
+    """The encoder of a run, with what its method puts into the layers."""
+    return family.model(
+        method.architecture(config, architecture),
+        num_labels,
+        dtype=jnp.dtype(config.model.dtype),
+        unroll=min(config.model.unroll, architecture.num_hidden_layers),
+        remat=config.model.remat,
+    )
+
+
+def example_of(config: ml_collections.ConfigDict) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The model's arguments for one text of the greatest length."""
+    tokens = functools.partial(jax.ShapeDtypeStruct, (1, config.text.max_length))
+    return tokens(jnp.int32), tokens(jnp.bool_), tokens(jnp.int32)
+
+
+def prepare(batch: dict) -> tuple[tuple, jax.Array]:
+    """The model's arguments and the labels of a batch."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return tuple(batch[name] for name in names), batch["label"]
 
 
 def load(
@@ -144,10 +165,6 @@ def open_feed(config: ml_collections.ConfigDict, texts: data.TextDataset, tokeni
         return text_batches.eval_batches(
             tokens[split], splits[split].labels, config.eval_batch_size, **options
         )
-
-    def prepare(batch):
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        return tuple(batch[name] for name in names), batch["label"]
 
     return Feed(
         sizes={name: len(split.ids) for name, split in splits.items()},
