@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +177,27 @@ def test_a_sweep_in_two_processes(tiny_vit, tmp_path):
     wanted = {"sweep.md", "sweep.png", "seed=0/adapter/adapter_config.json", "seed=1/summary.json"}
     assert wanted <= files(shared)
     assert "2 runs in one program" in said[1] and "runs" not in said[2]
+
+
+@pytest.mark.slow
+def test_one_process_is_asked_to_stop_and_both_save_the_same_step(tiny_vit, tmp_path):
+    cluster = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    many = ("--config.steps=5000", "--config.eval_every=2000")
+    processes = [
+        start(2, tiny_vit, tmp_path / "run", tmp_path / f"record{i}", *many, *cluster,
+              f"--process_id={i}")
+        for i in range(2)
+    ]
+    file = tmp_path / "run" / "metrics.jsonl"
+    while all(process.poll() is None for process in processes):
+        if file.exists() and file.read_bytes().count(b"\n") > 5:
+            break
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)  # the other one is not told
+    said = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], said
+    steps = {words.split("stopped: saved after step ")[1].split()[0] for words in said}
+    assert len(steps) == 1
+    step = int(steps.pop())
+    assert rows(tmp_path / "run")[-1]["step"] == step < 5000
+    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()

@@ -27,8 +27,8 @@ class Stopped(Exception):
 def watch(saving: str) -> Iterator[Callable[[int], bool]]:
     """Watches for signals; yields ``asked(step)``: whether to save after this step, and stop.
 
-    With several processes, of which one gets the signal, ``asked`` is true in all of them after the
-    same step. Outside the main thread, where Python gets no signals, it never is.
+    With several processes, of which one gets SIGTERM, ``asked`` is true in all of them after the
+    same step; SIGINT is not watched for then. Outside the main thread, where Python gets no signals, it never is.
 
     Args:
       saving: what is said at the first signal, such as "saving after this step".
@@ -42,14 +42,9 @@ def watch(saving: str) -> Iterator[Callable[[int], bool]]:
         name = signal.Signals(number).name
         os.write(sys.stderr.fileno(), f"\n{name}: {saving}; once more ends at once\n".encode())
 
-    def forward(number, frame):
-        first(number, frame)
-        os.kill(os.getpid(), signal.SIGTERM)  # which jax tells the other processes
-
-    many = jax.process_count() > 1
-    handlers = {signal.SIGINT: forward} if many else dict.fromkeys(SIGNALS, first)
-    if threading.current_thread() is not threading.main_thread():
-        handlers = {}
+    many = jax.process_count() > 1  # then jax itself watches for SIGTERM, and tells the others
+    ours = not many and threading.current_thread() is threading.main_thread()
+    handlers = dict.fromkeys(SIGNALS, first) if ours else {}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield multihost_utils.reached_preemption_sync_point if many else lambda step: bool(seen)
