@@ -34,8 +34,8 @@ def compile_variant(variant: Variant, base: dict, batches: Sequence[tuple]) -> P
     start, frozen = jax.jit(variant.start), variant.frozen(base)
     state = jax.eval_shape(start, base, batches[0][0])
     began = time.perf_counter()
-    step = jax.jit(variant.step, donate_argnums=0)
-    program = step.lower(state, frozen, batches[0]).compile()
+    traced = jax.jit(variant.step, donate_argnums=0).trace(state, frozen, batches[0])
+    program = traced.lower().compile()
     seconds = time.perf_counter() - began
 
     def stretch(steps: int) -> float:
@@ -50,7 +50,7 @@ def compile_variant(variant: Variant, base: dict, batches: Sequence[tuple]) -> P
     facts = {
         "framework": "jax",
         "compile_seconds": seconds,
-        "execution": execution_of(variant.step, variant.lora, state, frozen, batches[0]),
+        "execution": execution_of(traced.jaxpr, variant.lora, frozen),
         "trained_parameters": _trained(variant, state),
         **_memory(program),
     }

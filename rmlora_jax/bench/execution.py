@@ -7,22 +7,21 @@ import jax
 import rmlora_jax as rm
 
 
-def execution_of(step, lora: rm.LoRA | None, *arguments) -> str | None:
+def execution_of(jaxpr, lora: rm.LoRA | None, frozen: dict) -> str | None:
     """"merged" where W + s A B is formed for any adapted weight, else "factored".
 
     Args:
-      step: a function to be compiled; it is traced only.
-      lora: what it adapts; None, or a description without targets, for a step without factors.
-      *arguments: of the step, arrays or ``jax.ShapeDtypeStruct``, with the frozen base second.
+      jaxpr: the step's, as ``jax.jit(step).trace(...).jaxpr`` has it.
+      lora: what the step adapts; None, or a description without targets, for one without factors.
+      frozen: the base, arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
       None for a step without factors.
     """
     if lora is None or lora.target is None:
         return None
-    weights = {leaf.shape[-2:] for leaf in jax.tree.leaves(arguments[1]) if len(leaf.shape) > 1}
-    traced = jax.make_jaxpr(step)(*arguments)
-    merges = any(_forms_weight(e, lora.rank, weights) for e in _equations(traced.jaxpr))
+    weights = {leaf.shape[-2:] for leaf in jax.tree.leaves(frozen) if len(leaf.shape) > 1}
+    merges = any(_forms_weight(e, lora.rank, weights) for e in _equations(jaxpr.jaxpr))
     return "merged" if merges else "factored"
 
 

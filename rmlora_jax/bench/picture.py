@@ -40,7 +40,7 @@ def bench_figure(results: Mapping[str, Any], rows: Sequence[Row]):
                       va="center", fontsize=10.5, color=INK, fontweight="bold")
         if ratio and row.name != "floor":
             time.annotate(f"{ratio.median:.2f} x floor", (row.ms.high, y), fontsize=9.5,
-                          xytext=(14 + 6.6 * len(words), 0), textcoords="offset points",
+                          xytext=(14 + 7.1 * len(words), 0), textcoords="offset points",
                           va="center", color=MUTED)
     floor = next((row.ms.median for row in rows if row.name == "floor" and row.ms), None)
     if floor:
@@ -66,7 +66,7 @@ def bench_figure(results: Mapping[str, Any], rows: Sequence[Row]):
     figure.tight_layout(w_pad=2)
     _title(figure, results)
     words = table.footer(results)
-    share = [f"{row.name} {100 * row.share:.0f} %" for row in rows if row.share]
+    share = [f"{_name(row)} {100 * row.share:.0f} %" for row in rows if row.share]
     if share:
         words += f"; of it: {', '.join(share)}"
     style.caption(figure, words)
@@ -97,12 +97,13 @@ def sweep_figure(found: Mapping[str, Any]):
         else:
             ax.set_xlim(-0.3, len(values) - 0.7)
         ax.set_xticks(places, [str(value) for value in values])
-        ax.minorticks_off()
     if found["sweep"] in ("batch", "length"):
         time.set_yscale("log")
         time.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
         time.set_ylim(0, 1.15 * time.get_ylim()[1])
+    for ax in (time, ratio):
+        ax.minorticks_off()
     xlabel = {"batch": "examples a step", "length": "tokens", "modules": "adapted linear layers",
               "rank": "rank"}[found["sweep"]]
     style.finish(time, "A training step", xlabel, "milliseconds")
@@ -147,6 +148,10 @@ def colour(name: str) -> str:
 def _bars(ax, rows: Sequence[Row], widths: Sequence[float]) -> None:
     for y, (row, width) in enumerate(zip(rows, widths, strict=True)):
         ax.barh(y, width, height=0.62, color=colour(row.name), zorder=2)
+
+
+def _name(row: Row) -> str:
+    return row.name.replace("peft_", "PEFT ")
 
 
 def _quiet(ax) -> None:
