@@ -41,7 +41,7 @@ def step_flops(entry: Entry, batch: int, variant: str, rank: int = 4, modules: s
 
     >>> from rmlora_jax.bench.models import MODELS
     >>> [f"{step_flops(MODELS['vit-base'], 256, v) / 1e12:.1f}" for v in ("floor", "lora", "full")]
-    ['18.6', '18.4', '27.0']
+    ['18.3', '18.3', '26.9']
     """
     c = entry.config
     full, floor = variant == "full", variant == "floor"

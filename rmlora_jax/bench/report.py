@@ -63,9 +63,9 @@ def write_sweep(found: Mapping[str, Any], out: str) -> str:
     lines = [(found["sweep"], *head)]
     lines += [(str(value), *line) for value, line in zip(values, body, strict=True)]
     about = f"{table.what(found['benches'][0])}, on {found['benches'][0]['device']}"
-    markdown = f"{about}\n\n{table.markdown_table(lines)}\n"
+    markdown = f"{about}\n\n{table.markdown_table(lines, names=2)}\n"
     figure = picture.sweep_figure(found)
-    parts = [table.text_table(lines), *_write(out, "bench_sweep", found, markdown, figure)]
+    parts = [table.text_table(lines, names=2), *_write(out, "bench_sweep", found, markdown, figure)]
     return "\n".join(["", *parts])
 
 

@@ -134,27 +134,26 @@ def rate(flops: float) -> str:
     return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"
 
 
-def text_table(lines: Sequence[Sequence[str]]) -> str:
-    """Columns under each other: names to the left, figures to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if i else cell.ljust(width)
-                  for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
-        for line in lines
-    )
+def text_table(lines: Sequence[Sequence[str]], names: int = 1) -> str:
+    """Columns under each other: the first ``names`` to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def text(line: Sequence[str]) -> str:
+        cells = [cell.ljust(width) for cell, width in zip(line[:names], widths, strict=False)]
+        cells += [f.rjust(w) for f, w in zip(line[names:], widths[names:], strict=True)]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(map(text, lines))
 
 
-def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(lines: Sequence[Sequence[str]], names: int = 1) -> str:
     """The same as Markdown."""
-    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    rule = [*["---"] * names, *["---:"] * (len(lines[0]) - names)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
 def what(results: Mapping[str, Any]) -> str:
-    """One line about what was timed.
-
-    The batch is left out where it is swept; so is the length, and the rank.
-    """
+    """One line about what was timed, without what is swept."""
     o = results["options"]
     swept = o["sweep"]
     size = f"{o['length']} tokens" if o["length"] else f"{results['tokens']} tokens"

@@ -121,8 +121,7 @@ def _trained(name, model, lora: rm.LoRA, tx) -> Variant:
     def start(base, inputs):
         params = rm.attach(jax.random.key(2), adapted, base, inputs)
         trainable, _ = rm.split(params, lora)
-        # Copied: a compiled function may hand an argument on, and the state is donated later.
-        trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable)
+        trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
         return trainable, tx.init(trainable)
 
     def step(state, frozen, batch):
