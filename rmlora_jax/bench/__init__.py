@@ -1,0 +1,1 @@
+"""What a training step costs on your own device: ``python -m rmlora_jax.bench``."""

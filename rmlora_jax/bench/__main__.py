@@ -1,0 +1,34 @@
+"""The command: ``python -m rmlora_jax.bench --help``."""
+
+import os
+import sys
+
+from rmlora_jax.errors import UserError
+
+
+def main(arguments: list[str]) -> int:
+    if "--peft" in arguments:
+        # JAX would take most of a GPU before PyTorch sees it.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from rmlora_jax.bench import options, report, run, sweep
+
+    try:
+        given = options.parse(arguments)
+        report.check_folder(given.out)
+        print(report.header(given), flush=True)
+        if given.sweep:
+            print(report.write_sweep(sweep.sweep(given, say), given.out))
+        else:
+            print(report.write(run.bench(given, say), given.out))
+    except UserError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 1
+    return 0
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,189 @@
+"""The models that can be timed, by name: sizes as published, weights at random, no network."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rmlora_jax.errors import UserError, did_you_mean
+from rmlora_jax.models import Bert, BertConfig, Deberta, DebertaConfig, ViT, ViTConfig
+from rmlora_jax.models.attention import IMPLEMENTATIONS
+from rmlora_jax.models.parts import REMAT
+
+CLASSES = 10  # outputs of the head, of every model
+
+Config = ViTConfig | BertConfig | DebertaConfig
+
+# Dropout needs the weights of attention, which fused kernels do not have; nothing here has it.
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def _sizes(hidden: int, layers: int, heads: int, intermediate: int | None = None) -> dict:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": intermediate or 4 * hidden,
+    }
+
+
+def _vit(*sizes, **fields) -> ViTConfig:
+    return ViTConfig(**_sizes(*sizes), **fields)
+
+
+def _bert(*sizes, **fields) -> BertConfig:
+    return BertConfig(**_sizes(*sizes), **_NO_DROPOUT, **fields)
+
+
+_ROBERTA = {
+    "model_type": "roberta",
+    "vocab_size": 50265,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+    "pad_token_id": 1,
+}
+_DEBERTA_V3 = {
+    "vocab_size": 128100,
+    "relative_attention": True,
+    "pos_att_type": ("c2p", "p2c"),
+    "position_buckets": 256,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+}
+
+
+class Entry(NamedTuple):
+    """A model that can be timed.
+
+    Attributes:
+      config: its architecture.
+      batch: examples a step, unless the command says otherwise.
+      length: tokens of an example, unless the command says otherwise; None for images, whose size
+        is the config's.
+    """
+
+    config: Config
+    batch: int
+    length: int | None = None
+
+
+MODELS: dict[str, Entry] = {
+    "tiny": Entry(_vit(32, 2, 2, image_size=16, patch_size=8), 8),  # to try the command out
+    "vit-tiny": Entry(_vit(192, 12, 3, image_size=32, patch_size=8), 32),  # the quickstart's
+    "vit-base": Entry(_vit(768, 12, 12), 256),
+    "vit-large": Entry(_vit(1024, 24, 16), 128),
+    "bert-base": Entry(_bert(768, 12, 12), 32, 128),
+    "roberta-base": Entry(_bert(768, 12, 12, **_ROBERTA), 32, 128),
+    "deberta-v3-base": Entry(
+        DebertaConfig(**_sizes(768, 12, 12), **_NO_DROPOUT, **_DEBERTA_V3), 32, 128
+    ),
+    "minilm": Entry(_bert(384, 6, 12), 32, 128),
+    # As wide as a decoder of 7 billion parameters and as long; attention looks both ways.
+    "decoder": Entry(_bert(4096, 4, 32, vocab_size=32000, max_position_embeddings=2048), 4, 2048),
+}
+
+
+def find_model(name: str, image_size: int | None = None, length: int | None = None) -> Entry:
+    """The entry of ``name``, with another image size or length where one is given.
+
+    Raises:
+      UserError: an unknown name, or a size that the model does not have.
+
+    >>> find_model("vit-base", image_size=384).config.image_size
+    384
+    """
+    if name not in MODELS:
+        raise UserError(
+            f"there is no model {name!r}{did_you_mean(name, MODELS)}\n"
+            f"--model is one of {', '.join(MODELS)}"
+        )
+    entry = MODELS[name]
+    if entry.length is None:
+        if length is not None:
+            raise UserError(f"{name} reads images, which have no --length; type --image_size")
+        return entry if image_size is None else _resized(name, entry, image_size)
+    if image_size is not None:
+        raise UserError(f"{name} reads texts, which have no --image_size; type --length")
+    longest = longest_text(entry.config)
+    if length is not None and longest is not None and length > longest:
+        raise UserError(f"{name} has positions for {longest} tokens; type --length={longest}")
+    return entry if length is None else entry._replace(length=length)
+
+
+def longest_text(config: Config) -> int | None:
+    """How many tokens have positions; None where they are relative."""
+    return config.longest
+
+
+def _resized(name: str, entry: Entry, image_size: int) -> Entry:
+    patch = entry.config.patch_size
+    if image_size < patch:
+        raise UserError(f"{name} has patches of {patch} pixels; type --image_size={patch} or more")
+    return entry._replace(config=dataclasses.replace(entry.config, image_size=image_size))
+
+
+def build(
+    entry: Entry, *, dtype: Any, base_dtype: Any, unroll: int, remat: str, attention: str
+) -> nn.Module:
+    """The Linen module of an entry.
+
+    Raises:
+      UserError: the model cannot choose how its attention is computed.
+    """
+    kinds = {ViTConfig: ViT, BertConfig: Bert, DebertaConfig: Deberta}
+    kind = kinds[type(entry.config)]
+    fields = {"dtype": dtype, "param_dtype": base_dtype, "unroll": unroll, "remat": remat}
+    if "attention" in {field.name for field in dataclasses.fields(kind)}:
+        fields["attention"] = attention
+    elif attention not in ("auto", "xla"):
+        raise UserError(
+            f"--attention={attention} does not fit {kind.__name__}, whose attention is XLA's; "
+            "leave it out"
+        )
+    return kind(entry.config, CLASSES, **fields)
+
+
+def random_params(model: nn.Module, entry: Entry, seed: int = 0) -> dict:
+    """Initial parameters, drawn on the device."""
+    example = jax.eval_shape(lambda: _inputs(jax.random.key(0), entry, 1, model.dtype))
+
+    @jax.jit
+    def init(key):
+        return model.init(key, jnp.zeros(example.shape, example.dtype))["params"]
+
+    return init(jax.random.key(seed))
+
+
+def random_batches(entry: Entry, batch: int, count: int, dtype: Any, seed: int = 1) -> list:
+    """``count`` pairs (inputs, labels) on the device: normal pixels, or tokens without padding."""
+
+    @jax.jit
+    def make(key):
+        labels = jax.random.randint(jax.random.fold_in(key, 1), (batch,), 0, CLASSES)
+        return _inputs(key, entry, batch, dtype), labels
+
+    return [make(key) for key in jax.random.split(jax.random.key(seed), count)]
+
+
+def _inputs(key, entry: Entry, batch: int, dtype) -> jax.Array:
+    c = entry.config
+    if entry.length is None:
+        return jax.random.normal(key, (batch, c.image_size, c.image_size, c.num_channels), dtype)
+    return jax.random.randint(key, (batch, entry.length), 2, c.vocab_size)  # 0 and 1: padding
+
+
+def tokens(entry: Entry) -> int:
+    """Tokens of an example, a class token included.
+
+    >>> tokens(MODELS["vit-base"]), tokens(MODELS["bert-base"])
+    (197, 128)
+    """
+    return 1 + entry.config.grid**2 if entry.length is None else entry.length
+
+
+__all__ = ["CLASSES", "IMPLEMENTATIONS", "MODELS", "REMAT", "Entry", "build", "find_model",
+           "longest_text", "random_batches", "random_params", "tokens"]

@@ -1,0 +1,203 @@
+"""What the command is told: its flags, their defaults, and what is wrong with them."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+
+from rmlora_jax.bench import models
+from rmlora_jax.bench.variants import MODULES, VARIANTS
+from rmlora_jax.errors import UserError, did_you_mean
+from rmlora_jax.lora import EXECUTIONS
+
+DTYPES = ("bfloat16", "float16", "float32")
+SWEEPS = {
+    "rank": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    "batch": (1, 4, 16, 64, 256),
+    "length": (32, 64, 128, 256, 512),
+    "modules": tuple(MODULES),
+}
+SWEEP_VARIANTS = ("floor", "lora", "rm_lora")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """One call of the command, its defaults filled in.
+
+    Attributes: the flags of the same names; ``unroll`` is a number of layers, ``sweep`` is "" where
+    nothing is swept and ``values`` are then empty.
+    """
+
+    model: str
+    batch: int
+    image_size: int | None
+    length: int | None
+    rank: int
+    modules: str
+    dtype: str
+    base_dtype: str
+    unroll: int
+    remat: str
+    execution: str
+    attention: str
+    repeats: int
+    steps: int | None
+    variants: tuple[str, ...]
+    peft: bool
+    sweep: str
+    values: tuple
+    out: str
+
+    @property
+    def entry(self) -> models.Entry:
+        return models.find_model(self.model, self.image_size, self.length)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its mistakes are ours to print."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n--help lists the flags")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m rmlora_jax.bench",
+        description="Times one training step of each method on the first device.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    flag = parser.add_argument
+    flag("--model", default="vit-base", help=", ".join(models.MODELS))
+    flag("--batch", type=int, help="examples a step; None: the model's own")
+    flag("--image_size", type=int, help="pixels, for images")
+    flag("--length", type=int, help="tokens, for texts")
+    flag("--rank", type=int, default=4, help="of the adapters")
+    flag("--modules", default="all", help=f"what is adapted: {', '.join(MODULES)}")
+    flag("--dtype", help="of the computation; None: bfloat16, on a CPU float32")
+    flag("--base_dtype", help="in which the frozen weights are held; None: as --dtype")
+    flag("--unroll", default="all", help="layers a turn of the scan, or all")
+    flag("--remat", default="none", help=", ".join(models.REMAT))
+    flag("--execution", default="auto", help=", ".join(EXECUTIONS))
+    flag("--attention", default="auto", help=", ".join(models.IMPLEMENTATIONS))
+    flag("--repeats", type=int, default=10, help="turns of all variants")
+    flag("--steps", type=int, help="of a stretch; None: as many as take 0.2 s")
+    flag("--variants", help=f"any of {','.join(VARIANTS)}; None: all, in a sweep "
+                            f"{','.join(SWEEP_VARIANTS)}")
+    flag("--peft", action="store_true", help="time PyTorch's PEFT beside them")
+    flag("--sweep", default="", help=f"one of {', '.join(SWEEPS)}: a plot of the cost against it")
+    flag("--values", help="of the sweep, with commas between")
+    flag("--out", help="folder of the results; None: a new one under runs/")
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """The options of a command line.
+
+    Raises:
+      UserError: a flag or a value that does not exist or does not fit.
+    """
+    given, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        flags = [f"--{name}" for name in vars(given)]
+        word = unknown[0].partition("=")[0]
+        raise UserError(
+            f"there is no argument {word}{did_you_mean(word, flags)}\n--help lists the flags"
+        )
+    entry = models.find_model(given.model, given.image_size, given.length)
+    for name, known in (("modules", MODULES), ("remat", models.REMAT), ("execution", EXECUTIONS),
+                        ("attention", models.IMPLEMENTATIONS)):
+        _among(f"--{name}", getattr(given, name), known)
+    dtype = given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    for name, value in (("--dtype", dtype), ("--base_dtype", given.base_dtype or dtype)):
+        _among(name, value, DTYPES)
+    if given.sweep:
+        _among("--sweep", given.sweep, SWEEPS)
+    elif given.values is not None:
+        raise UserError("--values belong to a sweep; type --sweep=rank, or leave them out")
+    if given.sweep and given.peft:
+        raise UserError("--peft does not go with --sweep; leave one of them out")
+    fields = vars(given) | {
+        "batch": entry.batch if given.batch is None else given.batch,
+        "length": entry.length,
+        "dtype": dtype,
+        "base_dtype": given.base_dtype or dtype,
+        "unroll": _unroll(given.unroll, entry.config.num_hidden_layers),
+        "variants": _variants(given.variants, given.sweep),
+        "values": _values(given.sweep, given.values, given.model, entry),
+        "out": given.out or _folder(given),
+    }
+    options = Options(**fields)
+    for name in ("batch", "rank", "repeats", "steps"):
+        _at_least_one(f"--{name}", getattr(options, name))
+    return options
+
+
+def _among(flag: str, value: str, known) -> None:
+    if value not in known:
+        raise UserError(
+            f"{flag}={value} is none of {', '.join(known)}{did_you_mean(value, known)}"
+        )
+
+
+def _at_least_one(flag: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UserError(f"{flag}={value} must be a whole number of at least 1")
+
+
+def _unroll(text: str, layers: int) -> int:
+    if text == "all":
+        return layers
+    if not text.isdecimal() or not 1 <= int(text) <= layers:
+        raise UserError(
+            f"--unroll={text} must be all, or a number of layers from 1 to {layers}"
+        )
+    return int(text)
+
+
+def _variants(text: str | None, sweep: str) -> tuple[str, ...]:
+    if text is None:
+        return SWEEP_VARIANTS if sweep else VARIANTS
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        _among("--variants", name, VARIANTS)
+    if sweep and "floor" not in names:
+        raise UserError(f"--sweep compares with the floor; type --variants=floor,{text}")
+    return names
+
+
+def _values(sweep: str, text: str | None, model: str, entry: models.Entry) -> tuple:
+    """What a sweep goes through."""
+    if not sweep:
+        return ()
+    if sweep == "length":
+        if entry.length is None:
+            raise UserError(
+                f"{model} reads images, which have no length to sweep; type another --model, or "
+                "--sweep=batch"
+            )
+        longest = models.longest_text(entry.config)
+        if text is None:
+            return tuple(v for v in SWEEPS[sweep] if longest is None or v <= longest)
+    if text is None:
+        return SWEEPS[sweep]
+    values = tuple(dict.fromkeys(value.strip() for value in text.split(",")))
+    if sweep == "modules":
+        for value in values:
+            _among("--values", value, MODULES)
+        return values
+    if not all(value.isdecimal() and int(value) for value in values):
+        raise UserError(f"--values={text} must be whole numbers of at least 1, with commas between")
+    if sweep == "length":
+        for value in values:
+            models.find_model(model, length=int(value))
+    return tuple(map(int, values))
+
+
+def _folder(given) -> str:
+    kind = f"_{given.sweep}" if given.sweep else ""
+    return str(Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}_bench_{given.model}{kind}"))

@@ -1,0 +1,188 @@
+"""The table: every figure of a row follows from the repeats that ``bench.json`` stores."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rmlora_jax.train.memory import gibibytes
+
+RATIOS = ("floor", "lora")
+
+
+class Spread(NamedTuple):
+    """A median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Row(NamedTuple):
+    """A row of the table; figures that a row does not have are None.
+
+    Attributes:
+      name: of the step.
+      ms: milliseconds a step, over the repeats.
+      ratios: "floor" and "lora" -> the ratio to that row, over pairs of the same repeat.
+      rate: examples a second, from the median.
+      memory: bytes.
+      share: of the arithmetic limit: flops of the step over those that the large matrix product
+        reached in its best repeat, in the same time.
+      compile_seconds: until the step was compiled.
+      note: why there are no figures, or "".
+    """
+
+    name: str
+    ms: Spread | None
+    ratios: dict[str, Spread]
+    rate: float | None
+    memory: int | None
+    share: float | None
+    compile_seconds: float | None
+    note: str
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """
+    >>> spread([1.0, 2.0, 3.0, 4.0, 10.0])
+    Spread(median=3.0, low=2.0, high=4.0)
+    """
+    low, median, high = np.percentile(values, [25, 50, 75]).tolist()
+    return Spread(median, low, high)
+
+
+def limit(results: Mapping[str, Any]) -> float | None:
+    """Floating-point operations a second that the large matrix product reached."""
+    times = results["product"]["ms"]
+    return 1000 * results["product"]["flops"] / min(times) if times else None
+
+
+def table_rows(results: Mapping[str, Any]) -> list[Row]:
+    """The rows of what ``rmlora_jax.bench.run.bench`` returned."""
+    times = {p["name"]: p["ms"] for p in results["programs"] if p.get("ms")}
+    return [_row(p, times, results["options"]["batch"], limit(results))
+            for p in results["programs"]]
+
+
+def _row(program, times, batch, most) -> Row:
+    ms = times.get(program["name"])
+    memory, seconds = program.get("memory_bytes"), program.get("compile_seconds")
+    if not ms:
+        note = program["error"] or "not measured"
+        return Row(program["name"], None, {}, None, memory, None, seconds, note)
+    ratios = {name: spread(np.divide(ms, times[name])) for name in RATIOS if name in times}
+    own = spread(ms)
+    share = None
+    if most and program.get("flops"):
+        share = 1000 * program["flops"] / own.median / most
+    return Row(program["name"], own, ratios, 1000 * batch / own.median, memory, share, seconds, "")
+
+
+HEAD = ("step", "ms", "quartiles", "x floor", "x lora", "examples/s", "memory", "of limit",
+        "compile")
+
+
+def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The table's text, its head first; columns that are empty in every row are left out."""
+    body = [(r.name, *_figures(r)) for r in rows]
+    keep = [i for i in range(len(HEAD)) if i < 2 or any(line[i] for line in body)]
+    return [tuple(line[i] for i in keep) for line in (HEAD, *body)]
+
+
+def _figures(row: Row) -> tuple[str, ...]:
+    compiled = "" if row.compile_seconds is None else f"{row.compile_seconds:.1f} s"
+    memory = "" if row.memory is None else size(row.memory)
+    if row.ms is None:
+        return row.note, "", "", "", "", memory, "", compiled
+    ratios = [_ratio(row.ratios.get(name)) for name in RATIOS]
+    share = "" if row.share is None else f"{100 * row.share:.0f} %"
+    quartiles = f"{number(row.ms.low)} - {number(row.ms.high)}"
+    return number(row.ms.median), quartiles, *ratios, f"{row.rate:,.0f}", memory, share, compiled
+
+
+def _ratio(found: Spread | None) -> str:
+    if found is None:
+        return ""
+    return f"{found.median:.3f} ({found.low:.3f} - {found.high:.3f})"
+
+
+def number(value: float) -> str:
+    """Three digits or more, without an exponent.
+
+    >>> number(0.01234), number(3.14159), number(70.94), number(1650.4)
+    ('0.0123', '3.14', '70.9', '1,650')
+    """
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{max(0, digits)}f}"
+
+
+def size(count: int) -> str:
+    """
+    >>> size(460_000), size(14_500_000), size(14_500_000_000)
+    ('0.4 MiB', '13.8 MiB', '13.5 GiB')
+    """
+    return gibibytes(count) if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def rate(flops: float) -> str:
+    """
+    >>> rate(39e9), rate(707e12)
+    ('39 GFLOP/s', '707 TFLOP/s')
+    """
+    return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"
+
+
+def text_table(lines: Sequence[Sequence[str]], names: int = 1) -> str:
+    """Columns under each other: the first ``names`` to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def text(line: Sequence[str]) -> str:
+        cells = [cell.ljust(width) for cell, width in zip(line[:names], widths, strict=False)]
+        cells += [f.rjust(w) for f, w in zip(line[names:], widths[names:], strict=True)]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(map(text, lines))
+
+
+def markdown_table(lines: Sequence[Sequence[str]], names: int = 1) -> str:
+    """The same as Markdown."""
+    rule = [*["---"] * names, *["---:"] * (len(lines[0]) - names)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def what(results: Mapping[str, Any]) -> str:
+    """One line about what was timed, without what is swept."""
+    o = results["options"]
+    swept = o["sweep"]
+    size = f"{o['length']} tokens" if o["length"] else f"{results['tokens']} tokens"
+    if o["image_size"]:
+        size = f"{o['image_size']} px, {size}"
+    parts = [o["model"]]
+    parts += [f"batch {o['batch']}"] if swept != "batch" else []
+    parts += [size] if swept != "length" else []
+    parts += [f"rank {o['rank']}"] if swept != "rank" else []
+    parts += [f"adapters on {o['modules']}"] if o["modules"] != "all" and not swept else []
+    dtype = o["dtype"] if o["dtype"] == o["base_dtype"] else f"{o['dtype']} on {o['base_dtype']}"
+    return ", ".join([*parts, dtype, f"unroll {o['unroll']}", f"remat {o['remat']}"])
+
+
+def footer(results: Mapping[str, Any]) -> str:
+    """What the limit is."""
+    most = limit(results)
+    if most is None:
+        return ""
+    side = results["product"]["side"]
+    return (f"limit: {rate(most)}, the best of a {results['options']['dtype']} product"
+            f" of {side} x {side} on the same device")
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """What ``bench.md`` holds."""
+    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items())
+    ran = sorted({p["execution"] for p in results["programs"] if p.get("execution")})
+    notes = [footer(results), f"factors ran {' and '.join(ran)}" if ran else "", versions]
+    head = f"{what(results)}, on {results['device']}"
+    table = markdown_table(cells(table_rows(results)))
+    return "\n\n".join([head, table, *(note for note in notes if note)]) + "\n"
