@@ -2,7 +2,11 @@
 
 import json
 import os
+<<<<<<< HEAD
 import signal
+=======
+import shutil
+>>>>>>> pods
 import socket
 import subprocess
 import sys
@@ -45,13 +49,19 @@ def start(devices, *words):
     return subprocess.Popen(command(*words), env=environment, **pipes)
 
 
+# gloo, which CPUs talk through, gives up where one process is 30 s behind: on a busy machine only.
+LATE = "Gloo context initialization failed: DEADLINE_EXCEEDED"
+
+
 def ended(*processes):
-    """What they printed, once all have ended well."""
+    """What they printed, once all have ended well; None where one of them was late."""
     try:
         said = [process.communicate(timeout=400) for process in processes]
     finally:
         for process in processes:
             process.kill()
+    if any(LATE in errors for _, errors in said):
+        return None
     for process, (_, errors) in zip(processes, said, strict=True):
         assert process.returncode == 0, errors
     return [out for out, _ in said]
@@ -67,12 +77,16 @@ def both(tiny_vit, folder, *overrides):
     """One process with one device, then two with four: their workdirs and what was printed."""
     alone, shared = folder / "alone", folder / "shared"
     (said,) = ended(start(1, tiny_vit, alone, folder / "alone_record", *overrides))
-    cluster = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
-    said = [said, *ended(*(
-        start(4, tiny_vit, shared, folder / f"record{i}", *overrides, *cluster, f"--process_id={i}")
-        for i in range(2)
-    ))]
-    return alone, shared, said
+    for _ in range(3):
+        cluster = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+        two = ended(*(
+            start(4, tiny_vit, shared, folder / record, *overrides, *cluster, f"--process_id={i}")
+            for i, record in enumerate(RECORDS)
+        ))
+        if two:
+            return alone, shared, [said, *two]
+        shutil.rmtree(shared)
+    pytest.skip("this machine is too busy for two processes at once")
 
 
 def rows(workdir):
