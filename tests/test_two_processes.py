@@ -2,11 +2,8 @@
 
 import json
 import os
-<<<<<<< HEAD
-import signal
-=======
 import shutil
->>>>>>> pods
+import signal
 import socket
 import subprocess
 import sys
@@ -208,7 +205,11 @@ def test_one_process_is_asked_to_stop_and_both_save_the_same_step(tiny_vit, tmp_
             break
         time.sleep(0.02)
     processes[1].send_signal(signal.SIGTERM)  # the other one is not told
-    said = [process.communicate(timeout=200)[1] for process in processes]
+    try:
+        said = [process.communicate(timeout=200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [75, 75], said
     steps = {words.split("stopped: saved after step ")[1].split()[0] for words in said}
     assert len(steps) == 1
