@@ -11,7 +11,7 @@ from flax.core import FrozenDict, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rmlora_jax.adapt import Adapted, is_nnx, nnx_functions, product
-from rmlora_jax.adapt.linen import check_adapted, check_layout, in_order, layouts, reboxed, unboxed
+from rmlora_jax.adapt.linen import check_adapted, check_layout, layouts, reboxed, unboxed
 from rmlora_jax.lora import (
     DIAGONAL,
     FACTORS,
@@ -21,6 +21,7 @@ from rmlora_jax.lora import (
     other_factors,
     unselected_factors,
 )
+from rmlora_jax.merging import in_order
 
 __all__ = ["attach", "join", "merge", "split"]
 

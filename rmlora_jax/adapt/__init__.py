@@ -37,9 +37,9 @@ def adapt(module, lora: LoRA, *, rngs=None):
 
     A targeted layer that nothing computed beside it can adapt is refused: a masked convolution, a
     weight under WeightNorm, SpectralNorm or a class made by ``nn.map_variables``; there
-    ``LoRA(execution="merged")`` runs the Linen base on merged parameters. What
-    ``nn.map_variables`` does to a function cannot be seen here: use "merged", or exclude the layers
-    whose weights it transforms.
+    ``LoRA(execution="merged")`` takes the gradient through the merged weight. What
+    ``nn.map_variables`` does to a function cannot be seen here: exclude the layers whose weights it
+    transforms, or run the base itself on ``merge(params, lora)``.
 
     An object that holds a Linen module as ``.module`` and parameters as ``.params`` (the Flax
     models of transformers 4) comes back as a copy that holds the adapted module; then give the

@@ -2,10 +2,10 @@
 
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import functools
 import inspect
-import math
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import meta
 
+from rmlora_jax import merging
 from rmlora_jax.adapt import product
 from rmlora_jax.lora import (
     DIAGONAL,
@@ -124,18 +125,29 @@ class Adapted(nn.Module):
     def _run(self, method, *args, **kwargs):
         if self.lora.target is None:
             return _call(self, method, *args, **kwargs)
-        run = _intercepted
         # Dropout on the way into A alone has no merged form.
         drops = self.lora.dropout > 0 and self.has_rng("dropout")
-        merges = self.lora.execution == "merged" and not drops
-        if not self.is_initializing() and (merges or self.lora.alpha_pattern):
+        how = "factored" if drops else self.lora.execution
+        if how != "merged":
+            return self._run_as(how, method, *args, **kwargs)
+        counts = copy.deepcopy(self.scope.rng_counters)
+        try:
+            return self._run_as(how, method, *args, **kwargs)
+        except merging.Transformed:  # what that run wrote is lost with its scope, but not its draws
+            self.scope.rng_counters.clear()
+            self.scope.rng_counters.update(counts)
+            return self._run_as("whole", method, *args, **kwargs)
+
+    def _run_as(self, how, method, *args, **kwargs):
+        run = functools.partial(_intercepted, how=how)
+        if not self.is_initializing() and (how in ("merged", "whole") or self.lora.alpha_pattern):
             # Layers of one nn.jit share a trace, which therefore may not depend on their paths:
             # what alpha_pattern changes goes into the values of A.
-            prepare = functools.partial(_prepare, lora=self.lora, merges=merges)
+            prepare = functools.partial(merging.prepare, lora=self.lora, merges=how == "whole")
             run = nn.map_variables(run, "params", trans_in_fn=prepare)
         # Who wants to see the layouts cannot use a trace made before.
-        with _running((self.lora, None if _seen.get() is None else object())):
-            return run(self, method, *args, merges=merges, **kwargs)
+        with _running((self.lora, how, None if _seen.get() is None else object())):
+            return run(self, method, *args, **kwargs)
 
     @nn.nowrap
     def apply(self, variables, *args, method=None, **kwargs):
@@ -203,7 +215,7 @@ def check_layout(path: str, weight, a, b, axes: product.Layout | None = None) ->
     """Raises ValueError unless A, B are (*stack, *batch, in, r), (*stack, *batch, r, out) of the
     weight: by its ``axes``, or else one whose axes stand in the order of the factors."""
     if axes is None:
-        fits = in_order(weight, a, b) or _is_marked(weight, a, b)
+        fits = merging.in_order(weight, a, b) or _is_marked(weight, a, b)
     else:
         stack = weight.ndim - len(axes.order)
         one = product.factor_shapes(weight.shape[stack:], axes, a.shape[-1])
@@ -226,18 +238,6 @@ def unboxed(leaf):
 def reboxed(box, value):
     """``value`` in a box like ``box`` if that is one; ``meta.replace_boxed`` would constrain."""
     return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
-
-
-def in_order(weight, a, b) -> bool:
-    """Whether the factors are those of a weight laid out (*stack, *batch, *in, *out)."""
-    stack, inner = a.shape[:-2], weight.shape[max(a.ndim - 2, 0) :]
-    halves = [(math.prod(inner[:i]), math.prod(inner[i:])) for i in range(1, len(inner))]
-    return (
-        min(a.ndim, b.ndim) >= 2
-        and weight.shape[: len(stack)] == stack
-        and b.shape[:-1] == (*stack, a.shape[-1])
-        and (a.shape[-2], b.shape[-1]) in halves
-    )
 
 
 def _is_marked(weight, a, b) -> bool:
@@ -266,31 +266,9 @@ def _call(adapted: Adapted, method, *args, **kwargs):
     return method(base, *args, **kwargs)
 
 
-def _intercepted(adapted: Adapted, method, *args, merges, **kwargs):
-    with nn.intercept_methods(_Interceptor(adapted.lora, adapted.path, merges)):
+def _intercepted(adapted: Adapted, method, *args, how, **kwargs):
+    with nn.intercept_methods(_Interceptor(adapted.lora, adapted.path, how)):
         return _call(adapted, method, *args, **kwargs)
-
-
-def _prepare(variables, lora: LoRA, merges: bool):
-    """The parameters that the base runs on: merged, or with alpha_pattern's part in A."""
-    flat = traverse_util.flatten_dict(variables["params"])
-    modules = [path[:-1] for path in flat if path[-1] == FACTORS[0]]
-    if not modules:
-        raise missing_factors()
-    for module in modules:
-        name, (a, b) = "/".join(module), (meta.unbox(flat[(*module, f)]) for f in FACTORS)
-        e = meta.unbox(flat.get((*module, DIAGONAL)))
-        path = next((*module, n) for n in lora.weights if (*module, n) in flat)
-        weight = meta.unbox(flat[path])
-        if merges and in_order(weight, a, b):
-            value = product.merged(weight, product.effective_a(a, e), b, lora.scale_of(name))
-            flat[path] = reboxed(flat[path], value)
-            for factor in lora.factors:
-                del flat[(*module, factor)]
-        else:
-            ratio = lora.scale_of(name) / lora.common_scale(a.shape[-1])
-            flat[(*module, FACTORS[0])] = reboxed(flat[(*module, FACTORS[0])], a * ratio)
-    return {"params": traverse_util.unflatten_dict(flat)}
 
 
 def _forward(method):
@@ -306,8 +284,8 @@ def _forward(method):
 class _Interceptor:
     """Adds the low-rank product to each targeted layer that runs; one for each run."""
 
-    def __init__(self, lora: LoRA, root: tuple[str, ...], merges: bool):
-        self.lora, self.root, self.merges = lora, root, merges
+    def __init__(self, lora: LoRA, root: tuple[str, ...], how: str):
+        self.lora, self.root, self.how = lora, root, how
         self.kinds = _kinds(lora.layers)
         self.paused = False
         self.wrapped = 0
@@ -344,19 +322,29 @@ class _Interceptor:
     def call_layer(self, kind, function, path, next_fun, args, kwargs, module):
         lora, name = self.lora, "/".join(path)
         initialising = module.is_initializing()
-        if self.merges and not (initialising or module.has_variable("params", FACTORS[0])):
+        if self.how == "whole" and not (initialising or module.has_variable("params", FACTORS[0])):
             return next_fun(*args, **kwargs)  # its factors are in the weight already
         self.check_layer(module, path, initialising)
-        y = next_fun(*args, **kwargs)
+        arguments = inspect.signature(function).bind(module, *args, **kwargs).arguments
+        x, geometry = list(arguments.values())[1], kind.geometry(module, arguments)
+        # What else a class of one's own does with its weight is not known, nor what is masked.
+        thin = function in _FLAX and getattr(module, "mask", None) is None
+        merges = self.how == "merged" and not initialising
+        merges &= not thin or isinstance(geometry, product.Contraction)
+        y = None if merges else next_fun(*args, **kwargs)
         # At init the layer makes its weight first: the factors follow its shape and its box.
         weight = module.get_variable("params", kind.weight)
-        arguments = inspect.signature(function).bind(module, *args, **kwargs).arguments
-        x = list(arguments.values())[1]
-        geometry = kind.geometry(module, arguments)
         a, b, axes = _factors(module, lora, name, geometry, weight)
         if _seen.get() is not None:
             _seen.get()[name] = axes
         scale, precision = lora.common_scale(a.shape[-1]), getattr(module, "precision", None)
+        if merges:
+            old, dtype = unboxed(weight), getattr(module, "dtype", None)
+            new = merging.merged_weight(old, a, b, scale, axes, dtype, frozen=thin)
+            swap = functools.partial(jax.tree.map, lambda leaf: new if leaf is old else leaf)
+            run = nn.map_variables(lambda m, *args, **kw: function(m, *args, **kw), "params", swap)
+            y = run(module, *args, **kwargs)
+            return merging.linked(y, geometry, x, a, b, scale, precision) if thin else y
         self.paused = True  # the product runs Flax layers of its own
         try:
             if kind.attends:
@@ -372,19 +360,22 @@ class _Interceptor:
         what = None
         if self.wrapped or any(path[: len(prefix)] == prefix for prefix in self.mapped):
             what = "has its weight transformed (WeightNorm, SpectralNorm or nn.map_variables)"
-        elif isinstance(module, nn.Conv | nn.ConvTranspose) and module.mask is not None:
+        elif self.how != "merged" and getattr(module, "mask", None) is not None:
             what = "has a mask on its weight"
         elif isinstance(module, nn.ConvLocal):
             raise ValueError(
                 f"the layer {'/'.join(path)!r} has a weight of its own for every position "
                 "(ConvLocal), which no pair of factors describes: leave it out with LoRA.exclude."
             )
-        if what is not None and not (self.merges and initialising):
-            raise ValueError(
-                f"the layer {'/'.join(path)!r} {what}, so that nothing computed beside it could be "
-                'merged into it: use LoRA(execution="merged", dropout=0), or leave the layer out '
-                "with LoRA.exclude."
-            )
+        if what is None or (initialising and self.how == "merged"):
+            return
+        if self.how == "merged":
+            raise merging.Transformed
+        raise ValueError(
+            f"the layer {'/'.join(path)!r} {what}, so that nothing computed beside it could be "
+            'merged into it: use LoRA(execution="merged", dropout=0), or leave the layer out '
+            "with LoRA.exclude."
+        )
 
 
 def _dropout(key, x, rate):

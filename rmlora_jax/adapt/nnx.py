@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
+from rmlora_jax import merging
 from rmlora_jax.adapt import product
 from rmlora_jax.lora import DIAGONAL, FACTORS, LoRA
 
@@ -312,11 +313,11 @@ def _folded(model: nnx.Module) -> nnx.Module:
     return model
 
 
-def _merged(layer, rule: _Rule):
+def _merged(layer, rule: _Rule, dtype=None, frozen: bool = False):
     weight = getattr(layer, rule.weight).get_value()
     a, b = _pair(layer)
     axes = product.layout(_geometry(layer, rule), len(_axes(layer, rule)))
-    return product.merged(weight, a, b, layer.lora_scale, axes)
+    return merging.merged_weight(weight, a, b, layer.lora_scale, axes, dtype, frozen)
 
 
 def _pair(layer):
@@ -340,19 +341,25 @@ def _run(plain, rule: _Rule, layer, *args, **kwargs):
     dropout = getattr(layer, "lora_dropout", None)
     drops = dropout is not None and not dropout.deterministic
     drops = drops and plain.__name__ != "attend" and jnp.issubdtype(x.dtype, jnp.inexact)
-    if layer.lora_execution == "merged" and not drops:
-        weight = getattr(layer, rule.weight)
-        twin = copy.copy(layer)  # the same Variables, but for the weight
-        vars(twin)[rule.weight] = weight.copy(_merged(layer, rule))
-        return plain(twin, *args, **kwargs)
-    y = plain(layer, *args, **kwargs)
-    (a, b), scale = _pair(layer), layer.lora_scale
-    if plain.__name__ == "attend":
-        return y + product.low_rank_attend(x, y, a, b, scale)
     equation = _equation(layer, bound) if rule.kind is nnx.Einsum else None
     geometry = _geometry(layer, rule, jnp.ndim(x), equation)
+    # What else a class of one's own does with its weight is not known, nor what is masked.
+    thin = not rule.equation and getattr(layer, "mask", None) is None
+    merges = layer.lora_execution == "merged" and not drops
+    merges &= not thin or isinstance(geometry, product.Contraction)
+    twin = copy.copy(layer)  # the same Variables, but for the weight
+    if merges:
+        weight, dtype = getattr(layer, rule.weight), getattr(layer, "dtype", None)
+        vars(twin)[rule.weight] = weight.copy(_merged(layer, rule, dtype, frozen=thin))
+    y = plain(twin if merges else layer, *args, **kwargs)
+    if merges and not thin:
+        return y
+    (a, b), scale, precision = _pair(layer), layer.lora_scale, getattr(layer, "precision", None)
+    if plain.__name__ == "attend":
+        return y + product.low_rank_attend(x, y, a, b, scale)
+    if merges:
+        return merging.linked(y, geometry, x, a, b, scale, precision)
     x = dropout(x) if drops else x
-    precision = getattr(layer, "precision", None)
     return y + product.low_rank(geometry, x, y, a, b, scale, precision)
 
 

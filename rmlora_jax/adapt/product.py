@@ -300,6 +300,13 @@ def _stacked(axes: Layout, ndim: int) -> list[int]:
 
 
 def _contracted(geometry, x, y, a, b, scale, precision):
+    down, up, a, b = unfolded(geometry, x, y, a, b)
+    z = jnp.einsum(down, x, a, precision=precision) * scale
+    return jnp.einsum(up, z, b, precision=precision)
+
+
+def unfolded(geometry: Contraction, x, y, a, b):
+    """The equations down to r channels and up again, and A and B with the axes these name."""
     in_labels, weight, out_labels = terms(geometry.equation)
     axes = layout(geometry, len(weight))
     batch, inputs, outputs = ("".join(weight[i] for i in part) for part in axes)
@@ -314,8 +321,7 @@ def _contracted(geometry, x, y, a, b, scale, precision):
     a = a.reshape(*(sizes[c] for c in batch + inputs), a.shape[-1])
     b = b.reshape(*(sizes[c] for c in batch), b.shape[-2], *(sizes[c] for c in outputs))
     down, up = f"{in_labels},{batch}{inputs}{r}->{through}{r}", f"{through}{r},{batch}{r}{outputs}"
-    z = jnp.einsum(down, x, a, precision=precision) * scale
-    return jnp.einsum(f"{up}->{out_labels}", z, b, precision=precision)
+    return down, f"{up}->{out_labels}", a, b
 
 
 def _convolved(geometry, x, y, a, b, scale, precision):

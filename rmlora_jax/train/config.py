@@ -8,6 +8,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from rmlora_jax.errors import UserError, did_you_mean
+from rmlora_jax.lora import EXECUTIONS
 from rmlora_jax.train import grid
 from rmlora_jax.train.scores import NAMES
 
@@ -125,6 +126,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.lora.rs = False  # scale by alpha / sqrt(rank)
     c.lora.rank_pattern = ()  # ((regex, rank), ...): first match wins
     c.lora.alpha_pattern = ()  # ((regex, alpha), ...)
+    # How the layers compute: factored, (x A) B beside x W; merged, x (W + s A B); auto: factored.
+    # merged saves products where tokens are many times the width; base_dtype float32 goes with it
+    c.lora.execution = "auto"
 
     c.adalora = ml_collections.ConfigDict()  # read by method adalora alone; its init is N(0, .02^2)
     c.adalora.initial_rank = 6  # that a layer begins with
@@ -235,6 +239,7 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     one_of("data.mode", "auto", "resident", "stream")
     one_of("data.crop", "pad", "resized", "none")
     one_of("lora.init", "kaiming", "normal", "gaussian", "orthogonal", "pissa")
+    one_of("lora.execution", *EXECUTIONS)
     one_of("sora.proximal", "paper", "authors_exact")
     one_of("rm.kind", "norm", "squared", "cosine")
     one_of("rm.draw", "bernoulli", "exact")

@@ -50,6 +50,7 @@ def description(config: ml_collections.ConfigDict) -> rm.LoRA:
         "rs": c.rs,
         "rank_pattern": _pairs(c.rank_pattern),
         "alpha_pattern": _pairs(c.alpha_pattern),
+        "execution": c.execution,
     }
     if config.method == "adalora":
         return rm.AdaLoRA(**fields | {"rank": config.adalora.initial_rank, "init": "normal"})
