@@ -134,7 +134,7 @@ def endings(chosen: Iterable[str], known: Iterable[str]) -> list[str]:
 
     >>> layers = [f"vit.layers.{i}.{m}" for i in range(2) for m in ("mlp.fc1", "mlp.fc2")]
     >>> endings(layers, layers), endings(layers[::2], layers), endings(layers[:1], layers)
-    (['fc1', 'fc2'], ['fc1'], ['vit.layers.0.mlp.fc1'])
+    (['fc1', 'fc2'], ['fc1'], ['layers.0.mlp.fc1'])
     """
     chosen, known = set(chosen), set(known)
     found, left = [], set(chosen)
