@@ -112,6 +112,7 @@ def test_models_with_jit_inside_do_not_share_traces_of_other_descriptions():
     np.testing.assert_array_equal(outputs[0], outputs[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [Block, nn.jit(Block), nn.remat(Block)])
 def test_alpha_pattern_holds_where_layers_share_a_trace(block):
     model = Looped(block)

@@ -85,6 +85,7 @@ def test_gradients_are_those_of_the_factored_products(name):
     assert_close(gradients(merging, params, lora), expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [(), ((".*fc1", 30.0), ("einsum", 1.0))])
 def test_gradients_of_diagonals_patterns_and_of_the_head(pattern):
     factored, merging, params, lora = both(Headed(), kind=AdaLoRA, alpha_pattern=pattern)
@@ -291,6 +292,7 @@ def elementwise(tokens):
 # Where it runs
 
 
+@pytest.mark.slow
 def test_vmap_over_adapters_and_over_examples():
     factored, merging, params, lora = both(Headed())
     frozen = split(params, lora)[1]
@@ -458,6 +460,7 @@ def trained(execution, dtype, steps=200):
     return (logits.argmax(-1) == labels[1400:]).mean().item(), np.asarray(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_two_hundred_steps_end_where_the_factored_ones_do(dtype):
     (factored, losses), (merged, others) = (trained(e, dtype) for e in ("factored", "merged"))

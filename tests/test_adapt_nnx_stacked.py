@@ -152,6 +152,7 @@ EXPECTED = {  # (names of A, names of B)
 }
 
 
+@pytest.mark.slow
 def test_factors_inherit_names_and_placement(mesh):
     lora = LoRA(2, 6)
     plain = nnx.use_eager_sharding(False)

@@ -109,6 +109,7 @@ def test_what_they_start_from():
     assert not np.any(made["lora_e"]) and abs(np.std(made["lora_b"]) / 0.02 - 1) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_folding_drops_directions_and_keeps_scales(kind):
     lora = kind(rank=4, alpha=8, alpha_pattern=((".*fc2", 2.0),), train="layers_0/norm1")

@@ -129,6 +129,7 @@ def step_collectives(config, parallel="mesh"):
     return collectives(program.as_text()), job
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "changes"),
     [
@@ -148,6 +149,7 @@ def test_a_step_reduces_its_gradients_once(config, parallel, changes):
     assert total_bytes(found) == FLOAT * (job.trainable_parameters + SCALARS)
 
 
+@pytest.mark.slow
 def test_a_reduction_in_the_loop_would_be_seen(config, monkeypatch):
     """The same step with the reductions that jax would insert where a value is used."""
 

@@ -514,6 +514,7 @@ def test_nothing_is_changed_in_place():
 # PEFT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(3, 3), (2, 3)])
 def test_the_updates_are_those_of_peft(tmp_path, ranks):
     oracle.python()  # or the test is skipped

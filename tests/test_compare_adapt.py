@@ -118,6 +118,7 @@ def test_a_row_that_kills_its_process_costs_one_verdict(monkeypatch, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_code_of_the_readme_runs():
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     assert len(blocks) == 4

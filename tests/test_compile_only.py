@@ -262,6 +262,7 @@ def run(*flags, python=sys.executable, env=(), timeout=300):
                           text=True, timeout=timeout, env=os.environ | dict(env), cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_the_command(tiny_vit, tmp_path):
     workdir = tmp_path / "new"
     given = [f"--workdir={workdir}", f"--config.model.source={tiny_vit}", "--compile_only",

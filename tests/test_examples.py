@@ -31,6 +31,7 @@ def load(name):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_each_runs_as_a_script(name, capsys):
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")

@@ -557,6 +557,7 @@ def test_pytorch_predicts_the_same(name, differences):
     assert after <= 2e-4 and after <= before + 1e-5
 
 
+@pytest.mark.slow
 def test_pytorch_from_an_image_and_from_a_text(tmp_path):
     """Merged factors, the processors' own files, names of the classes, and a half base."""
     oracle.python()

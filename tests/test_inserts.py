@@ -46,6 +46,7 @@ def new(params, more):
     return {k: v for k, v in flatten_dict(more, sep="/").items() if k not in plain}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_bottlenecks_begin_at_the_base_bit_for_bit(name):
     """Operation by operation; compiled, XLA fuses the two models in different ways."""

@@ -55,6 +55,7 @@ def test_lazily_masked_adamw_against_numpy():
             np.testing.assert_allclose(found, wanted[i], rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_lazily_masked_leaves_hidden_directions_bit_for_bit():
     params = random_like(tree(dtype=jnp.bfloat16))
     inner = optax.chain(

@@ -73,6 +73,7 @@ def test_pickles_and_damaged_files_are_refused(tmp_path):
         snapshots.save(tmp_path, 1, {"head": {"kernel": np.ones((2, 2))}})
 
 
+@pytest.mark.slow
 def test_runs_keep_their_factors_at_each_evaluation(config, tmp_path):
     """A single run and a sweep: the same factors, those of the checkpoint, the gate in A."""
     config.method, config.steps, config.eval_every, config.snapshots = "sora", 4, 2, True

@@ -706,6 +706,7 @@ def test_a_real_study_from_the_command_line(tiny_vit, tmp_path):
     assert "[1/" not in run("--config.processes=False")
 
 
+@pytest.mark.slow
 def test_a_program_in_a_process_of_its_own(tiny_vit, tmp_path, capfd):
     c = default_study()
     c.study, c.methods, c.rates, c.seeds = "own", ("lora",), (1e-3,), 1

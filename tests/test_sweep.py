@@ -329,6 +329,7 @@ def test_a_folder_is_that_of_the_single_run(whole, tiny_vit, tmp_path, capsys):
     assert len(rows(copy)) == STEPS
 
 
+@pytest.mark.slow
 def test_chunks_equal_one_program(whole, tiny_vit, tmp_path, capsys):
     config = seeds_config(tiny_vit)
     config.sweep.at_once = 2
@@ -343,6 +344,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [EVERY, 2 * EVERY])
 def test_killed_and_resumed_ends_bit_identical(
     whole, tiny_vit, tmp_path, monkeypatch, capsys, kill_at
@@ -367,6 +369,7 @@ def test_killed_and_resumed_ends_bit_identical(
     check_same_folders(whole[0], tmp_path, exact=True)
 
 
+@pytest.mark.slow
 def test_killed_between_folders(whole, tiny_vit, tmp_path, monkeypatch):
     config = seeds_config(tiny_vit)
     write = sweep.write_checkpoints

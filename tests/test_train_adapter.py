@@ -56,8 +56,10 @@ def restored(config, workdir):
 
 @pytest.mark.parametrize("fields", [
     {"method": "rm_lora"},
-    {"method": "adalora", "adalora__initial_rank": 6, "adalora__every": 1},
-    {"method": "lora", "lora__init": "pissa", "lora__rs": True},
+    pytest.param({"method": "adalora", "adalora__initial_rank": 6, "adalora__every": 1},
+                 marks=pytest.mark.slow),
+    pytest.param({"method": "lora", "lora__init": "pissa", "lora__rs": True},
+                 marks=pytest.mark.slow),
 ], ids=["rm_lora", "adalora", "pissa"])
 def test_a_run_leaves_its_adapter_and_its_whole_model(config, tmp_path, fields):
     config = short(config, **fields)
@@ -88,6 +90,7 @@ def test_a_run_leaves_its_adapter_and_its_whole_model(config, tmp_path, fields):
     assert "fine-tuned" in (tmp_path / "merged" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "head", "bitfit"])
 def test_methods_without_factors_leave_a_whole_model(config, tmp_path, method):
     config = short(config, method=method)
@@ -98,6 +101,7 @@ def test_methods_without_factors_leave_a_whole_model(config, tmp_path, method):
         model_logits(merged, merged.params, None, images_of(merged)), restored(config, tmp_path))
 
 
+@pytest.mark.slow
 def test_what_has_no_model_in_transformers_is_refused(config, tmp_path):
     with pytest.raises(UserError, match=r"holds no finished run; type python run.py --config="):
         finished.export_merged(tmp_path)
@@ -106,6 +110,7 @@ def test_what_has_no_model_in_transformers_is_refused(config, tmp_path):
         finished.export_merged(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_summary_writes_the_adapter_again(config, tmp_path):
     config = short(config)
     loop.train(config, tmp_path)
@@ -117,6 +122,7 @@ def test_a_run_killed_before_its_summary_writes_the_adapter_again(config, tmp_pa
     assert weights.read_bytes() == first
 
 
+@pytest.mark.slow
 def test_every_run_of_a_sweep_leaves_the_adapter_of_the_single_run(config, tmp_path):
     config = short(config, sweep__seeds=2, sweep__grid="{'alpha': (8.0, 16.0)}")
     sweep.train(config, tmp_path / "many")
@@ -142,6 +148,7 @@ def first_metrics(config):
     return job, start, jax.device_get(metrics)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_an_adapter(config, tmp_path, capsys):
     first = short(config, method="lora")
     loop.train(first, tmp_path / "first")
@@ -164,6 +171,7 @@ def test_a_run_goes_on_from_an_adapter(config, tmp_path, capsys):
     assert (tmp_path / "second" / "adapter" / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_factors_go_on_to_a_task_of_other_classes(config, tmp_path):
     loop.train(short(config, method="lora"), tmp_path / "first")
     other = short(config, model__adapter=str(tmp_path / "first" / "adapter"), data__classes=4)
@@ -187,6 +195,7 @@ def test_what_cannot_go_on_from_an_adapter_is_refused(config, fields, words):
         setup.build(short(config, model__adapter="somewhere"), all_devices(limit=1))
 
 
+@pytest.mark.slow
 def test_a_run_on_texts_leaves_labels_and_lengths(tmp_path):
     write_model(tmp_path / "model")
     for name, n in (("train", 96), ("test", 24)):

@@ -38,6 +38,7 @@ def equal(one, other):
     return all(np.array_equal(one[path], other[path]) for path in one)
 
 
+@pytest.mark.slow
 def test_the_halves_are_rm_lora_without_the_other(config):
     config.rm.penalty, config.rm.keep = 0.5, 0.5
     names = ("rm_lora", "lora", "reg_only", "mask_only")

@@ -159,6 +159,7 @@ def test_killed_run_ends_bit_identical(finished, tiny_vit, tmp_path):
         np.testing.assert_array_equal(column(workdir, name), column(finished[0], name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["mesh", "pmap"])
 def test_eight_devices_give_the_numbers_of_one(finished, tiny_vit, tmp_path, parallel):
     run(tiny_vit, tmp_path, f"--config.parallel={parallel}", devices=8)
@@ -172,6 +173,7 @@ def test_eight_devices_give_the_numbers_of_one(finished, tiny_vit, tmp_path, par
     )
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_numbers_of_the_whole_batch(finished, tiny_vit, tmp_path):
     run(tiny_vit, tmp_path, "--config.accumulate=4")
     for name in ("train/loss", "train/penalty", "train/kept_fraction"):
@@ -180,6 +182,7 @@ def test_accumulation_gives_the_numbers_of_the_whole_batch(finished, tiny_vit, t
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "trained"),
     [("lora", None), ("mask_only", None), ("head", 330), ("bitfit", 970), ("full", None)],

@@ -43,6 +43,7 @@ def one_device(config):
     return follow(config, all_devices(limit=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["mesh", "pmap"])
 def test_eight_devices_equal_one(config, one_device, parallel):
     one, _, _ = one_device
@@ -61,6 +62,7 @@ def test_eight_devices_equal_one(config, one_device, parallel):
     np.testing.assert_allclose(one["loss"], eight["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_counts_are_equal_on_every_device_count(config, one_device):
     _, job, state = one_device
     results = []
@@ -94,6 +96,7 @@ def test_evaluation_counts_are_equal_on_every_device_count(config, one_device):
     np.testing.assert_allclose(figures["loss"], -log_p.mean(), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_lora_steps_equal_plain_optax(config):
     """Five steps of method lora against a loop with optax and a loss in a few lines."""
     config.method = "lora"
@@ -136,6 +139,7 @@ def test_lora_steps_equal_plain_optax(config):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_streamed_and_resident_data_give_the_same_run(config, one_device):
     config.data.mode = "stream"
     streamed, _, _ = follow(config, all_devices(limit=1))
@@ -151,6 +155,7 @@ def test_a_later_start_sees_the_same_batches(config):
     np.testing.assert_array_equal(whole[97:], [next(later)["id"] for _ in range(23)])
 
 
+@pytest.mark.slow
 def test_dropout_acts_in_training_only(config):
     config.lora.dropout = 0.5
     devices = all_devices(limit=1)
@@ -166,6 +171,7 @@ def test_dropout_acts_in_training_only(config):
     np.testing.assert_array_equal(ours["loss"], theirs["loss"])
 
 
+@pytest.mark.slow
 def test_bfloat16_base_trains_in_float32(config):
     config.model.base_dtype = config.model.dtype = "bfloat16"
     seen, job, state = follow(config, all_devices(limit=1), steps=10)

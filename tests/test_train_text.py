@@ -95,6 +95,7 @@ def test_what_a_run_leaves(finished, files):
     assert list((files / "cache").iterdir())
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_numbers_of_one(finished, files, tmp_path):
     run(files, tmp_path, devices=8)
     one, eight = rows(finished[0]), rows(tmp_path)
@@ -106,6 +107,7 @@ def test_eight_devices_give_the_numbers_of_one(finished, files, tmp_path):
     assert one[0]["train/kept_fraction"] == eight[0]["train/kept_fraction"]
 
 
+@pytest.mark.slow
 def test_regression(files, tmp_path):
     run(files, tmp_path, "--config.task=text_regression", "--config.data.label_key=score")
     summary = json.loads((tmp_path / "summary.json").read_text())

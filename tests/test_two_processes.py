@@ -17,6 +17,8 @@ SCRIPT = Path(__file__).parent / "fixtures" / "recorded_run.py"
 STEPS = 20
 RECORDS = ("record0", "record1")
 
+pytestmark = pytest.mark.slow
+
 
 def command(tiny_vit, workdir, record, *overrides):
     return [
@@ -178,7 +180,6 @@ def test_the_adapter_is_that_of_one_process(runs):
         np.testing.assert_allclose(value, theirs[name], atol=2e-5, err_msg=name)
 
 
-@pytest.mark.slow
 def test_a_sweep_in_two_processes(tiny_vit, tmp_path):
     alone, shared, said = both(tiny_vit, tmp_path, "--config.sweep.seeds=2")
     for name in ("seed=0", "seed=1"):
@@ -190,7 +191,6 @@ def test_a_sweep_in_two_processes(tiny_vit, tmp_path):
     assert "2 runs in one program" in said[1] and "runs" not in said[2]
 
 
-@pytest.mark.slow
 def test_one_process_is_asked_to_stop_and_both_save_the_same_step(tiny_vit, tmp_path):
     cluster = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
     many = ("--config.steps=5000", "--config.eval_every=2000")

@@ -37,6 +37,7 @@ def test_positions_that_form_no_square_are_refused():
         resize_positions(np.zeros((1, 13, 4), np.float32), 5)
 
 
+@pytest.mark.slow
 def test_padded_attention_gives_padding_no_weight():
     # 26 tokens pad to 32. Keys and values come with large numbers, so that a leak would show.
     random = np.random.RandomState(0)
