@@ -38,16 +38,18 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
 
         peft.check_installed()
     entry = options.entry
-    model, base, batches = _model(options, entry)
+    base, batches = _data(options, entry)
     rows, programs = {}, []
     for name in options.variants:
         say(f"compiling {name}")
-        flops = step_flops(entry, options.batch, name, options.rank, options.modules)
+        method, own = options.of(name)
+        flops = step_flops(entry, options.batch, method, options.rank, options.modules)
         row = {"name": name, "framework": "jax", "flops": flops, "error": None}
         rows[name] = row
 
-        def prepare(name=name):
-            programs.append(_program(name, model, entry, base, batches, options))
+        def prepare(name=name, method=method, own=own):
+            program = _program(method, entry, base, batches, own)
+            programs.append(program._replace(name=name))
             say(f"  {_told(programs[-1])}")
 
         with_memory(row, prepare)
@@ -76,22 +78,24 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
     }
 
 
-def _model(options: Options, entry: models.Entry):
-    """The module, its parameters and the batches; the last two on the device."""
-    dtype, base_dtype = jnp.dtype(options.dtype), jnp.dtype(options.base_dtype)
-    model = models.build(
+def _module(options: Options, entry: models.Entry):
+    return models.build(
         entry,
-        dtype=dtype,
-        base_dtype=base_dtype,
+        dtype=jnp.dtype(options.dtype),
+        base_dtype=jnp.dtype(options.base_dtype),
         unroll=options.unroll,
         remat=options.remat,
         attention=options.attention,
     )
+
+
+def _data(options: Options, entry: models.Entry):
+    """The parameters and the batches, on the device; those are the same for any ``Options.of``."""
     with _refusals(options):
         try:
-            base = models.random_params(model, entry)
-            batches = models.random_batches(entry, options.batch, BATCHES, dtype)
-            return model, *jax.block_until_ready((base, batches))
+            base = models.random_params(_module(options, entry), entry)
+            batches = models.random_batches(entry, options.batch, BATCHES, jnp.dtype(options.dtype))
+            return jax.block_until_ready((base, batches))
         except Exception as error:
             if not is_short(error):
                 raise
@@ -101,11 +105,11 @@ def _model(options: Options, entry: models.Entry):
             ) from None
 
 
-def _program(name, model, entry, base, batches, options: Options) -> Program:
+def _program(method, entry, base, batches, options: Options) -> Program:
     with _refusals(options):
         variant = make_variant(
-            name,
-            model,
+            method,
+            _module(options, entry),
             entry,
             rank=options.rank,
             modules=options.modules,

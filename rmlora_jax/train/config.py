@@ -33,6 +33,7 @@ SWEEPABLE = {
     "alpha": ("lora.alpha", ADAPTED),
     "orthogonal": ("adalora.orthogonal", ("adalora",)),
     "sparsity": ("sora.sparsity", ("sora",)),
+    "shrink": ("sora.shrink", ("sora",)),
     "l1": ("sora.l1", ("sora",)),
 }
 
@@ -141,6 +142,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.sora = ml_collections.ConfigDict()  # read by method sora alone
     c.sora.initial_rank = 8  # that a layer begins with
     c.sora.sparsity = 0.5  # lambda_2: each step moves a gate towards 0 by this times the rate
+    # In place of sparsity: what a gate loses over the whole run, so that a value fits any rate and
+    # length; gates begin as N(0, 1). None: sparsity
+    c.sora.shrink = config_dict.placeholder(float)
     c.sora.l1 = 0.0  # lambda_1: weight of the mean |gate| in the loss
     c.sora.gate_rate = 1.0  # learning rate of the gates over that of all else
     c.sora.proximal = "paper"  # paper, authors_exact
@@ -269,6 +273,9 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     need(0 < c.adalora.final < 1 - c.adalora.warmup, "adalora.final",
          "above 0 and, with adalora.warmup, below 1")
     need(c.sora.gate_rate > 0, "sora.gate_rate", "above 0")
+    if c.sora.shrink is not None:
+        need(c.sora.shrink >= 0, "sora.shrink", "0 or more, or None for sora.sparsity")
+        need(c.sora.proximal == "paper", "sora.shrink", "None where sora.proximal is not paper")
     if c.model.adapter:
         need(c.method in ADAPTED and c.method not in GATED, "model.adapter",
              f"empty for {c.method}; it is for {', '.join(m for m in ADAPTED if m not in GATED)}")
