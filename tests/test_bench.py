@@ -3,7 +3,9 @@
     pytest tests/test_bench.py
 """
 
+import contextlib
 import dataclasses
+import gzip
 import json
 import os
 import subprocess
@@ -18,7 +20,18 @@ import optax
 import pytest
 
 import rmlora_jax as rm
-from rmlora_jax.bench import flops, measure, models, options, picture, report, run, table, variants
+from rmlora_jax.bench import (
+    flops,
+    measure,
+    models,
+    options,
+    picture,
+    profile,
+    report,
+    run,
+    table,
+    variants,
+)
 from rmlora_jax.bench.compiled import Program, compile_variant
 from rmlora_jax.bench.execution import execution_of
 from rmlora_jax.bench.models import Entry
@@ -462,3 +475,40 @@ def test_the_command(tmp_path):
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: there is no model 'vit'")
     assert "Traceback" not in refused.stderr
+
+
+def test_the_kernels_of_a_trace(monkeypatch):
+    """Two steps on one stream; what the host and the other lanes of the device say is left out."""
+    names = [
+        {"ph": "M", "name": "process_name", "pid": 7, "args": {"name": "/device:GPU:0"}},
+        {"ph": "M", "name": "thread_name", "pid": 7, "tid": 1, "args": {"name": "Stream #13"}},
+        {"ph": "M", "name": "thread_name", "pid": 7, "tid": 2, "args": {"name": "XLA Ops"}},
+        {"ph": "M", "name": "process_name", "pid": 9, "args": {"name": "/host:CPU"}},
+        {"ph": "M", "name": "thread_name", "pid": 9, "tid": 1, "args": {"name": "Stream #13"}},
+    ]
+    took = [("nvjet_tst_64", 3000), ("loop_add_fusion_2", 500), ("loop_add_fusion_11", 700)]
+    spans = [{"ph": "X", "pid": 7, "tid": 1, "name": n, "dur": d} for n, d in took] * 2
+    others = [{"ph": "X", "pid": p, "tid": t, "name": "nvjet_tst_64", "dur": 9e9}
+              for p, t in ((7, 2), (9, 1))]
+    found = profile.kernels(names + spans + others, steps=2)
+    assert found == [{"kernel": "nvjet_tst", "ms": 3.0, "calls": 1.0},
+                     {"kernel": "loop_add_fusion", "ms": 1.2, "calls": 2.0}]
+    text = profile.text(found)
+    assert "| **matrix products** | 3.00 | 71 % |" in text and "| **element by element** |" in text
+
+    def trace_written(folder):
+        @contextlib.contextmanager
+        def trace():
+            yield
+            events = gzip.compress(json.dumps({"traceEvents": names + spans}).encode())
+            (Path(folder) / "plugins").mkdir()
+            (Path(folder) / "plugins" / "x.trace.json.gz").write_bytes(events)
+
+        return trace()
+
+    monkeypatch.setattr(jax.profiler, "trace", trace_written)
+    given = options.parse(["--model=tiny", "--variants=floor", "--repeats=1", "--profile"])
+    results = run.bench(given, say=str)
+    (row,) = results["programs"]
+    assert row["profile"][0] == {"kernel": "nvjet_tst", "ms": 1.5, "calls": 0.5}
+    assert "`loop_add_fusion`" in report._kernels(results)

@@ -50,6 +50,7 @@ class Options:
     steps: int | None
     variants: tuple[str, ...]
     peft: bool
+    profile: bool
     sweep: str
     values: tuple
     out: str
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
                             f"colon, as in lora:execution=merged:unroll=1 ({', '.join(OWN)}); "
                             f"None: {','.join(USUAL)}, in a sweep {','.join(SWEEP_VARIANTS)}")
     flag("--peft", action="store_true", help="time PyTorch's PEFT beside them")
+    flag("--profile", action="store_true", help="also list the kernels that a step consists of")
     flag("--sweep", default="", help=f"one of {', '.join(SWEEPS)}: a plot of the cost against it")
     flag("--values", help="of the sweep, with commas between")
     flag("--out", help="folder of the results; None: a new one under runs/")
@@ -130,8 +132,9 @@ def parse(arguments: Sequence[str]) -> Options:
         _among("--sweep", given.sweep, SWEEPS)
     elif given.values is not None:
         raise UserError("--values belong to a sweep; type --sweep=rank, or leave them out")
-    if given.sweep and given.peft:
-        raise UserError("--peft does not go with --sweep; leave one of them out")
+    for name in ("peft", "profile"):
+        if given.sweep and getattr(given, name):
+            raise UserError(f"--{name} does not go with --sweep; leave one of them out")
     fields = vars(given) | {
         "batch": entry.batch if given.batch is None else given.batch,
         "length": entry.length,

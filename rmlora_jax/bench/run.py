@@ -15,6 +15,7 @@ from rmlora_jax.bench.compiled import Program, compile_variant
 from rmlora_jax.bench.flops import step_flops
 from rmlora_jax.bench.measure import is_short, measure, product_program, with_memory
 from rmlora_jax.bench.options import Options
+from rmlora_jax.bench.profile import profile
 from rmlora_jax.bench.table import size
 from rmlora_jax.bench.variants import make_variant
 from rmlora_jax.errors import UserError
@@ -64,6 +65,10 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
     times = measure(timed, repeats=options.repeats, steps=options.steps, say=say)
     for program in programs:  # behind the turns: PyTorch tells its memory only then
         rows[program.name] |= program.facts | times[program.name]
+        if options.profile and program.facts["framework"] == "jax":
+            say(f"tracing {program.name}")
+            with_memory(rows[program.name],
+                        lambda p=program: rows[p.name].update(profile=profile(p)))
     return {
         "options": dataclasses.asdict(options) | {"variants": list(options.variants),
                                                   "values": list(options.values)},
