@@ -53,6 +53,7 @@ DEBERTA = TEXT | {
     "norm_rel_ebd": "layer_norm",
     "position_biased_input": False,
 }
+ROOT = Path(__file__).parent.parent
 ENTRIES = {
     "vit": Entry(ViTConfig(**SIZES, image_size=8, patch_size=4), 3),
     "bert": Entry(BertConfig(**TEXT), 3, 5),
@@ -512,3 +513,15 @@ def test_the_kernels_of_a_trace(monkeypatch):
     (row,) = results["programs"]
     assert row["profile"][0] == {"kernel": "nvjet_tst", "ms": 1.5, "calls": 0.5}
     assert "`loop_add_fusion`" in report._kernels(results)
+
+
+def test_the_table_of_the_gpu_is_that_of_the_stored_repeats():
+    stored = report.read(ROOT / "tests" / "results" / "bench_h100_vit_base.json")
+    text = (ROOT / "rmlora_jax" / "bench" / "README.md").read_text()
+    rows = table.table_rows(stored)
+    assert table.markdown_table(table.cells(rows)) in text
+    ms = {p["name"]: np.median(p["ms"]) for p in stored["programs"]}
+    merged = ms["rm_lora:execution=merged"]
+    assert f"| {merged / ms['floor']:.2f} (merged), " in text
+    assert f"| {ms['peft_lora'] / merged:.2f} | missed |" in text
+    assert f"| {ms['peft_rm_lora'] / merged:.2f} | missed |" in text
