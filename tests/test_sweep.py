@@ -33,7 +33,7 @@ def one_device():
     """Runs of whole folders on one device: eight fake ones on two cores take their time."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (loop, sweep):
-            patch.setattr(module, "all_devices", lambda name: mesh.all_devices(name, limit=1))
+            patch.setattr(module, "all_devices", lambda name, **_: mesh.all_devices(name, limit=1))
         yield
 
 

@@ -21,7 +21,7 @@ from rmlora_jax.train.mesh import all_devices, shard
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     for module in (loop, sweep):
-        monkeypatch.setattr(module, "all_devices", lambda name: mesh.all_devices(name, limit=1))
+        monkeypatch.setattr(module, "all_devices", lambda name, **_: mesh.all_devices(name, limit=1))
 
 
 def short(config, **fields):

@@ -31,11 +31,11 @@ def compile_only(config: ml_collections.ConfigDict, topology: str | None = None)
         smaller; or what of the config or topology cannot be had.
     """
     if topology:
-        devices, limit = tpu_devices(topology), chip_of(topology).memory
+        devices, limit = tpu_devices(topology, config.fsdp), chip_of(topology).memory
         jax.config.update("jax_enable_compilation_cache", False)  # it asks the devices
     else:
         loop.use_compilation_cache(config.compilation_cache)
-        devices, limit = all_devices(config.parallel), memory.available()
+        devices, limit = all_devices(config.parallel, fsdp=config.fsdp), memory.available()
     run = open_shapes(config, devices)
     where = topology or "this machine"
     began = time.monotonic()

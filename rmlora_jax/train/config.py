@@ -65,6 +65,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.snapshots = False  # keep the factors of each evaluation, for what training explored
     c.log_every = 20  # steps between lines of metrics.jsonl
     c.parallel = "mesh"  # mesh: jit(shard_map); pmap: jax.pmap
+    # Devices that share one copy of the base (FSDP, with parallel=mesh); 1: a copy on each
+    c.fsdp = 1
     c.compilation_cache = "~/.cache/rmlora_jax/xla"  # folder of compiled programs; "": none
 
     c.model = ml_collections.ConfigDict()
@@ -251,7 +253,9 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     one_of("rm.coupling", "paired", "independent")
     one_of("rm.placement", "before", "after", "lazy")
     one_of("optimizer.schedule", "linear", "cosine", "constant")
-    for field in ("batch_size", "accumulate", "eval_batch_size", "log_every", "lora.rank",
+    if c.parallel == "pmap":
+        need(c.fsdp == 1, "fsdp", "1 where parallel is pmap; type --config.parallel=mesh")
+    for field in ("fsdp", "batch_size", "accumulate", "eval_batch_size", "log_every", "lora.rank",
                   "model.unroll", "data.workers", "text.max_length", "rm.resample_every",
                   "adalora.initial_rank", "adalora.every", "sora.initial_rank",
                   "bottleneck.width", "prefix.length", "speech.width", "speech.layers",

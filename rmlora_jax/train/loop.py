@@ -48,7 +48,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
         print(ending(summary, workdir), flush=True)
         return summary
     use_compilation_cache(config.compilation_cache)
-    devices = all_devices(config.parallel)
+    devices = all_devices(config.parallel, fsdp=config.fsdp)
     with no_folder_of_a_run_that_cannot_start(workdir):
         job = setup.build(config, devices)
     if leader:

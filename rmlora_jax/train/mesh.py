@@ -2,9 +2,14 @@
 
 The step is written for one device: it sees its own part of the batch, knows the axis name ``AXIS``
 and adds up with ``jax.lax.psum``. What differs between the two maps is only here.
+
+With ``fsdp`` above 1 so many devices share one copy of the base. The step then sees each such group
+as one device: along ``GROUP`` the compiler splits the group's part of the batch, gathers each
+layer's weights when it comes to them, and adds up.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,27 +19,66 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rmlora_jax.errors import UserError
 
 AXIS = "data"
+GROUP = "model"  # the devices that share a copy of the base
+SMALL = 2**16  # parameters with fewer numbers are on every device all the same
 
 
 class Devices(NamedTuple):
     """Every device of every process in one row, and the map that uses them."""
 
-    mesh: Mesh
+    mesh: Mesh  # of one axis, or with fsdp of groups and the devices of each
     parallel: str  # mesh or pmap
 
     @property
     def count(self) -> int:
         return self.mesh.size
 
+    @property
+    def rows(self) -> PartitionSpec:
+        """Of a batch: its rows over all devices."""
+        return PartitionSpec(self.mesh.axis_names)
 
-def all_devices(parallel: str = "mesh", *, limit: int | None = None) -> Devices:
-    """A mesh of one axis over all devices of all processes, or over the first ``limit``."""
+
+def all_devices(parallel: str = "mesh", *, limit: int | None = None, fsdp: int = 1) -> Devices:
+    """A mesh over all devices of all processes, or over the first ``limit``.
+
+    Raises:
+      UserError: they do not form groups of ``fsdp``.
+    """
     # In the order of the processes, so that the rows of a global batch lie in the order in which
     # the processes read them; make_mesh may permute devices, and its Explicit axes break ordinary
     # Linen models.
     row = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-    mesh = Mesh(np.array(row[:limit]), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
-    return Devices(mesh, parallel)
+    return in_groups(row[:limit], fsdp, parallel)
+
+
+def in_groups(row: Sequence, fsdp: int, parallel: str = "mesh") -> Devices:
+    """Devices in this order, neighbours sharing a copy of the base."""
+    if len(row) % fsdp:
+        fit = [n for n in range(1, len(row) + 1) if not len(row) % n]
+        raise UserError(
+            f"config.fsdp={fsdp} does not divide the {len(row)} devices; type --config.fsdp= with "
+            f"one of {', '.join(map(str, fit))}"
+        )
+    grid, names = (np.array(row), (AXIS,)) if fsdp == 1 else (
+        np.array(row).reshape(-1, fsdp), (AXIS, GROUP))
+    kinds = (jax.sharding.AxisType.Auto,) * len(names)
+    return Devices(Mesh(grid, names, axis_types=kinds), parallel)
+
+
+def base_sharding(shape: tuple[int, ...], devices: Devices) -> NamedSharding:
+    """Where a parameter of the base lies: on every device, or with fsdp in parts over the group.
+
+    It is cut along its longest axis that the group divides, the last of equals; never along the
+    first of three or more, which is that of the layers: a layer is gathered when its turn comes.
+    """
+    group = dict(devices.mesh.shape).get(GROUP, 1)
+    first = 1 if len(shape) > 2 else 0
+    fit = [i for i in range(first, len(shape)) if shape[i] % group == 0]
+    spec = [None] * len(shape)
+    if group > 1 and fit and math.prod(shape) >= SMALL:
+        spec[max(fit, key=lambda i: (shape[i], i))] = GROUP
+    return NamedSharding(devices.mesh, PartitionSpec(*spec))
 
 
 def check_divisible(devices: Devices, **sizes: int) -> None:
@@ -54,18 +98,29 @@ def replicate(tree, devices: Devices):
     The leaves go through numpy so that no buffer is shared with the argument: what is replicated
     may be donated, and donation would delete the caller's arrays.
     """
-    sharding = NamedSharding(devices.mesh, PartitionSpec())
+    return place(tree, lambda shape: NamedSharding(devices.mesh, PartitionSpec()))
+
+
+def place_base(tree, devices: Devices):
+    """Puts the frozen parameters where `base_sharding` says."""
+    return place(tree, lambda shape: base_sharding(shape, devices))
+
+
+def place(tree, sharding: Callable[[tuple[int, ...]], NamedSharding]):
+    """Puts every (host) leaf where the sharding of its shape says."""
 
     def put(x):
         host = np.asarray(x)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        return jax.make_array_from_callback(
+            host.shape, sharding(host.shape), lambda index: host[index]
+        )
 
     return jax.tree.map(put, tree)
 
 
 def shard(tree, devices: Devices):
     """Spreads this process's rows of a batch over its devices; leaves are numpy arrays."""
-    sharding = NamedSharding(devices.mesh, PartitionSpec(AXIS))
+    sharding = NamedSharding(devices.mesh, devices.rows)
 
     def put(x):
         if devices.parallel == "pmap":  # pmap wants the device axis apart
@@ -74,6 +129,11 @@ def shard(tree, devices: Devices):
         return jax.make_array_from_process_local_data(sharding, x)
 
     return jax.tree.map(put, tree)
+
+
+def in_rows(x: jax.Array) -> jax.Array:
+    """``x`` split by its first axis over the group, in a step with fsdp."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(GROUP))
 
 
 def spread(fn: Callable, devices: Devices, *, donate: bool = False) -> Callable:
@@ -94,6 +154,7 @@ def spread(fn: Callable, devices: Devices, *, donate: bool = False) -> Callable:
             donate_argnums=donated,
         )
     replicated, split = PartitionSpec(), PartitionSpec(AXIS)
+    grouped = GROUP in devices.mesh.axis_names
     # check_vma would insert a reduction of its own at every use of a replicated value, inside the
     # backward pass; the step does it once, at the end.
     mapped = jax.shard_map(
@@ -102,5 +163,8 @@ def spread(fn: Callable, devices: Devices, *, donate: bool = False) -> Callable:
         in_specs=(replicated, replicated, split),
         out_specs=replicated,
         check_vma=False,
+        **({"axis_names": {AXIS}} if grouped else {}),
     )
-    return jax.jit(mapped, donate_argnums=donated)
+    # Else the compiler may leave a result in parts over the group.
+    whole = {"out_shardings": NamedSharding(devices.mesh, replicated)} if grouped else {}
+    return jax.jit(mapped, donate_argnums=donated, **whole)

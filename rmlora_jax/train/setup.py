@@ -5,6 +5,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from rmlora_jax.models.inserts import with_inserts
 from rmlora_jax.train import images, method, speech, text
 from rmlora_jax.train.config import INSERTED, KINDS, REGRESSION, SPEECH, data_seed
 from rmlora_jax.train.fields import fields
-from rmlora_jax.train.mesh import Devices, check_divisible, replicate, spread
+from rmlora_jax.train.mesh import Devices, check_divisible, in_rows, place_base, replicate, spread
 from rmlora_jax.train.step import Constants, State, init_state, make_eval_step, make_train_step
 from rmlora_jax.train.task import Feed, Problem
 
@@ -112,7 +113,7 @@ def open_base(config: ml_collections.ConfigDict, devices: Devices) -> Base:
         adapted=adapted,
         trainable=trainable,
         constants=Constants(
-            frozen=replicate(cast(frozen, jnp.dtype(config.model.base_dtype)), devices),
+            frozen=place_base(cast(frozen, jnp.dtype(config.model.base_dtype)), devices),
             data=feed.resident,
             data_seed=replicate(np.uint32(data_seed(config)), devices),
             seed=replicate(np.uint32(config.seed), devices),
@@ -187,7 +188,7 @@ def train_step(config: ml_collections.ConfigDict, base: Base, prepare_params=Non
     ``prepare_params`` changes the parameters on their way into the model.
     """
     return make_train_step(
-        _apply(base, prepare_params),
+        _apply(config, base, prepare_params),
         method.optimizer(config, base.steps),
         base.feed.prepare_train,
         regression=config.task == REGRESSION,
@@ -201,16 +202,36 @@ def eval_step(config: ml_collections.ConfigDict, base: Base, prepare_params=None
     """The evaluation step of one device, as `train_step`."""
     regression = config.task == REGRESSION
     return make_eval_step(
-        _apply(base, prepare_params), base.feed.prepare_eval, regression=regression
+        _apply(config, base, prepare_params), base.feed.prepare_eval, regression=regression
     )
 
 
-def _apply(base: Base, prepare_params: Callable | None) -> Callable:
+def _apply(config, base: Base, prepare_params: Callable | None) -> Callable:
     def apply(params, inputs, rngs=None):
         params = prepare_params(params) if prepare_params else params
-        return base.adapted.apply({"params": params}, *inputs, train=rngs is not None, rngs=rngs)
+        rows = jax.tree.leaves(inputs)[0].shape[0]
+        split = nn.intercept_methods(_in_rows(rows)) if config.fsdp > 1 else nullcontext()
+        with split:
+            return base.adapted.apply(
+                {"params": params}, *inputs, train=rngs is not None, rngs=rngs
+            )
 
     return apply
+
+
+def _in_rows(rows: int) -> Callable:
+    """An interceptor of Flax: what goes into and out of every module stays in rows of the batch.
+
+    Left alone the compiler would follow the parts of the weights and split features instead.
+    """
+
+    def hold(x):
+        return in_rows(x) if getattr(x, "ndim", 0) > 1 and x.shape[0] == rows else x
+
+    def intercept(call, arguments, keywords, context):
+        return jax.tree.map(hold, call(*jax.tree.map(hold, arguments), **keywords))
+
+    return intercept
 
 
 def cast(tree: Any, dtype) -> Any:

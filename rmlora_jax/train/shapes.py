@@ -17,7 +17,7 @@ from rmlora_jax.hub.published import find_architecture
 from rmlora_jax.train import images, many, method, setup, text
 from rmlora_jax.train.config import KINDS, REGRESSION, SPEECH, is_sweep, runs
 from rmlora_jax.train.fields import fields
-from rmlora_jax.train.mesh import AXIS, Devices, spread
+from rmlora_jax.train.mesh import Devices, base_sharding, spread
 from rmlora_jax.train.step import Constants
 from rmlora_jax.train.task import Feed
 
@@ -94,7 +94,7 @@ def open_shapes(config: ml_collections.ConfigDict, devices: Devices) -> RunShape
         constants, step = base.constants, setup.train_step(config, base)
     return RunShapes(
         step=spread(step, devices, donate=True),
-        arguments=(state, constants, _on(task.batch, devices, PartitionSpec(AXIS))),
+        arguments=(state, constants, _on(task.batch, devices, devices.rows)),
         outputs=task.outputs,
         trainable_parameters=base.trainable_parameters,
         total_parameters=base.total_parameters,
@@ -128,7 +128,9 @@ def _base(config, task: _Task, devices: Devices) -> setup.Base:
         lora=lora,
         adapted=adapted,
         trainable=trainable,
-        constants=_on(constants, devices, PartitionSpec()),
+        constants=_on(constants, devices, PartitionSpec())._replace(
+            frozen=jax.tree.map(lambda x: _in(x, base_sharding(x.shape, devices)), frozen)
+        ),
         steps=steps,
         total_parameters=count(trainable) + count(frozen),
         trainable_parameters=count(trainable),
@@ -222,7 +224,8 @@ def _architecture(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
 
 
 def _on(tree: Any, devices: Devices, spec: PartitionSpec) -> Any:
-    sharding = NamedSharding(devices.mesh, spec)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-    )
+    return jax.tree.map(lambda x: _in(x, NamedSharding(devices.mesh, spec)), tree)
+
+
+def _in(x, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -63,7 +63,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
         print(ending(summary, workdir), flush=True)
         return summary
     loop.use_compilation_cache(config.compilation_cache)
-    devices = all_devices(config.parallel)
+    devices = all_devices(config.parallel, fsdp=config.fsdp)
     every = runs(config)
     with loop.no_folder_of_a_run_that_cannot_start(workdir):
         base = setup.open_base(config, devices)

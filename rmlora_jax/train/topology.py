@@ -8,11 +8,9 @@ import re
 from typing import NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from rmlora_jax.errors import UserError, did_you_mean
-from rmlora_jax.train.mesh import AXIS, Devices
+from rmlora_jax.train.mesh import Devices, in_groups
 
 EXAMPLES = "v5e:4x4, v6e:8x8, v4:2x2x2 or v5p:2x2x2"
 
@@ -74,7 +72,7 @@ def chip_of(topology: str) -> Chip:
     return chip
 
 
-def tpu_devices(topology: str) -> Devices:
+def tpu_devices(topology: str, fsdp: int = 1) -> Devices:
     """The devices of a topology, in the order of a real run.
 
     Raises:
@@ -103,7 +101,7 @@ def tpu_devices(topology: str) -> Devices:
             "type pip install --upgrade '.[tpu]'"
         )
     row = sorted(found, key=lambda d: (d.process_index, d.id))
-    return Devices(Mesh(np.array(row), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,)), "mesh")
+    return in_groups(row, fsdp)
 
 
 def need_compiler() -> None:
