@@ -23,6 +23,7 @@ from rmlora_jax.train import images, method, speech, text
 from rmlora_jax.train.config import INSERTED, KINDS, REGRESSION, SPEECH, data_seed
 from rmlora_jax.train.fields import fields
 from rmlora_jax.train.mesh import Devices, check_divisible, replicate, spread
+from rmlora_jax.train.nonfinite import make_look
 from rmlora_jax.train.step import Constants, State, init_state, make_eval_step, make_train_step
 from rmlora_jax.train.task import Feed, Problem
 
@@ -42,6 +43,9 @@ class Job(NamedTuple):
     total_parameters: int
     trainable_parameters: int
     problem: Problem
+    # (trainable, constants, batch, step, number of the run) -> where its first number arises that
+    # is not finite
+    look: Callable
 
 
 class Base(NamedTuple):
@@ -78,6 +82,7 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
         total_parameters=base.total_parameters,
         trainable_parameters=base.trainable_parameters,
         problem=base.problem,
+        look=lambda *arguments: look(config, base)(*arguments[:4]),
     )
 
 
@@ -202,6 +207,14 @@ def eval_step(config: ml_collections.ConfigDict, base: Base, prepare_params=None
     regression = config.task == REGRESSION
     return make_eval_step(
         _apply(base, prepare_params), base.feed.prepare_eval, regression=regression
+    )
+
+
+def look(config: ml_collections.ConfigDict, base: Base, prepare_params=None) -> Callable:
+    """`nonfinite.make_look` of a run."""
+    regression = config.task == REGRESSION
+    return make_look(
+        _apply(base, prepare_params), base.feed.prepare_train, regression=regression
     )
 
 
