@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from absl import logging
+
 from rmlora_jax.errors import UserError
 
 ADVICE = {
@@ -27,6 +29,8 @@ def in_plain_words(workdir: Path) -> Iterator[None]:
     command goes on from the newest checkpoint.
     """
     shown, threading.excepthook = threading.excepthook, _without_refusals(threading.excepthook)
+    logger = logging.get_absl_logger()
+    logger.addFilter(_no_refusal)
     try:
         yield
     except UserError:
@@ -44,17 +48,23 @@ def in_plain_words(workdir: Path) -> Iterator[None]:
         ) from error
     else:
         threading.excepthook = shown
+        logger.removeFilter(_no_refusal)
 
 
 def _without_refusals(hook: Callable) -> Callable:
-    """Orbax writes in threads: what ends them comes back to the run, which says it in plain words.
-    After such an end others may still be under way, hence the hook then stays."""
+    """Orbax writes in threads: what ends them comes back to the run, which says it in plain words,
+    and need not be shown with its traceback as well. After such an end other threads may still be
+    under way, hence hook and filter then stay."""
 
     def quiet(thread):
         if thread.exc_value is None or refusal(thread.exc_value) is None:
             hook(thread)
 
     return quiet
+
+
+def _no_refusal(record) -> bool:
+    return not record.exc_info or refusal(record.exc_info[1]) is None
 
 
 def refusal(error: BaseException) -> int | None:
