@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 MIDDLE = ("compile", "step", "evaluation", "checkpoint")
 STEPS, EVERY = 24, 3
 A_RUN = 10  # kills of a run before it is left to its end, the last two of them in the export
+LONGEST = {"compile": 1.0, "step": 0.003}  # seconds from the beginning of a phase to the kill
 TIME = ("examples_per_second",)  # of a metrics row: what no two runs share
 
 
@@ -70,7 +71,7 @@ class Soak:
         nth = self.random.randint(1, {"compile": 1, "step": 4}.get(aim, 2))
         while process.poll() is None:
             if aim and phases.exists() and phases.read_text().splitlines().count(aim) >= nth:
-                time.sleep(self.random.uniform(0, 1.0 if aim == "compile" else 0.04))
+                time.sleep(self.random.uniform(0, LONGEST.get(aim, 0.04)))
                 process.kill()
                 break
             time.sleep(0.001)
