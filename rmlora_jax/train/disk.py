@@ -11,13 +11,12 @@ from absl import logging
 
 from rmlora_jax.errors import UserError
 
+# What only happens to who writes.
 ADVICE = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
     errno.EROFS: "make it writable again",
-    errno.EACCES: "make it writable again",
-    errno.EIO: "see to the disk",
 }
 
 

@@ -29,7 +29,10 @@ class Events:
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         earlier = any(folder.iterdir())
-        self._writer = EventsWriter(str(folder / "events"))
+        # TensorBoard reads files in the order of their names, which have the second; this is what
+        # keeps a process that begins within the same one from writing over the file before.
+        fraction = f".{time.time_ns() % 10**9:09}"
+        self._writer = EventsWriter(str(folder / "events"), fraction)
         self._flushed = time.monotonic()
         if earlier:
             first = start_step + 1 if start_step > 0 else 0
