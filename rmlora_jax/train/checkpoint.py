@@ -20,6 +20,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json
+from rmlora_jax.train.disk import without_late
 from rmlora_jax.train.scores import higher_is_better
 from rmlora_jax.train.step import State
 
@@ -198,7 +199,7 @@ def restore(manager: ocp.CheckpointManager, like: NamedTuple, step: int) -> Name
       UserError: files of the checkpoint are missing or damaged.
     """
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-    hook, sys.unraisablehook = sys.unraisablehook, _without_late_reads(sys.unraisablehook)
+    hook, sys.unraisablehook = sys.unraisablehook, without_late(sys.unraisablehook)
     try:
         state = type(like)(**manager.restore(step, args=ocp.args.StandardRestore(target)))
         sys.unraisablehook = hook
@@ -211,19 +212,6 @@ def damaged(error: Exception) -> str:
     """The words for a checkpoint that cannot be read."""
     why = str(error).splitlines()[0][:200] if str(error) else "no details"
     return f"cannot be read ({type(error).__name__}: {why})"
-
-
-def _without_late_reads(hook):
-    """After a failed restore the reads still under way fail, too, or come back to an event loop
-    that is closed, each with a traceback in the middle of our own words. Hence it stays in place.
-    """
-    late = ("Event loop is closed", "error while reading array index")
-
-    def quiet(unraisable):
-        if not any(words in str(unraisable.exc_value) for words in late):
-            hook(unraisable)
-
-    return quiet
 
 
 def best_step(manager: ocp.CheckpointManager) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,8 +29,10 @@ def in_plain_words(workdir: Path) -> Iterator[None]:
     command goes on from the newest checkpoint.
     """
     shown, threading.excepthook = threading.excepthook, _without_refusals(threading.excepthook)
+    late, sys.unraisablehook = sys.unraisablehook, without_late(sys.unraisablehook)
     logger = logging.get_absl_logger()
     logger.addFilter(_no_refusal)
+    refused = False
     try:
         yield
     except UserError:
@@ -38,6 +41,7 @@ def in_plain_words(workdir: Path) -> Iterator[None]:
         number = refusal(error)
         if number is None:
             raise
+        refused = True
         found = [*workdir.glob("checkpoints/*"), *workdir.glob("program/checkpoints/*")]
         saved = [int(p.name) for p in found if p.name.isdigit()]
         kept = f"the checkpoint of step {max(saved):,} is whole" if saved else "nothing is lost"
@@ -46,18 +50,34 @@ def in_plain_words(workdir: Path) -> Iterator[None]:
             f"Now {ADVICE[number]}; the same command goes on from there"
         ) from error
     else:
-        threading.excepthook = shown
-        logger.removeFilter(_no_refusal)
+        sys.unraisablehook = late
+    finally:
+        if not refused:
+            threading.excepthook = shown
+            logger.removeFilter(_no_refusal)
 
 
 def _without_refusals(hook: Callable) -> Callable:
     """Orbax writes in threads: what ends them comes back to the run, which says it in plain words,
     and need not be shown with its traceback as well. After such an end other threads may still be
-    under way, hence hook and filter then stay."""
+    under way, hence hooks and filter then stay."""
 
     def quiet(thread):
         if thread.exc_value is None or refusal(thread.exc_value) is None:
             hook(thread)
+
+    return quiet
+
+
+def without_late(hook: Callable) -> Callable:
+    """After orbax failed, reads and writes still under way fail, too, or come back to an event loop
+    that is closed, each with a traceback in the middle of our own words. Hence this stays in place.
+    """
+    late = ("Event loop is closed", "error while reading array index")
+
+    def quiet(unraisable):
+        if not any(words in str(unraisable.exc_value) for words in late):
+            hook(unraisable)
 
     return quiet
 
