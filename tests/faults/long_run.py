@@ -3,9 +3,10 @@
     python tests/faults/long_run.py --steps=20000
 
 Trains a tiny ViT in this process with evaluations and checkpoints, and notes at each line of
-metrics.jsonl its resident memory, its open files and its threads, and how long the lines took to
-write. Memory is compared between the first fifth of the samples behind the warm-up, a quarter of
-the run, and the last fifth.
+metrics.jsonl its own memory, its open files and its threads, and what CPU time the lines took.
+Compared are the medians over the first fifth of the samples behind the warm-up, a quarter of the
+run, and over the last fifth. Its own memory is what it allocated, in RAM or swapped out: resident
+memory as a whole goes down and up as a busy kernel drops pages of libraries and reads them again.
 """
 
 import argparse
@@ -22,10 +23,11 @@ import numpy as np
 HERE = Path(__file__).parent
 
 
-def resident() -> int:
-    """Bytes of memory of this process, from the kernel."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def allocated() -> int:
+    """Bytes of this process's own memory, in RAM or swapped out, from the kernel."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kibibytes = [int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "VmSwap"))]
+    return 1024 * sum(kibibytes)
 
 
 def measure(steps: int, folder: Path, model: Path) -> dict[str, float]:
@@ -41,42 +43,47 @@ def measure(steps: int, folder: Path, model: Path) -> dict[str, float]:
         function = getattr(owner, name)
 
         def wrapped(*args, **kwargs):
-            began = time.perf_counter()
+            began = time.thread_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                logging[0] += time.perf_counter() - began
+                logging[0] += time.thread_time() - began
 
         setattr(owner, name, wrapped)
 
+    timed(loop, "row_of")
+    timed(metrics.MetricWriter, "write")
+    timed(nonfinite.Watched, "add")
     row_of = loop.row_of
     training = [0.0]
 
     def sample(done, *rest):
         training[0] += done.seconds
         files = len(os.listdir("/proc/self/fd"))
-        samples.append((done.step, resident(), files, threading.active_count()))
+        samples.append((done.step, allocated(), files, threading.active_count()))
         return row_of(done, *rest)
 
     loop.row_of = sample
-    timed(loop, "row_of")
-    timed(metrics.MetricWriter, "write")
-    timed(nonfinite.Watched, "add")
     on_one_device(_Patch)
+    began = time.process_time()
     loop.train(config, folder / "run")
-    step, memory, files, threads = np.array(samples).T
+    spent = time.process_time() - began
+    step, *columns = np.array(samples).T
     warm = np.flatnonzero(step > steps / 4)
     fifth = max(1, len(warm) // 5)
-    early, late = memory[warm[:fifth]].mean(), memory[warm[-fifth:]].mean()
+    (memory, files, threads), (memory_late, files_late, threads_late) = (
+        [float(np.median(column[part])) for column in columns]
+        for part in (warm[:fifth], warm[-fifth:])
+    )
     return {
         "steps": steps,
-        "memory_early_MiB": round(early / 2**20, 1),
-        "memory_late_MiB": round(late / 2**20, 1),
-        "memory_growth": round(late / early - 1, 4),
-        "files": sorted({int(files[warm[0]]), int(files[-1])}),
-        "threads": sorted({int(threads[warm[0]]), int(threads[-1])}),
+        "memory_MiB": [round(memory / 2**20, 1), round(memory_late / 2**20, 1)],
+        "memory_growth": round(memory_late / memory - 1, 4),
+        "files": [files, files_late],
+        "threads": [threads, threads_late],
         "step_ms": round(1e3 * training[0] / steps, 3),
-        "logging_share": round(logging[0] / training[0], 4),
+        "logging_ms_a_step": round(1e3 * logging[0] / steps, 4),
+        "logging_share": round(logging[0] / spent, 4),
     }
 
 
