@@ -99,6 +99,7 @@ def test_a_run_goes_on_from_the_one_before_to_the_same_end(run, whole, tiny_vit,
     check_same_end(whole, run)
 
 
+@pytest.mark.slow
 def test_lost_figures_are_damage_too(run, whole, tiny_vit, capsys):
     damage(run / "checkpoints" / str(LAST) / "metrics" / "metrics", "half")
     train(config_of(tiny_vit), run)
@@ -134,6 +135,7 @@ def test_where_all_are_gone_a_run_does_not_begin_again(run, tiny_vit, what):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_before_its_first_checkpoint_a_run_begins_again(killed, whole, tiny_vit, tmp_path):
     shutil.copytree(killed, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
@@ -145,6 +147,7 @@ def test_killed_before_its_first_checkpoint_a_run_begins_again(killed, whole, ti
     check_same_end(whole, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_best_one_is_damaged(tiny_vit, tmp_path, monkeypatch, capsys):
     """The next best of those that are left is taken, and that is said."""
     config, evaluate = config_of(tiny_vit), []

@@ -46,6 +46,7 @@ def test_a_longer_run_is_the_one_that_was_longer_from_the_start(constant, tmp_pa
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_logging_may_change_on_the_way(constant, tmp_path, capsys):
     train(constant, tmp_path, until=8)
     constant.log_every = 2
