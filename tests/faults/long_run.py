@@ -69,6 +69,7 @@ def measure(steps: int, folder: Path, model: Path) -> dict[str, float]:
     loop.train(config, folder / "run")
     spent = time.process_time() - began
     step, *columns = np.array(samples).T
+    print([round(float(np.median(part)) / 2**20) for part in np.array_split(columns[0], 10)])
     warm = np.flatnonzero(step > steps / 4)
     fifth = max(1, len(warm) // 5)
     (memory, files, threads), (memory_late, files_late, threads_late) = (
