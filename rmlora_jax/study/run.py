@@ -12,6 +12,7 @@ from rmlora_jax.study.cost import cost_table
 from rmlora_jax.study.pictures import write_pictures
 from rmlora_jax.study.plan import Cell
 from rmlora_jax.study.rows import ROWS, append_rows, read_rows
+from rmlora_jax.train.workdir import opened
 
 
 def run_study(
@@ -40,6 +41,13 @@ def run_study(
     if study.dry_run:
         print(cost_table(cells, bases, read_rows(file), program_of), flush=True)
         return read_rows(file)
+
+    with opened(workdir, alone=True):
+        return _run(study, workdir, cells, program_of, trainer)
+
+
+def _run(study, workdir: Path, cells, program_of: Callable, trainer: Callable | None):
+    file = workdir / ROWS
 
     def train(one: program.Program) -> list[dict]:
         if trainer is not None:

@@ -1,21 +1,31 @@
 """Orbax checkpoints of what a run changes: step, trainable parameters, optimizer state.
 
-The base is never written: it comes from where the config says. Kept are the latest checkpoint, from
-which a run continues, and the best one by validation.
+The base is never written: it comes from where the config says. Kept are the best checkpoint by
+validation and, while a run trains, the latest two: it continues from the second where the latest
+cannot be read. A checkpoint that cannot be read is never deleted but set aside, into ``damaged/``.
 """
 
 import math
+import os
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.files import read_json
+from rmlora_jax.train.disk import without_late
 from rmlora_jax.train.scores import higher_is_better
 from rmlora_jax.train.step import State
+
+LATEST = 2  # checkpoints kept beside the best while a run trains
+DAMAGED = "damaged"  # the folder beside checkpoints/ for those that cannot be read
 
 
 class Score(NamedTuple):
@@ -35,34 +45,80 @@ def score(metrics: dict) -> Score:
 def open_checkpoints(workdir: Path, *, keep_best: bool = True) -> ocp.CheckpointManager:
     """The manager of ``workdir/checkpoints``; saves are asynchronous, close it to wait for them.
 
-    It keeps the latest checkpoint and, with ``keep_best``, the best.
+    It keeps the latest two checkpoints and, with ``keep_best``, the best.
 
     Raises:
       UserError: the folder is none, or what it says of its steps is missing or damaged.
     """
     folder = workdir / "checkpoints"
     policy = preservation_policy
+    latest = policy.LatestN(LATEST)
     options = ocp.CheckpointManagerOptions(
         save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),
         preservation_policy=policy.AnyPreservationPolicy(
-            [policy.LatestN(1), policy.BestN(get_metric_fn=score, n=1)]
+            [latest, policy.BestN(get_metric_fn=score, n=1)]
         )
         if keep_best
-        else policy.LatestN(1),
+        else latest,
         best_fn=lambda metrics: metrics["score"],  # without it orbax writes no metrics
         cleanup_tmp_directories=True,  # what a killed save left behind
     )
-    advice = "delete the damaged step in it, or start anew with another --workdir"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder; start anew with another --workdir")
+    _set_aside_without_figures(folder)
     try:
-        manager = ocp.CheckpointManager(folder, options=options)
+        return ocp.CheckpointManager(folder, options=options)
+    except OSError:
+        raise
     except Exception as e:  # whatever a damaged file makes orbax raise
-        raise UserError(f"{folder} cannot be read ({type(e).__name__}); {advice}") from e
-    for step in manager.all_steps():
-        if manager.metrics(step) is None:
-            raise UserError(f"{folder / str(step)} has lost its metrics; {advice}")
-    return manager
+        raise UserError(
+            f"{folder} cannot be read ({type(e).__name__}); start anew with another --workdir"
+        ) from e
+
+
+def _set_aside_without_figures(folder: Path) -> None:
+    """Orbax reads the figures of every step when it opens a folder, and fails on a damaged one."""
+    lost = None
+    if jax.process_index() == 0:
+        steps = [p for p in folder.glob("*") if p.name.isdigit()]
+        wrong = {int(step.name): why for step in steps if (why := _wrong_figures(step))}
+        if wrong and len(wrong) == len(steps):
+            lost = none_left(folder, wrong)
+        else:
+            for step, why in wrong.items():
+                set_aside(folder / str(step), why)
+    if not _all_processes(lost is None):
+        raise lost or UserError(f"no checkpoint in {folder} can be read; process 0 says more")
+
+
+def _wrong_figures(step: Path) -> str | None:
+    try:
+        if read_json(step / "metrics" / "metrics"):
+            return None
+    except FileNotFoundError:
+        return "has lost its metrics"
+    except ValueError:  # neither JSON nor UTF-8
+        pass
+    return "has damaged metrics"
+
+
+def set_aside(step: Path, why: str) -> None:
+    """Moves the folder of a step into ``damaged/``, where a save cannot meet it, and says so."""
+    place = step.parent.parent / DAMAGED / step.name
+    while place.exists():
+        place = place.with_name(place.name + "-again")
+    place.parent.mkdir(exist_ok=True)
+    os.rename(step, place)
+    print(f"note: the checkpoint {step} {why}; it is now {place}", flush=True)
+
+
+def none_left(folder: Path, why: dict[int, str]) -> UserError:
+    """The words where no checkpoint of several, or of one, can be read: nothing was moved."""
+    steps = "; ".join(f"{folder / str(step)} {words}" for step, words in sorted(why.items()))
+    return UserError(
+        f"no checkpoint of this run can be read: {steps}\n"
+        "Put a copy of one back, or start anew with another --workdir"
+    )
 
 
 def save(
@@ -83,6 +139,59 @@ def write(manager: ocp.CheckpointManager, step: int, state: NamedTuple, figures:
     manager.save(step, args=ocp.args.StandardSave(state._asdict()), metrics=figures)
 
 
+def newest(manager: ocp.CheckpointManager, like: NamedTuple) -> tuple[Any, int]:
+    """The newest state that can be read, as `restore` gives it, and its step; None, 0 without any.
+
+    Raises:
+      UserError: there are checkpoints, and none can be read.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    return first_intact(manager, like, steps) if steps else (None, 0)
+
+
+def best(manager: ocp.CheckpointManager, like: NamedTuple) -> tuple[NamedTuple, int]:
+    """The state with the best validation score that can be read, and its step.
+
+    Raises:
+      UserError: none can be read.
+    """
+    return first_intact(manager, like, by_score(manager))
+
+
+def first_intact(
+    manager: ocp.CheckpointManager, like: NamedTuple, steps: Iterable[int]
+) -> tuple[NamedTuple, int]:
+    """The first of ``steps`` that can be read; those before it are set aside.
+
+    Raises:
+      UserError: none can be read. Nothing is moved then.
+    """
+    failed = {}
+    for step in steps:
+        try:
+            state, why = restore(manager, like, step), None
+        except UserError as e:
+            state, why = None, str(e)
+        if not _all_processes(why is None):
+            failed[step] = why or "cannot be read by another process"
+            continue
+        if failed:
+            if jax.process_index() == 0:
+                for other, words in failed.items():
+                    set_aside(manager.directory / str(other), words)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("set aside")
+            manager.reload()
+        return state, step
+    raise none_left(Path(manager.directory), failed)
+
+
+def _all_processes(ok: bool) -> bool:
+    if jax.process_count() == 1:
+        return ok
+    return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
+
+
 def restore(manager: ocp.CheckpointManager, like: NamedTuple, step: int) -> NamedTuple:
     """Reads a step into the shapes, dtypes and shardings of ``like``.
 
@@ -90,38 +199,36 @@ def restore(manager: ocp.CheckpointManager, like: NamedTuple, step: int) -> Name
       UserError: files of the checkpoint are missing or damaged.
     """
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-    hook, sys.unraisablehook = sys.unraisablehook, _without_late_reads(sys.unraisablehook)
+    hook, sys.unraisablehook = sys.unraisablehook, without_late(sys.unraisablehook)
     try:
         state = type(like)(**manager.restore(step, args=ocp.args.StandardRestore(target)))
         sys.unraisablehook = hook
         return state
     except Exception as e:  # orbax and tensorstore raise many kinds for damaged files
-        raise damaged(manager.directory / str(step), e) from e
+        raise UserError(damaged(e)) from e
 
 
-def damaged(folder: Path, error: Exception) -> UserError:
+def damaged(error: Exception) -> str:
     """The words for a checkpoint that cannot be read."""
     why = str(error).splitlines()[0][:200] if str(error) else "no details"
-    return UserError(
-        f"the checkpoint {folder} cannot be read ({type(error).__name__}: {why}). Delete that "
-        "folder to continue from an older one, or start anew with another --workdir"
-    )
-
-
-def _without_late_reads(hook):
-    """After a failed restore the reads still under way come back to an event loop that is closed,
-    each with a traceback in the middle of our own words. Hence it stays in place."""
-
-    def quiet(unraisable):
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            hook(unraisable)
-
-    return quiet
+    return f"cannot be read ({type(error).__name__}: {why})"
 
 
 def best_step(manager: ocp.CheckpointManager) -> int:
     """The step with the best validation score; of equals the latest, which is the one kept."""
-    return max(manager.all_steps(), key=lambda s: (score(manager.metrics(s)), s))
+    return by_score(manager)[0]
+
+
+def by_score(manager: ocp.CheckpointManager) -> list[int]:
+    """All steps, the best first."""
+    steps = manager.all_steps()
+    return sorted(steps, key=lambda s: (score(manager.metrics(s)), s), reverse=True)
+
+
+def keep_only(manager: ocp.CheckpointManager, steps: Collection[int]) -> None:
+    """Deletes all other steps: those that a run no longer needs once it is finished."""
+    for step in set(manager.all_steps()) - set(steps):
+        manager.delete(step)
 
 
 def best_trainable(workdir: Path) -> dict:
@@ -142,4 +249,7 @@ def best_trainable(workdir: Path) -> dict:
         )
         return jax.device_get(reader.restore(folder, like)["trainable"])
     except Exception as e:  # orbax and tensorstore raise many kinds for damaged files
-        raise damaged(folder.parent, e) from e
+        raise UserError(
+            f"the checkpoint {folder.parent} {damaged(e)}; put a copy of it back, or train again "
+            "with another --workdir"
+        ) from e

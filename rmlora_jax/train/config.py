@@ -41,8 +41,10 @@ SWEEPABLE = {
 # what is written, and no number.
 FREE_ON_RESUME = frozenset(
     {"data.data_dir", "data.cache", "data.workers", "data.processes", "text.cache"}
-    | {"log_every", "compilation_cache", "sweep.at_once"}
+    | {"log_every", "nonfinite_limit", "compilation_cache", "sweep.at_once"}
 )
+# Of these a run can have more where no step depends on how many there are.
+LENGTH = ("steps", "epochs")
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -64,6 +66,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.eval_every = 0  # steps between evaluations (each is a checkpoint); 0: once an epoch
     c.snapshots = False  # keep the factors of each evaluation, for what training explored
     c.log_every = 20  # steps between lines of metrics.jsonl
+    # A step whose loss or gradient is not finite changes nothing; after so many in a row a run
+    # ends, and says where the first number came from that is none. 0: it goes on
+    c.nonfinite_limit = 10
     c.parallel = "mesh"  # mesh: jit(shard_map); pmap: jax.pmap
     # Devices that share one copy of the base (FSDP, with parallel=mesh); 1: a copy on each
     c.fsdp = 1
@@ -261,9 +266,9 @@ def check_config(c: ml_collections.ConfigDict) -> None:
                   "bottleneck.width", "prefix.length", "speech.width", "speech.layers",
                   "speech.heads"):
         need(vars(flat)[field] >= 1, field, "at least 1")
-    for field in ("steps", "eval_every", "model.image_size", "data.limit", "data.per_class",
-                  "data.processes", "sweep.seeds", "sweep.at_once", "rm.penalty", "rm.start_step",
-                  "optimizer.weight_decay", "optimizer.clip", "adalora.warmup",
+    for field in ("steps", "eval_every", "nonfinite_limit", "model.image_size", "data.limit",
+                  "data.per_class", "data.processes", "sweep.seeds", "sweep.at_once", "rm.penalty",
+                  "rm.start_step", "optimizer.weight_decay", "optimizer.clip", "adalora.warmup",
                   "adalora.orthogonal", "adalora.target", "sora.sparsity", "sora.l1",
                   "speech.clusters"):
         need(vars(flat)[field] >= 0, field, "0 or more")
@@ -429,12 +434,36 @@ def differences(old: dict, new: dict) -> list[str]:
 
     A field that is younger than the run has its default there.
     """
+    return changes(old, new)[0]
+
+
+def changes(old: dict, new: dict) -> tuple[list[str], list[str]]:
+    """`differences`, and the fields that differ and may."""
     old, new = flatten(default_config()) | flatten(old), flatten(new)
-    return [
-        f"{k}: {old.get(k)!r} -> {new.get(k)!r}"
-        for k in sorted(old.keys() | new.keys())
-        if k not in FREE_ON_RESUME and _plain(old.get(k)) != _plain(new.get(k))
-    ]
+    refused, free = [], []
+    for k in sorted(old.keys() | new.keys()):
+        if _plain(old.get(k)) == _plain(new.get(k)):
+            continue
+        words = f"{k}: {old.get(k)!r} -> {new.get(k)!r}"
+        why = needs_length(new) if k in LENGTH else None
+        if k in FREE_ON_RESUME or (k in LENGTH and why is None):
+            free.append(words)
+        else:
+            refused.append(words + (f" ({why})" if why else ""))
+    return refused, free
+
+
+def needs_length(flat: dict) -> str | None:
+    """Why a run of this flat config with more steps is another from its first step on, if it is."""
+    if flat["optimizer.schedule"] != "constant":
+        return f"the rates of optimizer.schedule={flat['optimizer.schedule']} depend on it"
+    if flat["optimizer.warmup"]:
+        return "optimizer.warmup is a fraction of it"
+    if flat["method"] == "adalora":
+        return "the budget of adalora depends on it"
+    if flat["sweep.seeds"] or flat["sweep.grid"]:
+        return "a sweep is of one length"
+    return None
 
 
 def _plain(value):

@@ -1,9 +1,7 @@
 """A run from its first step to its report; the same folder again continues where it stopped."""
 
-import contextlib
 import functools
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,15 +14,16 @@ import numpy as np
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import plain, read_json, write_json
-from rmlora_jax.train import checkpoint, finished, method, setup, snapshots, terminal
-from rmlora_jax.train.config import check_config, differences, is_sweep
+from rmlora_jax.train import checkpoint, finished, method, nonfinite, setup, snapshots, terminal
+from rmlora_jax.train.config import check_config, is_sweep
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter, read_metrics
 from rmlora_jax.train.report import verdict, write_report
 from rmlora_jax.train.scores import score
-from rmlora_jax.train.step import State
+from rmlora_jax.train.step import State, updates_done
 from rmlora_jax.train.stopping import Stopped, watch
 from rmlora_jax.train.task import Outputs
+from rmlora_jax.train.workdir import check_nothing_lost, check_workdir, opened
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
@@ -33,14 +32,19 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     Raises:
       UserError: what the person who started the run can put right; nothing is left half written.
     """
-    began = time.monotonic()
     check_config(config)
     if is_sweep(config):
         raise ValueError("loop.train is for a single run: call sweep.train")
     workdir = Path(workdir).absolute()
-    check_workdir(config, workdir)
+    with opened(workdir):
+        return _train(config, workdir)
+
+
+def _train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
+    began = time.monotonic()
+    longer = check_workdir(config, workdir)
     leader = jax.process_index() == 0
-    if (workdir / "summary.json").exists():
+    if (workdir / "summary.json").exists() and not longer:
         summary = read_json(workdir / "summary.json")
         if leader and not (workdir / "report.png").exists():  # killed between the two
             write_report(workdir)
@@ -49,15 +53,21 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
         return summary
     use_compilation_cache(config.compilation_cache)
     devices = all_devices(config.parallel, fsdp=config.fsdp)
-    with no_folder_of_a_run_that_cannot_start(workdir):
-        job = setup.build(config, devices)
-    if leader:
-        write_json(workdir / "config.json", config.to_dict())
+    job = setup.build(config, devices)
 
     with checkpoint.open_checkpoints(workdir) as checkpoints:
-        state, start = job.state, checkpoints.latest_step() or 0
-        if start:
-            state = checkpoint.restore(checkpoints, state, start)
+        found, start = checkpoint.newest(checkpoints, job.state)
+        state = job.state if found is None else found
+        if not start:
+            check_nothing_lost(workdir)
+        if start > job.steps:
+            raise UserError(
+                f"{workdir} is at step {start:,} already, and this config ends at {job.steps:,}; "
+                f"type --config.steps={start} or more, or give another --workdir"
+            )
+        if leader:
+            (workdir / "summary.json").unlink(missing_ok=True)  # of a run that goes on
+            write_json(workdir / "config.json", config.to_dict())
         with MetricWriter(
             workdir, total_steps=job.steps, start_step=start, enabled=leader
         ) as writer:
@@ -69,11 +79,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
             state, rate = fit(config, job, state, compiled, checkpoints, writer, devices)
         checkpoints.wait_until_finished()
         last = reported(compiled, state.trainable, job, devices)
-        step = checkpoint.best_step(checkpoints)
         best, best_eval = state, last
+        step = checkpoint.best_step(checkpoints)
         if step != job.steps:
-            best = checkpoint.restore(checkpoints, state, step)
+            best, step = checkpoint.best(checkpoints, state)
             best_eval = reported(compiled, best.trainable, job, devices)
+        checkpoint.keep_only(checkpoints, {step, job.steps})
         for split in job.feed.unlabelled:
             out = evaluate(compiled, best.trainable, job, split, devices)
             if leader:
@@ -97,17 +108,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
         write_report(workdir)
         print(ending(summary, workdir), flush=True)
     return summary
-
-
-@contextlib.contextmanager
-def no_folder_of_a_run_that_cannot_start(workdir: Path) -> Iterator[None]:
-    """Removes ``workdir`` again, if it is empty, where a UserError ends what is done inside."""
-    try:
-        yield
-    except UserError:
-        if not any(workdir.iterdir()):
-            workdir.rmdir()
-        raise
 
 
 def header(config, of: setup.Job | setup.Base, devices: Devices, workdir: Path, **more) -> str:
@@ -202,31 +202,46 @@ def fit(config, job: setup.Job, state: State, compiled: Steps, checkpoints, writ
     The rate counts the time of training steps alone: without compilation, evaluation, checkpoints.
     """
     seconds, trained = 0.0, 0
+    watched = nonfinite.Watched(config.nonfinite_limit)
     for done in stretches(config, job, state, compiled, devices):
         state = done.state
         seconds, trained = seconds + done.seconds, trained + len(done.metrics)
         row = row_of(done, done.metrics, job.schedule, config)
+        for note in watched.add(done.first, done.metrics):
+            writer.print(note)
         if done.evaluating:
             outputs = evaluate(compiled, state.trainable, job, "validation", devices)
             validation = measured(outputs, job.problem.metrics)
             row |= {f"eval/{name}": value for name, value in validation.items()}
+            checkpoints.wait_until_finished()  # see check_nothing_lost
             writer.write(done.step, row)
             keep_factors(
                 config, writer, done.step, state.trainable, job.constants.frozen, job.lora
             )
+            writer.flush()
             checkpoint.save(checkpoints, state, validation, job.problem.metrics[0])
         else:
             writer.write(done.step, row)
-        if done.stopping:
+        if done.stopping or watched.over:
             if not done.evaluating:
+                writer.flush()
                 checkpoint.save(checkpoints, state, UNKNOWN, "loss")
             checkpoints.wait_until_finished()
+            if watched.over:
+                raise ended(job, state.trainable, watched, done.step)
             raise saved_after(done.step, job.steps)
     return state, trained * config.batch_size / seconds if seconds else None
 
 
 def saved_after(step: int, steps: int) -> Stopped:
     return Stopped(f"saved after step {step:,} of {steps:,}; the same command goes on from there")
+
+
+def ended(job: setup.Job, trainable, watched: nonfinite.Watched, step: int, run: int = 0):
+    """The error of a run that has had too many steps in a row that are not finite."""
+    batch = next(iter(job.feed.train(watched.first - 1)))
+    where = job.look(trainable, job.constants, batch, watched.first - 1, run)
+    return nonfinite.ended(watched, step, batch["id"], where)
 
 
 # The figures of a checkpoint that was saved without an evaluation: never the best.
@@ -247,9 +262,14 @@ class Stretch(NamedTuple):
     step: int  # optimizer steps done
     state: State  # valid until the next stretch, which reuses its memory
     metrics: list[dict]  # of each step, on the host
+    skipped: np.ndarray  # steps up to here that changed nothing, () or of each run (K,)
     seconds: float  # that the steps took, without compilation
     evaluating: bool  # whether an evaluation and a checkpoint are due
     stopping: bool  # whether the run was asked to stop: then only a checkpoint is
+
+    @property
+    def first(self) -> int:
+        return self.step - len(self.metrics) + 1
 
 
 def stretches(config, job: setup.Job, state: State, compiled: Steps, devices) -> Iterator[Stretch]:
@@ -261,6 +281,7 @@ def stretches(config, job: setup.Job, state: State, compiled: Steps, devices) ->
 
     since = clock()
     start = int(state.step)
+    skipped = start - np.asarray(jax.device_get(updates_done(state.opt_state)))
     batches = zip(range(start + 1, job.steps + 1), job.feed.train(start), strict=False)
     with watch("saving after this step") as asked:
         for done, batch in batches:
@@ -271,21 +292,28 @@ def stretches(config, job: setup.Job, state: State, compiled: Steps, devices) ->
             if done % config.log_every and not evaluating and not stopping:
                 continue
             metrics = jax.device_get(pending)  # waits for the steps
-            yield Stretch(done, state, metrics, clock() - since, evaluating, stopping)
+            skipped = skipped + np.sum([m["skipped"] for m in metrics], axis=0, dtype=np.int64)
+            yield Stretch(done, state, metrics, skipped, clock() - since, evaluating, stopping)
             pending, since = [], clock()
 
 
-def row_of(done: Stretch, metrics: list[dict], schedule, config) -> dict[str, float]:
+def row_of(done: Stretch, metrics: list[dict], schedule, config, run=()) -> dict[str, float]:
     """A line of metrics.jsonl from the metrics of each step of one run."""
+    skipped = [int(m["skipped"]) for m in metrics]
+    updates = done.step - 1 - int(done.skipped[run]) + skipped[-1]  # before the last step
     return mean_of(metrics) | {
-        "learning_rate": float(schedule(done.step - 1)),
+        "learning_rate": float(schedule(updates)),
+        "skipped": sum(skipped),
         "examples_per_second": len(metrics) * config.batch_size / done.seconds,
     }
 
 
 def mean_of(metrics: list[dict]) -> dict[str, float]:
-    """Means of the steps' metrics, under the names of metrics.jsonl."""
-    return {f"train/{k}": np.mean([m[k] for m in metrics], dtype=np.float32) for k in metrics[0]}
+    """Means of the steps' metrics, under the names of metrics.jsonl; of those that were not
+    skipped, if there are any."""
+    kept = [m for m in metrics if not m.get("skipped")] or metrics
+    names = [k for k in metrics[0] if k != "skipped"]
+    return {f"train/{k}": np.mean([m[k] for m in kept], dtype=np.float32) for k in names}
 
 
 def evaluate(compiled: Steps, trainable, job: setup.Job, split: str, devices: Devices) -> Outputs:
@@ -338,34 +366,6 @@ def spectrum(trainable, frozen, lora: rm.LoRA) -> dict:
 @functools.partial(jax.jit, static_argnums=2)
 def _spectrum(trainable, frozen, lora):
     return rm.intrinsic_dimension(rm.join(trainable, frozen), lora)
-
-
-def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Refuses a folder that cannot be written or that holds a run of another config."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=workdir).close()
-    except OSError as e:
-        raise UserError(
-            f"cannot write to the workdir {workdir}: {e.strerror}; give another --workdir"
-        ) from e
-    file = workdir / "config.json"
-    if not file.exists():
-        if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
-            raise UserError(
-                f"{workdir} has checkpoints but no config.json, so what they belong to is not "
-                "known; give another --workdir"
-            )
-        return
-    try:
-        changed = differences(read_json(file), config.to_dict())
-    except (ValueError, AttributeError) as e:
-        raise UserError(f"{file} is not a config ({e}); give another --workdir") from e
-    if changed:
-        raise UserError(
-            f"{workdir} holds a run with another config: {'; '.join(changed)}\n"
-            "Give the same config to continue that run, or another --workdir to start a new one"
-        )
 
 
 def use_compilation_cache(folder: str) -> None:

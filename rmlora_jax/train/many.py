@@ -59,7 +59,16 @@ def build(
         total_parameters=base.total_parameters,
         trainable_parameters=base.trainable_parameters,
         problem=base.problem,
+        look=functools.partial(look, config, base),
     )
+
+
+def look(config, base: setup.Base, trainable, constants: ManyConstants, batch, step: int, i: int):
+    """`setup.look` of run ``i``, whose own ``trainable`` this is."""
+    values = pick(constants.values, i)
+    own, prepare = _settings(config, base, values)
+    shared = constants.shared._replace(seed=values["seed"])
+    return setup.look(own, base, prepare)(trainable, shared, batch, step)
 
 
 def train_step(config: ml_collections.ConfigDict, base: setup.Base) -> Callable:

@@ -142,7 +142,9 @@ class MetricWriter:
             drop_after(self.workdir / name, start_step)
         snapshots.drop_after(self.workdir, start_step)
         if tensorboard:
-            self._events = _open_events(self.workdir / EVENTS, start_step)
+            from rmlora_jax.train.events import Events
+
+            self._events = Events(self.workdir / EVENTS, start_step)
         if progress:
             self._progress = Progress(total_steps, stream=stream, interval=interval)
 
@@ -166,10 +168,7 @@ class MetricWriter:
         self._last_step = step
         if self._events is not None:
             # tensorboardX warns on the terminal about each number that is not finite.
-            for key, value in values.items():
-                if not math.isfinite(value):
-                    continue
-                self._events.add_scalar(key, value, step)
+            self._events.add(step, {k: v for k, v in values.items() if math.isfinite(v)})
         self._shown |= values
         self.progress(step)
 
@@ -184,11 +183,17 @@ class MetricWriter:
             return
         append_intrinsic(self.workdir, step, modules)
         if self._events is not None:
+            means = {}
             for path, values in modules.items():
                 ranks = np.asarray(values.get("effective_rank", np.nan), np.float64)
                 if np.isfinite(ranks).any():
-                    self._events.add_scalar(
-                        f"effective_rank/{path}", np.mean(ranks[np.isfinite(ranks)]), step)
+                    means[f"effective_rank/{path}"] = np.mean(ranks[np.isfinite(ranks)])
+            self._events.add(step, means)
+
+    def flush(self) -> None:
+        """Events to the disk: to be called before the checkpoint of the step is written."""
+        if self._events is not None:
+            self._events.flush()
 
     def print(self, text: str) -> None:
         """Shows ``text`` on lines of its own without disturbing the progress bar."""
@@ -238,12 +243,3 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return read_json_lines(
         path, "step", int, "is not a JSON object with a step.\n"
         "Delete that line, or start again with another --workdir.")
-
-
-def _open_events(folder: pathlib.Path, start_step: int):
-    from tensorboardX import SummaryWriter
-
-    # TensorBoard hides older events from purge_step on, where an earlier process wrote some.
-    earlier = folder.is_dir() and any(folder.iterdir())
-    first = start_step + 1 if start_step > 0 else 0
-    return SummaryWriter(str(folder), purge_step=first if earlier else None, flush_secs=10)

@@ -24,6 +24,7 @@ from rmlora_jax.train import images, method, speech, text
 from rmlora_jax.train.config import INSERTED, KINDS, REGRESSION, SPEECH, data_seed
 from rmlora_jax.train.fields import fields
 from rmlora_jax.train.mesh import Devices, check_divisible, in_rows, place_base, replicate, spread
+from rmlora_jax.train.nonfinite import make_look
 from rmlora_jax.train.step import Constants, State, init_state, make_eval_step, make_train_step
 from rmlora_jax.train.task import Feed, Problem
 
@@ -43,6 +44,9 @@ class Job(NamedTuple):
     total_parameters: int
     trainable_parameters: int
     problem: Problem
+    # (trainable, constants, batch, step, number of the run) -> where its first number arises that
+    # is not finite
+    look: Callable
 
 
 class Base(NamedTuple):
@@ -79,6 +83,7 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
         total_parameters=base.total_parameters,
         trainable_parameters=base.trainable_parameters,
         problem=base.problem,
+        look=lambda *arguments: look(config, base)(*arguments[:4]),
     )
 
 
@@ -188,7 +193,7 @@ def train_step(config: ml_collections.ConfigDict, base: Base, prepare_params=Non
     ``prepare_params`` changes the parameters on their way into the model.
     """
     return make_train_step(
-        _apply(config, base, prepare_params),
+        _apply(base, prepare_params, config.fsdp > 1),
         method.optimizer(config, base.steps),
         base.feed.prepare_train,
         regression=config.task == REGRESSION,
@@ -202,16 +207,23 @@ def eval_step(config: ml_collections.ConfigDict, base: Base, prepare_params=None
     """The evaluation step of one device, as `train_step`."""
     regression = config.task == REGRESSION
     return make_eval_step(
-        _apply(config, base, prepare_params), base.feed.prepare_eval, regression=regression
+        _apply(base, prepare_params, config.fsdp > 1), base.feed.prepare_eval, regression=regression
     )
 
 
-def _apply(config, base: Base, prepare_params: Callable | None) -> Callable:
+def look(config: ml_collections.ConfigDict, base: Base, prepare_params=None) -> Callable:
+    """`nonfinite.make_look` of a run."""
+    regression = config.task == REGRESSION
+    return make_look(
+        _apply(base, prepare_params), base.feed.prepare_train, regression=regression
+    )
+
+
+def _apply(base: Base, prepare_params: Callable | None, split: bool = False) -> Callable:
     def apply(params, inputs, rngs=None):
         params = prepare_params(params) if prepare_params else params
         rows = jax.tree.leaves(inputs)[0].shape[0]
-        split = nn.intercept_methods(_in_rows(rows)) if config.fsdp > 1 else nullcontext()
-        with split:
+        with nn.intercept_methods(_in_rows(rows)) if split else nullcontext():
             return base.adapted.apply(
                 {"params": params}, *inputs, train=rngs is not None, rngs=rngs
             )

@@ -63,7 +63,9 @@ def make_train_step(
       label_smoothing: weight of the uniform distribution in the targets.
 
     Metrics (float32 scalars, equal on all devices): loss and, for classes, accuracy, means over the
-    global batch (the loss without the penalty); grad_norm; and ``figures``.
+    global batch (the loss without the penalty); grad_norm; skipped, 1 where loss or grad_norm is
+    not finite; and ``figures``. A skipped step leaves parameters and optimizer state, and with it
+    the mask's and the allocation's, as they were; only the step's number goes on, and so do data.
     """
 
     def loss_fn(trainable, constants, batch, keys, positions):
@@ -80,10 +82,7 @@ def make_train_step(
         return losses.sum(), {"accuracy": (logits.argmax(-1) == labels).sum(dtype=jnp.float32)}
 
     def step(state: State, constants: Constants, batch):
-        # Two halves of one key where the seeds are one. Nothing of a run enters the first, so that
-        # runs mapped over this step share what it draws.
-        augment_key, _ = _split(constants.data_seed, state.step)
-        _, dropout_key = _split(constants.seed, state.step)
+        keys = keys_of(constants, state.step)
         local = jax.tree.leaves(batch)[0].shape[0]
         count = local * jax.lax.axis_size(AXIS)
         positions = jax.lax.axis_index(AXIS) * local + jnp.arange(local)
@@ -91,7 +90,7 @@ def make_train_step(
         def gradients(micro):
             batch, positions = micro
             (loss, counts), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.trainable, constants, batch, (augment_key, dropout_key), positions
+                state.trainable, constants, batch, keys, positions
             )
             return jax.tree.map(lambda g: g.astype(jnp.float32), grads), {"loss": loss} | counts
 
@@ -114,12 +113,35 @@ def make_train_step(
         grads, means = jax.tree.map(lambda x: x / count, jax.lax.psum(sums, AXIS))
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = means | {"grad_norm": optax.tree.norm(grads)}
+        # Of sums over all devices, so that all of them come to the same answer.
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (trainable, opt_state),
+            (state.trainable, state.opt_state),
+        )
+        metrics = means | {"grad_norm": grad_norm, "skipped": 1.0 - finite}
         if figures is not None:
             metrics |= figures(state.trainable, opt_state)
         return State(state.step + 1, trainable, opt_state), metrics
 
     return step
+
+
+def keys_of(constants: Constants, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The keys of augmentation and of dropout in the step after ``step`` steps.
+
+    Two halves of one key where the seeds are one. Nothing of a run enters the first, so that runs
+    mapped over a step share what it draws.
+    """
+    return _split(constants.data_seed, step)[0], _split(constants.seed, step)[1]
+
+
+def updates_done(opt_state: optax.OptState) -> jax.Array:
+    """How often the optimizer moved the parameters: fewer times than there were steps where some
+    were skipped. Schedules go by it."""
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 
 def _split(seed: jax.Array, step: jax.Array) -> jax.Array:

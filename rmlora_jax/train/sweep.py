@@ -22,12 +22,22 @@ from jax.experimental import multihost_utils
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json, write_json
-from rmlora_jax.train import checkpoint, finished, loop, many, memory, setup, terminal
+from rmlora_jax.train import (
+    checkpoint,
+    finished,
+    loop,
+    many,
+    memory,
+    nonfinite,
+    setup,
+    terminal,
+)
 from rmlora_jax.train.config import TEXTS, Run, check_config, runs
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter
 from rmlora_jax.train.step import State
 from rmlora_jax.train.sweep_report import write_sweep_report
+from rmlora_jax.train.workdir import check_workdir, opened
 
 SAMPLED = 64  # batches among which the longest is looked for
 
@@ -53,10 +63,15 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     Raises:
       UserError: as `loop.train`.
     """
-    began = time.monotonic()
     check_config(config)
-    workdir, leader = Path(workdir).absolute(), jax.process_index() == 0
-    loop.check_workdir(config, workdir)
+    workdir = Path(workdir).absolute()
+    with opened(workdir):
+        return _train(config, workdir)
+
+
+def _train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
+    began, leader = time.monotonic(), jax.process_index() == 0
+    check_workdir(config, workdir)
     if (workdir / "summary.json").exists():
         summary = read_json(workdir / "summary.json")
         print("this sweep is finished; another --workdir starts a new one")
@@ -65,11 +80,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     loop.use_compilation_cache(config.compilation_cache)
     devices = all_devices(config.parallel, fsdp=config.fsdp)
     every = runs(config)
-    with loop.no_folder_of_a_run_that_cannot_start(workdir):
-        base = setup.open_base(config, devices)
-        many.check_frozen(config, base)
+    base = setup.open_base(config, devices)
+    many.check_frozen(config, base)
     for run in every:
-        loop.check_workdir(run.config, workdir / run.name)
+        check_workdir(run.config, workdir / run.name)
     if leader:
         write_json(workdir / "config.json", config.to_dict())
         for run in every:
@@ -217,11 +231,10 @@ def train_chunk(
         checkpoint.open_checkpoints(folder, keep_best=False) as manager,
         contextlib.ExitStack() as stack,
     ):
-        start = manager.latest_step() or 0
+        like = Together(job.state, many.best_shapes(job.state))
+        together, start = checkpoint.newest(manager, like)
         figures = {"last": [None] * len(chunk), "best": [None] * len(chunk)}
         if start:
-            like = Together(job.state, many.best_shapes(job.state))
-            together = checkpoint.restore(manager, like, start)
             figures = manager.metrics(start)
         else:
             together = Together(many.first_state(chunk, base, devices), None)
@@ -266,13 +279,15 @@ def fit(config, job, together, figures, steps, manager, writers, devices):
     count, seconds, best = len(writers), 0.0, together.best
     state, last, shown = together.state, figures["last"], {}
     progress = terminal.Progress(job.steps)
+    watched = [nonfinite.Watched(config.nonfinite_limit) for _ in writers]
     for done in loop.stretches(config, job, state, steps, devices):
         state, seconds = done.state, seconds + done.seconds
-        rows = [
-            loop.row_of(done, [{k: v[i] for k, v in m.items()} for m in done.metrics],
-                        job.schedule[i], config)
-            for i in range(count)
-        ]
+        own = [[{k: v[i] for k, v in m.items()} for m in done.metrics] for i in range(count)]
+        rows = [loop.row_of(done, own[i], job.schedule[i], config, i) for i in range(count)]
+        for i, one in enumerate(watched):
+            for note in one.add(done.first, own[i]):
+                if jax.process_index() == 0:
+                    progress.print(f"{writers[i].workdir.name}: {note}")
         if done.evaluating:
             last = [
                 checkpoint.scored(found, job.problem.metrics[0]) | {"step": done.step}
@@ -281,17 +296,21 @@ def fit(config, job, together, figures, steps, manager, writers, devices):
             for row, found in zip(rows, last, strict=True):
                 row |= {f"eval/{k}": v for k, v in found.items() if k not in ("score", "step")}
             figures, best = kept(state, last, figures, best)
+            manager.wait_until_finished()  # as in loop.fit
         for i, (writer, row) in enumerate(zip(writers, rows, strict=True)):
             writer.write(done.step, row)
             if done.evaluating:
                 own, frozen = many.pick(state.trainable, i), job.constants.shared.frozen
                 loop.keep_factors(config, writer, done.step, own, frozen, job.lora[i])
-        if done.evaluating or done.stopping:
+        over = all(one.over for one in watched)  # one alone stays as it is; the others go on
+        if done.evaluating or done.stopping or over:
             if best is None:  # nothing was evaluated yet; no figure says that this is the best
                 best = many.better(state, state, np.ones(count, bool))
             checkpoint.write(manager, done.step, Together(state, best), figures)
-        if done.stopping:
+        if done.stopping or over:
             manager.wait_until_finished()
+            if over:
+                raise loop.ended(job, many.pick(state.trainable, 0), watched[0], done.step)
             raise loop.saved_after(done.step, job.steps)
         shown |= summed_up(rows)
         if jax.process_index() == 0:

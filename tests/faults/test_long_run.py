@@ -1,0 +1,27 @@
+"""What ``long_run.py`` measures, in short and in full."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from faults import long_run
+
+
+def measured(steps):
+    done = subprocess.run(
+        [sys.executable, long_run.__file__, f"--steps={steps}"],
+        capture_output=True, text=True, check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "growth"), [(2_000, 0.05), (20_000, 0.02)])
+def test_nothing_grows(steps, growth):
+    found = measured(steps)
+    assert found["memory_growth"] < growth, found
+    assert found["files"][1] <= found["files"][0], found
+    assert found["threads"][1] <= found["threads"][0], found
+    assert found["logging_share"] < 0.01, found
