@@ -37,6 +37,7 @@ class Dataset:
       class_names: ``num_classes`` strings.
       image_shape: ``(H, W, C)``, or None where images differ in size.
       channels: 3, or 1 for grayscale (repeated to 3 on the device).
+      skipped: the records that were left out because they cannot be used, and why.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Dataset:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int] | None
     channels: int = 3
+    skipped: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,15 +122,20 @@ def held_out_count(n: int, amount: float) -> int:
     """
     if amount < 0 or (amount >= 1 and amount != int(amount)):
         raise UserError(
-            f"validation={amount!r}: must be a fraction of the training images below 1, "
+            f"validation={amount!r}: must be a fraction of the training examples below 1, "
             "or a whole number of them"
+        )
+    if n < 2 and amount > 0:
+        raise UserError(
+            f"the data set has {n} training example{'s' * (n != 1)}; two are needed, one of them "
+            "to choose the best step on: see --config.data.train_split, or the training file"
         )
     count = round(n * amount) if amount < 1 else int(amount)
     if amount > 0:
         count = max(count, 1)
     if count >= n:
         raise UserError(
-            f"validation={amount!r} would hold out {count} of the {n} training images; "
+            f"validation={amount!r} would hold out {count} of the {n} training examples; "
             "give a smaller one, such as 0.1"
         )
     return count

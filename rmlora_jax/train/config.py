@@ -37,9 +37,10 @@ SWEEPABLE = {
 }
 
 # Fields that may differ between a run and its continuation: they change where things are, or
-# what is written, and no number.
+# what is written, and no number; and the one that lets a run go on that met a damaged record.
 FREE_ON_RESUME = frozenset(
     {"data.data_dir", "data.cache", "data.workers", "data.processes", "text.cache"}
+    | {"data.bad_records"}
     | {"log_every", "compilation_cache", "sweep.at_once"}
 )
 
@@ -90,6 +91,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.limit = 0  # use this many training examples only; 0: all
     c.data.classes = 0  # use the first so many classes of a fixed random order; 0: all; images only
     c.data.per_class = 0  # use at most so many training images of each class; 0: all; images only
+    # How many damaged, empty or wrongly labelled records, of all splits together, may be left out;
+    # images are then all looked at before the run. 0: none, the first that is met ends the run
+    c.data.bad_records = 0
     c.data.mode = "auto"  # resident: all on the device; stream; auto: resident if it fits
     c.data.cache = "~/.cache/rmlora_jax/images"  # folder of decoded splits; "": none
     c.data.workers = 8  # threads that decode
@@ -254,8 +258,9 @@ def check_config(c: ml_collections.ConfigDict) -> None:
                   "speech.heads"):
         need(vars(flat)[field] >= 1, field, "at least 1")
     for field in ("steps", "eval_every", "model.image_size", "data.limit", "data.per_class",
-                  "data.processes", "sweep.seeds", "sweep.at_once", "rm.penalty", "rm.start_step",
-                  "optimizer.weight_decay", "optimizer.clip", "adalora.warmup",
+                  "data.processes", "data.bad_records", "sweep.seeds", "sweep.at_once",
+                  "rm.penalty", "rm.start_step", "optimizer.weight_decay", "optimizer.clip",
+                  "adalora.warmup",
                   "adalora.orthogonal", "adalora.target", "sora.sparsity", "sora.l1",
                   "speech.clusters"):
         need(vars(flat)[field] >= 0, field, "0 or more")

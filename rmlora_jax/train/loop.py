@@ -143,6 +143,7 @@ def summary_of(
         "trainable_parameters": job.trainable_parameters,
         "final_parameters": plain(method.left(config, trainable)),
         "total_parameters": job.total_parameters,
+        "skipped_records": list(job.problem.skipped),
         "examples_per_second": rate,
         "compile_seconds": compile_seconds,
         "wall_seconds": wall_seconds,
