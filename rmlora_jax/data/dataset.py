@@ -111,8 +111,9 @@ def identity_of(source: ImageSource, chosen: Sequence[int]) -> str | None:
     return own and f"{own} {hashlib.sha256(np.asarray(chosen, np.int64).tobytes()).hexdigest()}"
 
 
-def held_out_count(n: int, amount: float) -> int:
-    """How many of ``n`` images ``amount`` stands for: a fraction below 1, a number from 1 on.
+def held_out_count(n: int, amount: float, of: object = "the data set") -> int:
+    """How many of the ``n`` examples ``of`` a data set ``amount`` stands for: a fraction below 1, a
+    number from 1 on.
 
     >>> held_out_count(1437, 0.1), held_out_count(1437, 200)
     (144, 200)
@@ -127,8 +128,8 @@ def held_out_count(n: int, amount: float) -> int:
         )
     if n < 2 and amount > 0:
         raise UserError(
-            f"the data set has {n} training example{'s' * (n != 1)}; two are needed, one of them "
-            "to choose the best step on: see --config.data.train_split, or the training file"
+            f"{of} has {n} training example{'s' * (n != 1)}; two are needed, one of them to "
+            "choose the best step on"
         )
     count = round(n * amount) if amount < 1 else int(amount)
     if amount > 0:
@@ -177,10 +178,15 @@ def _largest_remainder(sizes: np.ndarray, total: int) -> np.ndarray:
 
 
 def with_validation(
-    train: ImageSource, amount: float, *, seed: int, labels: np.ndarray | None = None
+    train: ImageSource,
+    amount: float,
+    *,
+    seed: int,
+    labels: np.ndarray | None = None,
+    of: object = "the data set",
 ) -> tuple[ImageSource, ImageSource | None]:
     """``train`` without the held out images, and those (None where ``amount`` is 0)."""
-    count = held_out_count(len(train), amount)
+    count = held_out_count(len(train), amount, of)
     if count == 0:
         return train, None
     kept, held = hold_out(len(train), count, seed=seed, labels=labels)

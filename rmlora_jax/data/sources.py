@@ -107,7 +107,7 @@ def load_images(
         parts.append(usable(source, skipped, cache=cache, threads=threads, desc=desc))
         if not len(parts[-1]):
             raise UserError(f"split {which!r} of {name} has no image that can be used")
-    train, held = with_validation(parts[0], validation, seed=seed)
+    train, held = with_validation(parts[0], validation, seed=seed, of=folder)
     data = Dataset(
         name, train, held, parts[1], len(class_names), class_names, shape, channels,
         tuple(skipped.records),
@@ -124,7 +124,7 @@ def _default_test(folder: Path, split):
             if source.labelled():
                 return source
     raise UserError(
-        f"{info.full_name} has no labelled test or validation split, only "
+        f"{folder} has no labelled test or validation split, only "
         f"{', '.join(sorted(info.splits))}\nName parts of one, such as "
         "--config.data.train_split='train[:80%]' --config.data.test_split='train[80%:]'"
     )

@@ -23,6 +23,7 @@ from rmlora_jax.data.tfds_images import (
     import_tfds,
     not_prepared,
     open_builder,
+    open_errors,
 )
 from rmlora_jax.errors import UserError
 
@@ -139,14 +140,14 @@ def load_texts(
             raise UserError(f"split {train_split!r} of {name} has no labelled texts")
         tests = {}
         for ours, theirs in (test_splits or {"test": None}).items():
-            tests[ours] = read(theirs) if theirs else _default_test(info, read)
+            tests[ours] = read(theirs) if theirs else _default_test(folder, info, read)
             if not len(tests[ours].ids) or not _labelled(tests[ours]):
                 raise UserError(f"split {theirs!r} of {name} has no labelled texts")
         present = {k: v for k, v in (unlabelled_splits or {}).items() if v in info.splits}
         unlabelled = {ours: read(theirs) for ours, theirs in present.items()}
     if not tests:
-        train, tests["test"] = _held_out(train, validation, seed + 1, regression)
-    train, held = _held_out(train, validation, seed, regression)
+        train, tests["test"] = _held_out(train, validation, seed + 1, regression, train_file)
+    train, held = _held_out(train, validation, seed, regression, train_file or folder)
     if limit and limit < len(train.ids):
         train = train.at(np.arange(limit))
     return TextDataset(
@@ -154,8 +155,8 @@ def load_texts(
     )
 
 
-def _held_out(split: TextSplit, amount: float, seed: int, regression: bool):
-    count = held_out_count(len(split.ids), amount)
+def _held_out(split: TextSplit, amount: float, seed: int, regression: bool, of):
+    count = held_out_count(len(split.ids), amount, of)
     labels = None if regression else split.labels
     kept, held = hold_out(len(split.ids), count, seed=seed, labels=labels)
     return split.at(kept), split.at(held)
@@ -194,7 +195,7 @@ def _features(folder: Path, columns: Sequence[str], label_key: str, regression: 
         columns = tuple(texts)
     if not columns or not set(columns) <= set(texts):
         raise UserError(
-            f"{info.full_name} has no text under {', '.join(map(repr, columns)) or 'no name'}; its "
+            f"{folder} has no text under {', '.join(map(repr, columns)) or 'no name'}; its "
             f"texts are under {', '.join(texts) or 'nothing'}\nName one or two: "
             f"--config.text.columns=\"('{texts[0] if texts else 'text'}',)\""
         )
@@ -208,7 +209,7 @@ def _features(folder: Path, columns: Sequence[str], label_key: str, regression: 
     if not fits:
         others = [k for k in features if k not in texts]
         raise UserError(
-            f"{info.full_name} has no {kind} under {label_key!r}; beside texts it has "
+            f"{folder} has no {kind} under {label_key!r}; beside texts it has "
             f"{', '.join(others) or 'nothing'}\nName it with --config.data.label_key"
         )
     return tuple(columns), None if regression else tuple(label.names)
@@ -219,18 +220,8 @@ def _read(
 ) -> TextSplit:
     """A split, without the examples that cannot be used where it has labels."""
     builder = open_builder(folder)
-    try:
+    with open_errors(folder, builder.info, split):
         records = builder.as_data_source(split=split)
-    except NotImplementedError as error:
-        raise UserError(
-            f"{folder} is stored in a format that cannot be read at random; prepare it again in "
-            "another folder: python -m rmlora_jax.data.prepare NAME --data_dir=OTHER"
-        ) from error
-    except ValueError as error:
-        raise UserError(
-            f"{builder.info.full_name} has no split {split!r}; it has "
-            f"{', '.join(sorted(builder.info.splits))}"
-        ) from error
     n = len(records)
     texts = tuple([""] * n for _ in columns)
     labels = np.full(n, *((math.nan, np.float32) if names is None else (-1, np.int32)))
@@ -277,14 +268,14 @@ def _unusable(split: TextSplit, i: int, names: tuple[str, ...] | None) -> str | 
     return f"its label is {label}, the declared classes are 0 to {len(names) - 1}"
 
 
-def _default_test(info, read) -> TextSplit:
+def _default_test(folder: Path, info, read) -> TextSplit:
     for which in ("test", "validation"):
         if which in info.splits:
             split = read(which)
             if len(split.ids) and _labelled(split):
                 return split
     raise UserError(
-        f"{info.full_name} has no labelled test or validation split, only "
+        f"{folder} has no labelled test or validation split, only "
         f"{', '.join(sorted(info.splits))}\nName parts of one, such as "
         "--config.data.train_split='train[:80%]' --config.data.test_split='train[80%:]'"
     )

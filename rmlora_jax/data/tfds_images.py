@@ -4,6 +4,7 @@ Folders are found by looking (``data_dir/name[/config]/version``), not through t
 faster, works for data sets TFDS has never heard of, and never imports TensorFlow.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -246,22 +247,33 @@ def open_builder(folder: Path):
 
 def open_split(folder: Path, split: str, *how):
     """:class:`TfdsImages`, or a UserError that says what is wrong with the split or its files."""
-    builder = open_builder(folder)
-    try:
+    with open_errors(folder, open_builder(folder).info, split):
         return TfdsImages(str(folder), split, *how)
+
+
+@contextlib.contextmanager
+def open_errors(folder: Path, info, split: str):
+    """UserErrors for what TFDS raises where a split is opened."""
+    try:
+        yield
+    except UserError:
+        raise
     except NotImplementedError as error:
-        name, where = builder.info.full_name, folder.parents[builder.info.full_name.count("/")]
-        kind = builder.info.file_format
+        name, where = info.full_name, folder.parents[info.full_name.count("/")]
+        kind = info.file_format
         raise UserError(
             f"{name} in {where} is stored as {kind.value if kind else 'an unknown format'}, which "
             "cannot be read at random; prepare it again in another folder: type\n"
-            f"python -m rmlora_jax.data.prepare {name.replace('/' + str(builder.version), '')} "
+            f"python -m rmlora_jax.data.prepare {name.replace('/' + str(info.version), '')} "
             "--data_dir=OTHER, then use --config.data.data_dir=OTHER"
         ) from error
-    except ValueError as error:
+    except Exception as error:  # of many kinds, where the folder is damaged
+        if isinstance(error, ValueError) and split not in info.splits:
+            known = ", ".join(sorted(info.splits))
+            raise UserError(f"{folder} has no split {split!r}; it has {known}") from error
         raise UserError(
-            f"{builder.info.full_name} has no split {split!r}; it has "
-            f"{', '.join(sorted(builder.info.splits))}"
+            f"{folder} is damaged: split {split!r} cannot be opened: {_first_line(error)[:300]}\n"
+            "Delete that folder and prepare it again"
         ) from error
 
 
@@ -286,16 +298,16 @@ def image_features(folder: Path, image_key: str, label_key: str):
     labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     if image_key not in images:
         hint = f"; its images are under {', '.join(images)}" if images else ""
-        raise UserError(f"{info.full_name} has no image under {image_key!r}{hint}")
+        raise UserError(f"{folder} has no image under {image_key!r}{hint}")
     if label_key not in labels or not features[label_key].num_classes:
         hint = f"its labels are under {', '.join(labels)}" if labels else "it has no class labels"
         raise UserError(
-            f"{info.full_name} cannot be used to train a classifier by {label_key!r}: {hint}"
+            f"{folder} cannot be used to train a classifier by {label_key!r}: {hint}"
         )
     image = features[image_key]
     shape = tuple(image.shape)
     channels = 1 if shape[-1] == 1 else 3
     if np.dtype(image.np_dtype) != np.uint8:
-        raise UserError(f"{info.full_name} has images of {image.np_dtype}; only uint8 can be used")
+        raise UserError(f"{folder} has images of {image.np_dtype}; only uint8 can be used")
     whole = (*shape[:2], channels) if None not in shape[:2] else None
     return whole, channels, tuple(features[label_key].names)

@@ -79,9 +79,10 @@ def load_text(
     folder = find_folder(source, revision)
     raw = read_json(folder / CONFIG)
     kind = raw.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"{folder / CONFIG}: model_type is {kind!r}; texts are for {', '.join(FAMILIES)}"
+            f"{folder / CONFIG}: model_type is {repr(kind)[:80]}; texts are for "
+            f"{', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
     try:

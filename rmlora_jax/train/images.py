@@ -23,7 +23,7 @@ from rmlora_jax.train.fields import fields
 from rmlora_jax.train.mesh import Devices, replicate
 from rmlora_jax.train.task import Feed, Problem, absent_classes, checkpoint_notes, numbered
 
-COUNTED = 50_000  # streamed training examples whose labels are read before a run: seconds
+COUNTED = 20_000  # streamed training examples whose labels are read before a run: seconds
 
 
 def open_problem(

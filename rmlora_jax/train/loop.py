@@ -360,7 +360,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
         return
     try:
         changed = differences(read_json(file), config.to_dict())
-    except (ValueError, AttributeError) as e:
+    except (ValueError, AttributeError, TypeError, OSError, RecursionError) as e:
         raise UserError(f"{file} is not a config ({e}); give another --workdir") from e
     if changed:
         raise UserError(
