@@ -14,7 +14,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.hub import load_peft, load_pretrained, read_info, stored_labels
 from rmlora_jax.hub.peft_config import read_config
 from rmlora_jax.train import checkpoint, finished, loop, mesh, setup, sweep
-from rmlora_jax.train.config import check_config
+from rmlora_jax.train.check import check_config
 from rmlora_jax.train.mesh import all_devices, shard
 
 

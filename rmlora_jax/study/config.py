@@ -8,7 +8,8 @@ from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.study import plan, tasks
 from rmlora_jax.study.pictures import PICTURES
 from rmlora_jax.study.program import program
-from rmlora_jax.train.config import METHODS, SWEEPABLE, check_config
+from rmlora_jax.train.check import check_config
+from rmlora_jax.train.config import METHODS, SWEEPABLE
 
 
 def default_study() -> ml_collections.ConfigDict:

@@ -7,7 +7,8 @@ import ml_collections
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object
 from rmlora_jax.train import checkpoint
-from rmlora_jax.train.config import check_config, default_config, flatten
+from rmlora_jax.train.check import check_config
+from rmlora_jax.train.config import default_config, flatten
 
 
 def read_config(workdir: Path) -> ml_collections.ConfigDict:

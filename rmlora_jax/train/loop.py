@@ -17,7 +17,8 @@ import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import plain, read_json, write_json
 from rmlora_jax.train import checkpoint, finished, method, setup, snapshots, terminal
-from rmlora_jax.train.config import check_config, differences, is_sweep
+from rmlora_jax.train.check import check_config
+from rmlora_jax.train.config import differences, is_sweep
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter, read_metrics
 from rmlora_jax.train.report import verdict, write_report

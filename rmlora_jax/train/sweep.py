@@ -23,7 +23,8 @@ from jax.experimental import multihost_utils
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json, write_json
 from rmlora_jax.train import checkpoint, finished, loop, many, memory, setup, terminal
-from rmlora_jax.train.config import TEXTS, Run, check_config, runs
+from rmlora_jax.train.check import check_config
+from rmlora_jax.train.config import TEXTS, Run, runs
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter
 from rmlora_jax.train.step import State
