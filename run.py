@@ -84,10 +84,11 @@ def main(argv):
         if "study" in CONFIG.value:
             study(CONFIG.value)
             return
-        check.check_config(CONFIG.value)
         if COMPILE_ONLY.value or TOPOLOGY.value:
+            check.check_config(CONFIG.value)
             compile_only()
             return
+        check.check_run(CONFIG.value)
         if DISTRIBUTED.value or COORDINATOR.value:
             join_processes()
         train = sweep.train if config.is_sweep(CONFIG.value) else loop.train

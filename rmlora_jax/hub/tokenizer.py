@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.models.hf_config import LARGEST
 
 # Without any of these transformers makes an empty tokenizer, to which every word is unknown.
 FILES = (
@@ -56,8 +57,12 @@ def load_tokenizer(folder: Path):
 
 
 def _try(tokenizer) -> None:
-    """Raises an error of any kind where a text and an empty one do not become tokens."""
+    """Raises an error of any kind where a text and an empty one do not become tokens, or others
+    could become numbers that no table of a model has rows for."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= LARGEST:
+        raise ValueError(f"it has a token of the number {largest}")
     rows = tokenizer([PROBE, ""], truncation=True, max_length=8, return_token_type_ids=True)
     for ids in (*rows["input_ids"], *rows["token_type_ids"]):
-        if len(ids) > 8 or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        if len(ids) > 8 or not all(type(i) is int and 0 <= i < LARGEST for i in ids):
             raise ValueError("it makes no tokens of a text")

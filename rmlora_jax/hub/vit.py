@@ -166,7 +166,10 @@ def load_vit(
         raise UserError(f"num_classes is {classes!r}; it must be a whole number of at least 1")
     keep_head = stored == classes
     leftovers = VIT.leftovers if keep_head else (*VIT.leftovers, r"classifier\.(weight|bias)")
-    shapes = param_shapes(VIT, config, classes)
+    try:
+        shapes = param_shapes(VIT, config, classes)
+    except (ValueError, TypeError, OverflowError) as error:  # sizes that do not go together
+        raise UserError(f"{folder / CONFIG}: {str(error).partition(chr(10))[0][:300]}") from None
     if not keep_head:
         shapes = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
     params, dropped, _ = read_params(

@@ -5,6 +5,7 @@ import types
 
 import ml_collections
 
+from rmlora_jax.data.speech import SPEAKERS
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.lora import EXECUTIONS
 from rmlora_jax.train import grid
@@ -18,26 +19,62 @@ from rmlora_jax.train.config import (
     SWEEPABLE,
     TEXTS,
     data_seed,
+    default_config,
     flatten,
     is_sweep,
     runs,
 )
+from rmlora_jax.train.kinds import mistakes_of_kind, with_defaults
+from rmlora_jax.train.places import missing
 from rmlora_jax.train.scores import NAMES
+
+MOST = 2**31 - 1  # steps, seeds
+LARGEST_IMAGE = 2**14  # pixels of a side
+
+
+def check_run(c: ml_collections.ConfigDict) -> None:
+    """Raises one UserError that lists every mistake in the fields' values, and every file and
+    folder they name that is not as it should be: what can be told before a run is loaded."""
+    wrong, sound = _told(c)
+    wrong += [line for line in missing(sound) if line.partition("=")[0] not in _fields(wrong)]
+    if wrong:
+        raise UserError("\n".join(wrong))
 
 
 def check_config(c: ml_collections.ConfigDict) -> None:
     """Raises one UserError that lists every mistake in the fields' values."""
+    wrong, _ = _told(c)
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
+def _told(c: ml_collections.ConfigDict) -> tuple[list[str], ml_collections.ConfigDict]:
+    """Every mistake, and the config with the fields that are of another kind, which cannot be
+    compared with anything, at their defaults."""
+    default = default_config()
+    kinds = mistakes_of_kind(c, default)
+    sound = with_defaults(c, kinds, default) if kinds else c
+    return [*kinds.values(), *mistakes(sound)], sound
+
+
+def _fields(wrong: list[str]) -> set[str]:
+    return {line.partition("=")[0] for line in wrong}
+
+
+def mistakes(c: ml_collections.ConfigDict) -> list[str]:
+    """What is wrong with the values of a config whose fields are of their kinds."""
     wrong = []
 
     def need(ok: bool, field: str, allowed: str):
         if not ok:
-            wrong.append(f"config.{field}={flatten(c)[field]!r}: must be {allowed}")
+            wrong.append(f"config.{field}={repr(flatten(c)[field])[:200]}: must be {allowed}")
 
     def one_of(field: str, *allowed: str):
         value = flatten(c)[field]
         if value not in allowed:
             hint = did_you_mean(value, allowed)
-            wrong.append(f"config.{field}={value!r}: must be one of {', '.join(allowed)}{hint}")
+            shown = repr(value)[:200]
+            wrong.append(f"config.{field}={shown}: must be one of {', '.join(allowed)}{hint}")
 
     flat = types.SimpleNamespace(**flatten(c))
     one_of("task", *KINDS)
@@ -73,6 +110,22 @@ def check_config(c: ml_collections.ConfigDict) -> None:
         need(vars(flat)[field] >= 0, field, "0 or more")
     need(c.data.classes == 0 or c.data.classes >= 2, "data.classes", "0 for all, or at least 2")
     need(c.steps > 0 or c.epochs > 0, "epochs", "above 0 where steps is 0")
+    need(c.steps > 0 or c.epochs <= MOST, "epochs", f"at most {MOST}")
+    for field in ("steps", "eval_every", "log_every", "batch_size", "eval_batch_size",
+                  "rm.start_step", "rm.resample_every", "sweep.at_once"):
+        need(vars(flat)[field] <= MOST, field, f"at most {MOST}")
+    for field in ("model.unroll", "data.workers", "data.processes", "text.max_length",
+                  "bottleneck.width", "prefix.length", "lora.rank", "adalora.initial_rank",
+                  "sora.initial_rank", "speech.width", "speech.layers", "speech.clusters"):
+        need(vars(flat)[field] <= 2**20, field, f"at most {2**20}")
+    need(c.model.image_size <= LARGEST_IMAGE, "model.image_size", f"at most {LARGEST_IMAGE}")
+    need(c.model.source or c.task == SPEECH, "model.source", "a folder, or a model's name")
+    for field in ("data.name", "data.image_key", "data.label_key"):
+        need(bool(vars(flat)[field].strip()), field, "a name")
+    need(bool(c.data.train_split.strip()), "data.train_split", "a split, such as train[:80%]")
+    for field in ("b1", "b2"):
+        need(0 <= c.optimizer[field] < 1, f"optimizer.{field}", "in [0, 1)")
+    need(c.optimizer.eps > 0, "optimizer.eps", "above 0")
     need(c.lora.alpha > 0, "lora.alpha", "above 0")
     need(c.optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0")
     need(c.optimizer.lora_plus > 0, "optimizer.lora_plus", "above 0")
@@ -96,7 +149,10 @@ def check_config(c: ml_collections.ConfigDict) -> None:
     need(0 <= c.optimizer.label_smoothing < 1, "optimizer.label_smoothing", "in [0, 1)")
     need(0 <= c.lora.dropout < 1, "lora.dropout", "in [0, 1)")
     need(c.data.validation > 0, "data.validation", "above 0: the best step is chosen on it")
-    need(c.batch_size % c.accumulate == 0, "accumulate", f"a divisor of batch_size {c.batch_size}")
+    need(c.data.validation < 1 or c.data.validation == c.data.validation // 1, "data.validation",
+         "a fraction below 1, or a whole number")
+    need(c.accumulate < 1 or c.batch_size % c.accumulate == 0, "accumulate",
+         f"a divisor of batch_size {c.batch_size}")
     need(0 <= c.seed < 2**31, "seed", "from 0 to 2147483647")
     need(0 <= data_seed(c) < 2**31, "data.seed", "from 0 to 2147483647")
     if c.task in TEXTS:
@@ -105,11 +161,25 @@ def check_config(c: ml_collections.ConfigDict) -> None:
         for field in ("data.classes", "data.per_class"):
             need(vars(flat)[field] == 0, field, "0 for text")
         need(len(c.text.columns) <= 2, "text.columns", "at most two names")
+        if c.text.train_file:
+            need(len(c.text.columns) > 0, "text.columns",
+                 "the columns with text: --config.text.columns=\"('text',)\"")
+            for field in ("data.test_split", "data.unlabelled_split"):
+                need(vars(flat)[field] is None, field, "None with text.train_file")
+        for field in ("text.test_file", "text.predict_file"):
+            need(c.text.train_file or not vars(flat)[field], field, "None without text.train_file")
         for name in c.text.metrics:
             need(name in NAMES, "text.metrics", f"names among {', '.join(NAMES)}")
+    else:
+        for field in ("text.train_file", "text.test_file", "text.predict_file",
+                      "data.unlabelled_split"):
+            need(not vars(flat)[field], field, f"None for {c.task}")
     if c.task == SPEECH:
+        chosen = c.speech.speakers
+        need(not chosen or (len(set(chosen)) == len(chosen) > 1 and set(chosen) <= set(SPEAKERS)),
+             "speech.speakers", "two or more different numbers from 1 to 9, or () for all")
         need(c.data.name == "japanese_vowels", "data.name", "japanese_vowels for speech")
-        need(c.speech.width % c.speech.heads == 0, "speech.heads",
+        need(c.speech.heads < 1 or c.speech.width % c.speech.heads == 0, "speech.heads",
              f"a divisor of speech.width {c.speech.width}")
     if c.rm.draw == "bernoulli":
         need(0 < c.rm.keep <= 1, "rm.keep", "a probability in (0, 1]")
@@ -127,21 +197,23 @@ def check_config(c: ml_collections.ConfigDict) -> None:
         if c.method == "bottleneck" and c.rm.draw == "exact":
             need(c.rm.keep <= c.bottleneck.width, "rm.keep",
                  f"at most bottleneck.width {c.bottleneck.width} with draw exact")
-    for field in ("lora.target", "lora.train"):
+    patterns = [(field, vars(flat)[field]) for field in ("lora.target", "lora.train")]
+    for field in ("lora.rank_pattern", "lora.alpha_pattern"):
+        patterns += [(field, regex) for regex, _ in vars(flat)[field]]
+    for field, regex in patterns:
         try:
-            re.compile(vars(flat)[field])
-        except re.error as e:
-            wrong.append(f"config.{field}={vars(flat)[field]!r}: not a regular expression: {e}")
-    if is_sweep(c):
-        wrong += _mistakes_of_sweep(c, wrong)
-    if wrong:
-        raise UserError("\n".join(wrong))
+            re.compile(regex)
+        except (re.error, OverflowError, RecursionError) as e:
+            wrong.append(f"config.{field}={regex[:200]!r}: not a regular expression: {e}")
+    return wrong + _mistakes_of_sweep(c, wrong) if is_sweep(c) else wrong
 
 
 def _mistakes_of_sweep(c: ml_collections.ConfigDict, known: list[str]) -> list[str]:
     """What is wrong with ``sweep.*``, and with single runs beyond the mistakes ``known``."""
     wrong = []
-    where = f"config.sweep.grid={c.sweep.grid!r}"
+    if c.sweep.seeds > grid.MOST_RUNS:
+        return [f"config.sweep.seeds={c.sweep.seeds!r}: must be at most {grid.MOST_RUNS}"]
+    where = f"config.sweep.grid={repr(c.sweep.grid)[:200]}"
     try:
         settings = grid.parse(c.sweep.grid)
     except ValueError as e:

@@ -17,7 +17,7 @@ import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import plain, read_json, write_json
 from rmlora_jax.train import checkpoint, finished, method, setup, snapshots, terminal
-from rmlora_jax.train.check import check_config
+from rmlora_jax.train.check import check_run
 from rmlora_jax.train.config import differences, is_sweep
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter, read_metrics
@@ -35,7 +35,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
       UserError: what the person who started the run can put right; nothing is left half written.
     """
     began = time.monotonic()
-    check_config(config)
+    check_run(config)
     if is_sweep(config):
         raise ValueError("loop.train is for a single run: call sweep.train")
     workdir = Path(workdir).absolute()

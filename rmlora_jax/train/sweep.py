@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json, write_json
 from rmlora_jax.train import checkpoint, finished, loop, many, memory, setup, terminal
-from rmlora_jax.train.check import check_config
+from rmlora_jax.train.check import check_run
 from rmlora_jax.train.config import TEXTS, Run, runs
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter
@@ -55,7 +55,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
       UserError: as `loop.train`.
     """
     began = time.monotonic()
-    check_config(config)
+    check_run(config)
     workdir, leader = Path(workdir).absolute(), jax.process_index() == 0
     loop.check_workdir(config, workdir)
     if (workdir / "summary.json").exists():

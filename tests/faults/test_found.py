@@ -5,6 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from fixtures.text import cases
 from fixtures.text.tiny import write_model
 from PIL import Image
 
@@ -92,6 +93,24 @@ def test_a_vocabulary_without_the_unknown_word(tmp_path):
         load_tokenizer(folder)
 
 
+def test_a_token_of_a_number_that_no_table_has(tmp_path):
+    """It was read, and failed, or took another row, where a text had that word."""
+    load_tokenizer(write_model(tmp_path)).backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    whole["model"]["vocab"]["w7"] = 2**31
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(UserError, match="a token of the number 2147483648"):
+        load_tokenizer(tmp_path)
+
+
+def test_fewer_positions_than_a_text_has(tmp_path):
+    cases.write_folder(tmp_path, "bert")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1}))
+    with pytest.raises(UserError, match=r"config\.json: .*positions for 1"):
+        load_text(tmp_path)
+
+
 def test_an_image_of_more_pixels_than_bytes_can_hold(tmp_path):
     blank = tmp_path / "blank.png"
     Image.new("1", (4096, 4096)).save(blank)
@@ -117,7 +136,8 @@ def test_a_cache_that_claims_more_than_memory(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [("[]", "a list"), ("{", "JSON"), ('{"batch_size": "x"}', "batch_size"), (DEEP, "JSON"),
-     ('{"method": "lroa"}', "method"), (None, "has no")],
+     ('{"method": "lroa"}', "method"), (None, "has no"),
+     ('{"lora": {"rank": true}}', "lora.rank")],
 )
 def test_the_config_of_a_run(content, words, tmp_path):
     (tmp_path / "summary.json").write_text("{}")
