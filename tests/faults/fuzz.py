@@ -31,8 +31,8 @@ import numpy as np
 from mutate import mutated, pick
 from readers import ALONE, READERS
 
-SECONDS = 10  # that reading one input may take, on a busy machine
-SILENCE = 60  # seconds after which a child that could not be interrupted is killed
+SECONDS = 10  # of a processor that reading one input may take
+SILENCE = 120  # seconds after which a child that waits, or could not be interrupted, is killed
 MEMORY = 96 << 20  # bytes that reading may take at its peak, and beyond them
 MEMORY_A_BYTE = 64  # so many for each of the file
 ADDRESSES = 8 << 30  # bytes of address space beyond what the libraries took
@@ -95,7 +95,7 @@ def child(names: list[str], first: int, inputs: int, start: int, seed: int, keep
     on; a line of JSON for each."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries speak
-    signal.signal(signal.SIGALRM, interrupted)
+    signal.signal(signal.SIGPROF, interrupted)
     watch = Watch()
     for name in names:
         several(name, range(start, first + inputs), seed, keep, watch, out)
@@ -163,18 +163,19 @@ def attempt(reader, place: Path):
 def one(reader, place: Path, file: Path, size: int, watch: Watch) -> dict:
     """Reads one input: how it ended, how long it took, how much memory at its peak."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    resident, began = status("VmRSS"), time.perf_counter()
+    resident, began = status("VmRSS"), time.process_time()
     watch.folder, watch.seen = str(place), None
-    signal.setitimer(signal.ITIMER_REAL, SECONDS, 1)  # again, where the first is swallowed
+    # Of the processor's time, which a busy machine does not use up; again, where it is swallowed.
+    signal.setitimer(signal.ITIMER_PROF, SECONDS, 1)
     row, error, other = {}, None, None
     try:
         error = attempt(reader, place)
     except BaseException as raised:  # whatever is not for the person who gave the file
         other = raised
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         watch.folder = None
-    row["seconds"] = time.perf_counter() - began
+    row["seconds"] = time.process_time() - began
     if other is not None:
         last = traceback.extract_tb(other.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
@@ -221,7 +222,7 @@ def run_child(names, first, inputs, start, seed, keep) -> Iterator[dict]:
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors)
         try:
             # Between two inputs a reader may be prepared, which takes longer than any input.
-            while select.select([process.stdout], [], [], SILENCE if begun else 120)[0]:
+            while select.select([process.stdout], [], [], SILENCE if begun else 600)[0]:
                 line = process.stdout.readline()
                 if not line:
                     break
