@@ -3,7 +3,9 @@
     pytest tests/test_bench.py
 """
 
+import contextlib
 import dataclasses
+import gzip
 import json
 import os
 import subprocess
@@ -14,10 +16,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import rmlora_jax as rm
-from rmlora_jax.bench import flops, measure, models, options, picture, report, run, table, variants
+from rmlora_jax.bench import (
+    flops,
+    measure,
+    models,
+    options,
+    picture,
+    profile,
+    report,
+    run,
+    table,
+    variants,
+)
 from rmlora_jax.bench.compiled import Program, compile_variant
 from rmlora_jax.bench.execution import execution_of
 from rmlora_jax.bench.models import Entry
@@ -39,6 +53,7 @@ DEBERTA = TEXT | {
     "norm_rel_ebd": "layer_norm",
     "position_biased_input": False,
 }
+ROOT = Path(__file__).parent.parent
 ENTRIES = {
     "vit": Entry(ViTConfig(**SIZES, image_size=8, patch_size=4), 3),
     "bert": Entry(BertConfig(**TEXT), 3, 5),
@@ -120,7 +135,7 @@ def test_the_floor_has_nothing_to_train_and_reads_the_whole_base():
     assert jax.tree.structure(floor.frozen(params)) == jax.tree.structure(params)
 
 
-@pytest.mark.parametrize("name", ["lora", "rm_lora", "adalora", "sora", "full"])
+@pytest.mark.parametrize("name", [name for name in variants.VARIANTS if name != "floor"])
 def test_a_step_moves_what_it_trains(name):
     entry = ENTRIES["vit"]
     model, params = built(entry)
@@ -141,6 +156,8 @@ def test_a_step_moves_what_it_trains(name):
     if name == "full":
         assert frozen == {} and "embed/patch/kernel" in moved
         assert "encoder/layers/mlp/fc1/kernel" in moved
+    elif name == "head":
+        assert moved == {"head/kernel", "head/bias"} and "encoder" in frozen
     else:
         linears = {f"encoder/layers/{'mlp' if n[:2] == 'fc' else 'attention'}/{n}"
                    for n in flops.LINEARS}
@@ -151,16 +168,32 @@ def test_a_step_moves_what_it_trains(name):
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(after[0]))
 
 
-def test_rm_lora_masks_and_lora_does_not():
-    gradients = {"query": {"lora_a": jnp.ones((4, 8)), "lora_b": jnp.ones((8, 4))}}
-    kept = {}
-    for name in ("lora", "rm_lora"):
+def test_which_methods_mask_and_which_add_the_penalty():
+    zeros = {"query": {"lora_a": jnp.zeros((4, 8)), "lora_b": jnp.zeros((8, 4))}}
+    params = {"query": {"lora_a": jnp.ones((4, 8)), "lora_b": jnp.ones((8, 4))}}
+    for name, masks, penalised in (("lora", False, False), ("reg_only", False, True),
+                                   ("mask_only", True, False), ("rm_lora", True, True)):
         _, tx = variants._method(name, 8, variants.MODULES["all"], "auto")
-        state = tx.init(gradients)
+        state = tx.init(params)
         for _ in range(2):
-            _, state = tx.update(gradients, state, gradients)
-        kept[name] = float(rm.kept_fraction(state)) if name == "rm_lora" else 1.0
-    assert 0 < kept["rm_lora"] < 1
+            updates, state = tx.update(zeros, state, params)
+        kept = 1.0 if name == "lora" else float(rm.kept_fraction(state))
+        assert (0 < kept < 1) if masks else kept == 1
+        # Where the loss moves nothing, the penalty alone does.
+        assert (optax.tree.norm(updates) > 0) == penalised
+
+
+def test_variants_with_flags_of_their_own():
+    spec = "lora:execution=merged:unroll=1:remat=dots"
+    given = options.parse(["--model=tiny", f"--variants=floor,lora,{spec}", "--repeats=2"])
+    assert given.of("lora") == ("lora", given) and given.unroll == 2
+    method, own = given.of(spec)
+    assert method == "lora"
+    assert (own.execution, own.unroll, own.remat) == ("merged", 1, "dots")
+    rows = {row["name"]: row for row in run.bench(given, say=str)["programs"]}
+    assert list(rows) == ["floor", "lora", spec]
+    assert [rows[name]["execution"] for name in rows] == [None, "factored", "merged"]
+    assert all(len(row["ms"]) == 2 for row in rows.values())
 
 
 def test_the_state_is_donated_and_the_base_survives():
@@ -206,7 +239,8 @@ COUNTED = {
 @pytest.mark.parametrize(
     "kind, name, modules",
     [("vit", "floor", "all"), ("vit", "lora", "all"), ("vit", "lora", "query+value"),
-     ("vit", "lora", "mlp"), ("vit", "full", "all"), ("bert", "lora", "attention"),
+     ("vit", "lora", "mlp"), ("vit", "full", "all"), ("vit", "head", "all"),
+     ("bert", "head", "all"), ("bert", "lora", "attention"),
      ("deberta", "floor", "all"), ("deberta", "lora", "all"), ("deberta", "full", "all")],
 )
 def test_the_formula_counts_what_xla_counts(kind, name, modules):
@@ -344,6 +378,9 @@ def test_lack_of_memory_is_a_row():
         (["--model=minilm", "--length=600"], "type --length=512"),
         (["--model=vit-base", "--image_size=8"], "type --image_size=16"),
         (["--variants=floor,rm_lore"], "--variants=rm_lore is none of .*did you mean rm_lora"),
+        (["--variants=lora:unrol=1"], "own flag=unrol is none of .*did you mean unroll"),
+        (["--variants=lora:unroll=13"], "--unroll=13 must be all"),
+        (["--variants=lora:remat=dot"], "lora:remat=dot: remat=dot is none of .*did you mean dots"),
         (["--remat=dot"], "--remat=dot is none of none, dots, full; did you mean dots"),
         (["--execution=both"], "--execution=both is none of auto, factored, merged"),
         (["--attention=flash"], "--attention=flash is none of auto, xla, cudnn"),
@@ -396,7 +433,7 @@ def test_defaults_are_the_models_and_the_devices():
     given = options.parse(["--model=vit-base"])
     assert (given.batch, given.unroll, given.dtype, given.base_dtype) == (
         256, 12, "float32", "float32")
-    assert given.variants == variants.VARIANTS and given.values == ()
+    assert given.variants == variants.USUAL and given.values == ()
     swept = options.parse(["--model=minilm", "--sweep=length", "--dtype=bfloat16", "--unroll=2"])
     assert swept.variants == ("floor", "lora", "rm_lora") and max(swept.values) == 512
     assert (swept.base_dtype, swept.unroll, swept.batch) == ("bfloat16", 2, 32)
@@ -439,3 +476,52 @@ def test_the_command(tmp_path):
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: there is no model 'vit'")
     assert "Traceback" not in refused.stderr
+
+
+def test_the_kernels_of_a_trace(monkeypatch):
+    """Two steps on one stream; what the host and the other lanes of the device say is left out."""
+    names = [
+        {"ph": "M", "name": "process_name", "pid": 7, "args": {"name": "/device:GPU:0"}},
+        {"ph": "M", "name": "thread_name", "pid": 7, "tid": 1, "args": {"name": "Stream #13"}},
+        {"ph": "M", "name": "thread_name", "pid": 7, "tid": 2, "args": {"name": "XLA Ops"}},
+        {"ph": "M", "name": "process_name", "pid": 9, "args": {"name": "/host:CPU"}},
+        {"ph": "M", "name": "thread_name", "pid": 9, "tid": 1, "args": {"name": "Stream #13"}},
+    ]
+    took = [("nvjet_tst_64", 3000), ("loop_add_fusion_2", 500), ("loop_add_fusion_11", 700)]
+    spans = [{"ph": "X", "pid": 7, "tid": 1, "name": n, "dur": d} for n, d in took] * 2
+    others = [{"ph": "X", "pid": p, "tid": t, "name": "nvjet_tst_64", "dur": 9e9}
+              for p, t in ((7, 2), (9, 1))]
+    found = profile.kernels(names + spans + others, steps=2)
+    assert found == [{"kernel": "nvjet_tst", "ms": 3.0, "calls": 1.0},
+                     {"kernel": "loop_add_fusion", "ms": 1.2, "calls": 2.0}]
+    text = profile.text(found)
+    assert "| **matrix products** | 3.00 | 71 % |" in text and "| **element by element** |" in text
+
+    def trace_written(folder):
+        @contextlib.contextmanager
+        def trace():
+            yield
+            events = gzip.compress(json.dumps({"traceEvents": names + spans}).encode())
+            (Path(folder) / "plugins").mkdir()
+            (Path(folder) / "plugins" / "x.trace.json.gz").write_bytes(events)
+
+        return trace()
+
+    monkeypatch.setattr(jax.profiler, "trace", trace_written)
+    given = options.parse(["--model=tiny", "--variants=floor", "--repeats=1", "--profile"])
+    results = run.bench(given, say=str)
+    (row,) = results["programs"]
+    assert row["profile"][0] == {"kernel": "nvjet_tst", "ms": 1.5, "calls": 0.5}
+    assert "`loop_add_fusion`" in report._kernels(results)
+
+
+def test_the_table_of_the_gpu_is_that_of_the_stored_repeats():
+    stored = report.read(ROOT / "tests" / "results" / "bench_h100_vit_base.json")
+    text = (ROOT / "rmlora_jax" / "bench" / "README.md").read_text()
+    rows = table.table_rows(stored)
+    assert table.markdown_table(table.cells(rows)) in text
+    ms = {p["name"]: np.median(p["ms"]) for p in stored["programs"]}
+    merged = ms["rm_lora:execution=merged"]
+    assert f"| {merged / ms['floor']:.2f} (merged), " in text
+    assert f"| {ms['peft_lora'] / merged:.2f} | missed |" in text
+    assert f"| {ms['peft_rm_lora'] / merged:.2f} | missed |" in text

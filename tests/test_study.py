@@ -725,3 +725,11 @@ def test_a_program_in_a_process_of_its_own(tiny_vit, tmp_path, capfd):
     with pytest.raises(UserError, match="digits lora final failed with code 1"):
         run_study(c, tmp_path / "b")
     assert "error: " in capfd.readouterr().err
+
+
+def test_columns_without_a_figure_are_left_out_and_shared_devices_give_no_times():
+    found = [study_rows.row("rte", seed=s) | {"seconds": 4.0} for s in range(2)]
+    assert "| seconds |" in tables.markdown(found)
+    shared = [row | {"alone": False, "peak_memory_bytes": None} for row in found]
+    head = tables.markdown(shared).splitlines()[2]
+    assert "| parameters |" in head and "seconds" not in head and "GiB" not in head

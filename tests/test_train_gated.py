@@ -86,6 +86,26 @@ def test_sora_closes_gates_by_the_proximal_step(gated):
     assert method.left(gated, flatten(end))["factors"] == expected
 
 
+def test_sora_shrinks_by_what_is_asked_at_any_rate_and_length(gated):
+    """A gate that no gradient moves loses ``sora.shrink`` between the first and the last step."""
+    gated.method, gated.optimizer.warmup = "sora", 0.2
+    gates = {"lora_a": np.ones((3, 4)), "lora_b": np.ones((4, 2))}
+    for rate, steps, gate_rate, shrink in ((1e-2, 20, 1.0, 0.7), (3e-4, 35, 4.0, 1.5)):
+        gated.optimizer.learning_rate, gated.sora.gate_rate = rate, gate_rate
+        gated.sora.shrink = shrink
+        tx = method.optimizer(gated, steps)
+        tree = gates | {"lora_e": np.array([2.0, -1.6, 0.6, -0.3])}
+        state, still = tx.init(tree), jax.tree.map(np.zeros_like, tree)
+        for _ in range(steps):
+            updates, state = jax.jit(tx.update)(still, state, tree)
+            tree = optax.apply_updates(tree, updates)
+        expected = np.sign([2.0, -1.6, 0.6, -0.3]) * np.maximum([2 - shrink, 1.6 - shrink, 0, 0], 0)
+        np.testing.assert_allclose(tree["lora_e"], expected, atol=2e-5)
+    gated.sora.proximal = "authors_exact"
+    with pytest.raises(UserError, match=r"sora\.shrink=1\.5: must be None where"):
+        check_config(gated)
+
+
 @pytest.mark.parametrize("name", ["adalora", "sora"])
 def test_the_folded_model_predicts_the_same(gated, name):
     gated.method, gated.sora.sparsity = name, 10.0

@@ -26,8 +26,8 @@ def step_flops(entry: Entry, batch: int, variant: str, rank: int = 4, modules: s
 
     The backward pass of a product takes as much again for each of its two sides that a gradient
     must reach. On the floor it must reach the encoder's input, and no weight; with factors the
-    lowest of them; in full fine-tuning every weight. So a linear costs 2, about 2 and 3 times its
-    forward pass.
+    lowest of them; for ``head`` nothing in the encoder; in full fine-tuning every weight. So a
+    linear costs 2, about 2, 1 and 3 times its forward pass.
 
     It is what the method needs and not what a program does: rematerialisation and the products of
     ``execution="merged"`` are not counted, nor is anything but matrix products.
@@ -44,12 +44,13 @@ def step_flops(entry: Entry, batch: int, variant: str, rank: int = 4, modules: s
     ['18.3', '18.3', '26.9']
     """
     c = entry.config
-    full, floor = variant == "full", variant == "floor"
-    adapted = set() if full or floor else {n for n in LINEARS if _is_adapted(n, modules)}
+    full, floor, head = (variant == name for name in ("full", "floor", "head"))
+    plain = full or floor or head
+    adapted = set() if plain else {n for n in LINEARS if _is_adapted(n, modules)}
     moved = set(LINEARS) if full else adapted
     later = c.num_hidden_layers - 1
     products = [*_layer(entry, batch, moved, adapted, rank, full, reached=full or floor)]
-    products += later * [*_layer(entry, batch, moved, adapted, rank, full, reached=True)]
+    products += later * [*_layer(entry, batch, moved, adapted, rank, full, reached=not head)]
     rows = batch * 2 * c.hidden_size
     if entry.length is None:
         patch = rows * c.grid**2 * c.patch_size**2 * c.num_channels

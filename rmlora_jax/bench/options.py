@@ -10,7 +10,7 @@ from typing import NoReturn
 import jax
 
 from rmlora_jax.bench import models
-from rmlora_jax.bench.variants import MODULES, VARIANTS
+from rmlora_jax.bench.variants import MODULES, USUAL, VARIANTS
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.lora import EXECUTIONS
 
@@ -21,6 +21,8 @@ SWEEPS = {
     "length": (32, 64, 128, 256, 512),
     "modules": tuple(MODULES),
 }
+OWN = {"unroll": None, "remat": models.REMAT, "execution": EXECUTIONS,
+       "attention": models.IMPLEMENTATIONS}  # flags that a variant can have for itself
 SWEEP_VARIANTS = ("floor", "lora", "rm_lora")
 
 
@@ -48,9 +50,18 @@ class Options:
     steps: int | None
     variants: tuple[str, ...]
     peft: bool
+    profile: bool
     sweep: str
     values: tuple
     out: str
+
+    def of(self, variant: str) -> tuple[str, "Options"]:
+        """The method of one of ``variants``, such as ``"lora:unroll=1"``, and its own options."""
+        method, *settings = variant.split(":")
+        own = dict(text.split("=", 1) for text in settings)
+        if "unroll" in own:
+            own["unroll"] = _unroll(own["unroll"], self.entry.config.num_hidden_layers)
+        return method, dataclasses.replace(self, **own)
 
     @property
     def entry(self) -> models.Entry:
@@ -86,9 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     flag("--attention", default="auto", help=", ".join(models.IMPLEMENTATIONS))
     flag("--repeats", type=int, default=10, help="turns of all variants")
     flag("--steps", type=int, help="of a stretch; None: as many as take 0.2 s")
-    flag("--variants", help=f"any of {','.join(VARIANTS)}; None: all, in a sweep "
-                            f"{','.join(SWEEP_VARIANTS)}")
+    flag("--variants", help=f"any of {','.join(VARIANTS)}, each with flags of its own behind a "
+                            f"colon, as in lora:execution=merged:unroll=1 ({', '.join(OWN)}); "
+                            f"None: {','.join(USUAL)}, in a sweep {','.join(SWEEP_VARIANTS)}")
     flag("--peft", action="store_true", help="time PyTorch's PEFT beside them")
+    flag("--profile", action="store_true", help="also list the kernels that a step consists of")
     flag("--sweep", default="", help=f"one of {', '.join(SWEEPS)}: a plot of the cost against it")
     flag("--values", help="of the sweep, with commas between")
     flag("--out", help="folder of the results; None: a new one under runs/")
@@ -119,15 +132,16 @@ def parse(arguments: Sequence[str]) -> Options:
         _among("--sweep", given.sweep, SWEEPS)
     elif given.values is not None:
         raise UserError("--values belong to a sweep; type --sweep=rank, or leave them out")
-    if given.sweep and given.peft:
-        raise UserError("--peft does not go with --sweep; leave one of them out")
+    for name in ("peft", "profile"):
+        if given.sweep and getattr(given, name):
+            raise UserError(f"--{name} does not go with --sweep; leave one of them out")
     fields = vars(given) | {
         "batch": entry.batch if given.batch is None else given.batch,
         "length": entry.length,
         "dtype": dtype,
         "base_dtype": given.base_dtype or dtype,
         "unroll": _unroll(given.unroll, entry.config.num_hidden_layers),
-        "variants": _variants(given.variants, given.sweep),
+        "variants": _variants(given.variants, given.sweep, entry.config.num_hidden_layers),
         "values": _values(given.sweep, given.values, given.model, entry),
         "out": given.out or _folder(given),
     }
@@ -159,12 +173,20 @@ def _unroll(text: str, layers: int) -> int:
     return int(text)
 
 
-def _variants(text: str | None, sweep: str) -> tuple[str, ...]:
+def _variants(text: str | None, sweep: str, layers: int) -> tuple[str, ...]:
     if text is None:
-        return SWEEP_VARIANTS if sweep else VARIANTS
+        return SWEEP_VARIANTS if sweep else USUAL
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
-        _among("--variants", name, VARIANTS)
+        method, *settings = name.split(":")
+        _among("--variants", method, VARIANTS)
+        for setting in settings:
+            field, _, value = setting.partition("=")
+            _among("--variants: own flag", field, OWN)
+            if OWN[field] is None:
+                _unroll(value, layers)
+            else:
+                _among(f"--variants={name}: {field}", value, OWN[field])
     if sweep and "floor" not in names:
         raise UserError(f"--sweep compares with the floor; type --variants=floor,{text}")
     return names

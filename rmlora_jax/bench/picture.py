@@ -47,7 +47,7 @@ def bench_figure(results: Mapping[str, Any], rows: Sequence[Row]):
         time.axvline(floor, color=INK, lw=1, ls=(0, (4, 3)), zorder=1)
     time.set_xlim(0, 1.42 * reach)
     time.set_ylim(len(rows) - 0.4, -0.6)
-    time.set_yticks(range(len(rows)), [LABELS.get(row.name, row.name) for row in rows])
+    time.set_yticks(range(len(rows)), [_label(row.name) for row in rows])
     style.finish(time, "A training step", "milliseconds, median and quartiles", grid="x")
     _quiet(time)
     for memory in rest:
@@ -140,6 +140,7 @@ def png(figure) -> bytes:
 
 def colour(name: str) -> str:
     """A method's own colour, as in all pictures of the library; grey for the floor."""
+    name = name.partition(":")[0]
     if name == "floor":
         return FLOOR
     return TORCH if name.startswith("peft") else style.colour(name)
@@ -148,6 +149,12 @@ def colour(name: str) -> str:
 def _bars(ax, rows: Sequence[Row], widths: Sequence[float]) -> None:
     for y, (row, width) in enumerate(zip(rows, widths, strict=True)):
         ax.barh(y, width, height=0.62, color=colour(row.name), zorder=2)
+
+
+def _label(name: str) -> str:
+    """What stands at a bar: flags of its own below the method."""
+    method, *own = name.split(":")
+    return f"{method}\n{', '.join(own)}" if own else LABELS.get(name, name)
 
 
 def _name(row: Row) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from rmlora_jax.bench import picture, table
+from rmlora_jax.bench import picture, profile, table
 from rmlora_jax.bench.options import Options
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import write_bytes_atomic, write_text_atomic
@@ -50,9 +50,15 @@ def write(results: Mapping[str, Any], out: str) -> str:
     """Writes ``bench.json``, ``bench.md`` and ``bench.png``; returns what the terminal shows."""
     rows = table.table_rows(results)
     figure = picture.bench_figure(results, rows)
-    paths = _write(out, "bench", results, table.markdown(results), figure)
+    paths = _write(out, "bench", results, table.markdown(results) + _kernels(results), figure)
     parts = [table.text_table(table.cells(rows)), table.footer(results), *paths]
     return "\n".join(["", *(part for part in parts if part)])
+
+
+def _kernels(results: Mapping[str, Any]) -> str:
+    """What ``--profile`` found, a table for each row."""
+    traced = [p for p in results["programs"] if p.get("profile")]
+    return "".join(f"\n{p['name']}:\n\n{profile.text(p['profile'])}\n" for p in traced)
 
 
 def write_sweep(found: Mapping[str, Any], out: str) -> str:

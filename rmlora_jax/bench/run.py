@@ -15,6 +15,7 @@ from rmlora_jax.bench.compiled import Program, compile_variant
 from rmlora_jax.bench.flops import step_flops
 from rmlora_jax.bench.measure import is_short, measure, product_program, with_memory
 from rmlora_jax.bench.options import Options
+from rmlora_jax.bench.profile import profile
 from rmlora_jax.bench.table import size
 from rmlora_jax.bench.variants import make_variant
 from rmlora_jax.errors import UserError
@@ -38,16 +39,18 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
 
         peft.check_installed()
     entry = options.entry
-    model, base, batches = _model(options, entry)
+    base, batches = _data(options, entry)
     rows, programs = {}, []
     for name in options.variants:
         say(f"compiling {name}")
-        flops = step_flops(entry, options.batch, name, options.rank, options.modules)
+        method, own = options.of(name)
+        flops = step_flops(entry, options.batch, method, options.rank, options.modules)
         row = {"name": name, "framework": "jax", "flops": flops, "error": None}
         rows[name] = row
 
-        def prepare(name=name):
-            programs.append(_program(name, model, entry, base, batches, options))
+        def prepare(name=name, method=method, own=own):
+            program = _program(method, entry, base, batches, own)
+            programs.append(program._replace(name=name))
             say(f"  {_told(programs[-1])}")
 
         with_memory(row, prepare)
@@ -62,6 +65,10 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
     times = measure(timed, repeats=options.repeats, steps=options.steps, say=say)
     for program in programs:  # behind the turns: PyTorch tells its memory only then
         rows[program.name] |= program.facts | times[program.name]
+        if options.profile and program.facts["framework"] == "jax":
+            say(f"tracing {program.name}")
+            with_memory(rows[program.name],
+                        lambda p=program: rows[p.name].update(profile=profile(p)))
     return {
         "options": dataclasses.asdict(options) | {"variants": list(options.variants),
                                                   "values": list(options.values)},
@@ -76,22 +83,24 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
     }
 
 
-def _model(options: Options, entry: models.Entry):
-    """The module, its parameters and the batches; the last two on the device."""
-    dtype, base_dtype = jnp.dtype(options.dtype), jnp.dtype(options.base_dtype)
-    model = models.build(
+def _module(options: Options, entry: models.Entry):
+    return models.build(
         entry,
-        dtype=dtype,
-        base_dtype=base_dtype,
+        dtype=jnp.dtype(options.dtype),
+        base_dtype=jnp.dtype(options.base_dtype),
         unroll=options.unroll,
         remat=options.remat,
         attention=options.attention,
     )
+
+
+def _data(options: Options, entry: models.Entry):
+    """The parameters and the batches, on the device; those are the same for any ``Options.of``."""
     with _refusals(options):
         try:
-            base = models.random_params(model, entry)
-            batches = models.random_batches(entry, options.batch, BATCHES, dtype)
-            return model, *jax.block_until_ready((base, batches))
+            base = models.random_params(_module(options, entry), entry)
+            batches = models.random_batches(entry, options.batch, BATCHES, jnp.dtype(options.dtype))
+            return jax.block_until_ready((base, batches))
         except Exception as error:
             if not is_short(error):
                 raise
@@ -101,11 +110,11 @@ def _model(options: Options, entry: models.Entry):
             ) from None
 
 
-def _program(name, model, entry, base, batches, options: Options) -> Program:
+def _program(method, entry, base, batches, options: Options) -> Program:
     with _refusals(options):
         variant = make_variant(
-            name,
-            model,
+            method,
+            _module(options, entry),
             entry,
             rank=options.rank,
             modules=options.modules,

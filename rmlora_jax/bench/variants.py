@@ -17,7 +17,8 @@ import rmlora_jax as rm
 from rmlora_jax.bench.models import Entry, tokens
 from rmlora_jax.precision import clip_by_norm
 
-VARIANTS = ("floor", "lora", "rm_lora", "adalora", "sora", "full")
+VARIANTS = ("floor", "head", "lora", "reg_only", "mask_only", "rm_lora", "adalora", "sora", "full")
+USUAL = ("floor", "lora", "rm_lora", "adalora", "sora", "full")
 
 # What --sweep=modules goes through: name -> target of the adapters.
 MODULES = {
@@ -27,6 +28,7 @@ MODULES = {
     "all": r"encoder/layers/.*",
 }
 HEAD = r"head|pooler"
+HALVES = {"rm_lora": (0.1, 0.5), "reg_only": (0.1, 1.0), "mask_only": (0.0, 0.5)}  # penalty, keep
 LEARNING_RATE = 1e-3
 
 
@@ -104,14 +106,15 @@ def _method(name: str, rank: int, target: str, execution: str):
     clipped = optax.chain(clip_by_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=0.0))
     if name == "lora":
         return rm.LoRA(rank, **fields), clipped
-    if name == "rm_lora":
-        return rm.LoRA(rank, **fields), rm.rm_lora(LEARNING_RATE, penalty=0.1, keep=0.5)
+    if name in HALVES:
+        penalty, keep = HALVES[name]
+        return rm.LoRA(rank, **fields), rm.rm_lora(LEARNING_RATE, penalty=penalty, keep=keep)
     if name == "adalora":
         plan = {"total_steps": 1000, "initial_steps": 0, "final_steps": 100, "every": 10}
         return rm.AdaLoRA(rank, **fields), rm.adalora(LEARNING_RATE, target=rank / 2, **plan)
     if name == "sora":
         return rm.SoRA(rank, **fields), rm.sora(LEARNING_RATE, sparsity=0.1)
-    return rm.LoRA(1, target=None, train=".*"), clipped
+    return rm.LoRA(1, target=None, train=HEAD if name == "head" else ".*"), clipped
 
 
 def _trained(name, model, lora: rm.LoRA, tx) -> Variant:

@@ -87,9 +87,10 @@ def curves_of(group: Group, key: str, factor: float = 1.0) -> tuple[list[int], n
 
 def frequency_picture(rows: Sequence[dict], along: str = "rm.resample_every"):
     """How often the mask is drawn, and when it starts, against the metric and against the steps to
-    90 % of the final gain: a row a task."""
+    90 % of the final gain: a row a task. A field that only some tasks vary is left out."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    axes_of = [f for f in FIELDS if any(f in row["variant"] for row in rows)]
+    varied = [{f for row in rows if row["task"] == task for f in row["variant"]} for task in tasks]
+    axes_of = [f for f in FIELDS if all(f in fields for fields in varied)]
     if not axes_of:
         return None
     figure = style.new_figure(7.2 * len(axes_of), 3.3 * len(tasks))

@@ -117,14 +117,16 @@ def markdown(rows: Sequence[Row]) -> str:
         heads = ["method", *(name.rpartition(".")[2].replace("_", " ") for name in names), "rate",
                  "seeds", f"test {unit(first['metric'])}", "test loss", "train loss",
                  "effective rank", "parameters", "with head", "seconds", "GiB"]
-        lines = [_line(heads), "|" + "---|" * len(heads)]
-        edges = False
+        lines, edges = [heads], False
         for group in found:
             rate = _number(group.rate)
             if at_edge(group, rows):
                 rate, edges = rate + " *", True
-            lines.append(_line([group.method, *(_value(dict(group.varied).get(n)) for n in names),
-                                rate, *_figures(group)]))
+            lines.append([group.method, *(_value(dict(group.varied).get(n)) for n in names),
+                          rate, *_figures(group)])
+        known = [i for i in range(len(heads)) if any(line[i] != "-" for line in lines[1:])]
+        lines = [_line(line[i] for i in known) for line in lines]
+        lines.insert(1, "|" + "---|" * len(known))
         notes = [together(found)]
         notes += ["\\* at the edge of the rates it was chosen from."] if edges else []
         notes += [text for text in unequal(rows) if text.startswith(f"{task}: ")]
@@ -157,7 +159,8 @@ def _figures(group: Group) -> list[str]:
         spread(values(group.rows, "effective_rank")),
         f"{without:,}",
         f"{whole:,}",
-        spread(values(group.rows, "seconds"), 1, alone=True),
+        # A row says so (alone: false) where other programs had a share of the device meanwhile.
+        spread(values([r for r in group.rows if r.get("alone", True)], "seconds"), 1, alone=True),
         f"{max(memory) / 2**30:.2f}" if memory else "-",
     ]
 

@@ -134,6 +134,9 @@ def mistakes(c: ml_collections.ConfigDict) -> list[str]:
     need(0 < c.adalora.final < 1 - c.adalora.warmup, "adalora.final",
          "above 0 and, with adalora.warmup, below 1")
     need(c.sora.gate_rate > 0, "sora.gate_rate", "above 0")
+    if c.sora.shrink is not None:
+        need(c.sora.shrink >= 0, "sora.shrink", "0 or more, or None for sora.sparsity")
+        need(c.sora.proximal == "paper", "sora.shrink", "None where sora.proximal is not paper")
     if c.model.adapter:
         need(c.method in ADAPTED and c.method not in GATED, "model.adapter",
              f"empty for {c.method}; it is for {', '.join(m for m in ADAPTED if m not in GATED)}")

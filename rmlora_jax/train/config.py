@@ -29,6 +29,7 @@ SWEEPABLE = {
     "alpha": ("lora.alpha", ADAPTED),
     "orthogonal": ("adalora.orthogonal", ("adalora",)),
     "sparsity": ("sora.sparsity", ("sora",)),
+    "shrink": ("sora.shrink", ("sora",)),
     "l1": ("sora.l1", ("sora",)),
 }
 
@@ -141,6 +142,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.sora = ml_collections.ConfigDict()  # read by method sora alone
     c.sora.initial_rank = 8  # that a layer begins with
     c.sora.sparsity = 0.5  # lambda_2: each step moves a gate towards 0 by this times the rate
+    # In place of sparsity: what a gate loses over the whole run, so that a value fits any rate and
+    # length; gates begin as N(0, 1). None: sparsity
+    c.sora.shrink = config_dict.placeholder(float)
     c.sora.l1 = 0.0  # lambda_1: weight of the mean |gate| in the loss
     c.sora.gate_rate = 1.0  # learning rate of the gates over that of all else
     c.sora.proximal = "paper"  # paper, authors_exact

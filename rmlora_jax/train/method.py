@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -137,7 +138,7 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
         s = config.sora
         tx = rm.sora(
             schedule,
-            sparsity=s.sparsity,
+            sparsity=s.sparsity if s.shrink is None else _sparsity(s, schedule, steps),
             gate_learning_rate=lambda step: s.gate_rate * schedule(step),
             l1=s.l1,
             proximal=s.proximal,
@@ -181,6 +182,11 @@ def left(config: ml_collections.ConfigDict, trainable: Any) -> dict[str, Any]:
         ranks = {d.module: np.count_nonzero(leaves[d.e], -1) for d in find_diagonals(trainable)}
         found |= {"factors": surviving_parameters(trainable), "ranks": ranks}
     return found
+
+
+def _sparsity(sora: ml_collections.ConfigDict, schedule: optax.Schedule, steps: int) -> jax.Array:
+    """lambda_2 with which a gate that nothing else moves loses ``sora.shrink`` in all ``steps``."""
+    return sora.shrink / (sora.gate_rate * jax.vmap(schedule)(jnp.arange(steps)).sum())
 
 
 def _rm_lora(config, schedule, adamw):
