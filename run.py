@@ -78,16 +78,17 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # jax and TFDS tell of every file and backend at INFO
     # Imported here: --help and a mistyped flag need not wait for jax.
     from rmlora_jax.errors import UserError
-    from rmlora_jax.train import config, loop, stopping, sweep
+    from rmlora_jax.train import check, config, loop, stopping, sweep
 
     try:
         if "study" in CONFIG.value:
             study(CONFIG.value)
             return
-        config.check_config(CONFIG.value)
         if COMPILE_ONLY.value or TOPOLOGY.value:
+            check.check_config(CONFIG.value)
             compile_only()
             return
+        check.check_run(CONFIG.value)
         if DISTRIBUTED.value or COORDINATOR.value:
             join_processes()
         train = sweep.train if config.is_sweep(CONFIG.value) else loop.train

@@ -125,6 +125,24 @@ def read_json(path: str | os.PathLike) -> Any:
     return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
 
 
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      FileNotFoundError: there is no file.
+      UserError: it cannot be read, is not JSON, or holds something else.
+    """
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); copy it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object; copy it again")
+    return value
+
+
 def read_json_lines(path: str | os.PathLike, key: str, kind: type, wrong: str) -> list[dict]:
     """The objects of a JSON-lines file, [] without one; each has a ``key`` of this ``kind``.
 
@@ -143,7 +161,7 @@ def read_json_lines(path: str | os.PathLike, key: str, kind: type, wrong: str) -
             row = json.loads(line)
             if not isinstance(row[key], kind):
                 raise TypeError(key)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number > len(lines):
                 break  # empty after a whole line, or torn
             raise UserError(f"{path}: line {number} {wrong}") from error

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from rmlora_jax.data.dataset import ArraySource, Dataset
 from rmlora_jax.train import images, many, memory, setup
-from rmlora_jax.train.config import check_config, runs
+from rmlora_jax.train.check import check_config
+from rmlora_jax.train.config import runs
 from rmlora_jax.train.mesh import all_devices, shard
 
 CONFIGS = Path(__file__).parent.parent / "configs"

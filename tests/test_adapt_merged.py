@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from rmlora_jax import AdaLoRA, LoRA, adapt, attach, join, merge, split
 from rmlora_jax.errors import UserError
-from rmlora_jax.train.config import check_config
+from rmlora_jax.train.check import check_config
 from rmlora_jax.train.method import description
 
 VmapDense = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})

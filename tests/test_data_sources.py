@@ -26,7 +26,7 @@ def encoded(array, kind="PNG", mode=None):
 
 def as_files(row):
     """TFDS takes an encoded image as a file, and reads it once."""
-    return {k: io.BytesIO(v) if isinstance(v, bytes) else v for k, v in row.items()}
+    return {k: io.BytesIO(v) if k == "image" else v for k, v in row.items()}
 
 
 def make(folder, dataset, features, splits, config=None, version="1.0.0"):

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 from configs import quickstart
 from rmlora_jax.errors import UserError
 from rmlora_jax.train import loop, setup, sweep
+from rmlora_jax.train.check import check_config
 from rmlora_jax.train.collectives import collectives
-from rmlora_jax.train.config import check_config
 from rmlora_jax.train.mesh import all_devices, base_sharding, in_groups, shard
 
 LAYERS, KERNELS = 12, 6  # of ViT-Tiny: layers, and the kernels in each that are shared

@@ -17,7 +17,8 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.models.frames import Frames, FramesConfig
 from rmlora_jax.train import loop, setup
 from rmlora_jax.train.base_run import read_base
-from rmlora_jax.train.config import METHODS, check_config
+from rmlora_jax.train.check import check_config
+from rmlora_jax.train.config import METHODS
 from rmlora_jax.train.mesh import all_devices
 
 

@@ -21,7 +21,8 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.hub import load_vit
 from rmlora_jax.models import ViT
 from rmlora_jax.train import checkpoint, grid, loop, many, memory, mesh, setup, sweep
-from rmlora_jax.train.config import check_config, differences, runs
+from rmlora_jax.train.check import check_config
+from rmlora_jax.train.config import differences, runs
 from rmlora_jax.train.mesh import all_devices, shard
 
 ROOT = Path(__file__).parent.parent

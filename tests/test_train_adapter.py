@@ -14,14 +14,15 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.hub import load_peft, load_pretrained, read_info, stored_labels
 from rmlora_jax.hub.peft_config import read_config
 from rmlora_jax.train import checkpoint, finished, loop, mesh, setup, sweep
-from rmlora_jax.train.config import check_config
+from rmlora_jax.train.check import check_config
 from rmlora_jax.train.mesh import all_devices, shard
 
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     for module in (loop, sweep):
-        monkeypatch.setattr(module, "all_devices", lambda name, **_: mesh.all_devices(name, limit=1))
+        one = lambda name, **_: mesh.all_devices(name, limit=1)  # noqa: E731
+        monkeypatch.setattr(module, "all_devices", one)
 
 
 def short(config, **fields):

@@ -14,7 +14,7 @@ import rmlora_jax as rm
 from rmlora_jax.baselines import budget
 from rmlora_jax.errors import UserError
 from rmlora_jax.train import checkpoint, loop, method, setup, sweep
-from rmlora_jax.train.config import check_config
+from rmlora_jax.train.check import check_config
 from rmlora_jax.train.mesh import all_devices, shard
 
 MODULES = 12  # two layers of query, key, value, out, fc1 and fc2

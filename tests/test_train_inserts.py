@@ -8,7 +8,7 @@ from test_train_methods import changed, equal, trained
 from rmlora_jax.errors import UserError
 from rmlora_jax.masking import step_masks
 from rmlora_jax.train import method, setup
-from rmlora_jax.train.config import check_config
+from rmlora_jax.train.check import check_config
 from rmlora_jax.train.mesh import all_devices
 
 # The tiny ViT: 2 layers of width 32, a head of 32 x 10.

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.train import method, setup
-from rmlora_jax.train.config import check_config
+from rmlora_jax.train.check import check_config
 from rmlora_jax.train.mesh import all_devices, shard
 
 

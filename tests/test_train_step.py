@@ -12,7 +12,8 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.hub import load_vit
 from rmlora_jax.models import ViT
 from rmlora_jax.train import images, loop, method, setup
-from rmlora_jax.train.config import check_config, differences
+from rmlora_jax.train.check import check_config
+from rmlora_jax.train.config import differences
 from rmlora_jax.train.mesh import all_devices, shard
 
 STEPS = 20

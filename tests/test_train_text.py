@@ -12,7 +12,8 @@ import pytest
 from fixtures.text.tiny import config_of, write_model, write_texts
 
 from rmlora_jax.train import loop, setup
-from rmlora_jax.train.config import check_config, default_config, use_glue
+from rmlora_jax.train.check import check_config
+from rmlora_jax.train.config import default_config, use_glue
 from rmlora_jax.train.mesh import all_devices
 
 ROOT = Path(__file__).parent.parent

@@ -8,6 +8,7 @@ Texts: ``load_texts`` finds a data set, ``tokenise`` makes numbers of it, once, 
 pads them.
 """
 
+from rmlora_jax.data.bad import listed
 from rmlora_jax.data.dataset import ArraySource, Dataset, ImageSource, Subset
 from rmlora_jax.data.decoded import cached
 from rmlora_jax.data.glue import GlueTask, glue_task, write_predictions
@@ -23,6 +24,7 @@ from rmlora_jax.data.pipeline import (
     stream_batches,
 )
 from rmlora_jax.data.sources import load_images
+from rmlora_jax.data.subsets import labels_of
 from rmlora_jax.data.text import TextDataset, TextSplit, load_texts
 from rmlora_jax.data.tokens import Tokens, tokenise
 from rmlora_jax.data.vision import augment
@@ -43,6 +45,8 @@ __all__ = [
     "cached",
     "eval_batches",
     "glue_task",
+    "labels_of",
+    "listed",
     "load_images",
     "load_resident",
     "load_texts",

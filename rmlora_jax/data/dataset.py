@@ -37,6 +37,7 @@ class Dataset:
       class_names: ``num_classes`` strings.
       image_shape: ``(H, W, C)``, or None where images differ in size.
       channels: 3, or 1 for grayscale (repeated to 3 on the device).
+      skipped: the records that were left out because they cannot be used, and why.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Dataset:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int] | None
     channels: int = 3
+    skipped: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,8 +111,9 @@ def identity_of(source: ImageSource, chosen: Sequence[int]) -> str | None:
     return own and f"{own} {hashlib.sha256(np.asarray(chosen, np.int64).tobytes()).hexdigest()}"
 
 
-def held_out_count(n: int, amount: float) -> int:
-    """How many of ``n`` images ``amount`` stands for: a fraction below 1, a number from 1 on.
+def held_out_count(n: int, amount: float, of: object = "the data set") -> int:
+    """How many of the ``n`` examples ``of`` a data set ``amount`` stands for: a fraction below 1, a
+    number from 1 on.
 
     >>> held_out_count(1437, 0.1), held_out_count(1437, 200)
     (144, 200)
@@ -120,15 +123,20 @@ def held_out_count(n: int, amount: float) -> int:
     """
     if amount < 0 or (amount >= 1 and amount != int(amount)):
         raise UserError(
-            f"validation={amount!r}: must be a fraction of the training images below 1, "
+            f"validation={amount!r}: must be a fraction of the training examples below 1, "
             "or a whole number of them"
+        )
+    if n < 2 and amount > 0:
+        raise UserError(
+            f"{of} has {n} training example{'s' * (n != 1)}; two are needed, one of them to "
+            "choose the best step on"
         )
     count = round(n * amount) if amount < 1 else int(amount)
     if amount > 0:
         count = max(count, 1)
     if count >= n:
         raise UserError(
-            f"validation={amount!r} would hold out {count} of the {n} training images; "
+            f"validation={amount!r} would hold out {count} of the {n} training examples; "
             "give a smaller one, such as 0.1"
         )
     return count
@@ -170,10 +178,15 @@ def _largest_remainder(sizes: np.ndarray, total: int) -> np.ndarray:
 
 
 def with_validation(
-    train: ImageSource, amount: float, *, seed: int, labels: np.ndarray | None = None
+    train: ImageSource,
+    amount: float,
+    *,
+    seed: int,
+    labels: np.ndarray | None = None,
+    of: object = "the data set",
 ) -> tuple[ImageSource, ImageSource | None]:
     """``train`` without the held out images, and those (None where ``amount`` is 0)."""
-    count = held_out_count(len(train), amount)
+    count = held_out_count(len(train), amount, of)
     if count == 0:
         return train, None
     kept, held = hold_out(len(train), count, seed=seed, labels=labels)

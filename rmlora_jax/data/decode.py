@@ -10,6 +10,11 @@ from PIL import Image
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
+# A file of a few bytes can claim any number of pixels. So many are allowed whatever its size, and
+# beyond them so many a byte, which even an empty page in black and white does not reach.
+FREE_PIXELS = 1 << 22
+MOST_PIXELS_A_BYTE = 10_000
+
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -33,8 +38,17 @@ def decode(encoded: bytes, channels: int = 3, size: int | None = None) -> np.nda
 
 
 def open_image(encoded: bytes) -> Image.Image:
-    """The file's header, read; its pixels are decoded when they are first needed."""
-    return Image.open(io.BytesIO(encoded), formats=FORMATS)
+    """The file's header, read; its pixels are decoded when they are first needed.
+
+    Raises:
+      Exception: of any kind, for a file that is damaged, or that claims more pixels than it can
+        have.
+    """
+    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    width, height = image.size
+    if width * height > max(FREE_PIXELS, MOST_PIXELS_A_BYTE * len(encoded)):
+        raise ValueError(f"it claims {width} x {height} pixels in {len(encoded)} bytes")
+    return image
 
 
 def pixels(image: Image.Image, channels: int = 3, size: int | None = None) -> np.ndarray:

@@ -4,6 +4,8 @@ import dataclasses
 import os
 from pathlib import Path
 
+from rmlora_jax.data.bad import Skipped
+from rmlora_jax.data.checked import usable
 from rmlora_jax.data.cifar import archive_of, prepare_cifar
 from rmlora_jax.data.dataset import Dataset, Subset, with_validation
 from rmlora_jax.data.digits import load_digits
@@ -35,6 +37,9 @@ def load_images(
     limit: int | None = None,
     download: bool = True,
     base_url: str | None = None,
+    bad_records: int = 0,
+    cache: os.PathLike | None = None,
+    threads: int = 8,
 ) -> Dataset:
     """A labelled image data set with three fixed splits.
 
@@ -55,6 +60,11 @@ def load_images(
       limit: use only this many training images, after all of that; None or 0 for all.
       download: False never uses the network.
       base_url: of the CIFAR archives, see :func:`rmlora_jax.data.cifar.prepare_cifar`.
+      bad_records: how many examples, of all splits together, may be left out because they are
+        damaged, of another shape than declared, or of no declared class. Above 0 every image is
+        decoded once to find them; with 0 the first that is met is an error.
+      cache, threads: where what was found is kept, and how many read; see
+        :func:`rmlora_jax.data.checked.usable`.
 
     Raises:
       UserError: what is wrong with the name, the folder, the network or the features.
@@ -82,16 +92,26 @@ def load_images(
 
     shape, channels, class_names = image_features(folder, image_key, label_key)
 
+    how = (image_key, label_key, channels, shape, len(class_names))
+
     def split(which: str):
-        return open_split(folder, which, image_key, label_key, channels)
+        return open_split(folder, which, *how)
 
     train = split(train_split)
     test = split(test_split) if test_split else _default_test(folder, split)
+    skipped, parts = Skipped(bad_records), []
     for which, source in ((train_split, train), (test_split or "test", test)):
-        if len(source) == 0 or source.label(0) < 0:
+        if not source.labelled():
             raise UserError(f"split {which!r} of {name} has no labelled images")
-    train, held = with_validation(train, validation, seed=seed)
-    data = Dataset(name, train, held, test, len(class_names), class_names, shape, channels)
+        desc = f"checking {name} {which}"
+        parts.append(usable(source, skipped, cache=cache, threads=threads, desc=desc))
+        if not len(parts[-1]):
+            raise UserError(f"split {which!r} of {name} has no image that can be used")
+    train, held = with_validation(parts[0], validation, seed=seed, of=folder)
+    data = Dataset(
+        name, train, held, parts[1], len(class_names), class_names, shape, channels,
+        tuple(skipped.records),
+    )
     return _smaller(data, classes, per_class, limit)
 
 
@@ -101,10 +121,10 @@ def _default_test(folder: Path, split):
     for which in ("test", "validation"):
         if which in info.splits:
             source = split(which)
-            if len(source) and source.label(0) >= 0:
+            if source.labelled():
                 return source
     raise UserError(
-        f"{info.full_name} has no labelled test or validation split, only "
+        f"{folder} has no labelled test or validation split, only "
         f"{', '.join(sorted(info.splits))}\nName parts of one, such as "
         "--config.data.train_split='train[:80%]' --config.data.test_split='train[80%:]'"
     )

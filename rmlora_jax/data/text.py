@@ -1,19 +1,20 @@
 """``load_texts``: labelled texts, or pairs of texts, of TFDS or of files of one's own."""
 
-import csv
 import dataclasses
-import json
+import functools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from rmlora_jax.data.bad import LEAVE_OUT, BadRecord, Skipped
 from rmlora_jax.data.dataset import held_out_count, hold_out
 from rmlora_jax.data.glue_prepare import is_glue, prepare_glue
 from rmlora_jax.data.progress import progress
+from rmlora_jax.data.text_files import Rows, class_names, class_of, read_rows, value_of
 from rmlora_jax.data.tfds_images import (
     Name,
     declared_features,
@@ -22,6 +23,7 @@ from rmlora_jax.data.tfds_images import (
     import_tfds,
     not_prepared,
     open_builder,
+    open_errors,
 )
 from rmlora_jax.errors import UserError
 
@@ -56,6 +58,7 @@ class TextDataset:
       tests: the splits that are reported; "test" first.
       unlabelled: the splits that are predicted only.
       label_names: of the classes; None for regression.
+      skipped: the records that were left out because they cannot be used, and why.
     """
 
     name: str
@@ -65,6 +68,7 @@ class TextDataset:
     tests: dict[str, TextSplit]
     unlabelled: dict[str, TextSplit]
     label_names: tuple[str, ...] | None
+    skipped: tuple[str, ...] = ()
 
 
 def load_texts(
@@ -84,6 +88,7 @@ def load_texts(
     predict_file: os.PathLike | None = None,
     limit: int | None = None,
     download: bool = True,
+    bad_records: int = 0,
 ) -> TextDataset:
     """A data set of texts with labels, in memory.
 
@@ -106,19 +111,18 @@ def load_texts(
         says are held out once more. Labels of classes may be words or whole numbers.
       limit: use only this many training texts, after the hold-out; None or 0 for all.
       download: False never uses the network.
+      bad_records: how many examples with a label, of all splits together, may be left out because
+        they are damaged or empty, or their label is none. Nothing is left out of what is predicted.
 
     Raises:
       UserError: what is wrong with the name, a file and its line, the features or the network.
     """
     if not validation > 0:
         raise UserError(f"validation={validation!r}: must be above 0, to choose the best step on")
+    skipped = Skipped(bad_records)
     if train_file:
-        splits, names = _files(
-            {"train": train_file, "test": test_file, "predict": predict_file},
-            columns,
-            label_key,
-            regression,
-        )
+        paths = {"train": train_file, "test": test_file, "predict": predict_file}
+        splits, names = _files(paths, columns, label_key, regression, skipped)
         tests = {"test": splits["test"]} if "test" in splits else {}
         unlabelled = {"predict": splits["predict"]} if "predict" in splits else {}
         train = splits["train"]
@@ -129,28 +133,30 @@ def load_texts(
         info = open_builder(folder).info
 
         def read(split: str) -> TextSplit:
-            return _read(folder, split, columns, label_key, regression)
+            return _read(folder, split, columns, label_key, names, skipped)
 
         train = read(train_split)
         if not len(train.ids) or not _labelled(train):
             raise UserError(f"split {train_split!r} of {name} has no labelled texts")
         tests = {}
         for ours, theirs in (test_splits or {"test": None}).items():
-            tests[ours] = read(theirs) if theirs else _default_test(info, read)
+            tests[ours] = read(theirs) if theirs else _default_test(folder, info, read)
             if not len(tests[ours].ids) or not _labelled(tests[ours]):
                 raise UserError(f"split {theirs!r} of {name} has no labelled texts")
         present = {k: v for k, v in (unlabelled_splits or {}).items() if v in info.splits}
         unlabelled = {ours: read(theirs) for ours, theirs in present.items()}
     if not tests:
-        train, tests["test"] = _held_out(train, validation, seed + 1, regression)
-    train, held = _held_out(train, validation, seed, regression)
+        train, tests["test"] = _held_out(train, validation, seed + 1, regression, train_file)
+    train, held = _held_out(train, validation, seed, regression, train_file or folder)
     if limit and limit < len(train.ids):
         train = train.at(np.arange(limit))
-    return TextDataset(name, tuple(columns), train, held, tests, unlabelled, names)
+    return TextDataset(
+        name, tuple(columns), train, held, tests, unlabelled, names, tuple(skipped.records)
+    )
 
 
-def _held_out(split: TextSplit, amount: float, seed: int, regression: bool):
-    count = held_out_count(len(split.ids), amount)
+def _held_out(split: TextSplit, amount: float, seed: int, regression: bool, of):
+    count = held_out_count(len(split.ids), amount, of)
     labels = None if regression else split.labels
     kept, held = hold_out(len(split.ids), count, seed=seed, labels=labels)
     return split.at(kept), split.at(held)
@@ -158,8 +164,7 @@ def _held_out(split: TextSplit, amount: float, seed: int, regression: bool):
 
 def _labelled(split: TextSplit) -> bool:
     """Some data sets publish a split without labels, as -1."""
-    first = split.labels[0]
-    return not (math.isnan(first) or (split.labels == -1).all())
+    return not (np.isnan(split.labels) | (split.labels == -1)).all()
 
 
 # TFDS
@@ -190,7 +195,7 @@ def _features(folder: Path, columns: Sequence[str], label_key: str, regression: 
         columns = tuple(texts)
     if not columns or not set(columns) <= set(texts):
         raise UserError(
-            f"{info.full_name} has no text under {', '.join(map(repr, columns)) or 'no name'}; its "
+            f"{folder} has no text under {', '.join(map(repr, columns)) or 'no name'}; its "
             f"texts are under {', '.join(texts) or 'nothing'}\nName one or two: "
             f"--config.text.columns=\"('{texts[0] if texts else 'text'}',)\""
         )
@@ -204,30 +209,24 @@ def _features(folder: Path, columns: Sequence[str], label_key: str, regression: 
     if not fits:
         others = [k for k in features if k not in texts]
         raise UserError(
-            f"{info.full_name} has no {kind} under {label_key!r}; beside texts it has "
+            f"{folder} has no {kind} under {label_key!r}; beside texts it has "
             f"{', '.join(others) or 'nothing'}\nName it with --config.data.label_key"
         )
     return tuple(columns), None if regression else tuple(label.names)
 
 
-def _read(folder: Path, split: str, columns, label_key: str, regression: bool) -> TextSplit:
+def _read(
+    folder: Path, split: str, columns, label_key: str, names: tuple[str, ...] | None, skipped
+) -> TextSplit:
+    """A split, without the examples that cannot be used where it has labels."""
     builder = open_builder(folder)
-    try:
+    with open_errors(folder, builder.info, split):
         records = builder.as_data_source(split=split)
-    except NotImplementedError as error:
-        raise UserError(
-            f"{folder} is stored in a format that cannot be read at random; prepare it again in "
-            "another folder: python -m rmlora_jax.data.prepare NAME --data_dir=OTHER"
-        ) from error
-    except ValueError as error:
-        raise UserError(
-            f"{builder.info.full_name} has no split {split!r}; it has "
-            f"{', '.join(sorted(builder.info.splits))}"
-        ) from error
     n = len(records)
     texts = tuple([""] * n for _ in columns)
-    labels = np.empty(n, np.float32 if regression else np.int32)
+    labels = np.full(n, *((math.nan, np.float32) if names is None else (-1, np.int32)))
     ids = np.arange(n, dtype=np.int64)
+    bad = {}
     with progress(n, f"reading {split}", " texts", disable=n < 50_000) as bar:
         for i in range(n):
             try:
@@ -235,25 +234,48 @@ def _read(folder: Path, split: str, columns, label_key: str, regression: bool) -
                 for column, name in zip(texts, columns, strict=True):
                     column[i] = record[name].decode("utf-8")
                 labels[i] = record[label_key]
+                ids[i] = record.get("idx", i)
             except Exception as error:  # array_record and protobuf each have their own kinds
-                why = str(error).strip().partition("\n")[0]
-                raise UserError(
-                    f"{folder} is damaged: text {i} of {split!r} cannot be read: {why}\n"
-                    "Delete that folder and prepare it again"
-                ) from error
-            ids[i] = record.get("idx", i)
+                why = str(error).strip().partition("\n")[0] or type(error).__name__
+                bad[i] = f"it cannot be read: {why}"
+                if len(bad) > skipped.limit:
+                    break
             bar.update()
-    return TextSplit(texts, labels, ids)
+    whole = TextSplit(texts, labels, ids)
+    labelled = n > 0 and _labelled(whole)
+    if labelled and len(bad) <= skipped.limit:
+        bad |= {i: why for i in range(n) if i not in bad and (why := _unusable(whole, i, names))}
+    for i in sorted(bad):
+        error = BadRecord(
+            f"{folder} is damaged: text {i} of {split!r}: {bad[i]}\n"
+            f"Delete that folder and prepare it again, or type {LEAVE_OUT}"
+        )
+        if not labelled and len(bad) <= skipped.limit:
+            raise error
+        skipped.add(error)
+    return whole.at([i for i in range(n) if i not in bad]) if bad else whole
 
 
-def _default_test(info, read) -> TextSplit:
+def _unusable(split: TextSplit, i: int, names: tuple[str, ...] | None) -> str | None:
+    """What is wrong with an example that was read; of a pair one text may be empty."""
+    label = split.labels[i]
+    if not any(column[i].strip() for column in split.texts):
+        return "its text is empty"
+    if names is None:
+        return None if np.isfinite(label) else f"its label is {label}, not a number"
+    if 0 <= label < len(names):
+        return None
+    return f"its label is {label}, the declared classes are 0 to {len(names) - 1}"
+
+
+def _default_test(folder: Path, info, read) -> TextSplit:
     for which in ("test", "validation"):
         if which in info.splits:
             split = read(which)
             if len(split.ids) and _labelled(split):
                 return split
     raise UserError(
-        f"{info.full_name} has no labelled test or validation split, only "
+        f"{folder} has no labelled test or validation split, only "
         f"{', '.join(sorted(info.splits))}\nName parts of one, such as "
         "--config.data.train_split='train[:80%]' --config.data.test_split='train[80%:]'"
     )
@@ -262,7 +284,7 @@ def _default_test(info, read) -> TextSplit:
 # Files
 
 
-def _files(paths: dict, columns, label_key: str, regression: bool):
+def _files(paths: dict, columns, label_key: str, regression: bool, skipped: Skipped):
     """The splits that have a file, and the names of the classes or None."""
     if not columns:
         raise UserError("name the columns with text: --config.text.columns=\"('text',)\"")
@@ -272,107 +294,32 @@ def _files(paths: dict, columns, label_key: str, regression: bool):
             continue
         path = Path(path).expanduser()
         labelled = which != "predict"
-        texts, raw = tuple([] for _ in columns), []
-        for line, row in _rows(path):
-            for column, name in zip(texts, columns, strict=True):
-                column.append(_cell(path, line, row, name))
-            if labelled:
-                raw.append((line, _cell(path, line, row, label_key)))
-        n = len(texts[0])
-        if not n:
-            raise UserError(f"{path} has no rows")
+        rows = read_rows(path, columns, label_key if labelled else None, skipped)
         if not labelled:
-            blank = np.full(n, np.nan, np.float32) if regression else np.full(n, -1, np.int32)
-            splits[which] = TextSplit(texts, blank, np.arange(n))
+            n = len(rows.lines)
+            labels = np.full(n, np.nan, np.float32) if regression else np.full(n, -1, np.int32)
+            splits[which] = TextSplit(rows.texts, labels, np.array(rows.numbers))
             continue
         if regression:
-            labels = np.array([_value(path, *pair, label_key) for pair in raw], np.float32)
+            number_of, dtype = functools.partial(value_of, label_key=label_key), np.float32
         else:
-            if names is None:
-                names = _class_names(path, [word for _, word in raw], label_key)
+            names = names or class_names(path, rows.labels, label_key)
             numbers = {word: i for i, word in enumerate(names)}
-            labels = np.array([_class(path, *pair, numbers) for pair in raw], np.int32)
-        splits[which] = TextSplit(texts, labels, np.arange(n))
+            number_of, dtype = functools.partial(class_of, numbers=numbers), np.int32
+        splits[which] = _with_labels(path, rows, number_of, dtype, skipped)
     return splits, names
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, row) of a file."""
-    kind = path.suffix.lower()
-    if kind not in (".csv", ".tsv", ".jsonl"):
-        raise UserError(f"{path}: files of texts end in .csv, .tsv or .jsonl; convert it to one")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if kind == ".jsonl":
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield number, _object(path, number, line)
-                return
-            reader = csv.DictReader(file, delimiter="," if kind == ".csv" else "\t", strict=True)
-            for row in reader:
-                if None in row:
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: more cells than the heading has names; "
-                        "put texts with commas or tabs in double quotes"
-                    )
-                yield reader.line_num, row
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it") from error
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; check its quotes") from error
-
-
-def _object(path: Path, number: int, line: str) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path}, line {number}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{path}, line {number}: a {type(row).__name__}, not an object")
-    return {k: v if v is None or isinstance(v, str) else json.dumps(v) for k, v in row.items()}
-
-
-def _cell(path: Path, line: int, row: dict, name: str) -> str:
-    if name not in row:
-        raise UserError(
-            f"{path}, line {line}: no {name!r}; it has {', '.join(map(repr, row))}\n"
-            "Name the columns with --config.text.columns and --config.data.label_key"
-        )
-    value = row[name]
-    if value is None or not value.strip():
-        raise UserError(f"{path}, line {line}: {name!r} is empty; fill it in or delete the line")
-    return value
-
-
-def _class_names(path: Path, words: list[str], label_key: str) -> tuple[str, ...]:
-    """The words that occur, in order; whole numbers in the order of numbers."""
-    names = sorted(set(words))
-    if all(word.lstrip("-").isdigit() for word in names):
-        names.sort(key=int)
-    if len(names) < 2:
-        raise UserError(f"{path}: every {label_key!r} is {names[0]!r}; two classes are needed")
-    if len(names) > 1000 and len(names) > len(words) // 2:
-        raise UserError(
-            f"{path}: {label_key!r} has {len(names)} different values in {len(words)} rows; for "
-            "numbers to be predicted use --config.task=text_regression"
-        )
-    return tuple(names)
-
-
-def _class(path: Path, line: int, word: str, numbers: dict[str, int]) -> int:
-    if word not in numbers:
-        known = ", ".join(list(numbers)[:10])
-        raise UserError(f"{path}, line {line}: label {word!r} is not in the training file: {known}")
-    return numbers[word]
-
-
-def _value(path: Path, line: int, word: str, label_key: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise UserError(f"{path}, line {line}: {label_key!r} is {word!r}, not a number")
-    return value
+def _with_labels(path: Path, rows: Rows, number_of, dtype, skipped: Skipped) -> TextSplit:
+    """The rows whose label ``number_of`` finds a number for."""
+    kept, labels = [], []
+    for i, (line, word) in enumerate(zip(rows.lines, rows.labels, strict=True)):
+        try:
+            labels.append(number_of(word))
+            kept.append(i)
+        except BadRecord as error:
+            skipped.add(BadRecord(f"{path}, line {line}: {error}"))
+    if not kept:
+        raise UserError(f"{path} has no row that can be used")
+    texts = tuple([column[i] for i in kept] for column in rows.texts)
+    return TextSplit(texts, np.array(labels, dtype), np.array(rows.numbers)[kept])

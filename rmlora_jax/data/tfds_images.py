@@ -4,6 +4,7 @@ Folders are found by looking (``data_dir/name[/config]/version``), not through t
 faster, works for data sets TFDS has never heard of, and never imports TensorFlow.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -13,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from rmlora_jax.data.decode import decode
+from rmlora_jax.data.bad import LEAVE_OUT, BadRecord
+from rmlora_jax.data.decode import open_image, pixels
 from rmlora_jax.errors import UserError
 
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>[\d.*]+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+CHECKED_SIZE = 32  # to which `check` decodes, which is quick for JPEGs and reads all of a file
 
 
 def import_tfds():
@@ -126,18 +130,29 @@ def not_prepared(text: str, name: Name, data_dir: Path) -> UserError:
 class TfdsImages:
     """One split of a prepared data set; :class:`rmlora_jax.data.dataset.ImageSource`.
 
-    It pickles as its arguments, so that worker processes open the files themselves.
+    It pickles as its arguments, so that worker processes open the files themselves. Images must
+    have the ``shape``, where one is declared, and labels be below ``num_classes``.
     """
 
-    def __init__(self, folder: str, split: str, image_key: str, label_key: str, channels: int):
+    def __init__(
+        self,
+        folder: str,
+        split: str,
+        image_key: str,
+        label_key: str,
+        channels: int,
+        shape: tuple[int, ...] | None,
+        num_classes: int,
+    ):
         tfds = import_tfds()
 
-        self._arguments = (folder, split, image_key, label_key, channels)
+        self._arguments = (folder, split, image_key, label_key, channels, shape, num_classes)
         builder = open_builder(Path(folder))
         # Left encoded, the image is decoded here: at a reduced size where it can be.
         decoders = {image_key: tfds.decode.SkipDecoding()}
         self._records = builder.as_data_source(split=split, decoders=decoders)
         self._image_key, self._label_key, self._channels = image_key, label_key, channels
+        self._shape, self._num_classes = shape, num_classes
 
     def __reduce__(self):
         return type(self), self._arguments
@@ -158,14 +173,39 @@ class TfdsImages:
 
     def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
         record = self._record(index)
+        label = int(record[self._label_key])
+        if not 0 <= label < self._num_classes:
+            last = self._num_classes - 1
+            raise self._bad(index, f"its label is {label}, the declared classes are 0 to {last}")
         try:
-            image = decode(record[self._image_key], self._channels, size)
-        except OSError as error:  # pillow's errors are of this kind
-            raise self._damaged(index, error) from error
-        return image, int(record[self._label_key])
+            image = open_image(record[self._image_key])
+            width, height = image.size
+            if self._shape is None or (height, width) == self._shape[:2]:
+                return pixels(image, self._channels, size), label
+        except Exception as error:  # pillow raises many kinds for a damaged file
+            raise self._bad(index, f"it cannot be decoded: {_first_line(error)}") from error
+        declared = " x ".join(map(str, self._shape[:2]))
+        raise self._bad(index, f"it is {height} x {width}, where {declared} is declared")
+
+    def check(self, index: int) -> None:
+        """Raises a `BadRecord` for an example that cannot be used."""
+        self.load(index, size=CHECKED_SIZE)
 
     def label(self, index: int) -> int:
         return int(self._record(index)[self._label_key])
+
+    def labelled(self) -> bool:
+        """Whether the split has labels; some data sets publish one without, as -1."""
+        errors = []
+        for index in range(min(len(self), 16)):
+            try:
+                if self.label(index) >= 0:
+                    return True
+            except BadRecord as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return False
 
     def _record(self, index: int) -> dict:
         try:
@@ -173,19 +213,22 @@ class TfdsImages:
         except IndexError:
             raise
         except Exception as error:  # array_record and protobuf each have their own kinds
-            raise self._damaged(index, error) from error
+            raise self._bad(index, f"it cannot be read: {_first_line(error)}") from error
         # A file that was cut short is read as empty records.
         if record[self._image_key] is None or record[self._label_key] is None:
-            raise self._damaged(index, "it is empty")
+            raise self._bad(index, "it is empty")
         return record
 
-    def _damaged(self, index: int, why) -> UserError:
+    def _bad(self, index: int, why: str) -> BadRecord:
         folder, split, *_ = self._arguments
-        why = str(why).strip().partition("\n")[0]
-        return UserError(
-            f"{folder} is damaged: image {index} of {split!r} cannot be read: {why}\n"
-            "Delete that folder and prepare it again"
+        return BadRecord(
+            f"{folder} is damaged: image {index} of {split!r}: {why}\n"
+            f"Delete that folder and prepare it again, or type {LEAVE_OUT}"
         )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def open_builder(folder: Path):
@@ -202,24 +245,35 @@ def open_builder(folder: Path):
         ) from error
 
 
-def open_split(folder: Path, split: str, image_key: str, label_key: str, channels: int):
+def open_split(folder: Path, split: str, *how):
     """:class:`TfdsImages`, or a UserError that says what is wrong with the split or its files."""
-    builder = open_builder(folder)
+    with open_errors(folder, open_builder(folder).info, split):
+        return TfdsImages(str(folder), split, *how)
+
+
+@contextlib.contextmanager
+def open_errors(folder: Path, info, split: str):
+    """UserErrors for what TFDS raises where a split is opened."""
     try:
-        return TfdsImages(str(folder), split, image_key, label_key, channels)
+        yield
+    except UserError:
+        raise
     except NotImplementedError as error:
-        name, where = builder.info.full_name, folder.parents[builder.info.full_name.count("/")]
-        kind = builder.info.file_format
+        name, where = info.full_name, folder.parents[info.full_name.count("/")]
+        kind = info.file_format
         raise UserError(
             f"{name} in {where} is stored as {kind.value if kind else 'an unknown format'}, which "
             "cannot be read at random; prepare it again in another folder: type\n"
-            f"python -m rmlora_jax.data.prepare {name.replace('/' + str(builder.version), '')} "
+            f"python -m rmlora_jax.data.prepare {name.replace('/' + str(info.version), '')} "
             "--data_dir=OTHER, then use --config.data.data_dir=OTHER"
         ) from error
-    except ValueError as error:
+    except Exception as error:  # of many kinds, where the folder is damaged
+        if isinstance(error, ValueError) and split not in info.splits:
+            known = ", ".join(sorted(info.splits))
+            raise UserError(f"{folder} has no split {split!r}; it has {known}") from error
         raise UserError(
-            f"{builder.info.full_name} has no split {split!r}; it has "
-            f"{', '.join(sorted(builder.info.splits))}"
+            f"{folder} is damaged: split {split!r} cannot be opened: {_first_line(error)[:300]}\n"
+            "Delete that folder and prepare it again"
         ) from error
 
 
@@ -244,16 +298,16 @@ def image_features(folder: Path, image_key: str, label_key: str):
     labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     if image_key not in images:
         hint = f"; its images are under {', '.join(images)}" if images else ""
-        raise UserError(f"{info.full_name} has no image under {image_key!r}{hint}")
+        raise UserError(f"{folder} has no image under {image_key!r}{hint}")
     if label_key not in labels or not features[label_key].num_classes:
         hint = f"its labels are under {', '.join(labels)}" if labels else "it has no class labels"
         raise UserError(
-            f"{info.full_name} cannot be used to train a classifier by {label_key!r}: {hint}"
+            f"{folder} cannot be used to train a classifier by {label_key!r}: {hint}"
         )
     image = features[image_key]
     shape = tuple(image.shape)
     channels = 1 if shape[-1] == 1 else 3
     if np.dtype(image.np_dtype) != np.uint8:
-        raise UserError(f"{info.full_name} has images of {image.np_dtype}; only uint8 can be used")
+        raise UserError(f"{folder} has images of {image.np_dtype}; only uint8 can be used")
     whole = (*shape[:2], channels) if None not in shape[:2] else None
     return whole, channels, tuple(features[label_key].names)

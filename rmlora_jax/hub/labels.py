@@ -10,7 +10,8 @@ def label_names(config: Mapping[str, Any], number: int) -> tuple[str, ...] | Non
     >>> label_names({"id2label": {"0": "cat", "1": "dog"}}, 2)
     ('cat', 'dog')
     """
-    names = {int(index): str(name) for index, name in (config.get("id2label") or {}).items()}
-    if sorted(names) != list(range(number)):
+    names = config.get("id2label")
+    if not isinstance(names, Mapping) or len(names) != number:
         return None
-    return tuple(names[index] for index in range(number))
+    found = [names.get(str(index)) for index in range(number)]
+    return tuple(map(str, found)) if all(isinstance(n, str | int | float) for n in found) else None

@@ -33,9 +33,9 @@ def load_pretrained(
         return load_vit(
             source, num_classes=num_labels, image_size=image_size, key=key, dtype=dtype
         )
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(("vit", *FAMILIES))
-        raise UserError(f"{folder / CONFIG}: model_type is {kind!r}; known are {known}")
+        raise UserError(f"{folder / CONFIG}: model_type is {repr(kind)[:80]}; known are {known}")
     if image_size is not None:
         raise UserError(f"{source} is a model of texts; leave out image_size")
     return load_text(source, num_labels=num_labels, key=key, dtype=dtype)

@@ -1,13 +1,13 @@
 """Where a pretrained model's files are: a local folder, a bundled model, or the hub."""
 
 import importlib.util
-import json
 import re
 import threading
 from pathlib import Path
 from typing import Any
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.files import read_object
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -37,6 +37,9 @@ PACKAGED = {
 
 # Seconds for the hub's first answer. Without a network its own client would retry for minutes.
 REPLY_TIMEOUT = 2.0
+
+# A shard is a file beside its index.
+SHARD = re.compile(r"\w[\w.-]{0,250}", re.ASCII)
 
 # What the hub allows as a name: "model" or "owner/model".
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -91,14 +94,9 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: the file is missing, is not JSON, or holds something other than an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}; is it a model's folder?") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); copy it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object; copy it again")
-    return value
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
@@ -135,8 +133,9 @@ def shards(index: Path) -> list[str]:
     if not isinstance(listed, dict):
         raise UserError(f"{index} has no 'weight_map'; copy it again")
     for name in listed.values():
-        if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
-            raise UserError(f"{index} lists {name!r}, which is no file beside it; copy it again")
+        if not isinstance(name, str) or not SHARD.fullmatch(name):
+            shown = repr(name)[:80]
+            raise UserError(f"{index} lists {shown}, which is no file beside it; copy it again")
     return sorted(set(listed.values()))
 
 

@@ -79,9 +79,10 @@ def load_text(
     folder = find_folder(source, revision)
     raw = read_json(folder / CONFIG)
     kind = raw.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"{folder / CONFIG}: model_type is {kind!r}; texts are for {', '.join(FAMILIES)}"
+            f"{folder / CONFIG}: model_type is {repr(kind)[:80]}; texts are for "
+            f"{', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
     try:
@@ -98,7 +99,10 @@ def load_text(
         raise UserError(f"{folder} has no head; say how many labels with num_labels=...")
     if not isinstance(labels, int) or labels < 1:
         raise UserError(f"num_labels is {labels!r}; it must be a whole number of at least 1")
-    shapes = param_shapes(family, config, labels)
+    try:
+        shapes = param_shapes(family, config, labels)
+    except (ValueError, TypeError, OverflowError) as error:  # sizes that do not go together
+        raise UserError(f"{folder / CONFIG}: {str(error).partition(chr(10))[0][:300]}") from None
     wanted, leftovers = shapes, family.leftovers
     if stored != labels:
         wanted = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}

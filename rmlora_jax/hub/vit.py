@@ -13,6 +13,7 @@ from rmlora_jax.hub.family import Family, param_shapes
 from rmlora_jax.hub.labels import label_names
 from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_folder, read_json
 from rmlora_jax.hub.weights import AS_IS, CONV, LINEAR, Entry, Tensors, read_params
+from rmlora_jax.models.hf_config import LARGEST
 from rmlora_jax.models.parts import truncated_normal
 from rmlora_jax.models.positions import resize_positions
 from rmlora_jax.models.vit import ViT
@@ -165,7 +166,10 @@ def load_vit(
         raise UserError(f"num_classes is {classes!r}; it must be a whole number of at least 1")
     keep_head = stored == classes
     leftovers = VIT.leftovers if keep_head else (*VIT.leftovers, r"classifier\.(weight|bias)")
-    shapes = param_shapes(VIT, config, classes)
+    try:
+        shapes = param_shapes(VIT, config, classes)
+    except (ValueError, TypeError, OverflowError) as error:  # sizes that do not go together
+        raise UserError(f"{folder / CONFIG}: {str(error).partition(chr(10))[0][:300]}") from None
     if not keep_head:
         shapes = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
     params, dropped, _ = read_params(
@@ -210,6 +214,12 @@ def new_vit_head(pretrained: Pretrained, key: jax.Array) -> Pretrained:
     return pretrained._replace(params=pretrained.params | {"head": head})
 
 
+def _numbers(values, count: int, least: float) -> bool:
+    """Whether these are so many numbers from ``least`` on, none too large to reckon with."""
+    fine = isinstance(values, list) and len(values) == count
+    return fine and all(type(x) in (int, float) and least <= x <= LARGEST for x in values)
+
+
 def _resized(config: ViTConfig, image_size: int) -> ViTConfig:
     try:
         return dataclasses.replace(config, image_size=image_size)
@@ -229,16 +239,19 @@ def _normalisation(folder: Path, channels: int) -> tuple[tuple[float, ...], tupl
     """Mean and standard deviation for pixels in [0, 1]; ViTImageProcessor's defaults are 0.5."""
     path = folder / PREPROCESSOR
     raw = read_json(path) if path.exists() else {}
-    mean = std = (0.5,) * channels
+    mean = std = [0.5] * channels
     if not raw.get("do_normalize", True):
-        mean, std = (0.0,) * channels, (1.0,) * channels
+        mean, std = [0.0] * channels, [1.0] * channels
     else:
-        mean = tuple(raw.get("image_mean") or mean)
-        std = tuple(raw.get("image_std") or std)
-    if not len(mean) == len(std) == channels:
-        raise UserError(f"{path}: image_mean and image_std need {channels} numbers each")
+        mean, std = raw.get("image_mean") or mean, raw.get("image_std") or std
     # The processor normalises pixel * rescale_factor, where we normalise pixel / 255.
     factor = raw.get("rescale_factor", 1 / 255) if raw.get("do_rescale", True) else 1.0
+    if not (_numbers(mean, channels, -LARGEST) and _numbers(std, channels, 1 / LARGEST)):
+        raise UserError(f"{path}: image_mean and image_std need {channels} numbers each, those of "
+                        "image_std above 0")
+    if not _numbers([factor], 1, 1 / LARGEST):
+        raise UserError(f"{path}: rescale_factor is {repr(factor)[:80]}; it must be above 0")
+    mean, std = tuple(mean), tuple(std)
     if abs(255 * factor - 1) > 1e-6:
         mean, std = (tuple(x / (255 * factor) for x in values) for values in (mean, std))
     return mean, std

@@ -206,16 +206,18 @@ def _layers(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _read(tensors: Tensors, entry: Entry, found, shape, dtype) -> np.ndarray:
-    out = np.empty(shape, dtype)
-    for layer in range(len(out) if entry.stacked else 1):
+    layers = range(shape[0] if entry.stacked else 1)
+    expected = stored_shape(shape[entry.stacked :], entry.axes)
+    for layer in layers:  # before there is memory for any of them
         name = found[entry.path, layer]
-        target = out[layer] if entry.stacked else out
-        expected = stored_shape(target.shape, entry.axes)
         if tensors.shape(name) != expected:
             raise UserError(
                 f"{tensors.folder}: {name!r} has shape {tensors.shape(name)}, but config.json "
                 f"asks for {expected}. {MISMATCH}"
             )
+    out = np.empty(shape, dtype)
+    for layer in layers:
+        name, target = found[entry.path, layer], out[layer] if entry.stacked else out
         tensor = tensors[name]
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise UserError(

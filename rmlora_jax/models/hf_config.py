@@ -15,6 +15,9 @@ BOOKKEEPING = (
     *("id2label", "label2id", "num_labels", "chunk_size_feed_forward"),
 )
 
+LARGEST = 2**24  # of any size; a damaged or hostile one would only be found out of memory
+MOST_LAYERS = 1000
+
 # Fields of ours: what is put into the layers, see inserts.py. By default nothing.
 INSERTS = {"bottleneck_width": 0, "prefix_length": 0}
 
@@ -22,7 +25,8 @@ INSERTS = {"bottleneck_width": 0, "prefix_length": 0}
 def check_fields(config: Any, minimum: Mapping[str, int] = {}) -> None:
     """Checks the values of a dataclass of sizes and constants, by the types of its fields.
 
-    int: a whole number of at least ``minimum[name]``, by default 1; bool; float: finite and at
+    int: a whole number of at least ``minimum[name]``, by default 1, and at most 2**24, of layers
+    1000; bool; float: finite and at
     least 0, below 1 where the name ends in ``_prob`` or ``dropout``; names that end in ``act``: an
     activation; ``num_attention_heads`` divides ``hidden_size``.
 
@@ -32,8 +36,10 @@ def check_fields(config: Any, minimum: Mapping[str, int] = {}) -> None:
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         least = (INSERTS | dict(minimum)).get(name, 1)
-        if field.type is int and (type(value) is not int or value < least):
-            refuse(name, value, f"a whole number of at least {least}")
+        most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
+        if field.type is int and (type(value) is not int or not least <= value <= most):
+            above = f" and at most {most}" if type(value) is int and value > most else ""
+            refuse(name, value, f"a whole number of at least {least}{above}")
         if field.type is bool and not isinstance(value, bool):
             refuse(name, value, "true or false")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -81,11 +87,15 @@ def known_fields(
     for name, value in config.items():
         if name not in fine and not name.startswith("_") and value:
             raise ValueError(
-                f"config field {name!r} = {value!r} is not supported by this {model}; "
+                f"config field {_short(name)} = {_short(value)} is not supported by this {model}; "
                 "remove it if it does not change what the model computes"
             )
     return {name: config[name] for name in ours & config.keys()}
 
 
 def refuse(name: str, value: Any, allowed: str):
-    raise ValueError(f"config field {name!r} is {value!r}; it must be {allowed}")
+    raise ValueError(f"config field {name!r} is {_short(value)}; it must be {allowed}")
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]

@@ -1,5 +1,6 @@
 """Every field of a study, with its meaning, and the checks made before anything runs."""
 
+import re
 from pathlib import Path
 
 import ml_collections
@@ -8,7 +9,9 @@ from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.study import plan, tasks
 from rmlora_jax.study.pictures import PICTURES
 from rmlora_jax.study.program import program
-from rmlora_jax.train.config import METHODS, SWEEPABLE, check_config
+from rmlora_jax.train.check import check_config
+from rmlora_jax.train.config import METHODS, SWEEPABLE
+from rmlora_jax.train.kinds import is_names, is_number, mistakes_of_kind, with_defaults
 
 
 def default_study() -> ml_collections.ConfigDict:
@@ -46,11 +49,14 @@ def check_study(c: ml_collections.ConfigDict) -> dict[tuple, ml_collections.Conf
 
     Raises one UserError that lists every mistake.
     """
-    wrong = []
+    default = default_study()
+    kinds = mistakes_of_kind(c, default)
+    wrong, given, c = [*kinds.values()], c, with_defaults(c, kinds, default)
 
     def need(ok: bool, field: str, allowed: str):
         if not ok:
-            wrong.append(f"config.{field}={plan.field(c, field)!r}: must be {allowed}")
+            value = repr(plan.field(given, field))[:200]
+            wrong.append(f"config.{field}={value}: must be {allowed}")
 
     def known(field: str, names, allowed, what: str):
         for name in names:
@@ -60,16 +66,18 @@ def check_study(c: ml_collections.ConfigDict) -> dict[tuple, ml_collections.Conf
                     f"config.{field}: no {what} {name!r}: there are {', '.join(allowed)}{hint}"
                 )
 
-    need(bool(c.study) and "/" not in c.study, "study", "the study's name, without a /")
-    need(len(c.tasks) > 0, "tasks", "one config file or more")
-    need(len(c.methods) > 0, "methods", "one method or more")
+    name = re.fullmatch(r"\w[\w.-]{0,99}", c.study)
+    need("study" in kinds or name, "study", "the study's name, of letters, digits, -, _ and .")
+    need("tasks" in kinds or len(c.tasks) > 0, "tasks", "one config file or more")
+    need("methods" in kinds or len(c.methods) > 0, "methods", "one method or more")
     need(len(set(c.methods)) == len(c.methods), "methods", "methods, each of them once")
     known("methods", c.methods, METHODS, "method")
     known("method_set", c.method_set, METHODS, "method")
     known("pictures", c.pictures, tuple(PICTURES), "picture")
+    need(len(set(c.pictures)) == len(c.pictures), "pictures", "pictures, each of them once")
     for field in ("rates", "full_rates", "head_rates"):
         values = plan.field(c, field)
-        fine = len(values) > 0 and all(isinstance(v, int | float) and v > 0 for v in values)
+        fine = len(values) > 0 and all(v > 0 for v in values)
         need(fine and len(set(values)) == len(values), field, "numbers above 0, each once")
     for field in ("choose_seeds", "seeds"):
         need(plan.field(c, field) >= 1, field, "at least 1")
@@ -79,13 +87,18 @@ def check_study(c: ml_collections.ConfigDict) -> dict[tuple, ml_collections.Conf
     need(len(c.variants) > 0, "variants", "one tuple of fields or more; ((),) for none")
     known("grid", c.grid, tuple(SWEEPABLE), "name")
     for name, values in c.grid.items():
-        need(len(values) > 0, f"grid.{name}", "one value or more")
+        fine = isinstance(values, tuple | list) and values and all(map(is_number, values))
+        fine = fine and len(set(values)) == len(values)
+        need(fine, f"grid.{name}", "a tuple of numbers, each once")
         if name == "learning_rate":
             wrong.append("config.grid.learning_rate: give the rates as config.rates")
         readers = SWEEPABLE.get(name, ("", c.methods))[1]
         idle = [method for method in c.methods if method not in readers]
         if idle:
             wrong.append(f"config.grid.{name}: it changes nothing with {', '.join(idle)}")
+    for method, fields in c.method_set.items():
+        allowed = "a tuple of fields, such as ('lora.rank=2',)"
+        need(is_names(fields), f"method_set.{method}", allowed)
     axes = ("method", "task", *c.grid, *plan.varied_fields(c.variants))
     known("along", (c.along,), axes, "axis")
     if wrong:

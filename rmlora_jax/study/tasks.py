@@ -62,8 +62,17 @@ def load(text: str) -> ml_collections.ConfigDict:
     module = importlib.util.module_from_spec(spec)
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))  # a config may build on another: from configs import ...
-    spec.loader.exec_module(module)
-    return module.get_config(argument) if argument else module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever is wrong in a file that someone wrote
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise UserError(f"config.tasks: {file} cannot be read as a config ({why})") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"config.tasks: get_config of {file} gives no ConfigDict of a run")
+    return config
 
 
 def configured(study, base: ml_collections.ConfigDict, method: str, variant=()):

@@ -1,16 +1,12 @@
-"""Every field of a run, with its meaning, and the checks made before anything is loaded."""
+"""Every field of a run, with its meaning; check.py says what values they may have."""
 
-import re
-import types
 from typing import NamedTuple
 
 import ml_collections
 from ml_collections import config_dict
 
 from rmlora_jax.errors import UserError, did_you_mean
-from rmlora_jax.lora import EXECUTIONS
 from rmlora_jax.train import grid
-from rmlora_jax.train.scores import NAMES
 
 REGRESSION = "text_regression"
 SPEECH = "speech_classification"
@@ -38,10 +34,10 @@ SWEEPABLE = {
 }
 
 # Fields that may differ between a run and its continuation: they change where things are, or
-# what is written, and no number.
+# what is written, and no number; and the one that lets a run go on that met a damaged record.
 FREE_ON_RESUME = frozenset(
     {"data.data_dir", "data.cache", "data.workers", "data.processes", "text.cache"}
-    | {"log_every", "nonfinite_limit", "compilation_cache", "sweep.at_once"}
+    | {"log_every", "nonfinite_limit", "data.bad_records", "compilation_cache", "sweep.at_once"}
 )
 # Of these a run can have more where no step depends on how many there are.
 LENGTH = ("steps", "epochs")
@@ -98,6 +94,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.limit = 0  # use this many training examples only; 0: all
     c.data.classes = 0  # use the first so many classes of a fixed random order; 0: all; images only
     c.data.per_class = 0  # use at most so many training images of each class; 0: all; images only
+    # How many damaged, empty or wrongly labelled records, of all splits together, may be left out;
+    # images are then all looked at before the run. 0: none, the first that is met ends the run
+    c.data.bad_records = 0
     c.data.mode = "auto"  # resident: all on the device; stream; auto: resident if it fits
     c.data.cache = "~/.cache/rmlora_jax/images"  # folder of decoded splits; "": none
     c.data.workers = 8  # threads that decode
@@ -223,163 +222,6 @@ def flatten(config) -> dict:
         else:
             flat[name] = value
     return flat
-
-
-def check_config(c: ml_collections.ConfigDict) -> None:
-    """Raises one UserError that lists every mistake in the fields' values."""
-    wrong = []
-
-    def need(ok: bool, field: str, allowed: str):
-        if not ok:
-            wrong.append(f"config.{field}={flatten(c)[field]!r}: must be {allowed}")
-
-    def one_of(field: str, *allowed: str):
-        value = flatten(c)[field]
-        if value not in allowed:
-            hint = did_you_mean(value, allowed)
-            wrong.append(f"config.{field}={value!r}: must be one of {', '.join(allowed)}{hint}")
-
-    flat = types.SimpleNamespace(**flatten(c))
-    one_of("task", *KINDS)
-    one_of("method", *METHODS)
-    one_of("parallel", "mesh", "pmap")
-    one_of("model.dtype", "bfloat16", "float16", "float32")
-    one_of("model.base_dtype", "bfloat16", "float16", "float32")
-    one_of("model.attention", "auto", "xla", "cudnn")
-    one_of("model.remat", "none", "dots", "full")
-    one_of("data.mode", "auto", "resident", "stream")
-    one_of("data.crop", "pad", "resized", "none")
-    one_of("lora.init", "kaiming", "normal", "gaussian", "orthogonal", "pissa")
-    one_of("lora.execution", *EXECUTIONS)
-    one_of("sora.proximal", "paper", "authors_exact")
-    one_of("rm.kind", "norm", "squared", "cosine")
-    one_of("rm.draw", "bernoulli", "exact")
-    one_of("rm.unit", "rank", "element", "matrix")
-    one_of("rm.coupling", "paired", "independent")
-    one_of("rm.placement", "before", "after", "lazy")
-    one_of("optimizer.schedule", "linear", "cosine", "constant")
-    if c.parallel == "pmap":
-        need(c.fsdp == 1, "fsdp", "1 where parallel is pmap; type --config.parallel=mesh")
-    for field in ("fsdp", "batch_size", "accumulate", "eval_batch_size", "log_every", "lora.rank",
-                  "model.unroll", "data.workers", "text.max_length", "rm.resample_every",
-                  "adalora.initial_rank", "adalora.every", "sora.initial_rank",
-                  "bottleneck.width", "prefix.length", "speech.width", "speech.layers",
-                  "speech.heads"):
-        need(vars(flat)[field] >= 1, field, "at least 1")
-    for field in ("steps", "eval_every", "nonfinite_limit", "model.image_size", "data.limit",
-                  "data.per_class", "data.processes", "sweep.seeds", "sweep.at_once", "rm.penalty",
-                  "rm.start_step", "optimizer.weight_decay", "optimizer.clip", "adalora.warmup",
-                  "adalora.orthogonal", "adalora.target", "sora.sparsity", "sora.l1",
-                  "speech.clusters"):
-        need(vars(flat)[field] >= 0, field, "0 or more")
-    need(c.data.classes == 0 or c.data.classes >= 2, "data.classes", "0 for all, or at least 2")
-    need(c.steps > 0 or c.epochs > 0, "epochs", "above 0 where steps is 0")
-    need(c.lora.alpha > 0, "lora.alpha", "above 0")
-    need(c.optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0")
-    need(c.optimizer.lora_plus > 0, "optimizer.lora_plus", "above 0")
-    if c.method not in ADAPTED:
-        need(c.optimizer.lora_plus == 1, "optimizer.lora_plus", f"1: {c.method} has no lora_b")
-    need(0 < c.adalora.final < 1 - c.adalora.warmup, "adalora.final",
-         "above 0 and, with adalora.warmup, below 1")
-    need(c.sora.gate_rate > 0, "sora.gate_rate", "above 0")
-    if c.sora.shrink is not None:
-        need(c.sora.shrink >= 0, "sora.shrink", "0 or more, or None for sora.sparsity")
-        need(c.sora.proximal == "paper", "sora.shrink", "None where sora.proximal is not paper")
-    if c.model.adapter:
-        need(c.method in ADAPTED and c.method not in GATED, "model.adapter",
-             f"empty for {c.method}; it is for {', '.join(m for m in ADAPTED if m not in GATED)}")
-        need(c.task != SPEECH, "model.adapter", "empty for speech")
-        need(not is_sweep(c), "model.adapter", "empty for sweep.*, whose runs begin apart")
-    if c.method == "adalora":
-        left = c.adalora.target or c.lora.rank
-        need(c.adalora.initial_rank > left, "adalora.initial_rank",
-             f"above adalora.target or lora.rank, {left}, which is what is left")
-    if c.method == "sora":
-        need(c.lora.init != "pissa", "lora.init", "another than pissa for sora")
-    need(0 <= c.optimizer.warmup < 1, "optimizer.warmup", "a fraction of the steps in [0, 1)")
-    need(0 <= c.optimizer.label_smoothing < 1, "optimizer.label_smoothing", "in [0, 1)")
-    need(0 <= c.lora.dropout < 1, "lora.dropout", "in [0, 1)")
-    need(c.data.validation > 0, "data.validation", "above 0: the best step is chosen on it")
-    need(c.batch_size % c.accumulate == 0, "accumulate", f"a divisor of batch_size {c.batch_size}")
-    need(0 <= c.seed < 2**31, "seed", "from 0 to 2147483647")
-    need(0 <= data_seed(c) < 2**31, "data.seed", "from 0 to 2147483647")
-    if c.task in TEXTS:
-        for field, only in (("model.image_size", 0), ("model.attention", "auto")):
-            need(vars(flat)[field] in (only, "xla"), field, f"{only!r} for text")
-        for field in ("data.classes", "data.per_class"):
-            need(vars(flat)[field] == 0, field, "0 for text")
-        need(len(c.text.columns) <= 2, "text.columns", "at most two names")
-        for name in c.text.metrics:
-            need(name in NAMES, "text.metrics", f"names among {', '.join(NAMES)}")
-    if c.task == SPEECH:
-        need(c.data.name == "japanese_vowels", "data.name", "japanese_vowels for speech")
-        need(c.speech.width % c.speech.heads == 0, "speech.heads",
-             f"a divisor of speech.width {c.speech.width}")
-    if c.rm.draw == "bernoulli":
-        need(0 < c.rm.keep <= 1, "rm.keep", "a probability in (0, 1]")
-    else:
-        whole = c.rm.keep >= 1 and c.rm.keep == int(c.rm.keep)
-        need(whole, "rm.keep", "a whole number with draw exact")
-        need(c.rm.unit == "rank", "rm.unit", "rank with draw exact")
-    if c.rm.also:
-        need(c.method in ALSO, "rm.also", f"False for {c.method}; it is for {', '.join(ALSO)}")
-        if c.method == "bitfit":
-            need(c.rm.unit == "element", "rm.unit", "element to mask bitfit: a bias has no rank")
-        if c.method == "prefix":
-            need(c.rm.unit in ("element", "matrix"), "rm.unit",
-                 "element or matrix to mask prefix: its vectors have no rank directions")
-        if c.method == "bottleneck" and c.rm.draw == "exact":
-            need(c.rm.keep <= c.bottleneck.width, "rm.keep",
-                 f"at most bottleneck.width {c.bottleneck.width} with draw exact")
-    for field in ("lora.target", "lora.train"):
-        try:
-            re.compile(vars(flat)[field])
-        except re.error as e:
-            wrong.append(f"config.{field}={vars(flat)[field]!r}: not a regular expression: {e}")
-    if is_sweep(c):
-        wrong += _mistakes_of_sweep(c, wrong)
-    if wrong:
-        raise UserError("\n".join(wrong))
-
-
-def _mistakes_of_sweep(c: ml_collections.ConfigDict, known: list[str]) -> list[str]:
-    """What is wrong with ``sweep.*``, and with single runs beyond the mistakes ``known``."""
-    wrong = []
-    where = f"config.sweep.grid={c.sweep.grid!r}"
-    try:
-        settings = grid.parse(c.sweep.grid)
-    except ValueError as e:
-        return [f"{where}: {e}"]
-    for name in dict.fromkeys(name for setting in settings for name in setting):
-        if name not in SWEEPABLE:
-            hint = did_you_mean(name, SWEEPABLE)
-            if name == "seed":
-                hint = "; type --config.sweep.seeds=5 for five seeds"
-            wrong.append(f"{where}: no {name!r}, there are {', '.join(SWEEPABLE)}{hint}")
-        elif c.method not in SWEEPABLE[name][1]:
-            readers = SWEEPABLE[name][1]
-            wrong.append(f"{where}: {name!r} changes nothing with method {c.method}, only with "
-                         f"{', '.join(readers)}; drop it, or type --config.method={readers[0]}")
-        elif name == "keep" and c.rm.draw == "exact":
-            wrong.append(f"{where}: 'keep' is swept as a probability; type "
-                         "--config.rm.draw=bernoulli")
-    if wrong:
-        return wrong
-    singles = runs(c)
-    names = [run.name for run in singles]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        wrong.append(f"{where}: the same run more than once: {', '.join(twice)}")
-    if c.seed + max(c.sweep.seeds, 1) > 2**31:
-        wrong.append(f"config.sweep.seeds={c.sweep.seeds!r}: seeds from {c.seed} would pass "
-                     "2147483647; lower --config.seed")
-        return wrong
-    for run in singles:
-        try:
-            check_config(run.config)
-        except UserError as e:
-            wrong += [f"{where}: {line}" for line in str(e).splitlines() if line not in known]
-    return list(dict.fromkeys(wrong))
 
 
 def data_seed(c: ml_collections.ConfigDict) -> int:

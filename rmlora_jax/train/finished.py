@@ -11,11 +11,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import rmlora_jax as rm
 from rmlora_jax import hub
 from rmlora_jax.errors import UserError
-from rmlora_jax.files import read_json
 from rmlora_jax.hub.card import model_card
-from rmlora_jax.hub.info import read_info, write_info
+from rmlora_jax.hub.info import Info, read_info, write_info
+from rmlora_jax.train.base_run import read_config
 from rmlora_jax.train.checkpoint import best_trainable
-from rmlora_jax.train.config import ADAPTED, INSERTED, default_config, flatten
+from rmlora_jax.train.config import ADAPTED, INSERTED
 from rmlora_jax.train.setup import keys
 from rmlora_jax.train.task import Problem
 
@@ -68,6 +68,19 @@ def joined(base: Mapping[str, Any], trainable: Mapping[str, Any]) -> dict:
     return unflatten_dict(both, sep="/")
 
 
+def read_finished(workdir: Path) -> tuple[ml_collections.ConfigDict, Info | None]:
+    """The config of a finished run, and what its model is for.
+
+    Raises:
+      UserError: there is no finished run, or its files are damaged.
+    """
+    if not (workdir / "summary.json").is_file():
+        raise UserError(
+            f"{workdir} holds no finished run; type python run.py --config=... --workdir={workdir}"
+        )
+    return read_config(workdir), read_info(workdir)
+
+
 def export_merged(workdir: Path) -> Path:
     """Writes ``merged/`` of a finished run: the whole model of its best step for transformers.
 
@@ -77,27 +90,23 @@ def export_merged(workdir: Path) -> Path:
       UserError: there is no finished run, or transformers has no model of its kind.
     """
     workdir = workdir.absolute()
-    if not (workdir / "summary.json").is_file():
-        raise UserError(
-            f"{workdir} holds no finished run; type python run.py --config=... --workdir={workdir}"
-        )
-    config = flatten(default_config()) | flatten(read_json(workdir / "config.json"))
-    method, info = config["method"], read_info(workdir)
+    config, info = read_finished(workdir)
+    method = config.method
     if method in INSERTED or info is None:
-        what = f"method {method}" if method in INSERTED else f"task {config['task']}"
+        what = f"method {method}" if method in INSERTED else f"task {config.task}"
         raise UserError(f"{workdir}: {what} has no model in transformers; it stays a run of ours")
     size = info.image_size if info.is_image else None
     if method in ADAPTED:
         outputs = hub.stored_labels(workdir / ADAPTER)
-        base = hub.load_pretrained(config["model.source"], num_labels=outputs, image_size=size)
+        base = hub.load_pretrained(config.model.source, num_labels=outputs, image_size=size)
         params = rm.merge(*hub.load_peft(workdir / ADAPTER, base))
     else:
         trainable = best_trainable(workdir)
         head = flatten_dict(trainable, sep="/").get("head/bias")
         outputs = None if head is None else len(head)
-        head_key, _ = keys(ml_collections.ConfigDict({"seed": config["seed"]}))
+        head_key, _ = keys(config)
         base = hub.load_pretrained(
-            config["model.source"], num_labels=outputs, image_size=size, key=head_key
+            config.model.source, num_labels=outputs, image_size=size, key=head_key
         )
         params = joined(base.params, trainable)
     info = dataclasses.replace(info, about=info.about | {"card": model_card(base, info)})

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Mapping
 
+MOST_RUNS = 10_000  # of a sweep
 EXAMPLE = "{'penalty': (0, 0.1), 'keep': (0.5, 1)}"
 
 
@@ -30,6 +31,8 @@ def parse(text: str) -> list[dict[str, float]]:
         raise ValueError(f"not a Python literal; write it like \"{EXAMPLE}\"") from None
     if isinstance(value, dict):
         columns = {k: v if isinstance(v, list | tuple) else (v,) for k, v in value.items()}
+        if math.prod(map(len, columns.values())) > MOST_RUNS:
+            raise ValueError(f"more than {MOST_RUNS:,} combinations")
         settings = [
             dict(zip(columns, row, strict=True)) for row in itertools.product(*columns.values())
         ]

@@ -21,7 +21,9 @@ from rmlora_jax.train import method
 from rmlora_jax.train.config import data_seed
 from rmlora_jax.train.fields import fields
 from rmlora_jax.train.mesh import Devices, replicate
-from rmlora_jax.train.task import Feed, Problem, checkpoint_notes, numbered
+from rmlora_jax.train.task import Feed, Problem, absent_classes, checkpoint_notes, numbered
+
+COUNTED = 20_000  # streamed training examples whose labels are read before a run: seconds
 
 
 def open_problem(
@@ -56,6 +58,7 @@ def open_problem(
         notes=checkpoint_notes(pretrained),
         pretrained=pretrained,
         info=info(config, images, size),
+        skipped=images.skipped,
     )
 
 
@@ -102,6 +105,9 @@ def load(config: ml_collections.ConfigDict, *, download: bool = True) -> data.Da
         per_class=c.per_class,
         limit=c.limit,
         download=download,
+        bad_records=c.bad_records,
+        cache=c.cache,
+        threads=c.workers,
     )
 
 
@@ -137,8 +143,10 @@ def open_feed(
             devices,
         )
         train, evaluate = numbered(config, sizes)
+        labels = arrays["train"][1]
     else:
         resident = {}
+        labels = data.labels_of(images.train) if sizes["train"] <= COUNTED else None
         process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         reading = {"size": storage.size, "threads": c.workers}
 
@@ -171,7 +179,8 @@ def open_feed(
         mean=pretrained.image_mean,
         std=pretrained.image_std,
     )
-    return Feed(sizes, train, evaluate, resident, prepare_train, prepare_eval)
+    absent = () if labels is None else absent_classes(labels, tuple(images.class_names))
+    return Feed(sizes, train, evaluate, resident, prepare_train, prepare_eval, absent=absent)
 
 
 def preparation(config: ml_collections.ConfigDict, **image) -> tuple[Callable, Callable]:

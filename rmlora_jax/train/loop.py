@@ -15,7 +15,8 @@ import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import plain, read_json, write_json
 from rmlora_jax.train import checkpoint, finished, method, nonfinite, setup, snapshots, terminal
-from rmlora_jax.train.config import check_config, is_sweep
+from rmlora_jax.train.check import check_run
+from rmlora_jax.train.config import is_sweep
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter, read_metrics
 from rmlora_jax.train.report import verdict, write_report
@@ -32,7 +33,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     Raises:
       UserError: what the person who started the run can put right; nothing is left half written.
     """
-    check_config(config)
+    check_run(config)
     if is_sweep(config):
         raise ValueError("loop.train is for a single run: call sweep.train")
     workdir = Path(workdir).absolute()
@@ -143,6 +144,7 @@ def summary_of(
         "trainable_parameters": job.trainable_parameters,
         "final_parameters": plain(method.left(config, trainable)),
         "total_parameters": job.total_parameters,
+        "skipped_records": list(job.problem.skipped),
         "examples_per_second": rate,
         "compile_seconds": compile_seconds,
         "wall_seconds": wall_seconds,

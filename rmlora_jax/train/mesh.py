@@ -9,11 +9,13 @@ layer's weights when it comes to them, and adds up.
 """
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rmlora_jax.errors import UserError
@@ -90,6 +92,20 @@ def check_divisible(devices: Devices, **sizes: int) -> None:
                 f"config.{field}={size} cannot be shared equally by {devices.count} devices; "
                 f"type --config.{field}={near}"
             )
+
+
+def check_same(what: str, value) -> None:
+    """Raises a UserError where the processes do not all have this value, told by its ``repr``."""
+    if jax.process_count() == 1:
+        return
+    own = np.uint32(zlib.crc32(repr(value).encode("utf-8", "backslashreplace")))
+    every = multihost_utils.process_allgather(own)
+    others = np.flatnonzero(every != every[0])
+    if others.size:
+        raise UserError(
+            f"{what} of process {others[0]} is not that of process 0: {repr(value)[:300]} in "
+            f"process {jax.process_index()}; give all of them the same files"
+        )
 
 
 def replicate(tree, devices: Devices):

@@ -23,10 +23,18 @@ from rmlora_jax.models.inserts import with_inserts
 from rmlora_jax.train import images, method, speech, text
 from rmlora_jax.train.config import INSERTED, KINDS, REGRESSION, SPEECH, data_seed
 from rmlora_jax.train.fields import fields
-from rmlora_jax.train.mesh import Devices, check_divisible, in_rows, place_base, replicate, spread
+from rmlora_jax.train.mesh import (
+    Devices,
+    check_divisible,
+    check_same,
+    in_rows,
+    place_base,
+    replicate,
+    spread,
+)
 from rmlora_jax.train.nonfinite import make_look
 from rmlora_jax.train.step import Constants, State, init_state, make_eval_step, make_train_step
-from rmlora_jax.train.task import Feed, Problem
+from rmlora_jax.train.task import Feed, Problem, data_notes
 
 
 class Job(NamedTuple):
@@ -106,6 +114,9 @@ def open_base(config: ml_collections.ConfigDict, devices: Devices) -> Base:
     count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
 
     feed = problem.open_feed()
+    check_same("the data", (feed.sizes, problem.skipped))
+    notes = (*problem.notes, *data_notes(problem, feed, config.batch_size))
+    problem = problem._replace(notes=notes)
     steps = config.steps or max(1, round(config.epochs * feed.train_size / config.batch_size))
     trainable = cast(trainable, jnp.float32)
     with fields("rm.*, adalora.*, sora.* or lora.rank"):

@@ -35,7 +35,7 @@ def open_problem(
     speech, trained, source = config.speech, None, config.model.source
     if source:
         base, trained = read_base(Path(source).expanduser(), SPEECH, ADVICE)
-        speech = ml_collections.ConfigDict(base["speech"])
+        speech = base.speech
     utterances = load(config)
     size = utterances.train.frames.shape[1:]
     plain = FramesConfig(

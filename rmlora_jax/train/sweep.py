@@ -32,7 +32,8 @@ from rmlora_jax.train import (
     setup,
     terminal,
 )
-from rmlora_jax.train.config import TEXTS, Run, check_config, runs
+from rmlora_jax.train.check import check_run
+from rmlora_jax.train.config import TEXTS, Run, runs
 from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter
 from rmlora_jax.train.step import State
@@ -63,7 +64,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     Raises:
       UserError: as `loop.train`.
     """
-    check_config(config)
+    check_run(config)
     workdir = Path(workdir).absolute()
     with opened(workdir):
         return _train(config, workdir)

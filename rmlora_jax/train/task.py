@@ -33,6 +33,7 @@ class Feed(NamedTuple):
     prepare_eval: Callable  # (resident, batch)
     tests: tuple[str, ...] = ("test",)  # splits that are reported; the first without a suffix
     unlabelled: tuple[str, ...] = ()  # splits that are predicted only
+    absent: tuple[str, ...] = ()  # classes of which there is no training example
 
     @property
     def train_size(self) -> int:
@@ -72,6 +73,7 @@ class Problem(NamedTuple):
     write_predictions: Callable[..., Any] | None = None  # (folder, split, ids, predictions)
     pretrained: Pretrained | PretrainedText | None = None  # None: a model that is only ours
     info: Info | None = None  # what else a user of the trained model must know
+    skipped: tuple[str, ...] = ()  # records of the data that cannot be used, and why
 
 
 def example_losses(logits, labels, *, regression: bool, label_smoothing: float = 0.0):
@@ -102,6 +104,30 @@ class Outputs(NamedTuple):
     predictions: np.ndarray
     labels: np.ndarray
     losses: np.ndarray
+
+
+def absent_classes(labels: np.ndarray, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes that do not occur among int ``labels`` (n,).
+
+    >>> absent_classes(np.array([0, 2, 0]), ("cat", "dog", "owl"))
+    ('dog',)
+    """
+    return tuple(names[i] for i in np.setdiff1d(np.arange(len(names)), labels))
+
+
+def data_notes(problem: Problem, feed: Feed, batch_size: int) -> tuple[str, ...]:
+    """What a person should know of the data before they are trained on."""
+    notes, n = [], feed.train_size
+    if problem.skipped:
+        count = f"{len(problem.skipped)} record{'s' * (len(problem.skipped) > 1)}"
+        notes.append(f"left out {count} that cannot be used: {data.listed(problem.skipped)}")
+    if feed.absent:
+        notes.append(f"no training example of {len(feed.absent)} of the classes, which cannot be "
+                     f"learnt: {', '.join(feed.absent[:10])}{', ...' * (len(feed.absent) > 10)}")
+    if n < batch_size:
+        notes.append(f"training examples: {n}, fewer than batch_size {batch_size}; a step has each "
+                     f"{batch_size / n:.3g} times on average")
+    return tuple(notes)
 
 
 def checkpoint_notes(pretrained) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from rmlora_jax.train import method
 from rmlora_jax.train.config import REGRESSION, data_seed
 from rmlora_jax.train.fields import fields
 from rmlora_jax.train.mesh import Devices
-from rmlora_jax.train.task import Feed, Problem, checkpoint_notes
+from rmlora_jax.train.task import Feed, Problem, absent_classes, checkpoint_notes
 
 
 def open_problem(
@@ -64,6 +64,7 @@ def open_problem(
             columns=tuple(texts.columns),
             dtype=config.model.dtype,
         ),
+        skipped=texts.skipped,
     )
 
 
@@ -116,6 +117,7 @@ def load(
         predict_file=t.predict_file,
         limit=c.limit,
         download=download,
+        bad_records=c.bad_records,
     )
 
 
@@ -175,4 +177,5 @@ def open_feed(config: ml_collections.ConfigDict, texts: data.TextDataset, tokeni
         prepare_eval=lambda resident, batch: prepare(batch),
         tests=tuple(texts.tests),
         unlabelled=tuple(texts.unlabelled),
+        absent=absent_classes(texts.train.labels, texts.label_names or ()),
     )

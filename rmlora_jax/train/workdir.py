@@ -62,7 +62,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> bool:
         return False
     try:
         refused, free = changes(read_json(file), config.to_dict())
-    except (ValueError, AttributeError) as e:
+    except (ValueError, AttributeError, TypeError, OSError, RecursionError) as e:
         raise UserError(f"{file} is not a config ({e}); give another --workdir") from e
     if refused:
         raise UserError(

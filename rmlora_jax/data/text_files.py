@@ -1,0 +1,174 @@
+"""Rows of texts and labels from CSV, TSV and JSON-lines files, each known by its line."""
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rmlora_jax.data.bad import BadRecord, Skipped
+from rmlora_jax.errors import UserError
+
+
+class Rows(NamedTuple):
+    """What a file has under the names of its columns, of n rows.
+
+    Attributes:
+      texts: one list of n strings for each column.
+      labels: n words, or none where no label was asked for.
+      lines: where each row ends in the file, from 1 on.
+      numbers: of the rows in the file, from 0 on; those that are left out are counted.
+    """
+
+    texts: tuple[list[str], ...]
+    labels: list[str]
+    lines: list[int]
+    numbers: list[int]
+
+
+def read_rows(
+    path: Path, columns: Sequence[str], label_key: str | None, skipped: Skipped
+) -> Rows:
+    """The rows of a file that ends in .csv, .tsv (with a heading) or .jsonl (an object a line).
+
+    Args:
+      path: of the file, in UTF-8.
+      columns: names of the texts.
+      label_key: name of the label; None: there is none, and no row may be left out.
+      skipped: takes the rows that cannot be used.
+
+    Raises:
+      UserError: the file cannot be read, or too many rows cannot be used.
+    """
+    rows = Rows(tuple([] for _ in columns), [], [], [])
+    number = -1
+    for number, (line, raw) in enumerate(_raw_rows(path)):
+        try:
+            row = _checked(path, line, raw)
+            texts = [_cell(path, line, row, name) for name in columns]
+            label = label_key and _cell(path, line, row, label_key)
+        except BadRecord as error:
+            if label_key is None:
+                raise
+            skipped.add(error)
+            continue
+        for column, text in zip(rows.texts, texts, strict=True):
+            column.append(text)
+        rows.labels.append(label)
+        rows.lines.append(line)
+        rows.numbers.append(number)
+    if not rows.lines:
+        raise UserError(f"{path} has no rows" + " that can be used" * (number >= 0))
+    return rows
+
+
+def _raw_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
+    """(line number, row) of a file; a row of JSON lines is still text."""
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".tsv", ".jsonl"):
+        raise UserError(f"{path}: files of texts end in .csv, .tsv or .jsonl; convert it to one")
+    try:
+        # Bytes that are no UTF-8 become surrogates, by which a row that has some is known.
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            if kind == ".jsonl":
+                yield from ((n, line) for n, line in enumerate(file, 1) if line.strip())
+                return
+            reader = csv.DictReader(file, delimiter="," if kind == ".csv" else "\t", strict=True)
+            if not all(map(_is_unicode, reader.fieldnames or ())):
+                raise UserError(f"{path}, line 1: the heading is not UTF-8; convert the file")
+            for row in reader:
+                yield reader.line_num, row
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}; check its quotes") from error
+
+
+def _checked(path: Path, line: int, raw: dict | str) -> dict:
+    """A row as an object of strings."""
+    if isinstance(raw, str):
+        return _object(path, line, raw)
+    if None in raw:
+        raise BadRecord(
+            f"{path}, line {line}: more cells than the heading has names; put texts with commas or "
+            "tabs in double quotes"
+        )
+    return raw
+
+
+def _object(path: Path, number: int, line: str) -> dict:
+    if not _is_unicode(line):
+        raise BadRecord(f"{path}, line {number}: not UTF-8; convert it")
+    try:
+        row = json.loads(line)
+        if isinstance(row, dict):
+            return {k: v if v is None or isinstance(v, str) else json.dumps(v)
+                    for k, v in row.items()}
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"{path}, line {number}: not JSON ({error})") from None
+    raise BadRecord(f"{path}, line {number}: a {type(row).__name__}, not an object")
+
+
+def _cell(path: Path, line: int, row: dict, name: str) -> str:
+    if name not in row:
+        # Of a file with a heading all rows lack it.
+        kind = BadRecord if path.suffix.lower() == ".jsonl" else UserError
+        raise kind(
+            f"{path}, line {line}: no {name!r}; it has {', '.join(map(repr, row))[:200]}\n"
+            "Name the columns with --config.text.columns and --config.data.label_key"
+        )
+    value = row[name]
+    if value is None or not value.strip():
+        raise BadRecord(f"{path}, line {line}: {name!r} is empty; fill it in or delete the line")
+    if not _is_unicode(value):
+        raise BadRecord(f"{path}, line {line}: {name!r} is not UTF-8; convert it")
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def class_names(path: Path, words: list[str], label_key: str) -> tuple[str, ...]:
+    """The words that occur, in order; whole numbers in the order of numbers."""
+    names = sorted(set(words))
+    if all(_is_whole(word) for word in names):
+        names.sort(key=int)
+    if len(names) < 2:
+        raise UserError(f"{path}: every {label_key!r} is {names[0]!r}; two classes are needed")
+    if len(names) > 1000 and len(names) > len(words) // 2:
+        raise UserError(
+            f"{path}: {label_key!r} has {len(names)} different values in {len(words)} rows; for "
+            "numbers to be predicted use --config.task=text_regression"
+        )
+    return tuple(names)
+
+
+def _is_whole(word: str) -> bool:
+    digits = word.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and len(digits) < 20
+
+
+def class_of(word: str, numbers: dict[str, int]) -> int:
+    """The number of a class."""
+    if word not in numbers:
+        known = ", ".join(list(numbers)[:10])
+        raise BadRecord(f"label {word[:80]!r} is not in the training file: {known[:400]}")
+    return numbers[word]
+
+
+def value_of(word: str, label_key: str) -> float:
+    """A label that is a number."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise BadRecord(f"{label_key!r} is {word[:80]!r}, not a number")
+    return value
