@@ -29,7 +29,7 @@ def config_of(tiny_vit):
 def on_one_device(patch):
     """Eight fake devices on two cores take their time; a report takes longer than the run."""
     for module in (loop, sweep):
-        patch.setattr(module, "all_devices", lambda name: mesh.all_devices(name, limit=1))
+        patch.setattr(module, "all_devices", lambda name, **_: mesh.all_devices(name, limit=1))
     patch.setattr(loop, "write_report", lambda workdir: None)
     patch.setattr(loop, "ending", lambda *_: "done")
 
