@@ -181,7 +181,9 @@ def _first_match(patterns: Mapping[str, Any], module: str, default):
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    if type(value) is int:
+        return abs(value) < 2**63  # a larger one may be no float
+    return type(value) is float and math.isfinite(value)
 
 
 def _positive(value: Any) -> bool:

@@ -43,7 +43,7 @@ def check_fields(config: Any, minimum: Mapping[str, int] = {}) -> None:
         if field.type is bool and not isinstance(value, bool):
             refuse(name, value, "true or false")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if field.type is float and not (number and 0 <= value < float("inf")):
+        if field.type is float and not (number and 0 <= value <= LARGEST):
             refuse(name, value, "a number of at least 0")
         if field.type is float and name.endswith(("_prob", "dropout")) and value >= 1:
             refuse(name, value, "a probability below 1")

@@ -174,7 +174,7 @@ def mistakes(c: ml_collections.ConfigDict) -> list[str]:
             need(c.text.train_file or not vars(flat)[field], field, "None without text.train_file")
         for name in c.text.metrics:
             need(name in NAMES, "text.metrics", f"names among {', '.join(NAMES)}")
-    else:
+    elif c.task in KINDS:
         for field in ("text.train_file", "text.test_file", "text.predict_file",
                       "data.unlabelled_split"):
             need(not vars(flat)[field], field, f"None for {c.task}")

@@ -15,7 +15,7 @@ from rmlora_jax.data.tfds_images import Name, default_data_dir, find_prepared, n
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.hub.peft_config import CONFIG_FILE
 from rmlora_jax.hub.source import CONFIG, HUB_NAME, PACKAGED, bundled, find_folder
-from rmlora_jax.train.config import SPEECH, TEXTS, default_config, flatten
+from rmlora_jax.train.config import KINDS, SPEECH, TEXTS, default_config, flatten
 
 TEXT_FILES = (".csv", ".tsv", ".jsonl")
 CACHES = ("data.cache", "text.cache", "compilation_cache")
@@ -69,6 +69,8 @@ def _text_files(c: ml_collections.ConfigDict) -> list[str]:
 
 def _data(c: ml_collections.ConfigDict) -> list[str]:
     """A data set that is neither here nor fetched on first use."""
+    if c.task not in KINDS:
+        return []
     given = c.data.data_dir and Path(c.data.data_dir).expanduser()
     if given and given.exists() and not given.is_dir():
         return [f"config.data.data_dir={c.data.data_dir!r}: it is a file; give a folder"]

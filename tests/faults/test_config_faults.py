@@ -115,6 +115,18 @@ def test_a_field_is_told_by_name(name, value, words):
     assert line.startswith(f"config.{name}=") and words in line
 
 
+def test_a_mistake_has_no_mistakes_in_its_train(tmp_path):
+    """Of an unknown task it is not known what else goes with it."""
+    c = with_field(default_config(), "task", "text_clasification")
+    c.text.train_file, c.data.name = str(tmp_path / "a.csv"), "mine"
+    (tmp_path / "a.csv").write_text("text,label\n")
+    c.model.source = "vit-tiny-patch8-64-tinyimagenet"
+    with pytest.raises(UserError) as error:
+        check_run(c)
+    (line,) = str(error.value).splitlines()
+    assert line.endswith("did you mean text_classification?")
+
+
 def test_fields_that_are_not_there():
     c = default_config()
     c.data.nmae = "digits"

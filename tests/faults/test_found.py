@@ -15,6 +15,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json_lines
 from rmlora_jax.hub import load_text, load_tokenizer, load_vit
 from rmlora_jax.hub.labels import label_names
+from rmlora_jax.hub.peft_config import read_config as read_peft_config
 from rmlora_jax.hub.source import read_json, shards
 from rmlora_jax.models import BertConfig, ViTConfig
 from rmlora_jax.train.base_run import read_config
@@ -82,6 +83,17 @@ def test_a_model_type_that_is_no_word(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": {}}')
     with pytest.raises(UserError, match=r"config\.json: model_type is \{\}"):
         load_text(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["lora_alpha", "lora_dropout", "r"])
+def test_numbers_that_are_no_floats(field, tmp_path):
+    config = {"peft_type": "LORA", field: 10**400}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"adapter_config\.json: {field} is 1000") as error:
+        read_peft_config(tmp_path)
+    assert len(str(error.value)) < 400
+    with pytest.raises(ValueError, match="'layer_norm_eps' is 1000"):
+        ViTConfig.from_hf({"layer_norm_eps": 10**400})
 
 
 def test_a_vocabulary_without_the_unknown_word(tmp_path):
