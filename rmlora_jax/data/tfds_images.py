@@ -270,7 +270,7 @@ def open_errors(folder: Path, info, split: str):
     except UserError:
         raise
     except NotImplementedError as error:
-        name = info.full_name
+        name = info.full_name[:200]
         kind = info.file_format
         raise UserError(
             f"{folder} is stored as {kind.value if kind else 'an unknown format'}, which cannot be "
