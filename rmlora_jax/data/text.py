@@ -17,6 +17,7 @@ from rmlora_jax.data.progress import progress
 from rmlora_jax.data.text_files import Rows, class_names, class_of, read_rows, value_of
 from rmlora_jax.data.tfds_images import (
     Name,
+    check_length,
     declared_features,
     default_data_dir,
     find_prepared,
@@ -222,6 +223,7 @@ def _read(
     builder = open_builder(folder)
     with open_errors(folder, builder.info, split):
         records = builder.as_data_source(split=split)
+        check_length(folder, split, records)
     n = len(records)
     texts = tuple([""] * n for _ in columns)
     labels = np.full(n, *((math.nan, np.float32) if names is None else (-1, np.int32)))

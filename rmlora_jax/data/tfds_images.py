@@ -151,6 +151,7 @@ class TfdsImages:
         # Left encoded, the image is decoded here: at a reduced size where it can be.
         decoders = {image_key: tfds.decode.SkipDecoding()}
         self._records = builder.as_data_source(split=split, decoders=decoders)
+        check_length(Path(folder), split, self._records)
         self._image_key, self._label_key, self._channels = image_key, label_key, channels
         self._shape, self._num_classes = shape, num_classes
 
@@ -251,6 +252,16 @@ def open_split(folder: Path, split: str, *how):
         return TfdsImages(str(folder), split, *how)
 
 
+def check_length(folder: Path, split: str, records) -> None:
+    """Raises a UserError where a split is said to have more examples than its files have bytes."""
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    if len(records) > size:
+        raise UserError(
+            f"{folder} is damaged: split {split!r} is said to have {len(records)} examples, in "
+            f"{size} bytes\nDelete that folder and prepare it again"
+        )
+
+
 @contextlib.contextmanager
 def open_errors(folder: Path, info, split: str):
     """UserErrors for what TFDS raises where a split is opened."""
@@ -259,11 +270,11 @@ def open_errors(folder: Path, info, split: str):
     except UserError:
         raise
     except NotImplementedError as error:
-        name, where = info.full_name, folder.parents[info.full_name.count("/")]
+        name = info.full_name[:200]
         kind = info.file_format
         raise UserError(
-            f"{name} in {where} is stored as {kind.value if kind else 'an unknown format'}, which "
-            "cannot be read at random; prepare it again in another folder: type\n"
+            f"{folder} is stored as {kind.value if kind else 'an unknown format'}, which cannot be "
+            "read at random; prepare it again in another folder: type\n"
             f"python -m rmlora_jax.data.prepare {name.replace('/' + str(info.version), '')} "
             "--data_dir=OTHER, then use --config.data.data_dir=OTHER"
         ) from error

@@ -27,7 +27,7 @@ def read_config(workdir: Path) -> ml_collections.ConfigDict:
         return config
     except FileNotFoundError:
         raise UserError(f"{workdir} has no config.json; is it the folder of a run?") from None
-    except (UserError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as e:
         why = str(e).replace(str(file), "it").splitlines()[0][:300] if str(e) else type(e).__name__
         raise UserError(f"{file} is not the config of a run ({why}); copy the folder again") from e
 

@@ -1,6 +1,7 @@
 """Damaged, empty and wrongly labelled records: named, left out up to a number, the same for all."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -180,6 +181,18 @@ def test_a_set_of_one_image_and_none(tmp_path):
     make(tmp_path, "all", image_features((9, 9, 1)), {"train": bad, "test": gray_rows(3)})
     with pytest.raises(UserError, match="split 'train' of all has no image that can be used"):
         load_images("all", data_dir=tmp_path, bad_records=9)
+
+
+def test_more_examples_than_bytes(tmp_path):
+    """What is said of a set is no reason to make room for so many."""
+    rows = {"train": gray_rows(3), "test": gray_rows(3)}
+    info = make(tmp_path, "many", image_features((9, 9, 1)), rows).data_path / "dataset_info.json"
+    text = info.read_text()
+    changed = re.sub(r'("shardLengths": \[\s*)"3"', r'\1"3000000000"', text, count=1)
+    assert changed != text
+    info.write_text(changed)
+    with pytest.raises(UserError, match=r"many/1\.0\.0 is damaged: split .* 3000000000 examples"):
+        load_images("many", data_dir=tmp_path)
 
 
 LINES = ["good,0", "fine,1", ",1", "nice,", "a,b,c", "well,2", '"two\nlines",0', "bad\xff,1",
