@@ -136,8 +136,8 @@ def held_out_count(n: int, amount: float, of: object = "the data set") -> int:
         count = max(count, 1)
     if count >= n:
         raise UserError(
-            f"validation={amount!r} would hold out {count} of the {n} training examples; "
-            "give a smaller one, such as 0.1"
+            f"validation={amount!r} would hold out {count} of the {n} training examples of "
+            f"{of}; give a smaller one, such as 0.1"
         )
     return count
 

@@ -15,6 +15,7 @@ from rmlora_jax.data.tfds_images import (
     default_data_dir,
     find_prepared,
     image_features,
+    listed,
     not_prepared,
     open_builder,
     open_split,
@@ -125,7 +126,7 @@ def _default_test(folder: Path, split):
                 return source
     raise UserError(
         f"{folder} has no labelled test or validation split, only "
-        f"{', '.join(sorted(info.splits))}\nName parts of one, such as "
+        f"{listed(sorted(info.splits))}\nName parts of one, such as "
         "--config.data.train_split='train[:80%]' --config.data.test_split='train[80%:]'"
     )
 

@@ -22,6 +22,7 @@ from rmlora_jax.data.tfds_images import (
     default_data_dir,
     find_prepared,
     import_tfds,
+    listed,
     not_prepared,
     open_builder,
     open_errors,
@@ -197,8 +198,8 @@ def _features(folder: Path, columns: Sequence[str], label_key: str, regression: 
     if not columns or not set(columns) <= set(texts):
         raise UserError(
             f"{folder} has no text under {', '.join(map(repr, columns)) or 'no name'}; its "
-            f"texts are under {', '.join(texts) or 'nothing'}\nName one or two: "
-            f"--config.text.columns=\"('{texts[0] if texts else 'text'}',)\""
+            f"texts are under {listed(texts) or 'nothing'}\nName one or two: "
+            f"--config.text.columns=\"('{texts[0][:80] if texts else 'text'}',)\""
         )
     label = features.get(label_key)
     if regression:
@@ -211,7 +212,7 @@ def _features(folder: Path, columns: Sequence[str], label_key: str, regression: 
         others = [k for k in features if k not in texts]
         raise UserError(
             f"{folder} has no {kind} under {label_key!r}; beside texts it has "
-            f"{', '.join(others) or 'nothing'}\nName it with --config.data.label_key"
+            f"{listed(others) or 'nothing'}\nName it with --config.data.label_key"
         )
     return tuple(columns), None if regression else tuple(label.names)
 
@@ -278,7 +279,7 @@ def _default_test(folder: Path, info, read) -> TextSplit:
                 return split
     raise UserError(
         f"{folder} has no labelled test or validation split, only "
-        f"{', '.join(sorted(info.splits))}\nName parts of one, such as "
+        f"{listed(sorted(info.splits))}\nName parts of one, such as "
         "--config.data.train_split='train[:80%]' --config.data.test_split='train[80%:]'"
     )
 

@@ -10,6 +10,7 @@ import difflib
 import logging
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -229,7 +230,12 @@ class TfdsImages:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names out of a data set's files, which may be of any number and length."""
+    return ", ".join(names)[:300]
 
 
 def open_builder(folder: Path):
@@ -239,7 +245,7 @@ def open_builder(folder: Path):
     try:
         return tfds.builder_from_directory(str(folder))
     except Exception as error:  # TFDS raises many kinds on a damaged or foreign folder
-        first = str(error).strip().partition("\n")[0]
+        first = _first_line(error)
         raise UserError(
             f"{folder} cannot be read as a TFDS data set: {type(error).__name__}: {first}\n"
             "Delete it and prepare it again, or name another folder with --config.data.data_dir"
@@ -280,10 +286,10 @@ def open_errors(folder: Path, info, split: str):
         ) from error
     except Exception as error:  # of many kinds, where the folder is damaged
         if isinstance(error, ValueError) and split not in info.splits:
-            known = ", ".join(sorted(info.splits))
+            known = listed(sorted(info.splits))
             raise UserError(f"{folder} has no split {split!r}; it has {known}") from error
         raise UserError(
-            f"{folder} is damaged: split {split!r} cannot be opened: {_first_line(error)[:300]}\n"
+            f"{folder} is damaged: split {split!r} cannot be opened: {_first_line(error)}\n"
             "Delete that folder and prepare it again"
         ) from error
 
@@ -308,10 +314,10 @@ def image_features(folder: Path, image_key: str, label_key: str):
     images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
     labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     if image_key not in images:
-        hint = f"; its images are under {', '.join(images)}" if images else ""
+        hint = f"; its images are under {listed(images)}" if images else ""
         raise UserError(f"{folder} has no image under {image_key!r}{hint}")
     if label_key not in labels or not features[label_key].num_classes:
-        hint = f"its labels are under {', '.join(labels)}" if labels else "it has no class labels"
+        hint = f"its labels are under {listed(labels)}" if labels else "it has no class labels"
         raise UserError(
             f"{folder} cannot be used to train a classifier by {label_key!r}: {hint}"
         )

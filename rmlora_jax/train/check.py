@@ -167,7 +167,7 @@ def mistakes(c: ml_collections.ConfigDict) -> list[str]:
         need(len(c.text.columns) <= 2, "text.columns", "at most two names")
         if c.text.train_file:
             need(len(c.text.columns) > 0, "text.columns",
-                 "the columns with text: --config.text.columns=\"('text',)\"")
+                 "the columns of text.train_file with text: --config.text.columns=\"('text',)\"")
             for field in ("data.test_split", "data.unlabelled_split"):
                 need(vars(flat)[field] is None, field, "None with text.train_file")
         for field in ("text.test_file", "text.predict_file"):
