@@ -45,8 +45,7 @@ def step_flops(entry: Entry, batch: int, variant: str, rank: int = 4, modules: s
     """
     c = entry.config
     full, floor, head = (variant == name for name in ("full", "floor", "head"))
-    plain = full or floor or head
-    adapted = set() if plain else {n for n in LINEARS if _is_adapted(n, modules)}
+    adapted = set() if full or floor or head else {n for n in LINEARS if _is_adapted(n, modules)}
     moved = set(LINEARS) if full else adapted
     later = c.num_hidden_layers - 1
     products = [*_layer(entry, batch, moved, adapted, rank, full, reached=full or floor)]

@@ -21,8 +21,9 @@ SWEEPS = {
     "length": (32, 64, 128, 256, 512),
     "modules": tuple(MODULES),
 }
-OWN = {"unroll": None, "remat": models.REMAT, "execution": EXECUTIONS,
-       "attention": models.IMPLEMENTATIONS}  # flags that a variant can have for itself
+# Flags that a variant can have for itself, and their values.
+OWN = {"unroll": "all, or a number of layers", "remat": models.REMAT, "execution": EXECUTIONS,
+       "attention": models.IMPLEMENTATIONS}
 SWEEP_VARIANTS = ("floor", "lora", "rm_lora")
 
 
@@ -57,10 +58,7 @@ class Options:
 
     def of(self, variant: str) -> tuple[str, "Options"]:
         """The method of one of ``variants``, such as ``"lora:unroll=1"``, and its own options."""
-        method, *settings = variant.split(":")
-        own = dict(text.split("=", 1) for text in settings)
-        if "unroll" in own:
-            own["unroll"] = _unroll(own["unroll"], self.entry.config.num_hidden_layers)
+        method, own = _parsed(variant, self.entry.config.num_hidden_layers)
         return method, dataclasses.replace(self, **own)
 
     @property
@@ -178,18 +176,26 @@ def _variants(text: str | None, sweep: str, layers: int) -> tuple[str, ...]:
         return SWEEP_VARIANTS if sweep else USUAL
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
-        method, *settings = name.split(":")
-        _among("--variants", method, VARIANTS)
-        for setting in settings:
-            field, _, value = setting.partition("=")
-            _among("--variants: own flag", field, OWN)
-            if OWN[field] is None:
-                _unroll(value, layers)
-            else:
-                _among(f"--variants={name}: {field}", value, OWN[field])
+        _parsed(name, layers)
     if sweep and "floor" not in names:
         raise UserError(f"--sweep compares with the floor; type --variants=floor,{text}")
     return names
+
+
+def _parsed(variant: str, layers: int) -> tuple[str, dict[str, str | int]]:
+    """The method of a variant, and the flags that it has for itself."""
+    method, *settings = variant.split(":")
+    _among("--variants", method, VARIANTS)
+    own = {}
+    for setting in settings:
+        field, _, value = setting.partition("=")
+        _among("--variants: own flag", field, OWN)
+        if field == "unroll":
+            own[field] = _unroll(value, layers)
+        else:
+            _among(f"--variants={variant}: {field}", value, OWN[field])
+            own[field] = value
+    return method, own
 
 
 def _values(sweep: str, text: str | None, model: str, entry: models.Entry) -> tuple:
