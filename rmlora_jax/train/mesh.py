@@ -62,10 +62,9 @@ def in_groups(row: Sequence, fsdp: int, parallel: str = "mesh") -> Devices:
             f"config.fsdp={fsdp} does not divide the {len(row)} devices; type --config.fsdp= with "
             f"one of {', '.join(map(str, fit))}"
         )
-    grid, names = (np.array(row), (AXIS,)) if fsdp == 1 else (
-        np.array(row).reshape(-1, fsdp), (AXIS, GROUP))
+    names, shape = ((AXIS,), (-1,)) if fsdp == 1 else ((AXIS, GROUP), (-1, fsdp))
     kinds = (jax.sharding.AxisType.Auto,) * len(names)
-    return Devices(Mesh(grid, names, axis_types=kinds), parallel)
+    return Devices(Mesh(np.array(row).reshape(shape), names, axis_types=kinds), parallel)
 
 
 def base_sharding(shape: tuple[int, ...], devices: Devices) -> NamedSharding:
@@ -170,7 +169,6 @@ def spread(fn: Callable, devices: Devices, *, donate: bool = False) -> Callable:
             donate_argnums=donated,
         )
     replicated, split = PartitionSpec(), PartitionSpec(AXIS)
-    grouped = GROUP in devices.mesh.axis_names
     # check_vma would insert a reduction of its own at every use of a replicated value, inside the
     # backward pass; the step does it once, at the end.
     mapped = jax.shard_map(
@@ -178,9 +176,9 @@ def spread(fn: Callable, devices: Devices, *, donate: bool = False) -> Callable:
         mesh=devices.mesh,
         in_specs=(replicated, replicated, split),
         out_specs=replicated,
+        axis_names={AXIS},
         check_vma=False,
-        **({"axis_names": {AXIS}} if grouped else {}),
     )
-    # Else the compiler may leave a result in parts over the group.
-    whole = {"out_shardings": NamedSharding(devices.mesh, replicated)} if grouped else {}
-    return jax.jit(mapped, donate_argnums=donated, **whole)
+    # Else the compiler may leave a result in parts over a group.
+    whole = NamedSharding(devices.mesh, replicated)
+    return jax.jit(mapped, donate_argnums=donated, out_shardings=whole)
