@@ -22,7 +22,7 @@ from rmlora_jax.hub import load_vit
 from rmlora_jax.models import ViT
 from rmlora_jax.train import checkpoint, grid, loop, many, memory, mesh, setup, sweep
 from rmlora_jax.train.check import check_config
-from rmlora_jax.train.config import differences, runs
+from rmlora_jax.train.config import changes, runs
 from rmlora_jax.train.mesh import all_devices, shard
 
 ROOT = Path(__file__).parent.parent
@@ -519,9 +519,9 @@ def test_out_of_memory_after_all_says_what_to_type(tiny_vit, tmp_path, monkeypat
 def test_a_field_younger_than_a_run_has_its_default_there(config):
     old = config.to_dict()
     del old["sweep"], old["data"]["seed"]
-    assert differences(old, config.to_dict()) == []
+    assert changes(old, config.to_dict())[0] == []
     config.data.seed = 3
-    assert differences(old, config.to_dict()) == ["data.seed: None -> 3"]
+    assert changes(old, config.to_dict())[0] == ["data.seed: None -> 3"]
 
 
 def test_names_tell_numbers_apart():

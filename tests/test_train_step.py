@@ -13,7 +13,7 @@ from rmlora_jax.hub import load_vit
 from rmlora_jax.models import ViT
 from rmlora_jax.train import images, loop, method, setup
 from rmlora_jax.train.check import check_config
-from rmlora_jax.train.config import differences
+from rmlora_jax.train.config import changes
 from rmlora_jax.train.mesh import all_devices, shard
 
 STEPS = 20
@@ -209,7 +209,7 @@ def test_differences_name_what_matters(config):
     other = config.copy_and_resolve_references()
     other.optimizer.learning_rate = 5.0
     other.log_every = 7  # changes no number
-    found = differences(config.to_dict(), other.to_dict())
+    found, _ = changes(config.to_dict(), other.to_dict())
     assert found == ["optimizer.learning_rate: 0.001 -> 5.0"]
 
 

@@ -271,16 +271,12 @@ def with_values(c: ml_collections.ConfigDict, values: dict) -> ml_collections.Co
     return own
 
 
-def differences(old: dict, new: dict) -> list[str]:
-    """The fields that a continuation must share and does not, as ``field: old -> new``.
+def changes(old: dict, new: dict) -> tuple[list[str], list[str]]:
+    """The fields that a continuation must share and does not, as ``field: old -> new``, and those
+    that differ and may.
 
     A field that is younger than the run has its default there.
     """
-    return changes(old, new)[0]
-
-
-def changes(old: dict, new: dict) -> tuple[list[str], list[str]]:
-    """`differences`, and the fields that differ and may."""
     old, new = flatten(default_config()) | flatten(old), flatten(new)
     refused, free = [], []
     for k in sorted(old.keys() | new.keys()):

@@ -239,10 +239,10 @@ def saved_after(step: int, steps: int) -> Stopped:
     return Stopped(f"saved after step {step:,} of {steps:,}; the same command goes on from there")
 
 
-def ended(job: setup.Job, trainable, watched: nonfinite.Watched, step: int, run: int = 0):
+def ended(job: setup.Job, trainable, watched: nonfinite.Watched, step: int):
     """The error of a run that has had too many steps in a row that are not finite."""
     batch = next(iter(job.feed.train(watched.first - 1)))
-    where = job.look(trainable, job.constants, batch, watched.first - 1, run)
+    where = job.look(trainable, job.constants, batch, watched.first - 1)
     return nonfinite.ended(watched, step, batch["id"], where)
 
 

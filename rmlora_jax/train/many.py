@@ -63,9 +63,9 @@ def build(
     )
 
 
-def look(config, base: setup.Base, trainable, constants: ManyConstants, batch, step: int, i: int):
-    """`setup.look` of run ``i``, whose own ``trainable`` this is."""
-    values = pick(constants.values, i)
+def look(config, base: setup.Base, trainable, constants: ManyConstants, batch, step: int):
+    """`setup.look` of the first run."""
+    values, trainable = pick((constants.values, trainable), 0)
     own, prepare = _settings(config, base, values)
     shared = constants.shared._replace(seed=values["seed"])
     return setup.look(own, base, prepare)(trainable, shared, batch, step)

@@ -52,9 +52,7 @@ class Job(NamedTuple):
     total_parameters: int
     trainable_parameters: int
     problem: Problem
-    # (trainable, constants, batch, step, number of the run) -> where its first number arises that
-    # is not finite
-    look: Callable
+    look: Callable  # (trainable, constants, batch, step) -> where a number is first not finite
 
 
 class Base(NamedTuple):
@@ -91,7 +89,7 @@ def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
         total_parameters=base.total_parameters,
         trainable_parameters=base.trainable_parameters,
         problem=base.problem,
-        look=lambda *arguments: look(config, base)(*arguments[:4]),
+        look=look(config, base),
     )
 
 

@@ -311,7 +311,7 @@ def fit(config, job, together, figures, steps, manager, writers, devices):
         if done.stopping or over:
             manager.wait_until_finished()
             if over:
-                raise loop.ended(job, many.pick(state.trainable, 0), watched[0], done.step)
+                raise loop.ended(job, state.trainable, watched[0], done.step)
             raise loop.saved_after(done.step, job.steps)
         shown |= summed_up(rows)
         if jax.process_index() == 0:

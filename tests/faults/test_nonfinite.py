@@ -221,7 +221,7 @@ def test_the_layer_is_named(config, tiny_vit, tmp_path, name, value, words):
     devices = mesh.all_devices(limit=1)
     job = setup.build(config, devices)
     batch = next(iter(job.feed.train(0)))
-    said = job.look(job.state.trainable, job.constants, batch, 0, 0)
+    said = job.look(job.state.trainable, job.constants, batch, 0)
     assert words in said
     if "layer.1" in name:
         assert said.endswith("call 2)"), said
@@ -232,12 +232,12 @@ def test_what_else_may_not_be_finite(config, monkeypatch):
     devices = mesh.all_devices(limit=1)
     job = setup.build(config, devices)
     batch = next(iter(job.feed.train(0)))
-    assert job.look(job.state.trainable, job.constants, batch, 0, 0) == "the inputs are not finite"
+    assert job.look(job.state.trainable, job.constants, batch, 0) == "the inputs are not finite"
     other = next(iter(job.feed.train(1)))
-    said = job.look(job.state.trainable, job.constants, other, 1, 0)
+    said = job.look(job.state.trainable, job.constants, other, 1)
     assert said == "every layer's output and the loss are finite; the gradient is not"
     broken = jax.tree.map(lambda x: x * jnp.inf, job.state.trainable)
-    said = job.look(broken, job.constants, other, 1, 0)
+    said = job.look(broken, job.constants, other, 1)
     assert said.startswith("the parameter encoder/layers/") and "before the step" in said
 
 
