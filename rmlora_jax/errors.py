@@ -1,4 +1,4 @@
-"""The one exception a user of the trainer is meant to read, and a word that its texts share."""
+"""The one exception a user of the trainer is meant to read, and words that its texts share."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,15 @@ class UserError(ValueError):
     The message is one or two plain lines: what is wrong, where, and what to type next. ``run.py``
     prints it without a traceback and exits with a code other than 0.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, without what follows; its kind if it says nothing.
+
+    >>> first_line(ValueError(" no such axis\\nadvice")), first_line(EOFError())
+    ('no such axis', 'EOFError')
+    """
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

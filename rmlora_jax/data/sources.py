@@ -12,10 +12,11 @@ from rmlora_jax.data.digits import load_digits
 from rmlora_jax.data.subsets import with_classes, with_per_class
 from rmlora_jax.data.tfds_images import (
     Name,
+    TfdsImages,
     default_data_dir,
+    default_test,
     find_prepared,
     image_features,
-    listed,
     not_prepared,
     open_builder,
     open_split,
@@ -99,7 +100,9 @@ def load_images(
         return open_split(folder, which, *how)
 
     train = split(train_split)
-    test = split(test_split) if test_split else _default_test(folder, split)
+    test = split(test_split) if test_split else default_test(
+        folder, open_builder(folder).info, split, TfdsImages.labelled
+    )
     skipped, parts = Skipped(bad_records), []
     for which, source in ((train_split, train), (test_split or "test", test)):
         if not source.labelled():
@@ -114,21 +117,6 @@ def load_images(
         tuple(skipped.records),
     )
     return _smaller(data, classes, per_class, limit)
-
-
-def _default_test(folder: Path, split):
-    """Some data sets publish their test split without labels, as -1; "validation" stands in."""
-    info = open_builder(folder).info
-    for which in ("test", "validation"):
-        if which in info.splits:
-            source = split(which)
-            if source.labelled():
-                return source
-    raise UserError(
-        f"{folder} has no labelled test or validation split, only "
-        f"{listed(sorted(info.splits))}\nName parts of one, such as "
-        "--config.data.train_split='train[:80%]' --config.data.test_split='train[80%:]'"
-    )
 
 
 def _smaller(data: Dataset, classes: int, per_class: int, limit: int | None) -> Dataset:

@@ -20,14 +20,15 @@ from rmlora_jax.data.tfds_images import (
     check_length,
     declared_features,
     default_data_dir,
+    default_test,
     find_prepared,
     import_tfds,
-    listed,
     not_prepared,
     open_builder,
     open_errors,
+    shown,
 )
-from rmlora_jax.errors import UserError
+from rmlora_jax.errors import UserError, first_line
 
 
 class TextSplit(NamedTuple):
@@ -142,7 +143,7 @@ def load_texts(
             raise UserError(f"split {train_split!r} of {name} has no labelled texts")
         tests = {}
         for ours, theirs in (test_splits or {"test": None}).items():
-            tests[ours] = read(theirs) if theirs else _default_test(folder, info, read)
+            tests[ours] = read(theirs) if theirs else default_test(folder, info, read, _labelled)
             if not len(tests[ours].ids) or not _labelled(tests[ours]):
                 raise UserError(f"split {theirs!r} of {name} has no labelled texts")
         present = {k: v for k, v in (unlabelled_splits or {}).items() if v in info.splits}
@@ -198,7 +199,7 @@ def _features(folder: Path, columns: Sequence[str], label_key: str, regression: 
     if not columns or not set(columns) <= set(texts):
         raise UserError(
             f"{folder} has no text under {', '.join(map(repr, columns)) or 'no name'}; its "
-            f"texts are under {listed(texts) or 'nothing'}\nName one or two: "
+            f"texts are under {shown(texts) or 'nothing'}\nName one or two: "
             f"--config.text.columns=\"('{texts[0][:80] if texts else 'text'}',)\""
         )
     label = features.get(label_key)
@@ -212,7 +213,7 @@ def _features(folder: Path, columns: Sequence[str], label_key: str, regression: 
         others = [k for k in features if k not in texts]
         raise UserError(
             f"{folder} has no {kind} under {label_key!r}; beside texts it has "
-            f"{listed(others) or 'nothing'}\nName it with --config.data.label_key"
+            f"{shown(others) or 'nothing'}\nName it with --config.data.label_key"
         )
     return tuple(columns), None if regression else tuple(label.names)
 
@@ -239,13 +240,12 @@ def _read(
                 labels[i] = record[label_key]
                 ids[i] = record.get("idx", i)
             except Exception as error:  # array_record and protobuf each have their own kinds
-                why = str(error).strip().partition("\n")[0] or type(error).__name__
-                bad[i] = f"it cannot be read: {why}"
+                bad[i] = f"it cannot be read: {first_line(error)}"
                 if len(bad) > skipped.limit:
                     break
             bar.update()
     whole = TextSplit(texts, labels, ids)
-    labelled = n > 0 and _labelled(whole)
+    labelled = _labelled(whole)
     if labelled and len(bad) <= skipped.limit:
         bad |= {i: why for i in range(n) if i not in bad and (why := _unusable(whole, i, names))}
     for i in sorted(bad):
@@ -269,19 +269,6 @@ def _unusable(split: TextSplit, i: int, names: tuple[str, ...] | None) -> str | 
     if 0 <= label < len(names):
         return None
     return f"its label is {label}, the declared classes are 0 to {len(names) - 1}"
-
-
-def _default_test(folder: Path, info, read) -> TextSplit:
-    for which in ("test", "validation"):
-        if which in info.splits:
-            split = read(which)
-            if len(split.ids) and _labelled(split):
-                return split
-    raise UserError(
-        f"{folder} has no labelled test or validation split, only "
-        f"{listed(sorted(info.splits))}\nName parts of one, such as "
-        "--config.data.train_split='train[:80%]' --config.data.test_split='train[80%:]'"
-    )
 
 
 # Files

@@ -10,14 +10,15 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rmlora_jax.data.bad import LEAVE_OUT, BadRecord
 from rmlora_jax.data.decode import open_image, pixels
-from rmlora_jax.errors import UserError
+from rmlora_jax.errors import UserError, first_line
 
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>[\d.*]+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -185,7 +186,7 @@ class TfdsImages:
             if self._shape is None or (height, width) == self._shape[:2]:
                 return pixels(image, self._channels, size), label
         except Exception as error:  # pillow raises many kinds for a damaged file
-            raise self._bad(index, f"it cannot be decoded: {_first_line(error)}") from error
+            raise self._bad(index, f"it cannot be decoded: {_reason(error)}") from error
         declared = " x ".join(map(str, self._shape[:2]))
         raise self._bad(index, f"it is {height} x {width}, where {declared} is declared")
 
@@ -215,7 +216,7 @@ class TfdsImages:
         except IndexError:
             raise
         except Exception as error:  # array_record and protobuf each have their own kinds
-            raise self._bad(index, f"it cannot be read: {_first_line(error)}") from error
+            raise self._bad(index, f"it cannot be read: {_reason(error)}") from error
         # A file that was cut short is read as empty records.
         if record[self._image_key] is None or record[self._label_key] is None:
             raise self._bad(index, "it is empty")
@@ -229,13 +230,30 @@ class TfdsImages:
         )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+def _reason(error: Exception) -> str:
+    return first_line(error)[:300]
 
 
-def listed(names: Iterable[str]) -> str:
+def shown(names: Iterable[str]) -> str:
     """Names out of a data set's files, which may be of any number and length."""
     return ", ".join(names)[:300]
+
+
+def default_test(folder: Path, info, opened: Callable[[str], Any], labelled: Callable[[Any], bool]):
+    """The test split as ``opened`` gives it. Some data sets publish it without labels, as -1;
+    "validation" then stands in.
+
+    Raises:
+      UserError: neither has labels.
+    """
+    for which in ("test", "validation"):
+        if which in info.splits and labelled(split := opened(which)):
+            return split
+    raise UserError(
+        f"{folder} has no labelled test or validation split, only "
+        f"{shown(sorted(info.splits))}\nName parts of one, such as "
+        "--config.data.train_split='train[:80%]' --config.data.test_split='train[80%:]'"
+    )
 
 
 def open_builder(folder: Path):
@@ -245,7 +263,7 @@ def open_builder(folder: Path):
     try:
         return tfds.builder_from_directory(str(folder))
     except Exception as error:  # TFDS raises many kinds on a damaged or foreign folder
-        first = _first_line(error)
+        first = _reason(error)
         raise UserError(
             f"{folder} cannot be read as a TFDS data set: {type(error).__name__}: {first}\n"
             "Delete it and prepare it again, or name another folder with --config.data.data_dir"
@@ -286,10 +304,10 @@ def open_errors(folder: Path, info, split: str):
         ) from error
     except Exception as error:  # of many kinds, where the folder is damaged
         if isinstance(error, ValueError) and split not in info.splits:
-            known = listed(sorted(info.splits))
+            known = shown(sorted(info.splits))
             raise UserError(f"{folder} has no split {split!r}; it has {known}") from error
         raise UserError(
-            f"{folder} is damaged: split {split!r} cannot be opened: {_first_line(error)}\n"
+            f"{folder} is damaged: split {split!r} cannot be opened: {_reason(error)}\n"
             "Delete that folder and prepare it again"
         ) from error
 
@@ -314,10 +332,10 @@ def image_features(folder: Path, image_key: str, label_key: str):
     images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
     labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     if image_key not in images:
-        hint = f"; its images are under {listed(images)}" if images else ""
+        hint = f"; its images are under {shown(images)}" if images else ""
         raise UserError(f"{folder} has no image under {image_key!r}{hint}")
     if label_key not in labels or not features[label_key].num_classes:
-        hint = f"its labels are under {listed(labels)}" if labels else "it has no class labels"
+        hint = f"its labels are under {shown(labels)}" if labels else "it has no class labels"
         raise UserError(
             f"{folder} cannot be used to train a classifier by {label_key!r}: {hint}"
         )

@@ -1,11 +1,14 @@
 """What differs between families of models, as data."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
+from rmlora_jax.errors import UserError, first_line
+from rmlora_jax.hub.source import CONFIG
 from rmlora_jax.hub.weights import Entry
 
 
@@ -31,6 +34,20 @@ class Family(NamedTuple):
     table: tuple[Entry, ...]
     new: tuple[str, ...]
     leftovers: tuple[str, ...]
+
+
+def shapes_of(
+    folder: Path, family: Family, config, num_labels: int
+) -> dict[str, tuple[int, ...]]:
+    """`param_shapes` for the config.json of a folder.
+
+    Raises:
+      UserError: its sizes do not go together.
+    """
+    try:
+        return param_shapes(family, config, num_labels)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{folder / CONFIG}: {first_line(error)[:300]}") from None
 
 
 def param_shapes(family: Family, config, num_labels: int) -> dict[str, tuple[int, ...]]:

@@ -23,7 +23,7 @@ from rmlora_jax.data.pipeline import stored_as
 from rmlora_jax.data.text_batches import eval_batches
 from rmlora_jax.data.tokens import tokenise
 from rmlora_jax.data.vision import augment
-from rmlora_jax.errors import UserError
+from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.hub.info import Info
 
 THREADS = 8  # that read and decode images
@@ -177,7 +177,7 @@ def _image_batches(named, info, image_size, batch_size, failed) -> Iterator[tupl
         try:
             return read_image(image, info, image_size)
         except Exception as error:  # pillow raises many kinds, and leaves its reasons to others
-            why = str(error).strip().partition("\n")[0] or type(error).__name__
+            why = first_line(error)
             if isinstance(error, UnidentifiedImageError):  # it would tell of an object's address
                 why = f"its content is none of {', '.join(FORMATS)}"
             return UserError(f"{name} cannot be read as an image: {why}")

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from rmlora_jax.errors import UserError
+from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import read_object
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -176,9 +176,9 @@ def _download(name: str, revision: str | None) -> Path:
     except UserError:
         raise
     except Exception as error:  # the client raises its HTTP library's errors too
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"fetching model {name!r} failed ({reason}). Try again: what has arrived is kept"
+            f"fetching model {name!r} failed ({first_line(error)}). Try again: what has arrived is "
+            "kept"
         ) from error
     return folder
 

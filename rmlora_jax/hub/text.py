@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.bert import BERT, ROBERTA
 from rmlora_jax.hub.deberta import DEBERTA
-from rmlora_jax.hub.family import Family, param_shapes
+from rmlora_jax.hub.family import Family, shapes_of
 from rmlora_jax.hub.labels import label_names
 from rmlora_jax.hub.source import CONFIG, find_folder, read_json
 from rmlora_jax.hub.weights import Tensors, read_params
@@ -99,10 +99,7 @@ def load_text(
         raise UserError(f"{folder} has no head; say how many labels with num_labels=...")
     if not isinstance(labels, int) or labels < 1:
         raise UserError(f"num_labels is {labels!r}; it must be a whole number of at least 1")
-    try:
-        shapes = param_shapes(family, config, labels)
-    except (ValueError, TypeError, OverflowError) as error:  # sizes that do not go together
-        raise UserError(f"{folder / CONFIG}: {str(error).partition(chr(10))[0][:300]}") from None
+    shapes = shapes_of(folder, family, config, labels)
     wanted, leftovers = shapes, family.leftovers
     if stored != labels:
         wanted = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from rmlora_jax.errors import UserError
+from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.models.hf_config import LARGEST
 
 # Without any of these transformers makes an empty tokenizer, to which every word is unknown.
@@ -44,10 +44,9 @@ def load_tokenizer(folder: Path):
         # Below them is Rust, whose own failures are no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{folder} has no tokenizer that can be read ({why[:200]}). Copy the tokenizer's files "
-            f"({', '.join(FILES)}) beside config.json"
+            f"{folder} has no tokenizer that can be read ({first_line(error)[:200]}). Copy the "
+            f"tokenizer's files ({', '.join(FILES)}) beside config.json"
         ) from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{folder}: its tokenizer has no fast version; choose another model")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub.family import Family, param_shapes
+from rmlora_jax.hub.family import Family, shapes_of
 from rmlora_jax.hub.labels import label_names
 from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_folder, read_json
 from rmlora_jax.hub.weights import AS_IS, CONV, LINEAR, Entry, Tensors, read_params
@@ -166,10 +166,7 @@ def load_vit(
         raise UserError(f"num_classes is {classes!r}; it must be a whole number of at least 1")
     keep_head = stored == classes
     leftovers = VIT.leftovers if keep_head else (*VIT.leftovers, r"classifier\.(weight|bias)")
-    try:
-        shapes = param_shapes(VIT, config, classes)
-    except (ValueError, TypeError, OverflowError) as error:  # sizes that do not go together
-        raise UserError(f"{folder / CONFIG}: {str(error).partition(chr(10))[0][:300]}") from None
+    shapes = shapes_of(folder, VIT, config, classes)
     if not keep_head:
         shapes = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
     params, dropped, _ = read_params(

@@ -111,8 +111,10 @@ def read_index(folder):
 # Models
 
 
-def remember_shapes(module):
+def remember_shapes():
     """Traces a model of the same sizes once: it takes most of the time, and no file is read."""
+    from rmlora_jax.hub import family as module
+
     if hasattr(module.param_shapes, "cache_info"):
         return
     trace, families = module.param_shapes, {}
@@ -130,9 +132,9 @@ def remember_shapes(module):
 
 
 def read_vit(folder):
-    from rmlora_jax.hub import load_vit, vit
+    from rmlora_jax.hub import load_vit
 
-    remember_shapes(vit)
+    remember_shapes()
     load_vit(folder, num_classes=5)
 
 
@@ -143,9 +145,9 @@ def make_text(folder):
 
 
 def read_text(folder):
-    from rmlora_jax.hub import load_text, text
+    from rmlora_jax.hub import load_text
 
-    remember_shapes(text)
+    remember_shapes()
     load_text(folder, num_labels=3)
 
 
