@@ -12,7 +12,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import ml_collections
 import numpy as np
 from oracle import oracle
 
@@ -20,11 +19,11 @@ from rmlora_jax import hub
 from rmlora_jax.data import load_resident
 from rmlora_jax.files import read_json
 from rmlora_jax.hub.peft_config import read_config
-from rmlora_jax.train import images
+from rmlora_jax.train import base_run, images
 
 
 def main(workdir: Path) -> None:
-    config = ml_collections.ConfigDict(read_json(workdir / "config.json"))
+    config = base_run.read_config(workdir)
     summary = read_json(workdir / "summary.json")
     model = hub.load(workdir)
     data = images.load(config)
