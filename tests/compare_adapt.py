@@ -22,6 +22,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fake_devices import xla_flags
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "rmlora_jax" / "adapt" / "README.md"
 COMMAND = "python tests/compare_adapt.py --write"
@@ -118,7 +120,7 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir(), f"compare_adapt_{os.getuid()}")),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    "XLA_FLAGS": xla_flags(4),
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
 }
 

@@ -4,13 +4,11 @@ import os
 import tempfile
 from pathlib import Path
 
+from fake_devices import xla_flags
+
 CACHE = Path(tempfile.gettempdir(), f"rmlora_jax_test_cache_{os.getuid()}")
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 "
-    # Eight devices on a busy machine with two cores meet late; by default XLA aborts after 40 s.
-    "--xla_cpu_collective_call_terminate_timeout_seconds=300"
-)
+os.environ["XLA_FLAGS"] = xla_flags(8)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["HF_HUB_OFFLINE"] = "1"

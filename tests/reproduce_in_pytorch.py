@@ -48,4 +48,8 @@ def main(workdir: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    try:
+        oracle.python()
+    except oracle.pytest.skip.Exception as missing:
+        sys.exit(str(missing))
     main(Path(sys.argv[1]).absolute())

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fake_devices import with_devices
 from flax import linen as nn
 from flax import nnx
 from flax.core import freeze
@@ -606,8 +607,7 @@ print("equal on 8 devices")
 
 
 def test_masks_are_the_same_on_eight_devices_under_shard_map_and_pmap():
-    env = {**os.environ, "JAX_PLATFORMS": "cpu",
-           "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    env = {**with_devices(8), "JAX_PLATFORMS": "cpu",
            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}  # fmt: skip
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(DEVICES)],

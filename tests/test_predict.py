@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_devices import with_devices
 from fixtures.text.tiny import write_head, write_model
 from PIL import Image
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 def run(*arguments, check=True, **options):
     done = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *map(str, arguments)],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        env=with_devices(1),
         capture_output=True,
         text=True,
         timeout=300,

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import os
 import statistics
 import struct
 import subprocess
@@ -15,6 +14,7 @@ import ml_collections
 import numpy as np
 import pytest
 import study_rows
+from fake_devices import with_devices
 
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
@@ -679,10 +679,8 @@ def command(tiny_vit, workdir, *more):
 
 @pytest.mark.slow
 def test_a_real_study_from_the_command_line(tiny_vit, tmp_path):
-    environment = os.environ | {"XLA_FLAGS": ""}
-
     def run(*more):
-        done = subprocess.run(command(tiny_vit, tmp_path / "out", *more), env=environment,
+        done = subprocess.run(command(tiny_vit, tmp_path / "out", *more), env=with_devices(1),
                               capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -1,7 +1,6 @@
 """Many runs at once against the single runs of the same settings: bits, folders, refusals."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from conftest import tiny_config
+from fake_devices import with_devices
 from fixtures.text.tiny import config_of, write_model, write_texts
 
 import rmlora_jax as rm
@@ -409,7 +409,7 @@ def test_run_py_trains_a_sweep(tiny_vit, tmp_path):
          f"--config.model.source={tiny_vit}", "--config.model.image_size=16", "--config.steps=4",
          "--config.batch_size=16", "--config.compilation_cache=", "--config.seed=7",
          "--config.sweep.seeds=2", "--config.sweep.grid={'penalty': (0, .1)}"],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        env=with_devices(1),
         capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for words in ("4: seed=7,penalty=0 to seed=8,penalty=0.1", "4 runs in one program",

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
+from fake_devices import with_devices
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.train import checkpoint
@@ -43,10 +43,9 @@ def command(tiny_vit, workdir, *overrides):
 
 
 def run(tiny_vit, workdir, *overrides, devices=1, check=True):
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     done = subprocess.run(
         command(tiny_vit, workdir, *overrides),
-        env=environment,
+        env=with_devices(devices),
         capture_output=True,
         text=True,
         timeout=300,
@@ -137,7 +136,7 @@ def test_killed_run_ends_bit_identical(finished, tiny_vit, tmp_path):
     workdir = tmp_path / "killed"
     process = subprocess.Popen(
         command(tiny_vit, workdir, "--config.steps=12"),
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        env=with_devices(1),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -287,7 +286,7 @@ def stopped_after(tiny_vit, workdir, step, *signals):
     """A run that gets these signals after this step; its end and its output."""
     process = subprocess.Popen(
         command(tiny_vit, workdir, *LONG),
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        env=with_devices(1),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )
     file = workdir / "metrics.jsonl"

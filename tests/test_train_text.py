@@ -2,13 +2,13 @@
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_devices import with_devices
 from fixtures.text.tiny import config_of, write_model, write_texts
 
 from rmlora_jax.train import loop, setup
@@ -51,7 +51,7 @@ def run(files, workdir, *overrides, devices=1, check=True, config="configs/text_
             "--config.compilation_cache=",
             *overrides,
         ],
-        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        env=with_devices(devices),
         capture_output=True,
         text=True,
         timeout=300,

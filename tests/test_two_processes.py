@@ -1,7 +1,6 @@
 """``python run.py`` in two processes of four devices each, against one process."""
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_devices import with_devices
 
 SCRIPT = Path(__file__).parent / "fixtures" / "recorded_run.py"
 STEPS = 20
@@ -40,12 +40,8 @@ def command(tiny_vit, workdir, record, *overrides):
 
 def start(devices, *words):
     """A process with so many devices; no cache, whose entries both would write."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_cpu_collective_call_terminate_timeout_seconds=300"
-    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command(*words), env=environment, **pipes)
+    return subprocess.Popen(command(*words), env=with_devices(devices), **pipes)
 
 
 # gloo, which CPUs talk through, gives up where one process is 30 s behind: on a busy machine only.

@@ -12,7 +12,6 @@ Prints the figures as JSON; exits with 1 at any mismatch.
 import argparse
 import collections
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -40,9 +39,10 @@ def command(model: Path, workdir: Path, phases: Path) -> list[str]:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    return os.environ | {
+    from fake_devices import with_devices
+
+    return with_devices(1) | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "TQDM_DISABLE": "1",
@@ -181,7 +181,6 @@ def main() -> int:
 
 
 def write_model(folder: Path) -> Path:
-    sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
     from conftest import TINY_RUN  # sets the environment of the tests, which is for this process
     from fixtures.vit import cases
     from safetensors.numpy import save_file
@@ -193,4 +192,5 @@ def write_model(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
+    sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
     sys.exit(main())

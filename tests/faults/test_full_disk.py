@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_devices import with_devices
 from faults.small import EVERY, STEPS, check_same_end, config_of, on_one_device, steps_of, train
 
 from rmlora_jax.errors import UserError
@@ -109,13 +110,10 @@ def command(tiny_vit, workdir):
     ]
 
 
-ONE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tiny_vit, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("disk") / "undisturbed"
-    subprocess.run(command(tiny_vit, workdir), env=os.environ | ONE, check=True, timeout=300)
+    subprocess.run(command(tiny_vit, workdir), env=with_devices(1), check=True, timeout=300)
     return workdir
 
 
@@ -128,7 +126,7 @@ def test_a_real_file_system(undisturbed, tiny_vit, tmp_path, free):
     script = ["unshare", "-rm", "bash", "-c", MOUNT, "bash", str(tmp_path), str(free)]
     done = subprocess.run(
         [*script, *command(tiny_vit, tmp_path / "disk" / "run")],
-        env=os.environ | ONE | {"OUT": str(tmp_path), "DISK": str(tmp_path / "disk")},
+        env=with_devices(1) | {"OUT": str(tmp_path), "DISK": str(tmp_path / "disk")},
         capture_output=True, text=True, timeout=500, check=False,
     )
     assert done.returncode == 0, done.stderr
