@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict
 
 from rmlora_jax.hub import load_vit
 from rmlora_jax.models import ViT, ViTConfig
+from rmlora_jax.models import vit
 from rmlora_jax.models.attention import cudnn_can_run
 from rmlora_jax.models.vit import truncated_normal
 
@@ -166,6 +167,38 @@ def test_unroll_and_remat_change_no_numbers(unroll, remat):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-6), actual, expected
     )
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_tokens_filled_up_change_no_numbers(prefix, monkeypatch):
+    """As where cuDNN runs, whose kernel wants 32 tokens in place of 26: in every layer at once."""
+    config = dataclasses.replace(SMALL, prefix_length=prefix)
+    plain, variables, images = small(config)
+    expected = *forward(plain, variables, images, hidden_states=True), loss_and_gradient(
+        plain, variables, images
+    )
+    monkeypatch.setattr(vit, "filled_length", lambda length, *_: length + 6)
+    filled = dataclasses.replace(plain, attention="xla")  # traced anew
+    actual = *forward(filled, variables, images, hidden_states=True), loss_and_gradient(
+        filled, variables, images
+    )
+    assert f"{len(images)},32,24]" in str(jax.make_jaxpr(filled.apply)(variables, images))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-5), actual, expected
+    )
+
+
+def test_dropout_draws_for_the_tokens_that_there_are(monkeypatch):
+    config = dataclasses.replace(SMALL, hidden_dropout_prob=0.1)
+    model, variables, images = small(config, attention="xla")
+    monkeypatch.setattr(vit, "filled_length", lambda length, *_: length + 6)
+
+    def tokens(train):
+        call = functools.partial(model.apply, train=train, rngs={"dropout": jax.random.key(1)})
+        text = str(jax.make_jaxpr(call)(variables, images))
+        return {n for n in (26, 32) if f"{len(images)},{n},24]" in text}
+
+    assert tokens(train=True) == {26} and 32 in tokens(train=False)
 
 
 def residuals(remat):

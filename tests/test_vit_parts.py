@@ -1,6 +1,7 @@
 """The parts of the ViT: its configuration, position interpolation, padded attention."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -11,7 +12,9 @@ from fixtures.vit.cases import GRIDS, table_of
 
 from rmlora_jax.models import ViTConfig
 from rmlora_jax.models.attention import attend, padded_attention
+from rmlora_jax.models.parts import gelu
 from rmlora_jax.models.positions import bicubic_matrix, resize_positions
+from rmlora_jax.models.vit import product_of_patches
 
 FIXTURES = Path(__file__).parent / "fixtures" / "vit"
 CONFIG = ViTConfig(hidden_size=24, num_attention_heads=3, image_size=20, patch_size=4)
@@ -69,6 +72,44 @@ def test_padding_pads_to_a_multiple_of_eight():
 
     assert lengths(197) == (False, True)
     assert lengths(200) == (True, True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gelu_and_its_derivative(dtype):
+    x = jnp.linspace(-6, 6, 2001).astype(dtype)
+    value, backward = jax.vjp(jax.jit(gelu), x)
+    (slope,) = backward(jnp.ones_like(x))
+    assert value.dtype == slope.dtype == x.dtype
+    exact = np.asarray(x, np.float64)
+    phi = np.exp(-(exact**2) / 2) / math.sqrt(2 * math.pi)
+    below = np.array([math.erfc(-v / math.sqrt(2)) / 2 for v in exact])
+    rounding = float(jnp.finfo(dtype).eps) / 2
+    for actual, expected in ((value, exact * below), (slope, below + exact * phi)):
+        # One rounding; below -4, where 1 + erf cancels, what float32 leaves of it.
+        np.testing.assert_allclose(
+            np.asarray(actual, np.float64), expected, rtol=1.01 * rounding + 2e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gelu_keeps_its_input_and_no_more(dtype):
+    _, backward = jax.vjp(gelu, jnp.linspace(-6, 6, 100).astype(dtype))
+    kept = [leaf for leaf in jax.tree.leaves(backward) if leaf.size > 1]
+    assert [(leaf.size, leaf.dtype) for leaf in kept] == [(100, dtype)]
+
+
+@pytest.mark.parametrize("size", [(12, 10), (14, 13)])
+def test_patches_are_a_convolution(size):
+    random = np.random.RandomState(3)
+    images = random.normal(size=(2, *size, 3)).astype(np.float32)
+    kernel = random.normal(size=(4, 5, 3, 7)).astype(np.float32)
+    axes = ("NHWC", "HWIO", "NHWC")
+    expected = jax.lax.conv_general_dilated(
+        images, kernel, (4, 5), "VALID", dimension_numbers=axes
+    )
+    actual = product_of_patches(images, kernel, (4, 5), "VALID", dimension_numbers=axes)
+    assert actual.shape == (2, 3, 2, 7)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

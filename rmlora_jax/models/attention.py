@@ -18,6 +18,7 @@ def attend(
     value: jax.Array,
     implementation: str = "auto",
     mask: jax.Array | None = None,
+    keys: int | None = None,
 ):
     """softmax(Q K^T / sqrt(head_dim)) V for each head, the softmax in float32.
 
@@ -28,6 +29,7 @@ def attend(
         (bfloat16 or float16); ``"auto"`` takes cuDNN where it can run and XLA elsewhere.
       mask: bool (B, N of the keys), False for those that are padding: their weight is exactly 0.
         Only XLA takes one, since it may have any pattern. A row without a key gets equal weights.
+      keys: in place of a mask, how many keys count, from the front; None for all.
 
     Returns:
       (B, N, H, head_dim) in the dtype of ``query``.
@@ -40,10 +42,11 @@ def attend(
     """
     if mask is not None:
         implementation = "xla"
-    if implementation == "auto":
-        implementation = "cudnn" if cudnn_can_run(query.dtype, query.shape[-1]) else "xla"
+    implementation = chosen(implementation, query.dtype, query.shape[-1])
     if implementation == "cudnn":
-        return padded_attention(query, key, value, implementation)
+        return padded_attention(query, key, value, "cudnn", keys)
+    if keys is not None:
+        mask = (jnp.arange(key.shape[1]) < keys)[None]
     pairs = None if mask is None else mask[:, None, None, :]
     return jax.nn.dot_product_attention(
         query, key, value, mask=pairs, implementation=implementation
@@ -73,23 +76,36 @@ def masked_softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jax.nn.softmax(scores)
 
 
-def padded_attention(query: jax.Array, key: jax.Array, value: jax.Array, implementation: str):
-    """Attention with the length padded to a multiple of 8; padded keys get no weight.
+def padded_attention(query, key, value, implementation: str, keys: int | None = None):
+    """Attention with the lengths padded to multiples of 8; padded keys get no weight.
 
     cuDNN refuses odd lengths such as ViT's 197. Arguments and result as in ``attend``.
     """
     lengths = query.shape[1], key.shape[1]
-    if not any(length % CUDNN_MULTIPLE for length in lengths):
+    if keys is None and not any(length % CUDNN_MULTIPLE for length in lengths):
         return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
     padded = (
         jnp.pad(x, ((0, 0), (0, -x.shape[1] % CUDNN_MULTIPLE), (0, 0), (0, 0)))
         for x in (query, key, value)
     )
-    keys = jnp.full((query.shape[0],), lengths[1], jnp.int32)
+    counts = jnp.full((query.shape[0],), lengths[1] if keys is None else keys, jnp.int32)
     out = jax.nn.dot_product_attention(
-        *padded, key_value_seq_lengths=keys, implementation=implementation
+        *padded, key_value_seq_lengths=counts, implementation=implementation
     )
     return out[:, : lengths[0]]
+
+
+def chosen(implementation: str, dtype, head_dim: int) -> str:
+    """``"xla"`` or ``"cudnn"``: what ``"auto"`` is on this device; the others are themselves."""
+    if implementation == "auto":
+        return "cudnn" if cudnn_can_run(dtype, head_dim) else "xla"
+    return implementation
+
+
+def filled_length(length: int, implementation: str, dtype, head_dim: int) -> int:
+    """The length to fill a sequence up to, so that no layer has to do it for its own attention."""
+    cudnn = chosen(implementation, dtype, head_dim) == "cudnn"
+    return length + -length % CUDNN_MULTIPLE if cudnn else length
 
 
 def cudnn_can_run(dtype, head_dim: int) -> bool:

@@ -7,7 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rmlora_jax.models.attention import IMPLEMENTATIONS, attend, attend_with_dropout
+from rmlora_jax.models.attention import (
+    IMPLEMENTATIONS,
+    attend,
+    attend_with_dropout,
+    filled_length,
+)
 from rmlora_jax.models.inserts import bottleneck, prefixed
 from rmlora_jax.models.parts import (
     ACTIVATIONS,
@@ -42,6 +47,7 @@ class Embed(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=init,
+            conv_general_dilated=product_of_patches,
             name="patch",
         )(images)
         x = x.reshape(x.shape[0], c.grid**2, c.hidden_size)
@@ -53,14 +59,32 @@ class Embed(nn.Module):
         return nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)(x)
 
 
+def product_of_patches(images, kernel, strides, padding, *, precision=None, **_):
+    """`jax.lax.conv_general_dilated` for windows side by side: one matrix product.
+
+    The kernels that a GPU has for convolutions are made for windows that overlap.
+    """
+    height, width, *_ = strides
+    b, h, w, c = images.shape
+    rows, columns = h // height, w // width
+    x = images[:, : rows * height, : columns * width]  # as padding VALID cuts
+    x = x.reshape(b, rows, height, columns, width, c).swapaxes(2, 3)
+    x = x.reshape(b, rows, columns, height * width * c)
+    return jnp.matmul(x, kernel.reshape(x.shape[-1], -1), precision=precision)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) -> (B, N, D), every projection a plain Dense."""
+    """Multi-head self-attention: (B, N, D) -> (B, N, D), every projection a plain Dense.
+
+    Tokens from ``length`` on are padding: nothing attends to them.
+    """
 
     config: ViTConfig
     dtype: Any
     param_dtype: Any
     attention: str
     deterministic: bool
+    length: int
 
     @nn.compact
     def __call__(self, x):
@@ -82,7 +106,9 @@ class Attention(nn.Module):
             drop = nn.Dropout(c.attention_probs_dropout_prob, deterministic=False)
             mixed = attend_with_dropout(query, key, value, drop)
         else:
-            mixed = attend(query, key, value, self.attention)
+            padding = x.shape[1] - self.length
+            keys = key.shape[1] - padding if padding else None
+            mixed = attend(query, key, value, self.attention, keys=keys)
         return dense(name="out")(mixed.reshape(x.shape))
 
 
@@ -115,6 +141,7 @@ class Layer(nn.Module):
     attention: str
     deterministic: bool
     collect: bool
+    length: int
 
     @nn.compact
     def __call__(self, x):
@@ -123,7 +150,13 @@ class Layer(nn.Module):
         drop = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)
         adapter = functools.partial(bottleneck, c, self.dtype, self.param_dtype)
         attention = Attention(
-            c, self.dtype, self.param_dtype, self.attention, self.deterministic, name="attention"
+            c,
+            self.dtype,
+            self.param_dtype,
+            self.attention,
+            self.deterministic,
+            self.length,
+            name="attention",
         )
         mlp = MLP(c, self.dtype, self.param_dtype, name="mlp")
         x = x + adapter("bottleneck1")(drop(attention(norm("norm1")(x))))
@@ -145,7 +178,11 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        c = self.config
+        c, length = self.config, x.shape[1]
+        if self.deterministic or not (c.hidden_dropout_prob or c.attention_probs_dropout_prob):
+            head_dim = c.hidden_size // c.num_attention_heads
+            filled = filled_length(length, self.attention, self.dtype, head_dim)
+            x = jnp.pad(x, ((0, 0), (0, filled - length), (0, 0)))
         layers = scan_layers(
             Layer, c.num_hidden_layers, unroll=self.unroll, remat=self.remat
         )(
@@ -155,11 +192,13 @@ class Encoder(nn.Module):
             self.attention,
             self.deterministic,
             self.collect,
+            length,
             name="layers",
         )
         out, after = layers(x)
         token = layer_norm(c.layer_norm_eps, self.dtype, self.param_dtype, "norm")(out[:, 0])
-        return token, jnp.concatenate([x[None], after]) if self.collect else None
+        states = jnp.concatenate([x[None], after])[:, :, :length] if self.collect else None
+        return token, states
 
 
 class ViT(nn.Module):
