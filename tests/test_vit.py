@@ -20,8 +20,7 @@ from fixtures.vit.cases import (
 from flax.traverse_util import flatten_dict
 
 from rmlora_jax.hub import load_vit
-from rmlora_jax.models import ViT, ViTConfig
-from rmlora_jax.models import vit
+from rmlora_jax.models import ViT, ViTConfig, vit
 from rmlora_jax.models.attention import cudnn_can_run
 from rmlora_jax.models.vit import truncated_normal
 
@@ -160,7 +159,10 @@ def loss_and_gradient(model, variables, images):
     return jax.value_and_grad(lambda v: (model.apply(v, images) ** 2).sum())(variables)
 
 
-@pytest.mark.parametrize(("unroll", "remat"), [(2, "none"), (1, "dots"), (1, "full"), (3, "full")])
+@pytest.mark.parametrize(
+    ("unroll", "remat"),
+    [(2, "none"), (1, "dots"), (3, "attention"), (1, "full"), (3, "full")],
+)
 def test_unroll_and_remat_change_no_numbers(unroll, remat):
     expected = loss_and_gradient(*small())
     actual = loss_and_gradient(*small(unroll=unroll, remat=remat))
@@ -209,7 +211,7 @@ def residuals(remat):
 
 
 def test_remat_keeps_less():
-    assert residuals("full") < residuals("dots") < residuals("none")
+    assert residuals("full") < residuals("attention") < residuals("dots") < residuals("none")
 
 
 def test_bfloat16_is_close_and_logits_stay_float32():

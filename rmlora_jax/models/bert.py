@@ -11,7 +11,14 @@ from rmlora_jax.models.attention import attend, attend_with_dropout
 from rmlora_jax.models.bert_config import BertConfig
 from rmlora_jax.models.encoder import MLP, checked_tokens, normal_dense, normal_embed
 from rmlora_jax.models.inserts import bottleneck, prefixed
-from rmlora_jax.models.parts import REMAT, check_choices, check_counts, layer_norm, scan_layers
+from rmlora_jax.models.parts import (
+    REMAT,
+    check_choices,
+    check_counts,
+    kept_with_attention,
+    layer_norm,
+    scan_layers,
+)
 
 
 class Embed(nn.Module):
@@ -56,7 +63,8 @@ class Attention(nn.Module):
         dense = normal_dense(c.initializer_range, self.param_dtype, self.dtype)
         heads = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         query, key, value = (
-            dense(c.hidden_size, name=name)(x).reshape(heads) for name in ("query", "key", "value")
+            kept_with_attention(dense(c.hidden_size, name=name)(x)).reshape(heads)
+            for name in ("query", "key", "value")
         )
         key, value, mask = prefixed(c, self.param_dtype, key, value, mask)
         if c.attention_probs_dropout_prob and not self.deterministic:
@@ -64,7 +72,7 @@ class Attention(nn.Module):
             mixed = attend_with_dropout(query, key, value, drop, mask)
         else:
             mixed = attend(query, key, value, mask=mask)
-        return dense(c.hidden_size, name="out")(mixed.reshape(x.shape))
+        return kept_with_attention(dense(c.hidden_size, name="out")(mixed.reshape(x.shape)))
 
 
 class Layer(nn.Module):
@@ -137,7 +145,8 @@ class Bert(nn.Module):
       param_dtype: dtype of new parameters; loaded ones keep their own.
       unroll: layers per iteration of the scan; a larger value compiles longer and runs faster.
       remat: what the backward pass recomputes: ``"none"`` nothing, ``"dots"`` everything but
-        the outputs of the linear layers, ``"full"`` each layer from its input.
+        the outputs of the linear layers, ``"attention"`` everything but those in attention,
+        ``"full"`` each layer from its input.
 
     Source: Devlin et al. 2019, https://arxiv.org/abs/1810.04805, sections 3 and 4.1; Liu et al.
     2019, https://arxiv.org/abs/1907.11692.

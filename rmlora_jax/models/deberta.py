@@ -16,6 +16,7 @@ from rmlora_jax.models.parts import (
     REMAT,
     check_choices,
     check_counts,
+    kept_with_attention,
     layer_norm,
     scan_layers,
 )
@@ -63,7 +64,8 @@ class Attention(nn.Module):
         heads = (c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         content = {name: dense(c.hidden_size, name=name) for name in ("query", "key", "value")}
         query, key, value = (
-            project(x).reshape(*x.shape[:-1], *heads) for project in content.values()
+            kept_with_attention(project(x)).reshape(*x.shape[:-1], *heads)
+            for project in content.values()
         )
 
         def positions(term, name):
@@ -86,7 +88,7 @@ class Attention(nn.Module):
         weights = weights.astype(value.dtype)
         drop = nn.Dropout(c.attention_probs_dropout_prob, deterministic=self.deterministic)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", drop(weights), value)
-        return dense(c.hidden_size, name="out")(mixed.reshape(x.shape))
+        return kept_with_attention(dense(c.hidden_size, name="out")(mixed.reshape(x.shape)))
 
 
 class Layer(nn.Module):
@@ -225,7 +227,8 @@ class Deberta(nn.Module):
       param_dtype: dtype of new parameters; loaded ones keep their own.
       unroll: layers per iteration of the scan; a larger value compiles longer and runs faster.
       remat: what the backward pass recomputes: ``"none"`` nothing, ``"dots"`` everything but
-        the outputs of the linear layers, ``"full"`` each layer from its input.
+        the outputs of the linear layers, ``"attention"`` everything but those in attention,
+        ``"full"`` each layer from its input.
 
     Source: He et al. 2021, https://arxiv.org/abs/2006.03654, section 3; He et al. 2023,
     https://arxiv.org/abs/2111.09543.

@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 def gelu(x):
@@ -31,9 +32,11 @@ ACTIVATIONS = {
     "tanh": jax.numpy.tanh,
 }
 
+ATTENTION = "attention"
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -56,6 +59,12 @@ def layer_norm(epsilon: float, dtype, param_dtype, name: str) -> nn.LayerNorm:
         use_fast_variance=False,
         name=name,
     )
+
+
+def kept_with_attention(x):
+    """``x``, which ``remat="attention"`` keeps: a projection of attention, narrower than the MLP's.
+    """
+    return checkpoint_name(x, ATTENTION)
 
 
 def scan_layers(layer: type[nn.Module], length: int, *, unroll: int, remat: str, in_axes=()):

@@ -19,6 +19,7 @@ from rmlora_jax.models.parts import (
     REMAT,
     check_choices,
     check_counts,
+    kept_with_attention,
     layer_norm,
     scan_layers,
     truncated_normal,
@@ -98,7 +99,7 @@ class Attention(nn.Module):
         )
         heads = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         query, key, value = (
-            dense(use_bias=c.qkv_bias, name=name)(x).reshape(heads)
+            kept_with_attention(dense(use_bias=c.qkv_bias, name=name)(x)).reshape(heads)
             for name in ("query", "key", "value")
         )
         key, value, _ = prefixed(c, self.param_dtype, key, value)
@@ -109,7 +110,7 @@ class Attention(nn.Module):
             padding = x.shape[1] - self.length
             keys = key.shape[1] - padding if padding else None
             mixed = attend(query, key, value, self.attention, keys=keys)
-        return dense(name="out")(mixed.reshape(x.shape))
+        return kept_with_attention(dense(name="out")(mixed.reshape(x.shape)))
 
 
 class MLP(nn.Module):
@@ -218,7 +219,8 @@ class ViT(nn.Module):
       param_dtype: dtype of new parameters; loaded ones keep their own.
       unroll: layers per iteration of the scan; a larger value compiles longer and runs faster.
       remat: what the backward pass recomputes: ``"none"`` nothing, ``"dots"`` everything but
-        the outputs of the linear layers, ``"full"`` each layer from its input.
+        the outputs of the linear layers, ``"attention"`` everything but those in attention,
+        ``"full"`` each layer from its input.
       attention: ``"xla"``, ``"cudnn"`` or ``"auto"``, see ``rmlora_jax.models.attention``.
 
     Source: Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, equations 1 to 4.

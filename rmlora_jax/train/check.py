@@ -83,7 +83,7 @@ def mistakes(c: ml_collections.ConfigDict) -> list[str]:
     one_of("model.dtype", "bfloat16", "float16", "float32")
     one_of("model.base_dtype", "bfloat16", "float16", "float32")
     one_of("model.attention", "auto", "xla", "cudnn")
-    one_of("model.remat", "none", "dots", "full")
+    one_of("model.remat", "none", "dots", "attention", "full")
     one_of("data.mode", "auto", "resident", "stream")
     one_of("data.crop", "pad", "resized", "none")
     one_of("lora.init", "kaiming", "normal", "gaussian", "orthogonal", "pissa")

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.models.parts import REMAT
 from rmlora_jax.train import loop, memory, terminal
 from rmlora_jax.train.collectives import Collective, collectives, total_bytes
 from rmlora_jax.train.flops import flops
@@ -165,7 +166,8 @@ def too_large(
 def smaller(config: ml_collections.ConfigDict, devices: Devices) -> list[str]:
     """Overrides that make a step smaller, those that leave its numbers as they are first."""
     words = []
-    weaker = {"none": ("dots", "full"), "dots": ("full",)}.get(config.model.remat, ())
+    policies = list(REMAT)
+    weaker = policies[policies.index(config.model.remat) + 1 :]
     words += [f"--config.model.remat={policy}" for policy in weaker]
     local = config.batch_size // devices.count
     if local % (2 * config.accumulate) == 0:

@@ -80,7 +80,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.base_dtype = "float32"  # in which the frozen base is held; as dtype
     c.model.attention = "auto"  # xla, cudnn, or auto: cudnn where it runs
     c.model.unroll = 1  # layers a turn of the scan: 1 compiles fastest, all layers run fastest
-    c.model.remat = "none"  # none, dots (keep matrix products), full: less memory, more time
+    # Less memory, more time: dots keeps for the backward pass what linear layers give; attention
+    # what those in attention give; full what each layer begins with; none everything
+    c.model.remat = "none"
 
     c.data = ml_collections.ConfigDict()
     c.data.name = "cifar100"  # digits, glue/cola ..., or a name of TFDS; for text.train_file any
