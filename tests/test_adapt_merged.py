@@ -12,6 +12,7 @@ import pytest
 from fixtures.adapted import Block, Looped, Scanned, X, prepared, with_random_factors
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from marks import slow
 
 from rmlora_jax import AdaLoRA, LoRA, adapt, attach, join, merge, split
 from rmlora_jax.errors import UserError
@@ -316,7 +317,9 @@ def gradients_of(model, trainable, frozen, x):
     return jax.grad(run)(trainable)
 
 
-@pytest.mark.parametrize("how", ["shard_map", "checked shard_map", "pmap", "sharded weights"])
+@pytest.mark.parametrize(
+    "how", ["checked shard_map", "sharded weights", slow("shard_map"), slow("pmap")]
+)
 def test_eight_devices_give_the_gradients_of_one(how):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(16, 6, 8)), jnp.float32)
     factored, merging, params, lora = both(Scanned(), train=None)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import slow, slow_but
 
 import rmlora_jax as rm
 from rmlora_jax.bench import (
@@ -103,7 +104,7 @@ def by_parts(model, params, inputs):
     return x, after
 
 
-@pytest.mark.parametrize("kind", ENTRIES)
+@pytest.mark.parametrize("kind", slow_but(list(ENTRIES), "vit"))
 def test_the_floor_is_the_gradient_at_the_encoders_input(kind):
     entry = ENTRIES[kind]
     model, params = built(entry)
@@ -135,7 +136,9 @@ def test_the_floor_has_nothing_to_train_and_reads_the_whole_base():
     assert jax.tree.structure(floor.frozen(params)) == jax.tree.structure(params)
 
 
-@pytest.mark.parametrize("name", [name for name in variants.VARIANTS if name != "floor"])
+@pytest.mark.parametrize(
+    "name", slow_but([n for n in variants.VARIANTS if n != "floor"], "full", "rm_lora", "adalora")
+)
 def test_a_step_moves_what_it_trains(name):
     entry = ENTRIES["vit"]
     model, params = built(entry)
@@ -238,10 +241,10 @@ COUNTED = {
 
 @pytest.mark.parametrize(
     "kind, name, modules",
-    [("vit", "floor", "all"), ("vit", "lora", "all"), ("vit", "lora", "query+value"),
-     ("vit", "lora", "mlp"), ("vit", "full", "all"), ("vit", "head", "all"),
-     ("bert", "head", "all"), ("bert", "lora", "attention"),
-     ("deberta", "floor", "all"), ("deberta", "lora", "all"), ("deberta", "full", "all")],
+    [("vit", "floor", "all"), ("vit", "lora", "all"), slow("vit", "lora", "query+value"),
+     slow("vit", "lora", "mlp"), slow("vit", "full", "all"), slow("vit", "head", "all"),
+     slow("bert", "head", "all"), ("bert", "lora", "attention"),
+     slow("deberta", "floor", "all"), slow("deberta", "lora", "all"), ("deberta", "full", "all")],
 )
 def test_the_formula_counts_what_xla_counts(kind, name, modules):
     entry, rank = COUNTED[kind], 16

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 from fixtures.text.tiny import config_of, write_model, write_texts
+from marks import slow
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.published import PUBLISHED, find_architecture
@@ -40,9 +41,9 @@ def lowered(step, arguments):
     "changes",
     [
         {},
-        {"data.mode": "stream", "accumulate": 2},
+        slow({"data.mode": "stream", "accumulate": 2}),
         {"method": "adalora", "model.base_dtype": "bfloat16"},
-        {"method": "bottleneck"},
+        slow({"method": "bottleneck"}),
     ],
     ids=str,
 )

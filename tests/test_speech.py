@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from marks import slow_but
 from test_train_methods import changed, trained
 
 import rmlora_jax as rm
@@ -145,12 +146,8 @@ def test_logits_do_not_depend_on_padding():
         model.apply({"params": params}, jnp.zeros((2, 10, 3)), jnp.ones((2, 10), bool))
 
 
-QUICK = ("full", "rm_lora", "sora", "prefix")
 
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in METHODS]
-)
+@pytest.mark.parametrize("name", slow_but(METHODS, "rm_lora", "prefix"))
 def test_every_method_adapts_the_base(made, name):
     folder, base = made
     config = changed(small(folder), method=name, model__source=str(base))

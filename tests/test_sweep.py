@@ -403,6 +403,7 @@ def test_a_finished_sweep_says_so_and_another_config_is_refused(whole, tiny_vit,
         sweep.train(config, whole[0])
 
 
+@pytest.mark.slow
 def test_run_py_trains_a_sweep(tiny_vit, tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), f"--workdir={tmp_path}",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.text import cases
+from marks import slow_but
 
 import rmlora_jax as rm
 from rmlora_jax.hub import load_text
@@ -51,7 +52,7 @@ def test_every_hidden_state_equals_pytorchs(name, loaded):
     assert np.ptp(theirs["logits"], axis=0).min() > 0.01  # the examples do differ
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slow_but(KINDS, "roberta", "deberta_v3"))
 def test_logits_do_not_depend_on_padding(name, loaded):
     model, params, batch = loaded(name)
     together = model.apply({"params": params}, **batch)
@@ -61,7 +62,7 @@ def test_logits_do_not_depend_on_padding(name, loaded):
         np.testing.assert_allclose(own[0], together[row], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slow_but(KINDS, "bert", "deberta_v3"))
 def test_unroll_and_remat_change_no_number(name, loaded):
     model, params, batch = loaded(name)
 

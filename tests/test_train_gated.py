@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from marks import slow
 from test_train_methods import changed, trained
 
 import rmlora_jax as rm
@@ -30,7 +31,7 @@ def gated(config):
     return config
 
 
-@pytest.mark.parametrize(("target", "kept"), [(0.0, 48), (3.5, 42)])
+@pytest.mark.parametrize(("target", "kept"), [slow(0.0, 48), (3.5, 42)])
 def test_adalora_follows_its_schedule(gated, target, kept):
     gated.adalora.target = target
     job, start, end, history = trained(gated, 20)

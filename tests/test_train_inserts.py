@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from marks import slow_but
 from test_train_methods import changed, equal, trained
 
 from rmlora_jax.errors import UserError
@@ -56,7 +57,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(list(CASES), "prefix", "bottleneck"))
 def test_the_mask_covers_the_method_and_leaves_the_head(config, name):
     """Behind the optimizer, where what is masked does not move at all."""
     config = changed(config, method=name.split()[0], rm__also=True, rm__start_step=0,

@@ -132,6 +132,7 @@ def test_killed_before_the_summary_only_evaluates(finished, tiny_vit, tmp_path):
     assert [row["step"] for row in rows(workdir)] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow  # in the normal run: tests/faults/test_soak.py
 def test_killed_run_ends_bit_identical(finished, tiny_vit, tmp_path):
     workdir = tmp_path / "killed"
     process = subprocess.Popen(
@@ -279,7 +280,8 @@ def test_reads_left_over_by_a_failed_restore_stay_quiet(tmp_path, monkeypatch):
     assert [str(error) for error in seen] == ["another"]
 
 
-LONG = ("--config.steps=400", "--config.eval_every=150")
+LAST = 120
+LONG = (f"--config.steps={LAST}", "--config.eval_every=50")
 
 
 def stopped_after(tiny_vit, workdir, step, *signals):
@@ -308,14 +310,14 @@ def test_asked_to_stop_a_run_saves_and_goes_on_to_the_same_end(tiny_vit, tmp_pat
     assert code == 75, seen
     assert f"{number.name}: saving after this step" in seen and "Traceback" not in seen
     step = int(seen.split("stopped: saved after step ")[1].split()[0])
-    assert 7 <= step < 400
+    assert 7 <= step < LAST
     assert rows(tmp_path / "stopped")[-1]["step"] == step
     steps = [int(p.name) for p in (tmp_path / "stopped" / "checkpoints").iterdir()
              if p.name.isdigit()]
     assert max(steps) == step
     run(tiny_vit, tmp_path / "stopped", *LONG)
     run(tiny_vit, tmp_path / "whole", *LONG)
-    one, other = (leaves(tmp_path / name, 400) for name in ("whole", "stopped"))
+    one, other = (leaves(tmp_path / name, LAST) for name in ("whole", "stopped"))
     assert one.keys() == other.keys()
     for path, value in one.items():
         np.testing.assert_array_equal(value, other[path], err_msg=path)

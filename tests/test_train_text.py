@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fake_devices import with_devices
 from fixtures.text.tiny import config_of, write_model, write_texts
+from marks import slow
 
 from rmlora_jax.train import loop, setup
 from rmlora_jax.train.check import check_config
@@ -173,9 +174,9 @@ def test_glue_configs(name, file):
     [
         (["--config.text.columns=('body',)"], None, ["train.jsonl", "'body'", "'text'"]),
         (["--config.text.max_length=100"], None, ["64", "text.max_length"]),
-        (["--config.model.attention=cudnn"], None, ["model.attention"]),
-        (["--config.text.metrics=('auc',)"], None, ["text.metrics", "matthews"]),
-        (["--config.task=text_clasification"], None, ["did you mean text_classification"]),
+        slow(["--config.model.attention=cudnn"], None, ["model.attention"]),
+        slow(["--config.text.metrics=('auc',)"], None, ["text.metrics", "matthews"]),
+        slow(["--config.task=text_clasification"], None, ["did you mean text_classification"]),
         ([], "configs/minilm_glue.py:colla", ["colla", "did you mean cola"]),
     ],
 )
