@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.adapted import X, paths, prepared, with_random_factors
+from marks import slow
 
 from rmlora_jax import Layer, LoRA, adapt, attach, merge, split
 
@@ -82,7 +83,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("dtypes", ["float32", "bfloat16 compute", "bfloat16 base"])
+@pytest.mark.parametrize("dtypes", [slow("float32"), slow("bfloat16 compute"), "bfloat16 base"])
 @pytest.mark.parametrize("name", MODELS)
 def test_output_at_initialisation_is_the_base_output_bit_for_bit(name, dtypes):
     build, x = MODELS[name]
@@ -96,7 +97,7 @@ def test_output_at_initialisation_is_the_base_output_bit_for_bit(name, dtypes):
     assert paths(base) < paths(params)
 
 
-@pytest.mark.parametrize("execution", ["factored", "merged"])
+@pytest.mark.parametrize("execution", ["factored", slow("merged")])
 @pytest.mark.parametrize("name", MODELS)
 def test_factored_output_is_that_of_the_base_on_merged_parameters(name, execution):
     build, x = MODELS[name]

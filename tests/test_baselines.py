@@ -9,6 +9,7 @@ from fixtures import adapted_nnx
 from fixtures.adapted import Encoder, Looped, Scanned, Tied, X, prepared, with_random_factors
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from marks import every_other
 from test_adapt_layers import MODELS
 
 import rmlora_jax as rm
@@ -38,7 +39,7 @@ def unflatten(flat):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", every_other(NAMES))
 def test_output_at_initialisation_is_the_bases_bit_for_bit(name, kind):
     build, x = MODELS[name]
     model = build(None)
@@ -53,7 +54,7 @@ def test_output_at_initialisation_is_the_bases_bit_for_bit(name, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", every_other(NAMES))
 def test_adapted_equals_merged_and_folded(name, kind):
     build, x = MODELS[name]
     model, lora = build(None), kind(rank=5, alpha=6)

@@ -186,6 +186,7 @@ def test_which_methods_mask_and_which_add_the_penalty():
         assert (optax.tree.norm(updates) > 0) == penalised
 
 
+@pytest.mark.slow
 def test_variants_with_flags_of_their_own():
     spec = "lora:execution=merged:unroll=1:remat=dots"
     given = options.parse(["--model=tiny", f"--variants=floor,lora,{spec}", "--repeats=2"])
@@ -384,7 +385,7 @@ def test_lack_of_memory_is_a_row():
         (["--variants=lora:unrol=1"], "own flag=unrol is none of .*did you mean unroll"),
         (["--variants=lora:unroll=13"], "--unroll=13 must be all"),
         (["--variants=lora:remat=dot"], "lora:remat=dot: remat=dot is none of .*did you mean dots"),
-        (["--remat=dot"], "--remat=dot is none of none, dots, full; did you mean dots"),
+        (["--remat=dot"], "--remat=dot is none of none, dots, attention, full; did you mean dots"),
         (["--execution=both"], "--execution=both is none of auto, factored, merged"),
         (["--attention=flash"], "--attention=flash is none of auto, xla, cudnn"),
         (["--dtype=bf16"], "--dtype=bf16 is none of bfloat16"),

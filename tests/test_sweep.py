@@ -171,6 +171,7 @@ def test_eight_devices(config, parallel):
     assert differ(eight, "loss") == 4
 
 
+@pytest.mark.slow
 def test_the_data_have_a_seed_of_their_own(config):
     """The first loss by hand: head of one seed, order and augmentation of the other."""
     config.seed, config.data.seed = 3, 5
@@ -289,6 +290,7 @@ def test_what_a_sweep_leaves(whole):
     assert min(bests) < STEPS, "no run has its best step before the last; the tests show too little"
 
 
+@pytest.mark.slow
 def test_a_folder_is_that_of_the_single_run(whole, tiny_vit, tmp_path, capsys):
     run = next(r for r in runs(seeds_config(tiny_vit))
                if summary_of(whole[0] / r.name)["best_eval"]["step"] < STEPS)

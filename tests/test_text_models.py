@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.text import cases
-from marks import slow_but
+from marks import slow, slow_but
 
 import rmlora_jax as rm
 from rmlora_jax.hub import load_text
@@ -62,7 +62,7 @@ def test_logits_do_not_depend_on_padding(name, loaded):
         np.testing.assert_allclose(own[0], together[row], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", slow_but(KINDS, "bert", "deberta_v3"))
+@pytest.mark.parametrize("name", slow_but(KINDS, "deberta_v3"))
 def test_unroll_and_remat_change_no_number(name, loaded):
     model, params, batch = loaded(name)
 
@@ -84,7 +84,7 @@ def test_unroll_and_remat_change_no_number(name, loaded):
         )
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slow_but(KINDS, "roberta", "deberta_v3"))
 def test_adapters_start_at_the_base_and_merge(name, loaded):
     model, params, batch = loaded(name)
     lora = rm.LoRA(rank=2, alpha=4, target=r"encoder/layers/.*", train="head|pooler")
@@ -108,7 +108,7 @@ def test_adapters_start_at_the_base_and_merge(name, loaded):
     assert set(layers["attention"]) == matrices and set(layers["mlp"]) == {"fc1", "fc2"}
 
 
-@pytest.mark.parametrize("name", ("bert", "roberta", "deberta_v2_conv"))
+@pytest.mark.parametrize("name", (slow("bert"), slow("roberta"), "deberta_v2_conv"))
 def test_dropout_acts_in_training_alone(name, loaded):
     model, params, batch = loaded(name)
     plain = model.apply({"params": params}, **batch)

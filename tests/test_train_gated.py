@@ -67,6 +67,7 @@ def flatten(tree):
     return nested
 
 
+@pytest.mark.slow
 def test_sora_closes_gates_by_the_proximal_step(gated):
     """One step, recomputed: Adam's first move is the rate, then the threshold."""
     gated.method, gated.sora.sparsity, gated.sora.gate_rate = "sora", 5.0, 2.0
@@ -107,7 +108,7 @@ def test_sora_shrinks_by_what_is_asked_at_any_rate_and_length(gated):
         check_config(gated)
 
 
-@pytest.mark.parametrize("name", ["adalora", "sora"])
+@pytest.mark.parametrize("name", ["adalora", slow("sora")])
 def test_the_folded_model_predicts_the_same(gated, name):
     gated.method, gated.sora.sparsity = name, 10.0
     devices = all_devices(limit=1)

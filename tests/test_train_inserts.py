@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from marks import slow_but
+from marks import slow, slow_but
 from test_train_methods import changed, equal, trained
 
 from rmlora_jax.errors import UserError
@@ -57,7 +57,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(list(CASES), "prefix", "bottleneck"))
+@pytest.mark.parametrize("name", slow_but(list(CASES), "bottleneck"))
 def test_the_mask_covers_the_method_and_leaves_the_head(config, name):
     """Behind the optimizer, where what is masked does not move at all."""
     config = changed(config, method=name.split()[0], rm__also=True, rm__start_step=0,
@@ -125,7 +125,7 @@ def test_masks_that_cannot_be_are_refused(config, fields, says):
         check_config(changed(config, rm__also=True, **fields))
 
 
-@pytest.mark.parametrize("name", ["bottleneck", "prefix"])
+@pytest.mark.parametrize("name", ["bottleneck", slow("prefix")])
 def test_they_fit_bert(tmp_path, name):
     from fixtures.text.tiny import LAYERS, WIDTH, write_model, write_texts
 

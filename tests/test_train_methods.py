@@ -60,6 +60,7 @@ def test_reg_only_has_no_mask_whatever_rm_says(config):
     assert equal(plain, trained(config, 3)[2])
 
 
+@pytest.mark.slow
 def test_the_penalty_makes_factors_orthogonal_and_the_mask_hardly(config):
     config.rm.penalty, config.optimizer.learning_rate = 10.0, 1e-2
     config.optimizer.schedule = "constant"
@@ -126,6 +127,7 @@ def test_lora_plus_is_a_learning_rate_of_b(config, name, placement):
     assert float(jnp.abs(params["q"]["lora_b"] - expected["q"]["lora_b"]).max()) < 1e-5
 
 
+@pytest.mark.slow
 def test_lora_plus_reaches_the_step_of_a_run(config):
     config.method = "lora"
     _, start, one, _ = trained(config, 1)

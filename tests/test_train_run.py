@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 from fake_devices import with_devices
+from marks import slow
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.train import checkpoint
@@ -118,6 +119,7 @@ def test_a_finished_run_says_so(finished, tiny_vit):
     assert (workdir / "summary.json").read_bytes() == summary
 
 
+@pytest.mark.slow
 def test_killed_before_the_summary_only_evaluates(finished, tiny_vit, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(finished[0], workdir)
@@ -206,14 +208,15 @@ def test_other_methods(tiny_vit, tmp_path, method, trained):
     [
         (["--config.method=rmlora"], 1, ["config.method='rmlora'", "did you mean rm_lora"]),
         (["--config.lrr=1"], 1, ["no field", "lrr"]),
-        (["--config.lora.target=encoder/block.*"], 1, ["encoder/layers", "--config.lora."]),
-        (["--config.rm.draw=exact", "--config.rm.keep=9"], 1, ["--config.rm."]),
-        (["--config.model.attention=cudnn"], 1, ["--config.model.attention"]),
+        slow(["--config.lora.target=encoder/block.*"], 1, ["encoder/layers", "--config.lora."]),
+        slow(["--config.rm.draw=exact", "--config.rm.keep=9"], 1, ["--config.rm."]),
+        slow(["--config.model.attention=cudnn"], 1, ["--config.model.attention"]),
         (["--config=configs/nothing.py"], 1, ["no config file", "quickstart.py"]),
         (["--config.batch_size=12"], 8, ["batch_size=12", "8 devices", "--config.batch_size="]),
-        (["--config.model.source=some/where"], 1, ["some/where"]),
-        (["--config.data.name=cifar100", "--config.data.data_dir=/nonexistent"], 1, ["cifar100"]),
-        (["--config.data.name=cifar1000"], 1, ["cifar1000", "cifar100"]),
+        slow(["--config.model.source=some/where"], 1, ["some/where"]),
+        slow(["--config.data.name=cifar100", "--config.data.data_dir=/nonexistent"], 1,
+             ["cifar100"]),
+        slow(["--config.data.name=cifar1000"], 1, ["cifar1000", "cifar100"]),
         (["--config.optimizer.learning_rate=-1", "--config.rm.keep=2"], 1,
          ["config.optimizer.learning_rate=-1", "config.rm.keep=2"]),
     ],
@@ -329,6 +332,7 @@ def test_asked_to_stop_a_run_saves_and_goes_on_to_the_same_end(tiny_vit, tmp_pat
     assert one["best_eval"] == other["best_eval"]
 
 
+@pytest.mark.slow
 def test_asked_twice_a_run_ends_at_once(tiny_vit, tmp_path):
     code, seen = stopped_after(tiny_vit, tmp_path, 3, signal.SIGTERM, signal.SIGTERM)
     if code != 75:  # the first was not over before the second came

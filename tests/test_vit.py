@@ -18,6 +18,7 @@ from fixtures.vit.cases import (
     write_folder,
 )
 from flax.traverse_util import flatten_dict
+from marks import slow
 
 from rmlora_jax.hub import load_vit
 from rmlora_jax.models import ViT, ViTConfig, vit
@@ -161,7 +162,7 @@ def loss_and_gradient(model, variables, images):
 
 @pytest.mark.parametrize(
     ("unroll", "remat"),
-    [(2, "none"), (1, "dots"), (3, "attention"), (1, "full"), (3, "full")],
+    [slow(2, "none"), (1, "dots"), (3, "attention"), slow(1, "full"), slow(3, "full")],
 )
 def test_unroll_and_remat_change_no_numbers(unroll, remat):
     expected = loss_and_gradient(*small())
@@ -171,7 +172,7 @@ def test_unroll_and_remat_change_no_numbers(unroll, remat):
     )
 
 
-@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("prefix", [0, slow(3)])
 def test_tokens_filled_up_change_no_numbers(prefix, monkeypatch):
     """As where cuDNN runs, whose kernel wants 32 tokens in place of 26: in every layer at once."""
     config = dataclasses.replace(SMALL, prefix_length=prefix)

@@ -127,7 +127,7 @@ def markdown(rows: Sequence[Row]) -> str:
         known = [i for i in range(len(heads)) if any(line[i] != "-" for line in lines[1:])]
         lines = [_line(line[i] for i in known) for line in lines]
         lines.insert(1, "|" + "---|" * len(known))
-        notes = [together(found)]
+        notes = [together(found, [heads[i] for i in known])]
         notes += ["\\* at the edge of the rates it was chosen from."] if edges else []
         notes += [text for text in unequal(rows) if text.startswith(f"{task}: ")]
         title = f"**{task}**: {first['dataset']}, {first['model']}, {first['steps']:,} steps"
@@ -135,22 +135,27 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def together(found: Sequence[Group]) -> str:
-    """What the times and the memory of a table are of."""
+def together(found: Sequence[Group], columns: Sequence[str]) -> str:
+    """The devices of a table, and what the times and the memory are of, where it has any."""
     counts = sorted({row["together"] for group in found for row in group.rows})
     devices = ", ".join(dict.fromkeys(row["device"] for group in found for row in group.rows))
     if counts == [1]:
-        return f"{devices}. seconds: a run's training steps; GiB: the peak of its process."
-    runs = " or ".join(map(str, counts))
-    return (f"{devices}. seconds: a run's share of the training steps of its program, which "
-            f"trains {runs} runs together; GiB: the peak of that program.")
+        words = {"seconds": "a run's training steps", "GiB": "the peak of its process"}
+    else:
+        words = {"seconds": "a run's share of the training steps of its program, which trains "
+                            f"{' or '.join(map(str, counts))} runs together",
+                 "GiB": "the peak of a program"}
+    shown = "; ".join(f"{name}: {text}" for name, text in words.items() if name in columns)
+    return f"{devices}. {shown}." if shown else f"{devices}."
 
 
 def _figures(group: Group) -> list[str]:
     metric = group.rows[0]["metric"]
     test = [scale(metric) * v for v in values(group.rows, "test")]
     without, whole = parameters(group.rows)
-    memory = values(group.rows, "peak_memory_bytes")
+    # A row says so (alone: false) where other programs had a share of the device meanwhile.
+    alone = [row for row in group.rows if row.get("alone", True)]
+    memory = values(alone, "peak_memory_bytes")
     return [
         str(len(test)),
         spread(test),
@@ -159,8 +164,7 @@ def _figures(group: Group) -> list[str]:
         spread(values(group.rows, "effective_rank")),
         f"{without:,}",
         f"{whole:,}",
-        # A row says so (alone: false) where other programs had a share of the device meanwhile.
-        spread(values([r for r in group.rows if r.get("alone", True)], "seconds"), 1, alone=True),
+        spread(values(alone, "seconds"), 1, alone=True),
         f"{max(memory) / 2**30:.2f}" if memory else "-",
     ]
 

@@ -152,6 +152,7 @@ def metrics(workdir):
     return [[row[k] for k in ("train/loss", "eval/loss") if k in row] for row in rows]
 
 
+@pytest.mark.slow
 def test_a_run_tells_of_them(run_config, tmp_path, capsys):
     losses = {}
     for mode in ("resident", "stream"):

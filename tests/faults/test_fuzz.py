@@ -97,6 +97,7 @@ sys.exit(fuzz.main())
 """
 
 
+@pytest.mark.slow
 def test_the_harness_finds_every_fault(tmp_path, monkeypatch):
     script = tmp_path / "evil.py"
     root = str(HERE.parent.parent)

@@ -115,6 +115,7 @@ def test_eight_devices_skip_the_step_of_one(config, monkeypatch, parallel):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_each_run_of_a_sweep_skips_alone(config, monkeypatch):
     """One rate is so large that nothing is finite after its first update; the other run does not
     notice."""

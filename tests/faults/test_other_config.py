@@ -28,6 +28,7 @@ def with_steps(config, steps):
     return longer
 
 
+@pytest.mark.slow
 def test_a_longer_run_is_the_one_that_was_longer_from_the_start(constant, tmp_path, capsys):
     train(constant, tmp_path / "whole")
     train(with_steps(constant, 8), tmp_path / "run")
