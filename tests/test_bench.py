@@ -529,3 +529,5 @@ def test_the_table_of_the_gpu_is_that_of_the_stored_repeats():
     assert f"| {merged / ms['floor']:.2f} (merged), " in text
     assert f"| {ms['peft_lora'] / merged:.2f} | missed |" in text
     assert f"| {ms['peft_rm_lora'] / merged:.2f} | missed |" in text
+    small = report.read(ROOT / "tests" / "results" / "bench_h100_minilm.json")
+    assert table.markdown_table(table.cells(table.table_rows(small))) in text
