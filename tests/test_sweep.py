@@ -87,7 +87,8 @@ def check_equal(config, devices, steps=STEPS):
         np.testing.assert_allclose(seen[i]["loss"], alone["loss"], rtol=1e-5, err_msg=run.name)
         for a, b in zip(jax.tree.leaves(many.pick(state.trainable, i)),
                         jax.tree.leaves(end.trainable), strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-5, err_msg=run.name)
+            # Adam divides gradients by their size: rounding of small ones grows with the rate.
+            np.testing.assert_allclose(a, b, atol=1e-4, err_msg=run.name)
     return every, seen
 
 

@@ -62,7 +62,8 @@ def test_logits_do_not_depend_on_padding(name, loaded):
         np.testing.assert_allclose(own[0], together[row], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", slow_but(KINDS, "deberta_v3"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
 def test_unroll_and_remat_change_no_number(name, loaded):
     model, params, batch = loaded(name)
 

@@ -108,7 +108,8 @@ def test_sora_shrinks_by_what_is_asked_at_any_rate_and_length(gated):
         check_config(gated)
 
 
-@pytest.mark.parametrize("name", ["adalora", slow("sora")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adalora", "sora"])
 def test_the_folded_model_predicts_the_same(gated, name):
     gated.method, gated.sora.sparsity = name, 10.0
     devices = all_devices(limit=1)
@@ -126,7 +127,8 @@ def test_the_folded_model_predicts_the_same(gated, name):
     assert sum(sizes.values()) < sum(v.size for p, v in end.items() if "lora_" in p)
 
 
-@pytest.mark.parametrize("name", ["adalora", pytest.param("sora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adalora", "sora"])
 def test_a_continued_run_ends_bit_identical(gated, name, tmp_path):
     gated.method = name
     whole = loop.train(gated, tmp_path / "whole")

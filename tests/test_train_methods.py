@@ -52,6 +52,7 @@ def test_the_halves_are_rm_lora_without_the_other(config):
         assert not equal(ends[one], ends[other]), (one, other)
 
 
+@pytest.mark.slow
 def test_reg_only_has_no_mask_whatever_rm_says(config):
     config.method = "reg_only"
     plain = trained(config, 3)[2]

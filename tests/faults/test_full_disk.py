@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from fake_devices import with_devices
 from faults.small import EVERY, STEPS, check_same_end, config_of, on_one_device, steps_of, train
+from marks import slow
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.train import checkpoint, metrics
@@ -56,7 +57,7 @@ def half_a_line(path, line, append=metrics._append):
 
 @pytest.mark.parametrize(
     ("module", "name", "refusing"),
-    [(checkpoint, "write", no_checkpoint), (metrics, "_append", half_a_line)],
+    [(checkpoint, "write", no_checkpoint), slow(metrics, "_append", half_a_line)],
 )
 def test_what_was_saved_stays(
     whole, tiny_vit, tmp_path, monkeypatch, module, name, refusing

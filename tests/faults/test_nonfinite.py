@@ -101,7 +101,8 @@ def test_lazy_masks_and_micro_batches(config, monkeypatch):
     check_skipped(*follow(setup.build(config, devices), devices))
 
 
-@pytest.mark.parametrize("parallel", ["mesh", pytest.param("pmap", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["mesh", "pmap"])
 def test_eight_devices_skip_the_step_of_one(config, monkeypatch, parallel):
     """The bad example lies on one of them."""
     poison(monkeypatch, config)
