@@ -137,7 +137,7 @@ def test_the_floor_has_nothing_to_train_and_reads_the_whole_base():
 
 
 @pytest.mark.parametrize(
-    "name", slow_but([n for n in variants.VARIANTS if n != "floor"], "full", "rm_lora", "adalora")
+    "name", slow_but([n for n in variants.VARIANTS if n != "floor"], "full", "rm_lora")
 )
 def test_a_step_moves_what_it_trains(name):
     entry = ENTRIES["vit"]
@@ -245,7 +245,7 @@ COUNTED = {
     [("vit", "floor", "all"), ("vit", "lora", "all"), slow("vit", "lora", "query+value"),
      slow("vit", "lora", "mlp"), slow("vit", "full", "all"), slow("vit", "head", "all"),
      slow("bert", "head", "all"), ("bert", "lora", "attention"),
-     slow("deberta", "floor", "all"), slow("deberta", "lora", "all"), ("deberta", "full", "all")],
+     slow("deberta", "floor", "all"), ("deberta", "lora", "all"), slow("deberta", "full", "all")],
 )
 def test_the_formula_counts_what_xla_counts(kind, name, modules):
     entry, rank = COUNTED[kind], 16

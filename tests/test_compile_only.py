@@ -156,6 +156,7 @@ def test_a_folder_needs_its_config_alone(tiny_vit, tmp_path):
                               "FacebookAI/roberta-base"}
 
 
+@pytest.mark.slow
 def test_memory_decides(config, monkeypatch, capsys):
     config.compilation_cache = ""
     monkeypatch.setattr(memory, "available", lambda: 2**40)

@@ -147,7 +147,7 @@ def test_logits_do_not_depend_on_padding():
 
 
 
-@pytest.mark.parametrize("name", slow_but(METHODS, "rm_lora", "prefix"))
+@pytest.mark.parametrize("name", slow_but(METHODS, "prefix"))
 def test_every_method_adapts_the_base(made, name):
     folder, base = made
     config = changed(small(folder), method=name, model__source=str(base))
