@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from fixtures.text.tiny import config_of, write_model, write_texts
 from flax.traverse_util import flatten_dict
+from marks import slow
 from test_train_methods import changed
 
 import rmlora_jax as rm
@@ -57,10 +58,8 @@ def restored(config, workdir):
 
 @pytest.mark.parametrize("fields", [
     {"method": "rm_lora"},
-    pytest.param({"method": "adalora", "adalora__initial_rank": 6, "adalora__every": 1},
-                 marks=pytest.mark.slow),
-    pytest.param({"method": "lora", "lora__init": "pissa", "lora__rs": True},
-                 marks=pytest.mark.slow),
+    slow({"method": "adalora", "adalora__initial_rank": 6, "adalora__every": 1}),
+    slow({"method": "lora", "lora__init": "pissa", "lora__rs": True}),
 ], ids=["rm_lora", "adalora", "pissa"])
 def test_a_run_leaves_its_adapter_and_its_whole_model(config, tmp_path, fields):
     config = short(config, **fields)

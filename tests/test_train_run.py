@@ -305,9 +305,7 @@ def stopped_after(tiny_vit, workdir, step, *signals):
     return process.wait(timeout=120), process.stdout.read()
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
 def test_asked_to_stop_a_run_saves_and_goes_on_to_the_same_end(tiny_vit, tmp_path, number):
     code, seen = stopped_after(tiny_vit, tmp_path / "stopped", 7, number)
     assert code == 75, seen

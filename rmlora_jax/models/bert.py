@@ -201,8 +201,6 @@ class Bert(nn.Module):
         input_ids, mask, types = checked_tokens(
             "Bert", c.longest, input_ids, attention_mask, token_type_ids
         )
-        if attention_mask is None:
-            mask = None  # a mask of ones would keep attention from the kernels that take none
         x = Embed(c, self.dtype, self.param_dtype, not train, name="embed")(input_ids, types)
         x, states = Encoder(
             c,

@@ -285,6 +285,7 @@ class Deberta(nn.Module):
         input_ids, mask, types = checked_tokens(
             "Deberta", c.longest, input_ids, attention_mask, token_type_ids
         )
+        mask = jnp.ones(input_ids.shape, bool) if mask is None else mask
         x = Embed(c, self.dtype, self.param_dtype, not train, name="embed")(
             input_ids, types, mask
         )

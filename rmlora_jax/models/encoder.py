@@ -47,6 +47,8 @@ class MLP(nn.Module):
 def checked_tokens(model: str, longest: int | None, input_ids, attention_mask, token_type_ids):
     """The three inputs as arrays: ids (B, N), mask bool (B, N), types (B, N).
 
+    Without a mask it stays None: one of ones would keep attention from kernels that take none.
+
     Raises:
       TypeError: ``input_ids`` are not integers.
       ValueError: they are no matrix, or longer than ``longest``; another shape of the others.
@@ -61,10 +63,10 @@ def checked_tokens(model: str, longest: int | None, input_ids, attention_mask, t
             f"{model}: {shape[1]} tokens, but the checkpoint has positions for {longest}; "
             "cut the texts to that length"
         )
-    mask = jnp.ones(shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
+    mask = None if attention_mask is None else jnp.asarray(attention_mask) != 0
     types = jnp.zeros(shape, jnp.int32) if token_type_ids is None else token_type_ids
     for name, value in (("attention_mask", mask), ("token_type_ids", types)):
-        if jnp.shape(value) != shape:
+        if value is not None and jnp.shape(value) != shape:
             raise ValueError(
                 f"{model}: {name} has shape {jnp.shape(value)}; input_ids have {shape}"
             )

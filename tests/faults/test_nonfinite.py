@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from faults.small import config_of, leaves, on_one_device, rows, steps_of, train
+from marks import slow
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.train import many, mesh, setup, sweep
@@ -81,9 +82,7 @@ def check_skipped(states, metrics, skipped=BAD):
 
 
 @pytest.mark.parametrize(
-    "method",
-    ["rm_lora", *(pytest.param(m, marks=pytest.mark.slow)
-                  for m in ("adalora", "sora", "lora", "full", "bottleneck"))],
+    "method", ["rm_lora", *map(slow, ("adalora", "sora", "lora", "full", "bottleneck"))]
 )
 def test_one_bad_example_skips_its_step_alone(config, monkeypatch, method):
     config.method = method
@@ -214,8 +213,7 @@ def weights_with(tiny_vit, folder, name, value):
     [
         ("layer.1.intermediate.dense.weight", np.inf, "first not finite is the output of encoder/"
          "layers/"),
-        pytest.param("embeddings.patch_embeddings.projection.weight", np.nan, "the output of embed",
-                     marks=pytest.mark.slow),
+        slow("embeddings.patch_embeddings.projection.weight", np.nan, "the output of embed"),
     ],
 )
 def test_the_layer_is_named(config, tiny_vit, tmp_path, name, value, words):

@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 import pytest
 from faults.small import config_of
+from marks import slow
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.study.run import run_study
@@ -70,9 +71,7 @@ def test_a_second_run_sweep_or_study_says_who_is_there(holder, tiny_vit, tmp_pat
     assert [p.name for p in (tmp_path / "run").iterdir()] == [FILE]  # nothing was written
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, slow(signal.SIGTERM)])
 def test_the_lock_of_a_killed_process_is_free(holder, tmp_path, number):
     holder.send_signal(number)
     holder.wait()
