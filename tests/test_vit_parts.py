@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from fixtures.vit.cases import GRIDS, table_of
 
 from rmlora_jax.models import ViTConfig
 from rmlora_jax.models.attention import attend, padded_attention
-from rmlora_jax.models.parts import gelu
+from rmlora_jax.models.parts import REMAT, gelu
 from rmlora_jax.models.positions import bicubic_matrix, resize_positions
 from rmlora_jax.models.vit import product_of_patches
 
@@ -168,3 +169,27 @@ def test_config_from_hf():
 def test_config_refuses_what_it_cannot_honour(extra, words):
     with pytest.raises(ValueError, match=words):
         ViTConfig.from_hf(extra)
+
+
+def stand_in_for_a_fused_kernel():
+    """sin, by a primitive that bears the name of cuDNN's attention, which no CPU can trace."""
+    kernel = jex.core.Primitive("dot_product_attention_fwd_wrapper")
+    kernel.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
+
+    @jax.custom_vjp
+    def attention(x):
+        return kernel.bind(x)
+
+    attention.defvjp(lambda x: (kernel.bind(x), x), lambda x, g: (g * jnp.cos(x),))
+    return kernel.name, attention
+
+
+@pytest.mark.parametrize(("remat", "times"), [("attention", 1), ("dots", 2), ("full", 2)])
+def test_attention_is_not_computed_again_where_it_is_kept(remat, times):
+    name, attention = stand_in_for_a_fused_kernel()
+
+    def loss(x):
+        layer = jax.checkpoint(lambda x: jnp.exp(attention(jnp.exp(x))), policy=REMAT[remat])
+        return layer(x).sum()
+
+    assert str(jax.make_jaxpr(jax.grad(loss))(jnp.ones(3))).count(name) == times

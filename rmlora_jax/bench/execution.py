@@ -26,15 +26,19 @@ def execution_of(jaxpr, lora: rm.LoRA | None, frozen: dict) -> str | None:
 
 
 def _forms_weight(equation, rank: int, weights: set) -> bool:
-    """Whether an equation is A @ B, of one layer or of a stack of layers, in the shape of W."""
+    """Whether an equation is A @ B, of one layer or of a stack of layers, in the shape of W.
+
+    The last axis of one meets the last but one of the other: x^T g, the gradient of a weight, which
+    has the same shapes where the batch is as large as the rank, contracts the same axis of both.
+    """
     if equation.primitive.name != "dot_general":
         return False
     left, right = (v.aval.shape for v in equation.invars)
-    (contracted, _), (stacked, _) = equation.params["dimension_numbers"]
+    (of_left, of_right), (stacked, _) = equation.params["dimension_numbers"]
     out = equation.outvars[0].aval.shape
-    sizes = [left[i] for i in contracted]
     return (
-        sizes == [rank]
+        [left[i] for i in of_left] == [rank]
+        and {len(left) - of_left[0], len(right) - of_right[0]} == {1, 2}
         and out[-2:] in weights
         and len(out) == 2 + len(stacked)
         and len(right) == 2 + len(stacked)

@@ -33,10 +33,22 @@ ACTIVATIONS = {
 }
 
 ATTENTION = "attention"
+_named = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+
+
+def _attention(primitive, *avals, **params) -> bool:
+    """Keeps attention's projections and, of a fused kernel, all that its backward pass reads.
+
+    What such a kernel computes beside its output, the sums of its softmax, no name can be put on.
+    """
+    fused = primitive.name.startswith("dot_product_attention_fwd")
+    return fused or _named(primitive, *avals, **params)
+
+
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    "attention": _attention,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
