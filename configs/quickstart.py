@@ -1,4 +1,4 @@
-"""Handwritten digits with the bundled ViT-Tiny: no network, two minutes on two CPU cores."""
+"""Handwritten digits with the bundled ViT-Tiny: no network, a minute on two CPU cores."""
 
 from rmlora_jax.train.config import default_config
 
@@ -15,5 +15,6 @@ def get_config():
     c.data.name = "digits"
     c.data.flip = False  # a mirrored digit is another digit, or none
     c.data.crop = "none"  # of 8 pixels none can be spared
+    c.lora.execution = "merged"  # in float32 it loses nothing, and a step takes two thirds
     c.optimizer.learning_rate = 2e-3
     return c
