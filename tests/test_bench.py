@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import gzip
+import importlib.util
 import json
 import os
 import subprocess
@@ -216,13 +217,14 @@ def test_the_state_is_donated_and_the_base_survives():
     assert program.facts["trained_parameters"] == sum(x.size for x in jax.tree.leaves(params))
 
 
-# bert with as many texts as the rank: the gradient of its pooler is a product of A's and B's shapes.
+# bert with as many texts as the rank: the gradient of its pooler is a product of A's and B's shapes;
+# its layers are as many, too: the penalty's products have the shape of all their biases.
 @pytest.mark.parametrize(("model", "size"), [("vit", 3), ("bert", 2)])
 @pytest.mark.parametrize("execution", ["factored", "merged"])
 def test_execution_is_read_off_the_program(execution, model, size):
     entry = ENTRIES[model]
     model, params = built(entry)
-    variant = variants.make_variant("lora", model, entry, rank=2, execution=execution)
+    variant = variants.make_variant("rm_lora", model, entry, rank=2, execution=execution)
     (batch,) = models.random_batches(entry, size, 1, model.dtype)
     state = jax.eval_shape(variant.start, params, batch[0])
     frozen = variant.frozen(params)
@@ -426,12 +428,13 @@ def test_refusals_that_need_the_machine(tmp_path):
         run.bench(given, say=str)
 
 
-@pytest.mark.skipif(
-    all(map(__import__("importlib.util").util.find_spec, ("torch", "transformers", "peft"))),
-    reason="all is there",
-)
+MISSING = [n for n in ("torch", "transformers", "peft") if not importlib.util.find_spec(n)]
+
+
+@pytest.mark.skipif(not MISSING, reason="all is there")
 def test_peft_says_what_to_install():
-    with pytest.raises(UserError, match=r"--peft needs .*torch(.|\n)*pip install torch"):
+    words = f"--peft needs {', '.join(MISSING)}(.|\\n)*pip install {' '.join(MISSING)}"
+    with pytest.raises(UserError, match=words):
         run.bench(options.parse(["--model=tiny", "--peft"]), say=str)
 
 
@@ -521,15 +524,45 @@ def test_the_kernels_of_a_trace(monkeypatch):
     assert "`loop_add_fusion`" in report._kernels(results)
 
 
-def test_the_table_of_the_gpu_is_that_of_the_stored_repeats():
-    stored = report.read(ROOT / "tests" / "results" / "bench_h100_vit_base.json")
+def stored(name):
+    return report.read(ROOT / "tests" / "results" / f"bench_{name}.json")
+
+
+@pytest.mark.parametrize("name", [
+    "h100_vit_base", "h100_minilm", "h100_roberta_base", "h100_deberta_v3_base", "h200_decoder",
+    "h200_vit_tiny",
+])
+def test_a_table_of_a_gpu_is_that_of_the_stored_repeats(name):
     text = (ROOT / "rmlora_jax" / "bench" / "README.md").read_text()
-    rows = table.table_rows(stored)
-    assert table.markdown_table(table.cells(rows)) in text
-    ms = {p["name"]: np.median(p["ms"]) for p in stored["programs"]}
-    merged = ms["rm_lora:execution=merged"]
-    assert f"| {merged / ms['floor']:.2f} (merged), " in text
-    assert f"| {ms['peft_lora'] / merged:.2f} | missed |" in text
-    assert f"| {ms['peft_rm_lora'] / merged:.2f} | missed |" in text
-    small = report.read(ROOT / "tests" / "results" / "bench_h100_minilm.json")
-    assert table.markdown_table(table.cells(table.table_rows(small))) in text
+    assert table.markdown_table(table.cells(table.table_rows(stored(name)))) in text
+
+
+def test_what_is_said_of_the_aims_is_what_the_repeats_say():
+    text = (ROOT / "rmlora_jax" / "bench" / "README.md").read_text()
+    found = stored("h100_vit_base")["programs"]
+    ms = {p["name"]: np.median(p["ms"]) for p in found}
+    memory = {p["name"]: p["memory_bytes"] for p in found}
+    factored, merged = (f"rm_lora:execution={how}" for how in ("factored", "merged"))
+    small = f"{merged}:remat=attention"
+    times = {name: ms[name] / ms[merged] for name in ("peft_lora", "peft_rm_lora", small)}
+    above = ms[merged] / ms["floor"], ms[factored] / ms["floor"]
+    assert f"| {above[0]:.2f} (merged), {above[1]:.2f} (factored)" in text
+    assert f"| {ms[factored] / ms['lora:execution=factored']:.3f} (both factored) |" in text
+    assert f"| {times['peft_lora']:.2f} | missed |" in text
+    assert f"| {times['peft_rm_lora']:.2f} | missed |" in text
+    share = memory[small] / memory["peft_lora"]
+    assert f"| {share:.2f} x the memory at {times[small]:.2f} x" in text
+    for name, said in (("roberta_base", ("6.0", "12")), ("deberta_v3_base", ("8.2", "9.4"))):
+        ms = {p["name"]: np.median(p["ms"]) for p in stored(f"h100_{name}")["programs"]}
+        for row, words in zip(("peft_lora", "peft_rm_lora"), said, strict=True):
+            assert abs(ms[row] / ms[merged] - float(words)) < 0.06
+    wide = {row.name: row.ratios for row in table.table_rows(stored("h200_decoder"))}
+    assert f"[{wide[merged]['floor'].median:.2f}](#a-width-of-4096)" in text
+
+
+@pytest.mark.parametrize("name", ["rank", "length", "modules", "batch"])
+def test_a_stored_sweep_is_drawn_with_a_stroke_for_each_form_of_a_method(name):
+    figure = picture.sweep_figure(stored(f"h200_sweep_{name}"))
+    strokes = {line.get_label(): line.get_linestyle() for line in figure.axes[0].get_lines()}
+    assert strokes["rm_lora:execution=factored"] == "-"
+    assert strokes["rm_lora:execution=merged"] == "--"

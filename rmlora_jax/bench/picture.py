@@ -11,6 +11,7 @@ from rmlora_jax.train.panels import GRID, INK, MUTED
 
 FLOOR = "#9aa1ad"
 TORCH = "#b8a100"
+STROKES = ("-", "--", ":", "-.")
 LABELS = {
     "peft_lora": "PEFT lora",
     "peft_rm_lora": "PEFT rm_lora,\nauthors' loops",
@@ -75,6 +76,8 @@ def bench_figure(results: Mapping[str, Any], rows: Sequence[Row]):
 
 def sweep_figure(found: Mapping[str, Any]):
     """Milliseconds against what is swept, and the ratios to the floor at each value."""
+    from matplotlib.ticker import LogLocator
+
     values, benches = found["values"], found["benches"]
     tables = [{row.name: row for row in table.table_rows(results)} for results in benches]
     names = list(dict.fromkeys(name for rows in tables for name in rows))
@@ -83,9 +86,13 @@ def sweep_figure(found: Mapping[str, Any]):
     numbers = not isinstance(values[0], str)
     places = values if numbers else list(range(len(values)))
     for name in names:
-        _line(time, places, [rows[name].ms for rows in tables], name)
+        # One method in several forms keeps its colour; what sets them apart is the stroke.
+        forms = [other for other in names if method_of(other) == method_of(name)]
+        stroke = STROKES[forms.index(name) % len(STROKES)]
+        _line(time, places, [rows[name].ms for rows in tables], name, stroke)
         if name != "floor":
-            _line(ratio, places, [rows[name].ratios.get("floor") for rows in tables], name)
+            ratios = [rows[name].ratios.get("floor") for rows in tables]
+            _line(ratio, places, ratios, name, stroke)
     ratio.axhline(1, color=FLOOR, lw=2, zorder=1)
     ratio.annotate("floor", (1, 1), xycoords=("axes fraction", "data"), xytext=(4, 0),
                    textcoords="offset points", va="center", fontsize=9.5, color=MUTED)
@@ -99,6 +106,7 @@ def sweep_figure(found: Mapping[str, Any]):
         ax.set_xticks(places, [str(value) for value in values])
     if found["sweep"] in ("batch", "length"):
         time.set_yscale("log")
+        time.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         time.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
         time.set_ylim(0, 1.15 * time.get_ylim()[1])
@@ -117,7 +125,7 @@ def sweep_figure(found: Mapping[str, Any]):
     return figure
 
 
-def _line(ax, places, found, name: str) -> None:
+def _line(ax, places, found, name: str, stroke: str) -> None:
     """A line through the medians with the band of the quartiles; values without one are gaps."""
     there = [(x, s) for x, s in zip(places, found, strict=True) if s is not None]
     if not there:
@@ -126,8 +134,8 @@ def _line(ax, places, found, name: str) -> None:
     tint = colour(name)
     ax.fill_between(x, [s.low for _, s in there], [s.high for _, s in there], color=tint,
                     alpha=0.18, lw=0)
-    ax.plot(x, [s.median for _, s in there], "o-", color=tint, lw=2, ms=6, mec="white", mew=1,
-            label=name)
+    ax.plot(x, [s.median for _, s in there], color=tint, lw=2, ls=stroke, marker="o", ms=6,
+            mec="white", mew=1, label=name)
 
 
 def png(figure) -> bytes:
@@ -138,9 +146,14 @@ def png(figure) -> bytes:
     return file.getvalue()
 
 
+def method_of(name: str) -> str:
+    """The method of a row, such as ``"lora"`` of ``"lora:execution=merged"``."""
+    return name.partition(":")[0]
+
+
 def colour(name: str) -> str:
     """A method's own colour, as in all pictures of the library; grey for the floor."""
-    name = name.partition(":")[0]
+    name = method_of(name)
     if name == "floor":
         return FLOOR
     return TORCH if name.startswith("peft") else style.colour(name)
