@@ -11,6 +11,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from rmlora_jax.bench import report as bench_report
+from rmlora_jax.bench import table as bench_table
 from rmlora_jax.study import rows as study_rows
 from rmlora_jax.study import tables as study_tables
 from rmlora_jax.study import tasks as study_tasks
@@ -18,6 +20,8 @@ from rmlora_jax.study.pictures import draw
 
 HERE = Path(__file__).parent
 README = HERE.parent.parent / "configs" / "README.md"
+# The shapes of a task -> the bench that timed a step of every method on them.
+STEPS = {"cifar100": "h200_vit_tiny", "cola": "h100_minilm", "rte": "cpu_minilm"}
 BEGIN, END = "<!-- table {name}: python tests/results/tables.py -->", "<!-- end -->"
 
 
@@ -93,9 +97,10 @@ def pictures() -> None:
 
 def config_of(study: str):
     """The config of ``ablation_grid``: configs/ablation.py with the argument ``grid``."""
+    own = README.parent / f"{study}.py"
+    if own.exists():
+        return study_tasks.load(str(own))
     for file in sorted(README.parent.glob("*.py")):
-        if study == file.stem:
-            return study_tasks.load(str(file))
         if study.startswith(f"{file.stem}_"):
             return study_tasks.load(f"{file}:{study.removeprefix(f'{file.stem}_')}")
     raise ValueError(f"no file of configs/ has a study {study!r}")
@@ -160,13 +165,31 @@ def table(name: str) -> str:
     return "\n".join(lines)
 
 
+def step_costs() -> str:
+    """Markdown: what a step of each method takes alone on a device, at the shapes of each task."""
+    benches = {task: bench_report.read(HERE / f"bench_{name}.json") for task, name in STEPS.items()}
+    found = [
+        {row.name: row for row in bench_table.table_rows(results)} for results in benches.values()
+    ]
+    heads = [f"{task}, {b['device']} | x lora" for task, b in benches.items()]
+    lines = [f"| method | {' | '.join(heads)} |", f"|---|{'---|---|' * len(heads)}"]
+    for method in ("full", "head", "lora", "adalora", "sora", "reg_only", "mask_only", "rm_lora"):
+        cells = [method]
+        for rows_of in found:
+            ms = rows_of[method].ms.median
+            cells += [f"{bench_table.number(ms)} ms", f"{ms / rows_of['lora'].ms.median:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def with_tables(text: str) -> str:
     """``text`` with every table between its marks made anew."""
-    for file in sorted(HERE.glob("*.jsonl")):
-        begin = BEGIN.format(name=file.stem)
+    makers = {file.stem: lambda name=file.stem: table(name) for file in HERE.glob("*.jsonl")}
+    for name, make in (makers | {"step_costs": step_costs}).items():
+        begin = BEGIN.format(name=name)
         if begin in text:
             head, rest = text.split(begin, 1)
-            text = f"{head}{begin}\n{table(file.stem)}\n{END}{rest.split(END, 1)[1]}"
+            text = f"{head}{begin}\n{make()}\n{END}{rest.split(END, 1)[1]}"
     return text
 
 
