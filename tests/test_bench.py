@@ -217,8 +217,8 @@ def test_the_state_is_donated_and_the_base_survives():
     assert program.facts["trained_parameters"] == sum(x.size for x in jax.tree.leaves(params))
 
 
-# bert with as many texts as the rank: the gradient of its pooler is a product of A's and B's shapes;
-# its layers are as many, too: the penalty's products have the shape of all their biases.
+# bert with as many texts as the rank: its pooler's gradient is a product of A's and B's shapes; its
+# layers are as many, too: the penalty's products have the shape of all their biases.
 @pytest.mark.parametrize(("model", "size"), [("vit", 3), ("bert", 2)])
 @pytest.mark.parametrize("execution", ["factored", "merged"])
 def test_execution_is_read_off_the_program(execution, model, size):
