@@ -116,7 +116,7 @@ def sweep_figure(found: Mapping[str, Any]):
               "rank": "rank"}[found["sweep"]]
     style.finish(time, "A training step", xlabel, "milliseconds")
     style.finish(ratio, "Over the floor", xlabel, "x the floor in the same repeat")
-    time.legend(frameon=False, fontsize=10)
+    time.legend(frameon=False, fontsize=10, handlelength=4)
     figure.tight_layout(w_pad=3)
     _title(figure, benches[0])
     style.caption(figure, "Medians; bands: quartiles over the repeats, in which the variants take "

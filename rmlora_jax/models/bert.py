@@ -145,8 +145,8 @@ class Bert(nn.Module):
       param_dtype: dtype of new parameters; loaded ones keep their own.
       unroll: layers per iteration of the scan; a larger value compiles longer and runs faster.
       remat: what the backward pass recomputes: ``"none"`` nothing, ``"dots"`` everything but
-        the outputs of the linear layers, ``"attention"`` everything but those in attention,
-        ``"full"`` each layer from its input.
+        the outputs of the linear layers, ``"attention"`` everything but those in attention
+        and what cuDNN's kernel gives, ``"full"`` each layer from its input.
 
     Source: Devlin et al. 2019, https://arxiv.org/abs/1810.04805, sections 3 and 4.1; Liu et al.
     2019, https://arxiv.org/abs/1907.11692.

@@ -219,8 +219,8 @@ class ViT(nn.Module):
       param_dtype: dtype of new parameters; loaded ones keep their own.
       unroll: layers per iteration of the scan; a larger value compiles longer and runs faster.
       remat: what the backward pass recomputes: ``"none"`` nothing, ``"dots"`` everything but
-        the outputs of the linear layers, ``"attention"`` everything but those in attention,
-        ``"full"`` each layer from its input.
+        the outputs of the linear layers, ``"attention"`` everything but those in attention
+        and what cuDNN's kernel gives, ``"full"`` each layer from its input.
       attention: ``"xla"``, ``"cudnn"`` or ``"auto"``, see ``rmlora_jax.models.attention``.
 
     Source: Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, equations 1 to 4.

@@ -176,8 +176,9 @@ def step_costs() -> str:
     for method in ("full", "head", "lora", "adalora", "sora", "reg_only", "mask_only", "rm_lora"):
         cells = [method]
         for rows_of in found:
-            ms = rows_of[method].ms.median
-            cells += [f"{bench_table.number(ms)} ms", f"{ms / rows_of['lora'].ms.median:.2f}"]
+            row = rows_of[method]
+            ratio = row.ratios["lora"].median if method != "lora" else 1
+            cells += [f"{bench_table.number(row.ms.median)} ms", f"{ratio:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
