@@ -20,7 +20,7 @@ LAYERS, KERNELS = 12, 6  # of ViT-Tiny: layers, and the kernels in each that are
 
 def quick():
     c = quickstart.get_config()
-    c.lora.execution = "factored"  # the default: the weights alone are gathered, not W + s A B, too
+    c.lora.execution = "factored"  # the default; merged gathers parts of factors, too
     c.batch_size, c.eval_batch_size, c.steps, c.model.dtype = 32, 64, 4, "float32"
     return c
 
