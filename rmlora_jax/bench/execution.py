@@ -22,8 +22,8 @@ def execution_of(jaxpr, lora: rm.LoRA | None, frozen: dict) -> str | None:
         return None
     # A weight has no axis of the rank's size; stacks of so many biases, and what the penalty
     # multiplies, have one.
-    weights = {leaf.shape[-2:] for leaf in jax.tree.leaves(frozen) if len(leaf.shape) > 1}
-    weights = {shape for shape in weights if lora.rank not in shape}
+    shapes = {leaf.shape[-2:] for leaf in jax.tree.leaves(frozen)}
+    weights = {shape for shape in shapes if len(shape) == 2 and lora.rank not in shape}
     merges = any(_forms_weight(e, lora.rank, weights) for e in _equations(jaxpr.jaxpr))
     return "merged" if merges else "factored"
 

@@ -33,22 +33,22 @@ ACTIVATIONS = {
 }
 
 ATTENTION = "attention"
-_named = jax.checkpoint_policies.save_only_these_names(ATTENTION)
 
 
-def _attention(primitive, *avals, **params) -> bool:
-    """Keeps attention's projections and, of a fused kernel, all that its backward pass reads.
+def _fused_attention(primitive, *avals, **params) -> bool:
+    """A policy: keeps all that cuDNN's attention gives for its backward pass.
 
-    What such a kernel computes beside its output, the sums of its softmax, no name can be put on.
+    On what it computes beside its output, the sums of its softmax, no name can be put.
     """
-    fused = primitive.name.startswith("dot_product_attention_fwd")
-    return fused or _named(primitive, *avals, **params)
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": _attention,
+    "attention": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(ATTENTION), _fused_attention
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -81,7 +81,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.attention = "auto"  # xla, cudnn, or auto: cudnn where it runs
     c.model.unroll = 1  # layers a turn of the scan: 1 compiles fastest, all layers run fastest
     # Less memory, more time: dots keeps for the backward pass what linear layers give; attention
-    # what those in attention give; full what each layer begins with; none everything
+    # what those in attention and cuDNN's kernel give; full what each layer begins with; none all
     c.model.remat = "none"
 
     c.data = ml_collections.ConfigDict()

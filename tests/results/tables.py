@@ -139,6 +139,8 @@ def runs_of(found: list[dict], **fields) -> list[dict]:
 
 def table(name: str) -> str:
     """Markdown: a line a method, mean +- sample standard deviation over seeds."""
+    if name == "step_costs":
+        return step_costs()
     if "study" in rows(name)[0]:
         return study_tables.markdown(rows(name))
     if "task" in rows(name)[0]:
@@ -167,30 +169,25 @@ def table(name: str) -> str:
 
 def step_costs() -> str:
     """Markdown: what a step of each method takes alone on a device, at the shapes of each task."""
-    benches = {task: bench_report.read(HERE / f"bench_{name}.json") for task, name in STEPS.items()}
-    found = [
-        {row.name: row for row in bench_table.table_rows(results)} for results in benches.values()
-    ]
-    heads = [f"{task}, {b['device']} | x lora" for task, b in benches.items()]
-    lines = [f"| method | {' | '.join(heads)} |", f"|---|{'---|---|' * len(heads)}"]
-    for method in ("full", "head", "lora", "adalora", "sora", "reg_only", "mask_only", "rm_lora"):
-        cells = [method]
-        for rows_of in found:
-            row = rows_of[method]
-            ratio = row.ratios["lora"].median if method != "lora" else 1
-            cells += [f"{bench_table.number(row.ms.median)} ms", f"{ratio:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    methods = config_of("paper_table").methods
+    heads, lines = ["method"], [[method] for method in methods]
+    for task, name in STEPS.items():
+        results = bench_report.read(HERE / f"bench_{name}.json")
+        found = {row.name: row for row in bench_table.table_rows(results)}
+        heads += [f"{task}, {results['device']}", "x lora"]
+        for method, line in zip(methods, lines, strict=True):
+            ms, ratio = found[method].ms.median, found[method].ratios["lora"].median
+            line += [f"{bench_table.number(ms)} ms", f"{ratio:.2f}"]
+    return bench_table.markdown_table([heads, *lines])
 
 
 def with_tables(text: str) -> str:
     """``text`` with every table between its marks made anew."""
-    makers = {file.stem: lambda name=file.stem: table(name) for file in HERE.glob("*.jsonl")}
-    for name, make in (makers | {"step_costs": step_costs}).items():
+    for name in ("step_costs", *(file.stem for file in HERE.glob("*.jsonl"))):
         begin = BEGIN.format(name=name)
         if begin in text:
             head, rest = text.split(begin, 1)
-            text = f"{head}{begin}\n{make()}\n{END}{rest.split(END, 1)[1]}"
+            text = f"{head}{begin}\n{table(name)}\n{END}{rest.split(END, 1)[1]}"
     return text
 
 
