@@ -65,6 +65,35 @@ def test_padded_attention_gives_padding_no_weight():
         np.testing.assert_allclose(padded, plain, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("mapped", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0)])
+@pytest.mark.parametrize("length", [24, 26])
+def test_under_a_vmap_all_that_the_kernel_takes_is_batched(monkeypatch, mapped, length):
+    # jax 0.10's rule for cuDNN's kernel reshapes each of them to the batch of the query.
+    seen = []
+
+    @jax.custom_batching.custom_vmap
+    def kernel(query, *others):
+        return query
+
+    @kernel.def_vmap
+    def rule(size, batched, *args):
+        seen.extend(args)
+        assert all(batched)
+        return args[0], True
+
+    def attention(query, key, value, query_seq_lengths=None, key_value_seq_lengths=None, **_):
+        counts = (query_seq_lengths, key_value_seq_lengths)
+        return kernel(query, key, value, *(c for c in counts if c is not None))
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    args = [jnp.ones((5, 2, length, 3, 8)[axis is None :]) for axis in mapped]
+    jax.vmap(lambda *args: padded_attention(*args, "cudnn"), mapped)(*args)
+    for array in seen[:3]:
+        np.testing.assert_array_equal(array[:, :, :length], np.ones((5, 2, length, 3, 8)))
+    counts = [np.full((5, 2), n) for n in (32, 26)] if length == 26 else []
+    np.testing.assert_array_equal(seen[3:], counts)
+
+
 def test_padding_pads_to_a_multiple_of_eight():
     def lengths(length):
         x = jnp.ones((1, length, 1, 8))

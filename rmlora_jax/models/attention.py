@@ -81,18 +81,33 @@ def padded_attention(query, key, value, implementation: str, keys: int | None = 
 
     cuDNN refuses odd lengths such as ViT's 197. Arguments and result as in ``attend``.
     """
+    query, key, value, zero = batched_alike(query, key, value)
     lengths = query.shape[1], key.shape[1]
     if keys is None and not any(length % CUDNN_MULTIPLE for length in lengths):
         return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
-    padded = (
+    query, key, value = (
         jnp.pad(x, ((0, 0), (0, -x.shape[1] % CUDNN_MULTIPLE), (0, 0), (0, 0)))
         for x in (query, key, value)
     )
-    counts = jnp.full((query.shape[0],), lengths[1] if keys is None else keys, jnp.int32)
     out = jax.nn.dot_product_attention(
-        *padded, key_value_seq_lengths=counts, implementation=implementation
+        query,
+        key,
+        value,
+        query_seq_lengths=zero + query.shape[1],
+        key_value_seq_lengths=zero + (lengths[1] if keys is None else keys),
+        implementation=implementation,
     )
     return out[:, : lengths[0]]
+
+
+def batched_alike(*arrays):
+    """The arrays and int32 zeros (B,), all batched under a vmap where one of them is.
+
+    Before 0.11 jax's rule for cuDNN's kernel takes no mixture, such as adapters on the queries
+    alone give. What it adds are zeros that XLA takes out again.
+    """
+    zero = jnp.int32(0) * sum(x[:, 0, 0, 0] > 0 for x in arrays)
+    return *(x + zero.astype(x.dtype)[:, None, None, None] for x in arrays), zero
 
 
 def chosen(implementation: str, dtype, head_dim: int) -> str:
