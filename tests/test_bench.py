@@ -557,6 +557,12 @@ def test_what_is_said_of_the_aims_is_what_the_repeats_say():
     memory = {p["name"]: p["memory_bytes"] for p in stored("h100_vit_base")["programs"]}
     share = memory[small] / memory["peft_lora"]
     assert f"| {share:.2f} x the memory at {times[small]:.2f} x" in text
+    cold, cached = (
+        [p["compile_seconds"] for p in stored(f"h100_{name}")["programs"]]
+        for name in ("uncached", "cached")
+    )
+    assert "| {:.1f} s merged, {:.1f} s factored, {:.1f} s [rolled](".format(*cached) in text
+    assert "{:.1f}, {:.1f} and {:.1f} s, then".format(*cold) in text
     texts = [ratios(f"h100_{name}", merged) for name in ("roberta_base", "deberta_v3_base")]
     said = [[f"{times[row]:.1f}" for times in texts] for row in ("peft_lora", "peft_rm_lora")]
     assert f"PEFT takes {' and '.join(said[0])} times as long" in text

@@ -150,10 +150,11 @@ def build(
 def random_params(model: nn.Module, entry: Entry, seed: int = 0) -> dict:
     """Initial parameters, drawn on the device."""
     example = jax.eval_shape(lambda: _inputs(jax.random.key(0), entry, 1, model.dtype))
+    rolled = model.clone(unroll=1)  # the same values, compiled faster
 
     @jax.jit
     def init(key):
-        return model.init(key, jnp.zeros(example.shape, example.dtype))["params"]
+        return rolled.init(key, jnp.zeros(example.shape, example.dtype))["params"]
 
     return init(jax.random.key(seed))
 
