@@ -1,5 +1,8 @@
 """Layers whose weight meets the input by an equation, and those that only merging can adapt."""
 
+import math
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ from fixtures.adapted import X, paths, prepared, with_random_factors
 from marks import slow
 
 from rmlora_jax import Layer, LoRA, adapt, attach, merge, split
+from rmlora_jax.adapt import product
 
 H = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 4, 3)), jnp.float32)  # b t heads dim
 
@@ -272,3 +276,33 @@ def test_rules_say_what_is_wrong_with_them():
         prepared(Experts(), H, LoRA(2, layers=Layer(Experts, "...i,io->...o", weight="w")))
     rule = Layer(Experts, "btni,nio->btno", weight="w")
     assert hash(LoRA(2, layers=rule)) == hash(LoRA(2, layers=(rule,)))
+
+
+@pytest.mark.parametrize(
+    ("equation", "outputs"), [("...i,io->...o", (64,)), ("bti,inh->btnh", (4, 16))]
+)
+def test_rows_on_several_axes_meet_b_as_a_matrix_on_a_cpu_alone(equation, outputs):
+    geometry, (batch, length) = product.Contraction(equation), (8, 16)
+    random = np.random.RandomState(0)
+    x, a, b = (
+        jnp.asarray(random.normal(size=shape), jnp.float32)
+        for shape in ((batch, length, 32), (32, 4), (4, 64))
+    )
+    y = jnp.zeros((batch, length, *outputs))
+
+    def beside(b):
+        return product.low_rank(geometry, x, y, a, b, 0.5)
+
+    step = jax.jit(jax.grad(lambda b: jnp.tanh(beside(b)).sum()))
+    x64, a64, b64 = (np.asarray(v, np.float64) for v in (x, a, b))
+    z64 = 0.5 * x64 @ a64
+    expected = np.einsum("btr,bto->ro", z64, 1 - np.tanh(z64 @ b64) ** 2)
+    np.testing.assert_allclose(step(b), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(*jax.jvp(beside, (b,), (b,)), rtol=1e-6)  # linear in B
+    # The gradient of y in another order would be a copy as large as y.
+    text = step.lower(b).compile().as_text()
+    copies = re.findall(r"f32\[([\d,]+)\]\S* (?:transpose|copy)\(", text)
+    assert y.size not in [math.prod(map(int, shape.split(","))) for shape in copies]
+    rows = f"tensor<{batch * length}x"
+    assert rows in step.lower(b).as_text()
+    assert rows not in step.trace(b).lower(lowering_platforms=("tpu",)).as_text()
