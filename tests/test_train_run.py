@@ -305,7 +305,8 @@ def stopped_after(tiny_vit, workdir, step, *signals):
     return process.wait(timeout=120), process.stdout.read()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_a_run_saves_and_goes_on_to_the_same_end(tiny_vit, tmp_path, number):
     code, seen = stopped_after(tiny_vit, tmp_path / "stopped", 7, number)
     assert code == 75, seen
