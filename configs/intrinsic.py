@@ -34,10 +34,7 @@ def get_config(part="methods"):
         c.along = "data.classes"
     elif part == "domain":
         # Ten classes and about 1,290 images at one size: photographs, as in pretraining; digits.
-        same = (
-            "model.image_size=64 model.dtype=bfloat16 lora.execution=factored batch_size=64 "
-            "data.flip=False"
-        )
+        same = "model.image_size=64 model.dtype=bfloat16 batch_size=64 data.flip=False"
         c.tasks = (
             f"{VIT} {same} data.classes=10 data.per_class=129 as photographs",
             f"configs/quickstart.py {same} data.crop=pad as digits",

@@ -573,6 +573,12 @@ def test_what_is_said_of_the_aims_is_what_the_repeats_say():
     assert f"takes 61.8 ms and the floor 54.9: {faster:.2f} x" in text
 
 
+def test_what_is_stored_names_no_folder_of_the_machine_that_made_it():
+    files = list((ROOT / "tests" / "results").glob("bench_*.json"))
+    texts = {file.name: file.read_text() for file in files}
+    assert files and not [name for name, text in texts.items() if '"out": "/' in text]
+
+
 @pytest.mark.parametrize("name", ["rank", "length", "modules", "batch"])
 def test_a_stored_sweep_is_drawn_with_a_stroke_for_each_form_of_a_method(name):
     figure = picture.sweep_figure(stored(f"h200_sweep_{name}"))

@@ -299,7 +299,7 @@ def _contracted(geometry, x, y, a, b, scale, precision):
     z = jnp.einsum(down, x, a, precision=precision) * scale
     product = functools.partial(jnp.einsum, up, precision=precision)
     z_axes, b_axes, y_axes = terms(up)
-    if z.ndim == 2 or y_axes != z_axes[:-1] + b_axes[1:]:
+    if z.ndim < 3 or y_axes != z_axes[:-1] + b_axes[1:]:
         return product(z, b)
 
     # For the gradient of B over several axes of rows XLA's CPU compiler copies all of y's gradient,
