@@ -78,7 +78,8 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # jax and TFDS tell of every file and backend at INFO
     # Imported here: --help and a mistyped flag need not wait for jax.
     from rmlora_jax.errors import UserError
-    from rmlora_jax.train import check, config, loop, stopping, sweep
+    from rmlora_jax.sweep import train as sweep
+    from rmlora_jax.train import check, config, loop, stopping
 
     try:
         if "study" in CONFIG.value:
@@ -104,7 +105,7 @@ def main(argv):
 def predict(inputs):
     logging.set_verbosity(logging.WARNING)
     from rmlora_jax.errors import UserError
-    from rmlora_jax.hub.predict import predict
+    from rmlora_jax.inference.predict import predict
 
     try:
         return predict(WORKDIR.value, inputs, top=TOP.value, out=OUT.value)
@@ -136,8 +137,8 @@ def study(config):
 
 
 def compile_only():
+    from rmlora_jax.aot.compile_only import compile_only
     from rmlora_jax.errors import UserError
-    from rmlora_jax.train.compile_only import compile_only
 
     if not COMPILE_ONLY.value:
         raise UserError("--topology is to compile for, not to train on; add --compile_only")

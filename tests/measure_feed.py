@@ -18,8 +18,8 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.train import setup
-from rmlora_jax.train.mesh import all_devices, shard
 
 CONFIG = config_flags.DEFINE_config_file("config")
 STEPS = flags.DEFINE_integer("measured_steps", 30, "steps of a turn")

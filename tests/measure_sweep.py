@@ -23,10 +23,13 @@ from ml_collections import config_flags
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from rmlora_jax.data.dataset import ArraySource, Dataset
-from rmlora_jax.train import images, many, memory, setup
+from rmlora_jax.parallel import memory
+from rmlora_jax.parallel.mesh import all_devices, shard
+from rmlora_jax.sweep import many
+from rmlora_jax.tasks import images
+from rmlora_jax.train import setup
 from rmlora_jax.train.check import check_config
 from rmlora_jax.train.config import runs
-from rmlora_jax.train.mesh import all_devices, shard
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CONFIG = config_flags.DEFINE_config_file("config", str(CONFIGS / "vit_tiny_cifar100.py"))

@@ -19,7 +19,8 @@ from rmlora_jax import hub
 from rmlora_jax.data import load_resident
 from rmlora_jax.files import read_json
 from rmlora_jax.hub.peft_config import read_config
-from rmlora_jax.train import base_run, images
+from rmlora_jax.tasks import images
+from rmlora_jax.train import base_run
 
 
 def main(workdir: Path) -> None:

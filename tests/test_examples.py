@@ -16,7 +16,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from threefry import reference_bits, reference_uniform
 
-from rmlora_jax.masking import MaskState
+from rmlora_jax.optim.masking import MaskState
 
 README = Path(__file__).parent.parent / "README.md"
 FOLDER = Path(__file__).parent / "examples"

@@ -7,7 +7,7 @@ import sys
 import flax.linen as nn
 
 from rmlora_jax.adapt.linen import Adapted, adapt_linen
-from rmlora_jax.lora import LoRA
+from rmlora_jax.adapt.lora import LoRA
 
 __all__ = ["Adapted", "adapt"]
 
@@ -61,7 +61,7 @@ def adapt(module, lora: LoRA, *, rngs=None):
         >>> base, x = nn.Dense(3), jnp.ones((1, 5))
         >>> params = base.init(jax.random.key(0), x)["params"]
         >>> model = adapt(base, LoRA(rank=2))
-        >>> from rmlora_jax.tree import attach
+        >>> from rmlora_jax.adapt.tree import attach
         >>> params = attach(jax.random.key(1), model, params, x)
         >>> jax.tree.map(jnp.shape, params)
         {'bias': (3,), 'kernel': (5, 3), 'lora_a': (5, 2), 'lora_b': (2, 3)}

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import meta
 
-from rmlora_jax import merging
-from rmlora_jax.adapt import product
-from rmlora_jax.lora import (
+from rmlora_jax.adapt import merging, product
+from rmlora_jax.adapt.lora import (
     DIAGONAL,
     FACTORS,
     Layer,

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from rmlora_jax import merging
-from rmlora_jax.adapt import product
-from rmlora_jax.lora import DIAGONAL, FACTORS, LoRA
+from rmlora_jax.adapt import merging, product
+from rmlora_jax.adapt.lora import DIAGONAL, FACTORS, LoRA
 
 __all__ = ["adapt_nnx", "merge_nnx", "pure_params"]
 

@@ -9,10 +9,10 @@ from typing import NoReturn
 
 import jax
 
+from rmlora_jax.adapt.lora import EXECUTIONS
 from rmlora_jax.bench import models
 from rmlora_jax.bench.variants import MODULES, USUAL, VARIANTS
 from rmlora_jax.errors import UserError, did_you_mean
-from rmlora_jax.lora import EXECUTIONS
 
 DTYPES = ("bfloat16", "float16", "float32")
 SWEEPS = {

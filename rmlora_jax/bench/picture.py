@@ -6,8 +6,8 @@ from typing import Any
 
 from rmlora_jax.bench import table
 from rmlora_jax.bench.table import Row
+from rmlora_jax.report.panels import GRID, INK, MUTED
 from rmlora_jax.study import style
-from rmlora_jax.train.panels import GRID, INK, MUTED
 
 FLOOR = "#9aa1ad"
 TORCH = "#b8a100"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmlora_jax.train.memory import gibibytes
+from rmlora_jax.parallel.memory import gibibytes
 
 RATIOS = ("floor", "lora")
 

@@ -15,7 +15,7 @@ import optax
 
 import rmlora_jax as rm
 from rmlora_jax.bench.models import Entry, tokens
-from rmlora_jax.precision import clip_by_norm
+from rmlora_jax.optim.precision import clip_by_norm
 
 VARIANTS = ("floor", "head", "lora", "reg_only", "mask_only", "rm_lora", "adalora", "sora", "full")
 USUAL = ("floor", "lora", "rm_lora", "adalora", "sora", "full")

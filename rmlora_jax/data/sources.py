@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rmlora_jax.data.bad import Skipped
 from rmlora_jax.data.checked import usable
-from rmlora_jax.data.cifar import archive_of, prepare_cifar
 from rmlora_jax.data.dataset import Dataset, Subset, with_validation
 from rmlora_jax.data.digits import load_digits
+from rmlora_jax.data.prepare.cifar import archive_of, prepare_cifar
 from rmlora_jax.data.subsets import with_classes, with_per_class
 from rmlora_jax.data.tfds_images import (
     Name,
@@ -61,7 +61,7 @@ def load_images(
       per_class: use at most this many training images of each class, after the hold-out; 0 for all.
       limit: use only this many training images, after all of that; None or 0 for all.
       download: False never uses the network.
-      base_url: of the CIFAR archives, see :func:`rmlora_jax.data.cifar.prepare_cifar`.
+      base_url: of the CIFAR archives, see :func:`rmlora_jax.data.prepare.cifar.prepare_cifar`.
       bad_records: how many examples, of all splits together, may be left out because they are
         damaged, of another shape than declared, or of no declared class. Above 0 every image is
         decoded once to find them; with 0 the first that is met is an error.

@@ -12,7 +12,7 @@ import numpy as np
 
 from rmlora_jax.data.bad import LEAVE_OUT, BadRecord, Skipped
 from rmlora_jax.data.dataset import held_out_count, hold_out
-from rmlora_jax.data.glue_prepare import is_glue, prepare_glue
+from rmlora_jax.data.prepare.glue import is_glue, prepare_glue
 from rmlora_jax.data.progress import progress
 from rmlora_jax.data.text_files import Rows, class_names, class_of, read_rows, value_of
 from rmlora_jax.data.tfds_images import (

@@ -1,9 +1,9 @@
 """BERT's and RoBERTa's names in Hugging Face files."""
 
-from rmlora_jax.hub.family import Family
 from rmlora_jax.hub.weights import AS_IS, LINEAR, Entry
 from rmlora_jax.models.bert import Bert
 from rmlora_jax.models.bert_config import BertConfig
+from rmlora_jax.models.family import Family
 
 # Modules of a layer: path here, name there, whether it is a norm.
 _LAYER = (

@@ -1,10 +1,10 @@
 """DeBERTa-v2's and v3's names in Hugging Face files."""
 
 from rmlora_jax.hub.bert import NEW, linear, norm
-from rmlora_jax.hub.family import Family
 from rmlora_jax.hub.weights import AS_IS, LINEAR, Entry
 from rmlora_jax.models.deberta import Deberta
 from rmlora_jax.models.deberta_config import DebertaConfig
+from rmlora_jax.models.family import Family
 
 _EMBEDDINGS = "deberta.embeddings"
 _ENCODER = "deberta.encoder"

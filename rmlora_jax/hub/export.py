@@ -8,15 +8,15 @@ import numpy as np
 from flax.core import meta
 from flax.traverse_util import flatten_dict
 
+from rmlora_jax.adapt.lora import is_factor
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import new_folder, write_json, write_text_atomic
-from rmlora_jax.hub.family import param_shapes
 from rmlora_jax.hub.info import Info, write_info
 from rmlora_jax.hub.pretrained import Pretrained, PretrainedText
 from rmlora_jax.hub.source import CONFIG, EXTRAS, KINDS, PREPROCESSOR, read_json
 from rmlora_jax.hub.tokenizer import FILES
 from rmlora_jax.hub.weights import some, stored_tensors
-from rmlora_jax.lora import is_factor
+from rmlora_jax.models.family import param_shapes
 
 CARD = "README.md"
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from rmlora_jax.adapt.lora import FACTORS, WEIGHTS, LoRA
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.peft_config import CONFIG_FILE, PeftConfig, ends_with, read_config
 from rmlora_jax.hub.peft_names import PREFIX, Base
@@ -16,7 +17,6 @@ from rmlora_jax.hub.peft_write import EMBEDDING, LAYER, WEIGHTS_FILE, alpha_of
 from rmlora_jax.hub.pickled import PickledTensors
 from rmlora_jax.hub.safetensors_file import SafetensorsFile
 from rmlora_jax.hub.weights import Entry, some, stored_shape
-from rmlora_jax.lora import FACTORS, WEIGHTS, LoRA
 
 OLD_WEIGHTS_FILE = "adapter_model.bin"
 FACTOR = re.compile(r"(.+)\.({})".format("|".join(map(re.escape, (*LAYER, *EMBEDDING)))))

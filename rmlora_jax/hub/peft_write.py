@@ -17,7 +17,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from rmlora_jax.adapt import product
-from rmlora_jax.baselines import to_lora
+from rmlora_jax.adapt.fold import to_lora
+from rmlora_jax.adapt.lora import LoRA, is_factor
+from rmlora_jax.adapt.ranks import alpha_for
+from rmlora_jax.adapt.tree import adapted_weights
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import new_folder, write_bytes_atomic, write_json, write_text_atomic
 from rmlora_jax.hub.card import adapter_card
@@ -26,9 +29,6 @@ from rmlora_jax.hub.peft_config import CONFIG_FILE, endings
 from rmlora_jax.hub.peft_names import PREFIX, Base, Names
 from rmlora_jax.hub.text import PretrainedText
 from rmlora_jax.hub.weights import Entry, some, stored_tensors, to_stored
-from rmlora_jax.lora import LoRA, is_factor
-from rmlora_jax.ranks import alpha_for
-from rmlora_jax.tree import adapted_weights
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 # What PEFT calls A and B of a layer, and of an embedding.

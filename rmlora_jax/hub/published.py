@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub.family import Family
 from rmlora_jax.hub.source import ASSETS, CONFIG, PACKAGED, bundled, find_folder, read_json
 from rmlora_jax.hub.text import FAMILIES
 from rmlora_jax.hub.vit import VIT
+from rmlora_jax.models.family import Family
 
 _BERT = {
     "hidden_size": 768,

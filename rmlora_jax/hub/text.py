@@ -11,11 +11,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.bert import BERT, ROBERTA
 from rmlora_jax.hub.deberta import DEBERTA
-from rmlora_jax.hub.family import Family, shapes_of
 from rmlora_jax.hub.labels import label_names
 from rmlora_jax.hub.source import CONFIG, find_folder, read_json
 from rmlora_jax.hub.weights import Tensors, read_params
 from rmlora_jax.models.bert_config import ROBERTAS
+from rmlora_jax.models.family import Family, shapes_of
 
 FAMILIES: dict[str, Family] = {
     "bert": BERT,

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub.family import Family, shapes_of
 from rmlora_jax.hub.labels import label_names
 from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_folder, read_json
 from rmlora_jax.hub.weights import AS_IS, CONV, LINEAR, Entry, Tensors, read_params
+from rmlora_jax.models.family import Family, shapes_of
 from rmlora_jax.models.hf_config import LARGEST
 from rmlora_jax.models.parts import truncated_normal
 from rmlora_jax.models.positions import resize_positions

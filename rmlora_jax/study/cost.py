@@ -9,7 +9,7 @@ from rmlora_jax import data
 from rmlora_jax.errors import UserError
 from rmlora_jax.study import plan
 from rmlora_jax.study.plan import Cell
-from rmlora_jax.train import images, speech, text
+from rmlora_jax.tasks import images, speech, text
 from rmlora_jax.train.config import KINDS, SPEECH
 from rmlora_jax.train.terminal import duration
 

@@ -3,9 +3,9 @@
 import statistics
 from collections.abc import Sequence
 
+from rmlora_jax.report.panels import INK, MUTED
 from rmlora_jax.study import style
 from rmlora_jax.study.tables import Group, groups, parameters, scale, spread, values
-from rmlora_jax.train.panels import INK, MUTED
 
 CAPTION = "small: one seed.  large: mean; bar: sample standard deviation over seeds."
 

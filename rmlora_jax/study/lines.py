@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rmlora_jax.report.panels import MUTED
 from rmlora_jax.study import style
 from rmlora_jax.study.dots import CAPTION, strip
 from rmlora_jax.study.tables import Group, groups, scale, values
-from rmlora_jax.train.panels import MUTED
 
 SHARE = 0.9  # of the final gain
 FIELDS = ("rm.resample_every", "rm.start_step")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rmlora_jax.report.panels import INK, MUTED
 from rmlora_jax.study import style
 from rmlora_jax.study.tables import groups, scale, values
-from rmlora_jax.train.panels import INK, MUTED
 
 ACROSS = 4  # maps of layers beside each other
 

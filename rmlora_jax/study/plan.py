@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
+from rmlora_jax.tasks.scores import higher_is_better
 from rmlora_jax.train.config import FREE_ON_RESUME, SWEEPABLE, default_config, flatten
-from rmlora_jax.train.scores import higher_is_better
 
 CHOOSE, FINAL = "choose", "final"
 FIRST_CHOOSE_SEED = 100

@@ -23,7 +23,8 @@ from rmlora_jax.study import plan
 from rmlora_jax.study.plan import Cell
 from rmlora_jax.study.rows import finished, row_of
 from rmlora_jax.study.tasks import ROOT
-from rmlora_jax.train import loop, sweep
+from rmlora_jax.sweep import train as sweep
+from rmlora_jax.train import loop
 from rmlora_jax.train.config import is_sweep, with_values
 
 ROWS = ".rows.json"  # beside the program's folder

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from rmlora_jax.files import plain, read_json, read_json_lines, write_text_atomic
+from rmlora_jax.report.panels import by_kind
 from rmlora_jax.study.trajectory import trajectory
 from rmlora_jax.train.metrics import read_intrinsic, read_metrics
-from rmlora_jax.train.panels import by_kind
 
 ROWS = "rows.jsonl"
 MOST_TIMES = 12  # times at which a row keeps the effective rank of every layer

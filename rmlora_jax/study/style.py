@@ -3,8 +3,8 @@
 import textwrap
 from collections.abc import Sequence
 
-from rmlora_jax.train.panels import GRID, INK, MUTED
-from rmlora_jax.train.scores import describe, higher_is_better
+from rmlora_jax.report.panels import GRID, INK, MUTED
+from rmlora_jax.tasks.scores import describe, higher_is_better
 
 # Okabe & Ito 2008: told apart by every kind of colour vision.
 COLOURS = {

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rmlora_jax.study.plan import CHOOSE, FINAL
-from rmlora_jax.train.scores import describe, higher_is_better
+from rmlora_jax.tasks.scores import describe, higher_is_better
 
 TOLERANCE = 0.02  # by which methods with factors may differ in the parameters they end with
 PARAMETERS = ("factor_parameters", "head_parameters")

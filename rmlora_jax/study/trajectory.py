@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 import rmlora_jax as rm
-from rmlora_jax.factors import find_factors, flatten
+from rmlora_jax.optim.factors import find_factors, flatten
 from rmlora_jax.train import snapshots
 
 MOST = 16  # snapshots that are used, evenly over the run
@@ -30,7 +30,7 @@ def trajectory(folder: Path, config: Mapping[str, Any]) -> dict[str, list] | Non
     taken = snapshots.read(folder)
     if len(taken) < 2:
         return None
-    from rmlora_jax.train.method import description
+    from rmlora_jax.methods import description
 
     own = description(ml_collections.ConfigDict(dict(config)))
     # A snapshot of AdaLoRA or SoRA has its diagonal in A: to plain factors a plain description.

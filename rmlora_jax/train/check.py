@@ -5,10 +5,11 @@ import types
 
 import ml_collections
 
+from rmlora_jax.adapt.lora import EXECUTIONS
 from rmlora_jax.data.speech import SPEAKERS
 from rmlora_jax.errors import UserError, did_you_mean
-from rmlora_jax.lora import EXECUTIONS
-from rmlora_jax.train import grid
+from rmlora_jax.sweep import grid
+from rmlora_jax.tasks.scores import NAMES
 from rmlora_jax.train.config import (
     ADAPTED,
     ALSO,
@@ -26,7 +27,6 @@ from rmlora_jax.train.config import (
 )
 from rmlora_jax.train.kinds import mistakes_of_kind, with_defaults
 from rmlora_jax.train.places import missing
-from rmlora_jax.train.scores import NAMES
 
 MOST = 2**31 - 1  # steps, seeds
 LARGEST_IMAGE = 2**14  # pixels of a side

@@ -20,8 +20,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json
+from rmlora_jax.tasks.scores import higher_is_better
 from rmlora_jax.train.disk import without_late
-from rmlora_jax.train.scores import higher_is_better
 from rmlora_jax.train.step import State
 
 LATEST = 2  # checkpoints kept beside the best while a run trains

@@ -6,7 +6,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from rmlora_jax.errors import UserError, did_you_mean
-from rmlora_jax.train import grid
+from rmlora_jax.sweep import grid
 
 REGRESSION = "text_regression"
 SPEECH = "speech_classification"

@@ -13,11 +13,11 @@ from rmlora_jax import hub
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.card import model_card
 from rmlora_jax.hub.info import Info, read_info, write_info
+from rmlora_jax.tasks.task import Problem
 from rmlora_jax.train.base_run import read_config
 from rmlora_jax.train.checkpoint import best_trainable
 from rmlora_jax.train.config import ADAPTED, INSERTED
 from rmlora_jax.train.setup import keys
-from rmlora_jax.train.task import Problem
 
 ADAPTER, MERGED = "adapter", "merged"
 

@@ -12,18 +12,19 @@ import ml_collections
 import numpy as np
 
 import rmlora_jax as rm
+from rmlora_jax import methods as method
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import plain, read_json, write_json
-from rmlora_jax.train import checkpoint, finished, method, nonfinite, setup, snapshots, terminal
+from rmlora_jax.parallel.mesh import Devices, all_devices, shard
+from rmlora_jax.report.run import verdict, write_report
+from rmlora_jax.tasks.scores import score
+from rmlora_jax.tasks.task import Outputs
+from rmlora_jax.train import checkpoint, finished, nonfinite, setup, snapshots, terminal
 from rmlora_jax.train.check import check_run
 from rmlora_jax.train.config import is_sweep
-from rmlora_jax.train.mesh import Devices, all_devices, shard
 from rmlora_jax.train.metrics import MetricWriter, read_metrics
-from rmlora_jax.train.report import verdict, write_report
-from rmlora_jax.train.scores import score
 from rmlora_jax.train.step import State, updates_done
 from rmlora_jax.train.stopping import Stopped, watch
-from rmlora_jax.train.task import Outputs
 from rmlora_jax.train.workdir import check_nothing_lost, check_workdir, opened
 
 

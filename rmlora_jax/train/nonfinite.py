@@ -15,8 +15,8 @@ import numpy as np
 
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
+from rmlora_jax.tasks.task import example_losses
 from rmlora_jax.train.step import Constants, keys_of
-from rmlora_jax.train.task import example_losses
 
 WINDOW = 100  # steps that a loss is held against
 FAR = 10.0  # median absolute deviations above their median

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import ml_collections
 
-from rmlora_jax.data.cifar import archive_of
-from rmlora_jax.data.glue_prepare import is_glue
+from rmlora_jax.data.prepare.cifar import archive_of
+from rmlora_jax.data.prepare.glue import is_glue
 from rmlora_jax.data.speech import find_files
 from rmlora_jax.data.tfds_images import Name, default_data_dir, find_prepared, not_prepared
 from rmlora_jax.errors import UserError, did_you_mean

@@ -18,12 +18,10 @@ import optax
 
 import rmlora_jax as rm
 from rmlora_jax import hub
+from rmlora_jax import methods as method
 from rmlora_jax.errors import UserError
 from rmlora_jax.models.inserts import with_inserts
-from rmlora_jax.train import images, method, speech, text
-from rmlora_jax.train.config import INSERTED, KINDS, REGRESSION, SPEECH, data_seed
-from rmlora_jax.train.fields import fields
-from rmlora_jax.train.mesh import (
+from rmlora_jax.parallel.mesh import (
     Devices,
     check_divisible,
     check_same,
@@ -32,9 +30,12 @@ from rmlora_jax.train.mesh import (
     replicate,
     spread,
 )
+from rmlora_jax.tasks import images, speech, text
+from rmlora_jax.tasks.task import Feed, Problem, data_notes
+from rmlora_jax.train.config import INSERTED, KINDS, REGRESSION, SPEECH, data_seed
+from rmlora_jax.train.fields import fields
 from rmlora_jax.train.nonfinite import make_look
 from rmlora_jax.train.step import Constants, State, init_state, make_eval_step, make_train_step
-from rmlora_jax.train.task import Feed, Problem, data_notes
 
 
 class Job(NamedTuple):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 import rmlora_jax as rm
-from rmlora_jax.train.mesh import AXIS
-from rmlora_jax.train.task import example_losses, predictions
+from rmlora_jax.parallel.mesh import AXIS
+from rmlora_jax.tasks.task import example_losses, predictions
 
 
 class State(NamedTuple):

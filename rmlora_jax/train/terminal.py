@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
-from rmlora_jax.train.scores import describe
+from rmlora_jax.tasks.scores import describe
 
 
 def format_table(title: str, rows: Sequence[tuple[str, Any]]) -> str:

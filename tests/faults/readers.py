@@ -113,7 +113,7 @@ def read_index(folder):
 
 def remember_shapes():
     """Traces a model of the same sizes once: it takes most of the time, and no file is read."""
-    from rmlora_jax.hub import family as module
+    from rmlora_jax.models import family as module
 
     if hasattr(module.param_shapes, "cache_info"):
         return
@@ -247,7 +247,7 @@ def make_image(folder):
 
 def read_image(folder):
     from rmlora_jax.hub import Info
-    from rmlora_jax.hub.inputs import _image_batches
+    from rmlora_jax.inference.inputs import _image_batches
 
     (path,) = folder.iterdir()
     info, failures = Info("image_classification", image_size=16), []

@@ -9,7 +9,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from conftest import tiny_config
 
-from rmlora_jax.train import checkpoint, finished, loop, mesh, sweep
+from rmlora_jax.parallel import mesh
+from rmlora_jax.sweep import train as sweep
+from rmlora_jax.train import checkpoint, finished, loop
 
 STEPS, EVERY = 12, 4
 

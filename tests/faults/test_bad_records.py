@@ -12,7 +12,8 @@ from rmlora_jax.data import batch_ids, load_images, load_resident, load_texts, s
 from rmlora_jax.data.bad import BadRecord
 from rmlora_jax.data.tfds_images import TfdsImages
 from rmlora_jax.errors import UserError
-from rmlora_jax.train import loop, mesh, setup
+from rmlora_jax.parallel import mesh
+from rmlora_jax.train import loop, setup
 
 # Of 20 images: what is no image, a class that is not declared, another shape.
 BAD = {4: "it cannot be decoded", 9: "its label is 2, the declared classes are 0 to 1",

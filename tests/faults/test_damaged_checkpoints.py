@@ -18,7 +18,8 @@ from faults.small import (
 )
 
 from rmlora_jax.errors import UserError
-from rmlora_jax.train import checkpoint, mesh, setup
+from rmlora_jax.parallel import mesh
+from rmlora_jax.train import checkpoint, setup
 
 LAST = 2 * EVERY  # the newest checkpoint of the run that was killed; EVERY is the one before
 

@@ -11,7 +11,10 @@ from faults.small import config_of, leaves, on_one_device, rows, steps_of, train
 from marks import slow
 
 from rmlora_jax.errors import UserError
-from rmlora_jax.train import many, mesh, setup, sweep
+from rmlora_jax.parallel import mesh
+from rmlora_jax.sweep import many
+from rmlora_jax.sweep import train as sweep
+from rmlora_jax.train import setup
 from rmlora_jax.train.config import runs
 from rmlora_jax.train.nonfinite import Spikes
 from rmlora_jax.train.step import updates_done

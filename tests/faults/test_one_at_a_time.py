@@ -17,7 +17,8 @@ from marks import slow
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.study.run import run_study
-from rmlora_jax.train import loop, sweep
+from rmlora_jax.sweep import train as sweep
+from rmlora_jax.train import loop
 from rmlora_jax.train.lock import FILE, held
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,303 @@
+"""Adapters and base as plain parameter trees: ``attach``, ``split``, ``join``, ``merge``."""
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict, meta
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rmlora_jax.adapt import Adapted, is_nnx, nnx_functions, product
+from rmlora_jax.adapt.linen import check_adapted, check_layout, layouts, reboxed, unboxed
+from rmlora_jax.adapt.lora import (
+    DIAGONAL,
+    FACTORS,
+    LoRA,
+    is_factor,
+    missing_factors,
+    other_factors,
+    unselected_factors,
+)
+from rmlora_jax.adapt.merging import in_order
+
+__all__ = ["attach", "join", "merge", "split"]
+
+Params = Mapping[str, Any]
+
+
+def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) -> dict:
+    """``base_params`` with fresh factors beside every weight that ``adapted`` targets.
+
+    The base leaves come back as the same arrays (for ``init="pissa"``, which takes W_0 apart, only
+    those of layers without factors). Nothing of the base is drawn or allocated: shapes come from
+    ``jax.eval_shape``, and each A from ``key`` folded with the crc32 of its module path, each layer
+    of a stack drawing its own. B is 0.
+
+    Args:
+        key: a ``jax.random`` key.
+        adapted: what ``adapt`` returned.
+        base_params: the "params" collection of the base module, of any dtype, boxed or not.
+        *example_args: arguments of the module's call, arrays or ``jax.ShapeDtypeStruct``; anything
+            else (flags such as ``train=False``) is passed as it is.
+        **kwargs: likewise; ``method=`` selects a method other than ``__call__``.
+
+    Returns:
+        Nested dicts: the base leaves and, beside the weights, ``lora_a`` (*stack, in, r) and
+        ``lora_b`` (*stack, r, out) in ``lora.dtype``; for ``AdaLoRA`` and ``SoRA`` also ``lora_e``
+        (*stack, r). With ``target=None``, ``base_params`` itself.
+        Works under ``jax.jit`` and ``jax.eval_shape``.
+
+    Raises:
+        TypeError: ``adapted`` does not come from ``adapt``.
+        ValueError: a rule matches nothing; a targeted layer cannot be adapted; ``base_params``
+            already has factors, lacks parameters of the model, or has them in other shapes.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> from rmlora_jax.adapt import adapt
+        >>> base, x = nn.Dense(3), jnp.ones((1, 5))
+        >>> base_params = base.init(jax.random.key(0), x)["params"]
+        >>> params = attach(jax.random.key(1), adapt(base, LoRA(rank=2)), base_params, x)
+        >>> params["kernel"] is base_params["kernel"]
+        True
+
+    References:
+        Hu et al. 2021, arXiv:2106.09685, section 4.1; Meng et al. 2024, arXiv:2404.02948 (pissa).
+    """
+    if not isinstance(adapted, Adapted):
+        raise TypeError(
+            f"attach was given a {type(adapted).__name__}: pass what adapt(module, lora) returned."
+        )
+    lora = adapted.lora
+    base = _flatten(base_params)
+    if any(map(is_factor, base)):
+        raise ValueError("base_params has factors already: pass the parameters of the base module.")
+    if {path[0] for path in base} == {"params"}:
+        raise ValueError("base_params is a dict of collections: pass variables['params'].")
+    lora.check_train(map("/".join, base))
+    if lora.target is None:
+        return base_params
+    shapes, axes = _trace(adapted, key, example_args, kwargs)
+    check_adapted(shapes, lora)
+    _check_base(base, shapes)
+
+    params = dict(base)
+    for module in sorted({path[:-1] for path in shapes if path[-1] in FACTORS}):
+        path = "/".join(module)
+        boxes = [shapes[(*module, name)] for name in lora.factors]
+        weight_path = next((*module, n) for n in lora.weights if (*module, n) in shapes)
+        weight, found = params[weight_path], axes.get(path)
+        check_layout(path, unboxed(weight), *map(unboxed, boxes[:2]), found)
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        both, scale = [unboxed(box).shape for box in boxes[:2]], lora.scale_of(path)
+        values, rest = product.initial_factors(own, unboxed(weight), found, both, scale, lora)
+        if lora.init == "pissa":
+            params[weight_path] = reboxed(weight, rest)
+        boxed = isinstance(weight, meta.AxisMetadata)  # boxes only where the base has them
+        for name, box, value in zip(lora.factors, boxes, values, strict=True):
+            params[(*module, name)] = reboxed(box, value) if boxed else value
+    return unflatten_dict(params)
+
+
+def split(params: Params, lora: LoRA) -> tuple[dict, dict]:
+    """``(trainable, frozen)``: the factors and what ``lora.train`` matches, and all the rest.
+
+    Both are nested dicts with the leaves of ``params`` themselves, without empty branches. Take
+    gradients and optimizer state of ``trainable``; keep ``frozen`` as it is. A tree of something
+    else than arrays at the same paths (shardings, partition specs) is split alike, unchecked.
+
+    Raises:
+        ValueError: ``params`` has no factors although ``lora`` targets layers; ``train`` matches
+            nothing; or a pair of factors does not fit its weight.
+
+    Example:
+        >>> params = {"body": {"kernel": 1.0}, "head": {"kernel": 2.0}}
+        >>> split(params, LoRA(rank=1, target=None, train="head"))
+        ({'head': {'kernel': 2.0}}, {'body': {'kernel': 1.0}})
+    """
+    flat = _flatten(params)
+    lora.check_train(map("/".join, flat))
+    if all(hasattr(unboxed(leaf), "shape") for leaf in flat.values()):
+        for _ in adapted_weights(params, lora):
+            pass  # checks every pair of factors
+    trainable = {path: leaf for path, leaf in flat.items() if lora.trains("/".join(path))}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
+    return unflatten_dict(trainable), unflatten_dict(frozen)
+
+
+def join(trainable: Params, frozen: Params) -> dict:
+    """The parameters whose ``split`` is ``(trainable, frozen)``.
+
+    Raises:
+        ValueError: both hold a leaf at one path, or one holds a leaf where the other has a branch.
+
+    Example:
+        >>> join({"head": {"kernel": 2.0}}, {"head": {"bias": 0.0}})
+        {'head': {'bias': 0.0, 'kernel': 2.0}}
+    """
+    ours, theirs = _flatten(trainable), _flatten(frozen)
+    branches = {path[:i] for path in (*ours, *theirs) for i in range(len(path))}
+    overlap = (ours.keys() & theirs.keys()) | ((ours.keys() | theirs.keys()) & branches)
+    if overlap:
+        raise ValueError(
+            f"join: both trees hold {'/'.join(min(overlap))!r}: pass the two parts that split "
+            "returned, each leaf in one of them only."
+        )
+    return unflatten_dict(dict(sorted({**theirs, **ours}.items())))
+
+
+def merge(params, lora, *example_args, **kwargs):
+    """Parameters of the unadapted model: ``W = W_0 + s A B``, without the factors.
+
+    Computed in float32 whatever the dtype of the weight, cast once. Leaves without factors are
+    the same arrays. Keep the base if the factors are still needed: subtracting ``s A B`` again
+    does not give W_0 back.
+
+    Args:
+        params: adapted parameters; or an adapted NNX module, for which the unadapted module comes
+            back and the argument stays as it is.
+        lora: the description; or what ``adapt`` returned, if arguments follow.
+        *example_args: arguments of a Linen module's call, as in ``attach``: needed only where the
+            axes of a weight do not stand in the order (*stack, *batch, *in, *out) and are learnt
+            from the adapted model: ``nn.Einsum`` with "BTD,NDH->BTNH", a transposed convolution.
+        **kwargs: likewise.
+
+    Raises:
+        ValueError: ``params`` has no factors although ``lora`` targets layers, has factors that
+            ``lora`` does not describe, they do not fit their weight, or the model is needed.
+
+    Example:
+        >>> layer = {"kernel": jnp.zeros((2, 2)), "lora_a": jnp.ones((2, 1))}
+        >>> layer["lora_b"] = jnp.ones((1, 2))
+        >>> merge({"fc": layer}, LoRA(rank=1, alpha=3))["fc"]["kernel"].tolist()
+        [[3.0, 3.0], [3.0, 3.0]]
+
+    References:
+        Hu et al. 2021, arXiv:2106.09685, section 4.1.
+    """
+    if is_nnx(params, "Module"):
+        return nnx_functions().merge_nnx(params, lora)
+    axes = {}
+    if isinstance(lora, Adapted):
+        if example_args or kwargs:
+            _, axes = _trace(lora, jax.random.key(0), example_args, kwargs)
+        lora = lora.lora
+    flat = {path: leaf for path, leaf in _flatten(params).items() if not is_factor(path)}
+    for path, weight, a, b in adapted_weights(params, lora):
+        box, name = flat[path], "/".join(path[:-1])
+        if name in axes:
+            check_layout(name, weight, a, b, axes[name])
+        elif not in_order(weight, a, b):
+            raise ValueError(
+                f"the weight at {name!r} has its axes in another order than its factors: give the "
+                "adapted model and arguments of its call, merge(params, adapted, *example_args)."
+            )
+        if not jnp.issubdtype(weight.dtype, jnp.inexact):
+            raise ValueError(
+                f"the weight at {name!r} is {weight.dtype}: factors cannot be merged into a "
+                "quantised weight; dequantise it first, or keep the factors beside it."
+            )
+        value = product.merged(weight, a, b, lora.scale_of(name), axes.get(name))
+        flat[path] = reboxed(box, value)
+    return unflatten_dict(flat)
+
+
+def adapted_weights(params: Params, lora: LoRA) -> Iterator[tuple]:
+    """(path of the weight, weight, A, B), unboxed, of every weight that has factors, in the order
+    of paths, checked against each other; A is A diag(e) where there is a diagonal.
+
+    Raises:
+        ValueError: as ``merge``.
+    """
+    flat = {path: unboxed(leaf) for path, leaf in _flatten(params).items()}
+    modules = sorted({path[:-1] for path in flat if path[-1] in FACTORS})
+    if lora.target is not None and not modules:
+        raise missing_factors()
+    for module in modules:
+        path = "/".join(module)
+        names = [name for name in lora.weights if (*module, name) in flat]
+        missing = [name for name in FACTORS if (*module, name) not in flat]
+        if missing or not names:
+            raise ValueError(
+                f"{path!r} holds factors but lacks {', '.join(missing or lora.weights[:1])}: pass "
+                "the whole parameters, join(trainable, frozen)."
+            )
+        if not lora.targets(path):
+            raise unselected_factors(lora, path)
+        found = tuple(name for name in (*FACTORS, DIAGONAL) if (*module, name) in flat)
+        if found != lora.factors:
+            raise other_factors(lora, path, found)
+        weight, a, b = (flat[(*module, name)] for name in (names[0], *FACTORS))
+        check_layout(path, weight, a, b)
+        if a.shape[-1] != lora.rank_of(path):
+            raise ValueError(
+                f"the factors at {path!r} have rank {a.shape[-1]}, the description says "
+                f"{lora.rank_of(path)}: use the description that the factors were made with."
+            )
+        yield (*module, names[0]), weight, product.effective_a(a, flat.get((*module, DIAGONAL))), b
+
+
+def _trace(adapted, key, args, kwargs):
+    """Shapes (and boxes) of the adapted parameters, and the layouts of weights whose axes are not
+    in the order of their factors: init, traced only."""
+    shaped = adapted.clone(lora=dataclasses.replace(adapted.lora, init="kaiming"))
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    arrays = [leaf for leaf in leaves if _is_array(leaf)]
+
+    def init(key, arrays):
+        rest = iter(arrays)
+        filled = [next(rest) if _is_array(leaf) else leaf for leaf in leaves]
+        args, kwargs = jax.tree.unflatten(treedef, filled)
+        return shaped.init(key, *args, **kwargs)["params"]
+
+    with layouts() as seen:
+        shapes = _flatten(jax.eval_shape(init, key, arrays))
+    axes = {path: found for path, found in seen.items() if not found.in_order}
+    by_shape = {}
+    for path, found in axes.items():
+        by_shape.setdefault(_weight_shape(shapes, path, adapted.lora), set()).add(found)
+    for path in {"/".join(path[:-1]) for path in shapes if path[-1] in FACTORS} - seen.keys():
+        # A layer that ran in the trace that nn.jit made for its twin.
+        found = by_shape.get(_weight_shape(shapes, path, adapted.lora), ())
+        if len(found) == 1:
+            (axes[path],) = found
+    return shapes, axes
+
+
+def _weight_shape(shapes, path, lora):
+    module = path.split("/") if path else ()
+    return next(unboxed(shapes[*module, n]).shape for n in lora.weights if (*module, n) in shapes)
+
+
+def _is_array(leaf) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _check_base(base, shapes):
+    """``base`` must be parameters of the model whose adapted shapes are ``shapes``."""
+    wanted = {path: unboxed(s).shape for path, s in shapes.items() if not is_factor(path)}
+    missing = sorted("/".join(path) for path in wanted if path not in base)
+    if missing:
+        raise ValueError(
+            f"base_params lacks {len(missing)} parameters of the model, the first {missing[0]!r} "
+            f"(it has {sorted({path[0] for path in base})} at its top): pass the 'params' "
+            "collection of the whole base module."
+        )
+    for path, shape in wanted.items():
+        found = jnp.shape(unboxed(base[path]))
+        if found != shape:
+            raise ValueError(
+                f"base_params has {'/'.join(path)!r} of shape {found}, the model wants {shape}: "
+                "use the module and the example arguments that the parameters belong to."
+            )
+
+
+def _flatten(params: Params) -> dict[tuple[str, ...], Any]:
+    if is_nnx(params, "Module", "State"):
+        params = nnx_functions().pure_params(params)
+    if not isinstance(params, dict | FrozenDict):
+        raise TypeError(f"expected nested dicts of parameters, not a {type(params).__name__}.")
+    return flatten_dict(params)

@@ -1,0 +1,182 @@
+"""``run.py --compile_only``: what a training step needs, before any device is paid for.
+
+    config -> shapes -> the compiler of the devices -> memory, flops, collectives -> does it fit?
+"""
+
+import collections
+import re
+import time
+
+import jax
+import ml_collections
+
+from rmlora_jax.aot.collectives import Collective, collectives, total_bytes
+from rmlora_jax.aot.flops import flops
+from rmlora_jax.aot.shapes import RunShapes, open_shapes
+from rmlora_jax.aot.topology import chip_of, tpu_devices
+from rmlora_jax.errors import UserError
+from rmlora_jax.models.parts import REMAT
+from rmlora_jax.parallel import memory
+from rmlora_jax.parallel.mesh import Devices, all_devices
+from rmlora_jax.train import loop, terminal
+
+
+def compile_only(config: ml_collections.ConfigDict, topology: str | None = None) -> None:
+    """Compiles the training step, prints what it needs, and writes nothing.
+
+    Args:
+      config: of the run.
+      topology: of a TPU, such as ``v5e:4x4``; None: the devices that are there.
+
+    Raises:
+      UserError: the step does not fit into the memory of a device, with what would make it
+        smaller; or what of the config or topology cannot be had.
+    """
+    if topology:
+        devices, limit = tpu_devices(topology, config.fsdp), chip_of(topology).memory
+        jax.config.update("jax_enable_compilation_cache", False)  # it asks the devices
+    else:
+        loop.use_compilation_cache(config.compilation_cache)
+        devices, limit = all_devices(config.parallel, fsdp=config.fsdp), memory.available()
+    run = open_shapes(config, devices)
+    where = topology or "this machine"
+    began = time.monotonic()
+    traced = run.step.trace(*run.arguments)
+    try:
+        program = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as e:
+        if not memory.is_short(e):
+            raise
+        need, limit = refused(e) or (None, limit)  # some of a chip's memory is the runtime's
+        words = too_large(need, limit, where, config, devices)
+        raise UserError(words) from e
+    found = collectives(program.as_text())
+    rows = [
+        ("model", f"{config.model.source}, {run.outputs} outputs"),
+        ("method", config.method),
+        ("parameters", terminal.parameters(run.trainable_parameters, run.total_parameters)),
+        ("runs", f"{run.runs} at once" if run.runs > 1 else None),
+        ("devices", device_row(devices, topology)),
+        ("batch", batch_row(config, devices)),
+        ("compiled in", terminal.duration(time.monotonic() - began)),
+        ("memory", memory_row(program, limit)),
+        ("flops", f"{flops(traced) / 1e12:.4g} TFLOP a device and step, products alone"),
+        *collective_rows(found, run),
+    ]
+    print(terminal.format_table("training step", rows), flush=True)
+    if not fits(memory.needed(program), limit):
+        raise UserError(too_large(memory.needed(program), limit, where, config, devices))
+
+
+def fits(need: int, limit: int) -> bool:
+    return need <= limit
+
+
+def device_row(devices: Devices, topology: str | None) -> str:
+    row = terminal.count_devices(list(devices.mesh.devices.flat))
+    return f"{row} ({topology})" if topology else row
+
+
+def batch_row(config: ml_collections.ConfigDict, devices: Devices) -> str:
+    row = f"{config.batch_size}, {config.batch_size // devices.count} a device"
+    if config.accumulate > 1:
+        row += f" in {config.accumulate} micro-batches"
+    return f"{row}, of {config.text.max_length} tokens" if config.task.startswith("text") else row
+
+
+def memory_row(program, limit: int) -> str:
+    """Bytes of the compiled program on one device."""
+    found, need = program.memory_analysis(), memory.needed(program)
+    if found is None:
+        return "not told by the compiler"
+    parts = {
+        "arguments": found.argument_size_in_bytes,
+        "temporary": found.temp_size_in_bytes,
+        "results": found.output_size_in_bytes - found.alias_size_in_bytes,
+    }
+    listed = ", ".join(f"{name} {amount(size)}" for name, size in parts.items())
+    return (f"{amount(need)} a device of {amount(limit)} "
+            f"({100 * need / limit:.1f} %): {listed}")
+
+
+def collective_rows(found: list[Collective], run: RunShapes) -> list[tuple[str, str]]:
+    """A line for each kind, size in all and turns of a loop, and what the gradients have."""
+    groups = collections.defaultdict(list)
+    for one in found:
+        groups[one.kind, one.times].append(one.bytes)
+    lines = [
+        f"{len(sizes)} {kind}{turns(times)}, {amount(sum(sizes))} in all"
+        for (kind, times), sizes in groups.items()
+    ]
+    gradients = 4 * run.trainable_parameters * run.runs
+    whole = total_bytes(found)
+    told = "in loops without a known end" if whole is None else f"{whole:,} bytes"
+    lines = lines or ["none: one device"]
+    return [("collectives", line) for line in lines] + [
+        ("", f"a step {told}; gradients are {gradients:,} bytes")
+    ]
+
+
+def turns(times: int | None) -> str:
+    if times is None:
+        return " in a loop without a known end"
+    return f" in a loop of {times} turns" if times > 1 else ""
+
+
+def amount(size: int) -> str:
+    """
+    >>> amount(123), amount(1536), amount(2 * 2**20), amount(3 * 2**30)
+    ('123 bytes', '1.5 KiB', '2.0 MiB', '3.0 GiB')
+    """
+    for power, name in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if size >= 1024**power:
+            return f"{size / 1024**power:.1f} {name}"
+    return f"{size} bytes"
+
+
+def refused(error: Exception) -> tuple[int, int] | None:
+    """Bytes that were needed and that there are, where the TPU compiler gave up and says so.
+
+    >>> refused(RuntimeError("memory required for HLO temporaries (2.5G) exceeds available HBM "
+    ...                      "(2.00G)."))
+    (2684354560, 2147483648)
+    """
+    found = re.search(
+        r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", str(error)
+    ) or re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
+    if found is None:
+        return None
+    need, limit = (int(float(x[:-1]) * 1024 ** " KMGT".index(x[-1])) for x in found.groups())
+    return need, limit
+
+
+def too_large(
+    need: int | None, limit: int, where: str, config: ml_collections.ConfigDict, devices: Devices
+) -> str:
+    """What to say of a step that does not fit."""
+    needs = "more" if need is None else amount(need)
+    words = smaller(config, devices)
+    return (
+        f"the training step needs {needs} on each of {devices.count} devices of {where}, which "
+        f"have {amount(limit)}\n"
+        + (f"Type {words[0]}" + (f", or {', '.join(words[1:])}" if words[1:] else "")
+           if words else "Choose a larger chip, or a smaller model")
+    )
+
+
+def smaller(config: ml_collections.ConfigDict, devices: Devices) -> list[str]:
+    """Overrides that make a step smaller, those that leave its numbers as they are first."""
+    words = []
+    policies = list(REMAT)
+    weaker = policies[policies.index(config.model.remat) + 1 :]
+    words += [f"--config.model.remat={policy}" for policy in weaker]
+    local = config.batch_size // devices.count
+    if local % (2 * config.accumulate) == 0:
+        words.append(f"--config.accumulate={2 * config.accumulate}")
+    if config.batch_size % (2 * devices.count * config.accumulate) == 0:
+        words.append(f"--config.batch_size={config.batch_size // 2}")
+    if config.model.base_dtype == "float32" and config.method != "full":
+        words.append("--config.model.base_dtype=bfloat16")
+    if max(config.sweep.at_once, config.sweep.seeds) > 1:
+        words.append("a smaller --config.sweep.at_once")
+    return words

@@ -1,0 +1,1 @@
+"""Data sets that are fetched and prepared on first use."""

@@ -1,0 +1,258 @@
+"""A trained model, ready for use: files, images or texts in, labels and probabilities out."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import rmlora_jax as rm
+from rmlora_jax.data.progress import progress
+from rmlora_jax.errors import UserError
+from rmlora_jax.hub.info import TASKS, Info, read_info
+from rmlora_jax.hub.peft_config import CONFIG_FILE, read_config
+from rmlora_jax.hub.peft_read import load_peft, stored_labels
+from rmlora_jax.hub.pretrained import load_pretrained
+from rmlora_jax.hub.source import CONFIG, read_json
+from rmlora_jax.hub.text import PretrainedText
+from rmlora_jax.hub.tokenizer import load_tokenizer
+from rmlora_jax.hub.vit import Pretrained
+from rmlora_jax.inference.inputs import image_reader, text_reader
+
+ADAPTER, MERGED = "adapter", "merged"  # folders of a run
+
+
+def load(folder: str | Path) -> "Classifier":
+    """The model in a folder, with its base.
+
+    Args:
+      folder: of a run, whose ``adapter`` is taken, else its ``merged``; of an adapter in PEFT's
+        layout, whose base is looked for as `find_folder` does; or of a whole model in Hugging
+        Face's layout. Where it has no ``rmlora.json``, the model itself says what it is for: images
+        of its own size, or single texts of up to 512 tokens; a text model with one output is a
+        regression.
+
+    Raises:
+      UserError: there is no model, a part of it is missing or damaged, or its base cannot be had.
+
+    ::
+
+        model = rmlora_jax.hub.load("runs/c100")
+        model(["cat.png", "photos/"])  # [Prediction(input='cat.png', label='cat', ...), ...]
+        model.logits(batch)            # float32 numpy (n, classes)
+    """
+    where = find_model(Path(folder).expanduser())
+    info = read_info(where)
+    if not (where / CONFIG_FILE).exists():
+        base = load_pretrained(where)
+        if base.new:
+            raise UserError(f"{where} has no trained {', '.join(base.new)}; train it first")
+        if read_json(where / CONFIG).get("problem_type") == "multi_label_classification":
+            raise UserError(f"{where} gives several labels at once, which is not supported")
+        return classifier(base, base.params, None, info or info_of(base))
+
+    outputs = stored_labels(where)
+    if outputs is None and info is not None:
+        outputs = 1 if info.is_regression else info.labels and len(info.labels)
+    config = read_config(where)
+    if config.base is None:
+        raise UserError(f"{where / CONFIG_FILE} does not say its base_model_name_or_path; add it")
+    base = load_pretrained(
+        config.base,
+        num_labels=outputs,
+        image_size=info and info.image_size,
+    )
+    params, lora = load_peft(where, base)
+    return classifier(base, params, lora, info or info_of(base))
+
+
+def find_model(folder: Path) -> Path:
+    """The folder with an adapter or a model: ``folder`` itself, or one inside it.
+
+    Raises:
+      UserError: there is none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {str(folder)!r}; give that of a run, or of a model")
+    for place in (folder, folder / ADAPTER):
+        if (place / CONFIG_FILE).exists():
+            return place
+    for place in (folder / MERGED, folder):
+        if (place / CONFIG).exists() and "model_type" in read_json(place / CONFIG):
+            return place
+    if (folder / CONFIG).exists() or (folder / "checkpoints").exists():
+        raise UserError(
+            f"the run in {folder} has neither {ADAPTER}/ nor {MERGED}/; type\n"
+            f"python run.py --workdir={folder} --export=merged"
+        )
+    raise UserError(
+        f"{folder} holds neither a run nor a model: it has no {CONFIG_FILE} and no {CONFIG}; "
+        "give the --workdir of a run, or the folder of an adapter or a model"
+    )
+
+
+def info_of(base: Pretrained | PretrainedText) -> Info:
+    """What a whole model says of itself."""
+    if isinstance(base, Pretrained):
+        return Info(TASKS[0], labels=base.labels, image_size=base.image_size)
+    longest = min(512, base.config.longest or 512)
+    if base.num_labels == 1:
+        return Info(TASKS[2], max_length=longest)
+    return Info(TASKS[1], labels=base.labels, max_length=longest)
+
+
+def classifier(
+    base: Pretrained | PretrainedText, params: dict, lora: rm.LoRA | None, info: Info
+) -> "Classifier":
+    """A `Classifier` of parts that are in memory, such as those that were just trained.
+
+    Args:
+      base: the pretrained model, with as many outputs as ``params`` and images of their size.
+      params: of ``base``'s model, with factors where ``lora`` is given.
+      lora: what the factors are; None for a model without.
+      info: what the model is for.
+
+    Raises:
+      UserError: the parts do not belong together, or a model of texts has no tokenizer.
+    """
+    _check(base, info)
+    model = base.family.model(base.config, base.num_labels, dtype=jnp.dtype(info.dtype))
+    if lora is not None:
+        model = rm.adapt(model, lora)
+    if info.is_image:
+        read = image_reader(info, base.image_size, base.image_mean, base.image_std)
+    else:
+        read = text_reader(info, load_tokenizer(base.folder))
+
+    @jax.jit
+    def forward(params, *inputs):
+        return model.apply({"params": params}, *inputs, train=False).astype(jnp.float32)
+
+    return Classifier(base, model, jax.device_put(params), info, read, forward)
+
+
+def _check(base: Pretrained | PretrainedText, info: Info) -> None:
+    outputs = 1 if info.is_regression else info.labels and len(info.labels)
+    if info.is_image != isinstance(base, Pretrained):
+        wrong = f"it is a model of {'texts' if info.is_image else 'images'}"
+    elif outputs not in (None, base.num_labels):
+        wrong = f"it has {base.num_labels} outputs where {outputs} are said"
+    elif info.is_image and info.image_size not in (None, base.image_size):
+        wrong = f"its images have {base.image_size} pixels where {info.image_size} are said"
+    elif info.is_image and base.config.num_channels != 3:
+        wrong = f"it takes images of {base.config.num_channels} channels; only 3 are supported"
+    elif not info.is_image and info.max_length > (base.config.longest or info.max_length):
+        wrong = f"it takes {base.config.longest} tokens where {info.max_length} are said"
+    else:
+        return
+    raise UserError(f"{base.source} is no base for this {info.task.replace('_', ' ')}: {wrong}")
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of logits (n, classes), float64."""
+    logits = logits.astype(np.float64)
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+class Prediction(NamedTuple):
+    """What a model says of one input.
+
+    Attributes:
+      input: path of a file, the text or pair of texts, or "image 3" for what has no name.
+      label: name of the class; None for regression.
+      probability: of that class; None for regression.
+      value: of a regression, else None.
+    """
+
+    input: str | tuple[str, ...]
+    label: str | None
+    probability: float | None
+    value: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Classifier:
+    """A trained model on one device; make it with `load` or `classifier`.
+
+    Its inputs are
+
+    * for images a list of paths of files and of folders (searched to any depth, in sorted order),
+      of pillow's images and of uint8 arrays (H, W, C), mixed at will, or one uint8 array
+      (n, H, W, C), read as `inputs.read_image` says;
+    * for texts a list of strings, or of pairs of strings where ``info.columns`` has two names.
+
+    Attributes:
+      base: the pretrained model.
+      model: its Linen module, adapted.
+      params: parameters of ``model``, on the device.
+      info: what the model is for.
+      read: makes batches of inputs, see `inputs`.
+      forward: ``forward(params, *arguments of the model)`` is float32 (b, outputs); jitted.
+    """
+
+    base: Pretrained | PretrainedText
+    model: nn.Module
+    params: dict[str, Any]
+    info: Info
+    read: Callable
+    forward: Callable
+
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        top: int = 1,
+        batch_size: int = 64,
+        failed: Callable[[UserError], None] | None = None,
+    ) -> list[Prediction]:
+        """The ``top`` most probable classes of each input, or its value, in the inputs' order.
+
+        Args:
+          inputs: see above.
+          top: predictions of each input, the most probable first; at most the number of classes.
+          batch_size: inputs of a program's call; a few inputs are padded to a power of two.
+          failed: called with the error of an image that cannot be read, which is then left out;
+            None raises it.
+
+        Raises:
+          UserError: an input is no image or text, or cannot be read.
+        """
+        names, logits = self._outputs(inputs, batch_size, failed)
+        if self.info.is_regression:
+            pairs = zip(names, logits[:, 0].tolist(), strict=True)
+            return [Prediction(name, None, None, value) for name, value in pairs]
+        probabilities = softmax(logits)
+        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
+        return [
+            Prediction(name, self.info.label(k), float(row[k]))
+            for name, row, classes in zip(names, probabilities, best.tolist(), strict=True)
+            for k in classes
+        ]
+
+    def logits(self, inputs: Any, *, batch_size: int = 64) -> np.ndarray:
+        """The model's outputs, float32 (n, classes), in the inputs' order; arguments as above."""
+        return self._outputs(inputs, batch_size, None)[1]
+
+    def _outputs(self, inputs, batch_size, failed) -> tuple[list, np.ndarray]:
+        """The names of the inputs that could be read, and their logits."""
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+        names, batches = self.read(inputs, batch_size, failed or _raise)
+        logits = np.empty((len(names), self.base.num_labels), np.float32)
+        done = np.zeros(len(names), bool)
+        few = len(names) <= 4 * batch_size  # which are there before a bar could be read
+        with progress(len(names), "predicting", " inputs", disable=few) as bar:
+            for ids, arguments in batches:
+                logits[ids] = np.asarray(self.forward(self.params, *arguments))[: len(ids)]
+                done[ids] = True
+                bar.update(len(ids))
+        return [name for name, good in zip(names, done, strict=True) if good], logits[done]
+
+
+def _raise(error: UserError) -> None:
+    raise error

@@ -1,0 +1,264 @@
+"""The table and the picture of a sweep, ``sweep.md`` and ``sweep.png``, from its runs' folders."""
+
+import io
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rmlora_jax.files import read_json, write_bytes_atomic, write_text_atomic
+from rmlora_jax.report import panels
+from rmlora_jax.report.verdict import bin_means, series
+from rmlora_jax.sweep.grid import number
+from rmlora_jax.tasks.scores import describe, higher_is_better, shown
+from rmlora_jax.train.metrics import read_metrics
+from rmlora_jax.train.terminal import duration
+
+WIDTH = 16.0  # inches at 100 dots each
+NAMED = 24  # settings whose names are written large
+MOST = 40  # characters of such a name
+
+
+class Finished(NamedTuple):
+    """A run of the sweep, read from its folder."""
+
+    setting: dict[str, float]  # what is swept, without the seed
+    seed: int
+    history: list[dict[str, float]]
+    summary: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        return ", ".join(f"{name} {number(value)}" for name, value in self.setting.items())
+
+
+def write_sweep_report(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
+    """Writes ``sweep.md`` and ``sweep.png`` of the runs that ``summary`` names."""
+    runs = []
+    for name, values in summary["runs"].items():
+        setting = {k: v for k, v in values.items() if k != "seed"}
+        folder = workdir / name
+        runs.append(Finished(setting, values["seed"], read_metrics(folder),
+                             read_json(folder / "summary.json")))
+    write_text_atomic(workdir / "sweep.md", table(runs, summary))
+    picture = io.BytesIO()
+    figure = draw(runs, summary["metric"])
+    figure.savefig(picture, format="png", dpi=100, facecolor="white", metadata={"Software": None})
+    write_bytes_atomic(workdir / "sweep.png", picture.getvalue())
+
+
+def table(runs: Sequence[Finished], summary: dict[str, Any]) -> str:
+    """Markdown: a row for each run, and of several seeds one for each setting."""
+    metric, first = summary["metric"], runs[0].summary
+    name = describe(metric)[0].long
+    swept = list(runs[0].setting)
+    head = ["seed", *swept, f"{name}, last", f"{name}, best", "best step", "loss", "train loss",
+            "effective rank"]
+    rows = [
+        [
+            str(run.seed),
+            *(number(value) for value in run.setting.values()),
+            shown(metric, figure(run, "eval", metric)),
+            shown(metric, figure(run, "best_eval", metric)),
+            f"{run.summary['best_eval']['step']:,}",
+            f"{figure(run, 'eval', 'loss'):.3f}",
+            f"{train_loss(run):.3f}",
+            effective_rank(run),
+        ]
+        for run in runs
+    ]
+    text = [
+        f"# {len(runs)} runs of {first['method']} on {first['dataset']}, {first['steps']:,} steps",
+        "",
+        f"{name[0].upper()}{name[1:]} and loss are those of the test split at the last step; best "
+        "is its value at the step that is best on validation. Train loss is the mean of the "
+        "last twentieth of the steps, effective rank that of \u0394W over all layers.",
+        "",
+        *markdown(head, rows),
+    ]
+    groups = by_setting(runs)
+    if len(groups) < len(runs):
+        text += ["", "Mean and standard deviation over seeds:", ""]
+        text += markdown(
+            [*swept, "seeds", f"{name}, last", f"{name}, best", "loss"],
+            [
+                [
+                    *(number(value) for value in group[0].setting.values()),
+                    str(len(group)),
+                    *(spread([figure(run, when, metric) for run in group], metric)
+                      for when in ("eval", "best_eval")),
+                    spread([figure(run, "eval", "loss") for run in group], "loss"),
+                ]
+                for group in groups
+            ],
+        )
+    took = duration(summary["wall_seconds"])
+    return "\n".join([*text, "", f"Time: {took}, of which "
+                      f"{duration(summary['compile_seconds'])} compilation.", ""])
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, its columns aligned for those who read it as text.
+
+    >>> print("\\n".join(markdown(["seed", "loss"], [["0", "1.250"], ["11", "0.5"]])))
+    | seed |  loss |
+    |-----:|------:|
+    |    0 | 1.250 |
+    |   11 |   0.5 |
+    """
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    line = lambda cells: "| " + " | ".join(  # noqa: E731
+        cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+    return [line(head), rule, *map(line, rows)]
+
+
+def figure(run: Finished, when: str, metric: str) -> float:
+    """A figure on test; nan where it is not finite."""
+    value = run.summary[when][metric]
+    return np.nan if value is None else value
+
+
+def train_loss(run: Finished) -> float:
+    """The last level of the training loss, as in the verdict of a run."""
+    steps, loss = series(run.history, "train/loss")
+    return bin_means(steps, loss, 20)[1][-1] if loss.size else np.nan
+
+
+def effective_rank(run: Finished) -> str:
+    found = run.summary["intrinsic_dimension"].values()
+    ranks = [np.ravel(np.array(v["effective_rank"], np.float64)) for v in found]
+    return f"{np.nanmean(np.concatenate(ranks)):.2f}" if ranks else "-"
+
+
+def spread(values: Sequence[float], metric: str) -> str:
+    """``74.6 % +- 0.3``: mean and standard deviation (of the sample)."""
+    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    text = shown(metric, float(np.mean(values)))
+    return f"{text} \u00b1 " + (f"{100 * deviation:.1f}" if "%" in text else f"{deviation:.3f}")
+
+
+def by_setting(runs: Sequence[Finished]) -> list[list[Finished]]:
+    """The runs in groups that differ by their seeds alone."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run.setting.values()), []).append(run)
+    return list(groups.values())
+
+
+def draw(runs: Sequence[Finished], metric: str):
+    """The matplotlib Figure: losses, the metric on validation, and each setting's test results."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups = by_setting(runs)
+    if len(groups) == 1:  # seeds alone: each has its colour
+        groups = [[run] for run in runs]
+    labels = [g[0].label if len(by_setting(runs)) > 1 else f"seed {g[0].seed}" for g in groups]
+    colours = palette(len(groups))
+    height = 6.4 if len(groups) <= 16 else min(6.4 + 0.2 * (len(groups) - 16), 14.0)
+    figure = Figure(figsize=(WIDTH, height))
+    FigureCanvasAgg(figure)
+    first = runs[0].summary
+    figure.text(0.05, 1 - 0.30 / height, f"{len(runs)} runs of {first['method']} on "
+                f"{first['dataset']}", fontsize=20, fontweight="bold", color=panels.INK, va="top")
+    figure.text(0.05, 1 - 0.78 / height, best_in_words(groups, labels, metric), fontsize=12.5,
+                color=panels.INK, va="top")
+    bottom, tall = 0.62 / height, 1 - 2.37 / height
+    names = 0.0058 * min(max(map(len, labels)), MOST)  # as wide as the names of the settings
+    wide = (0.98 - 0.05 - 0.045 - 0.035 - names) / 2.75
+    left, middle = 0.05, 0.05 + wide + 0.045
+    right = middle + wide + 0.035 + names
+    loss_panel(figure.add_axes((left, bottom, wide, tall)), groups, colours)
+    metric_panel(figure.add_axes((middle, bottom, wide, tall)), groups, colours, metric)
+    results_panel(figure.add_axes((right, bottom, 0.98 - right, tall)), groups, colours, labels,
+                  metric)
+    return figure
+
+
+def palette(count: int) -> list:
+    """Colours that tell few settings apart, or a scale for many."""
+    if count <= len(panels.KINDS):
+        own = (panels.TRAIN, panels.VALIDATION, panels.KINDS[2], panels.KINDS[1], panels.KINDS[0],
+               *panels.KINDS[3:])
+        return list(own[:count])
+    from matplotlib import colormaps
+
+    return [colormaps["turbo"](x) for x in np.linspace(0.05, 0.95, count)]
+
+
+def best_in_words(groups, labels, metric: str) -> str:
+    means = [np.mean([figure(run, "best_eval", metric) for run in g]) for g in groups]
+    signed = np.array(means) * (1 if higher_is_better(metric) else -1)
+    if not np.isfinite(signed).any():
+        return "No run has a finite result."
+    at = int(np.nanargmax(signed))
+    over = f", mean of {len(groups[at])} seeds" if len(groups[at]) > 1 else ""
+    return (f"Best test {describe(metric)[0].long} at the best validation step: "
+            f"{shown(metric, float(means[at]))} with {labels[at]}{over}")
+
+
+def loss_panel(ax, groups, colours) -> None:
+    """Validation loss of every run, bold for the mean of several; training loss faint."""
+    tops, last = [1e-3], 1
+    for group, colour in zip(groups, colours, strict=True):
+        for run in group:
+            steps, train = panels.finite(*series(run.history, "train/loss"))
+            ax.plot(steps, panels.smooth(train), color=colour, lw=1.0, alpha=0.25)
+            _, validation = panels.finite(*series(run.history, "eval/loss"))
+            start = max(train[:1].max(initial=0), validation[:1].max(initial=0))
+            reached = max(panels.smooth(train).max(initial=0), validation.max(initial=0))
+            tops.append(min(reached, 2 * start))  # a run that diverges must not flatten the others
+            last = run.history[-1]["step"]
+        curves(ax, group, colour, "eval/loss")
+    ax.set_ylim(0, 1.06 * max(tops))
+    panels.finish(ax, "Loss", "step", "loss", last=last,
+                  caption="strong: validation, faint: train" + bold_words(groups))
+
+
+def metric_panel(ax, groups, colours, metric: str) -> None:
+    """The metric that picks the best step, on validation, of every run."""
+    for group, colour in zip(groups, colours, strict=True):
+        curves(ax, group, colour, f"eval/{metric}")
+    named, _ = describe(metric)
+    panels.finish(ax, f"{named.long[0].upper()}{named.long[1:]} on validation", "step", named.axis,
+                  last=groups[0][0].history[-1]["step"],
+                  caption="coloured as on the right" + bold_words(groups))
+
+
+def bold_words(groups) -> str:
+    return "; bold: mean of the seeds" if max(map(len, groups)) > 1 else ""
+
+
+def curves(ax, group, colour, key: str) -> None:
+    """One line a run; where there are several, thin ones and their mean."""
+    found = [series(run.history, key) for run in group]
+    alone = len(group) == 1
+    for steps, values in found:
+        ax.plot(*panels.finite(steps, values), color=colour, lw=2.0 if alone else 0.9,
+                alpha=0.9 if alone else 0.55)
+    if not alone:
+        mean = np.mean([values for _, values in found], axis=0)
+        ax.plot(*panels.finite(found[0][0], mean), color=colour, lw=2.6)
+
+
+def results_panel(ax, groups, colours, labels, metric: str) -> None:
+    """Test results of each setting: a dot a run at its best step, a bar for the mean of several."""
+    for y, (group, colour) in enumerate(zip(groups, colours, strict=True)):
+        found = np.array([figure(run, "best_eval", metric) for run in group])
+        if len(group) > 1:
+            ax.plot([found.min(), found.max()], [y, y], color=colour, lw=7, alpha=0.18,
+                    solid_capstyle="round")
+            ax.plot([found.mean()] * 2, [y - 0.3, y + 0.3], color=colour, lw=2.4)
+        ax.plot(found, [y] * len(found), "o", color=colour, ms=7, mec="white", mew=1.0, zorder=3)
+    ax.set_ylim(len(groups) - 0.4, -0.6)
+    size = 10.5 if len(groups) <= NAMED else 8
+    ax.set_yticks(range(len(labels)), [panels.shorten(label, MOST) for label in labels])
+    panels.finish(ax, f"Test {describe(metric)[0].long}", describe(metric)[0].axis, "",
+                  caption="at the best step" + ("; bar: mean" if max(map(len, groups)) > 1 else ""))
+    ax.grid(axis="x", color=panels.GRID, lw=0.8)
+    ax.set_axisbelow(True)
+    for label, colour in zip(ax.get_yticklabels(), colours, strict=True):
+        label.set(color=colour, fontsize=size, fontweight="bold")
+    ax.spines[["left"]].set_visible(False)

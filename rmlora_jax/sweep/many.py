@@ -1,0 +1,189 @@
+"""K runs as one job: the step of a run, mapped over runs by `jax.vmap`.
+
+Mapped are the trainable tree, the optimizer state, the seed and what is swept. The base, the data,
+the batch and the number of the step are not, so that there is one of each, and examples are
+augmented once for all runs.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+
+import rmlora_jax as rm
+from rmlora_jax import methods as method
+from rmlora_jax.adapt.lora import FACTORS
+from rmlora_jax.errors import UserError
+from rmlora_jax.parallel.mesh import Devices, replicate, spread
+from rmlora_jax.train import setup
+from rmlora_jax.train.config import Run, with_values
+from rmlora_jax.train.step import Constants, State
+
+MAPPED = State(step=None, trainable=0, opt_state=0)  # the axis of the runs in a state of many
+OF_A_RUN = ("prediction", "loss")  # outputs of an evaluation that differ between runs
+
+
+class ManyConstants(NamedTuple):
+    """What a step of many runs reads and does not change."""
+
+    shared: Constants  # its seed is not read
+    values: dict  # "seed" uint32 (K,), and what is swept, float32 (K,), by the names of SWEEPABLE
+
+
+def build(
+    config: ml_collections.ConfigDict, runs: Sequence[Run], base: setup.Base, devices: Devices
+) -> setup.Job:
+    """The job of ``runs``: the state is that of each run alone, stacked on a first axis.
+
+    ``state`` holds shapes only, `first_state` makes it. ``lora`` and ``schedule`` are tuples of
+    one for each run, and the metrics and outputs of the steps have the axis, too.
+    """
+    values = {"seed": np.array([run.config.seed for run in runs], np.uint32)}
+    for name in runs[0].setting:
+        values[name] = np.array([run.setting[name] for run in runs], np.float32)
+    return setup.Job(
+        lora=tuple(method.description(run.config) for run in runs),
+        state=shapes(runs[0], len(runs), base, devices),
+        constants=ManyConstants(base.constants, replicate(values, devices)),
+        train_step=spread(train_step(config, base), devices, donate=True),
+        eval_step=spread(eval_step(config, base), devices),
+        feed=base.feed,
+        schedule=tuple(method.learning_rate(run.config, base.steps) for run in runs),
+        steps=base.steps,
+        eval_every=setup.eval_every(config, base),
+        total_parameters=base.total_parameters,
+        trainable_parameters=base.trainable_parameters,
+        problem=base.problem,
+        look=functools.partial(look, config, base),
+    )
+
+
+def look(config, base: setup.Base, trainable, constants: ManyConstants, batch, step: int):
+    """`setup.look` of the first run."""
+    values, trainable = pick((constants.values, trainable), 0)
+    own, prepare = _settings(config, base, values)
+    shared = constants.shared._replace(seed=values["seed"])
+    return setup.look(own, base, prepare)(trainable, shared, batch, step)
+
+
+def train_step(config: ml_collections.ConfigDict, base: setup.Base) -> Callable:
+    """``step(state, constants, batch) -> (state, metrics)`` of many runs, on one device."""
+
+    def one(state, values, shared, batch):
+        own, prepare = _settings(config, base, values)
+        step = setup.train_step(own, base, prepare)
+        return step(state, shared._replace(seed=values["seed"]), batch)
+
+    mapped = jax.vmap(one, in_axes=(MAPPED, 0, None, None), out_axes=(MAPPED, 0))
+    return lambda state, constants, batch: mapped(state, constants.values, constants.shared, batch)
+
+
+def eval_step(config: ml_collections.ConfigDict, base: setup.Base) -> Callable:
+    """``step(trainable, constants, batch) -> outputs`` of many runs, on one device.
+
+    Run after run: a batch of an evaluation is large by itself, and memory is that of one run.
+    """
+
+    def step(trainable, constants, batch):
+        def one(run):
+            trainable, values = run
+            _, prepare = _settings(config, base, values)
+            return setup.eval_step(config, base, prepare)(trainable, constants.shared, batch)
+
+        rows = jax.lax.map(one, (trainable, constants.values))
+        return {name: row if name in OF_A_RUN else row[0] for name, row in rows.items()}
+
+    return step
+
+
+def _settings(config, base, values: dict) -> tuple[ml_collections.ConfigDict, Callable | None]:
+    """The config of a run with its traced values, and what its alpha does to the parameters."""
+    swept = {name: value for name, value in values.items() if name not in ("seed", "alpha")}
+    prepare = None
+    if "alpha" in values:
+        ratio = values["alpha"] / config.lora.alpha
+        prepare = functools.partial(scale_a, ratio=ratio, lora=base.lora)
+    return with_values(config, swept), prepare
+
+
+def scale_a(params: dict, ratio: jax.Array, lora: rm.LoRA) -> dict:
+    """Parameters with every A times ``ratio``, save where ``alpha_pattern`` sets the alpha.
+
+    With the scale of ``lora`` this is the product for ``ratio * lora.alpha``.
+    """
+    flat = flatten_dict(params)
+    for path, value in flat.items():
+        module = "/".join(path[:-1])
+        own = any(re.fullmatch(regex, module) for regex, _ in lora.alpha_pattern)
+        if path[-1] == FACTORS[0] and not own:
+            flat[path] = ratio * value
+    return unflatten_dict(flat)
+
+
+def check_frozen(config: ml_collections.ConfigDict, base: setup.Base) -> None:
+    """Raises a UserError where something that is drawn from the seed would be frozen."""
+    frozen = [path for path in base.problem.new if not base.lora.trains(path)]
+    if config.sweep.seeds > 1 and frozen:
+        roots = "|".join(sorted({path.split("/")[0] for path in frozen}))
+        raise UserError(
+            f"{', '.join(frozen)} is newly initialised from the seed and frozen, so that runs of "
+            f"{config.sweep.seeds} seeds have no common base; train it with "
+            f"--config.lora.train='{config.lora.train}|{roots}', or type --config.sweep.seeds=1"
+        )
+
+
+def shapes(run: Run, count: int, base: setup.Base, devices: Devices) -> State:
+    """The state of ``count`` runs such as ``run``, as shapes on the devices."""
+    sharding = NamedSharding(devices.mesh, PartitionSpec())
+    one = jax.eval_shape(lambda tree: setup.start(run.config, base, tree), base.trainable)
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    many = jax.tree.map(lambda x: struct((count, *x.shape), x.dtype), one)
+    return many._replace(step=struct((), one.step.dtype))
+
+
+def best_shapes(state: State) -> State:
+    """The shapes of what `better` makes of states such as ``state``."""
+    step = state.step
+    count = jax.tree.leaves(state.trainable)[0].shape[0]
+    apart = jax.ShapeDtypeStruct((count,), step.dtype, sharding=step.sharding)
+    return state._replace(step=apart)
+
+
+def first_state(runs: Sequence[Run], base: setup.Base, devices: Devices) -> State:
+    """The states of the runs before their first step, each as a single run would have it."""
+    # What is trained depends on the seed and the description alone, and is made once for each.
+    kinds = [(run.config.seed, method.description(run.config)) for run in runs]
+    first = dict(zip(reversed(kinds), reversed(runs), strict=True))
+    trainable = {kind: setup.reseeded(run.config, base) for kind, run in first.items()}
+    states = [
+        jax.device_get(setup.start(run.config, base, trainable[kind]))
+        for kind, run in zip(kinds, runs, strict=True)
+    ]
+    many = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+    return replicate(many._replace(step=states[0].step), devices)
+
+
+@jax.jit
+def better(state: State, best: State, improved: jax.Array) -> State:
+    """``state`` for the runs that ``improved``, bool (K,), ``best`` for the others.
+
+    The step of the result is (K,), that of ``best`` may be () in the first call.
+    """
+
+    def choose(new, old):
+        mask = improved.reshape(improved.shape + (1,) * (max(new.ndim, 1) - 1))
+        return jax.numpy.where(mask, new, old)
+
+    return jax.tree.map(choose, state, best)
+
+
+@jax.jit
+def pick(tree: Any, i: jax.Array) -> Any:
+    """Run ``i`` of a stacked tree."""
+    return jax.tree.map(lambda x: x[i], tree)
