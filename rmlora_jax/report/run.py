@@ -10,12 +10,11 @@ from typing import Any
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json, write_bytes_atomic
+from rmlora_jax.methods import ADAPTED, MASKED, PENALISED
 from rmlora_jax.report import panels
+from rmlora_jax.report.records import METRICS, duration, number, read_intrinsic, read_metrics
 from rmlora_jax.report.verdict import series, verdict
 from rmlora_jax.tasks.scores import describe, shown
-from rmlora_jax.train.config import ADAPTED, MASKED, PENALISED
-from rmlora_jax.train.metrics import METRICS, read_intrinsic, read_metrics
-from rmlora_jax.train.terminal import duration, number
 
 __all__ = ["verdict", "write_report"]
 

@@ -46,7 +46,7 @@ def verdict(history: Sequence[Mapping[str, float]]) -> str:
     """One sentence or two on how a run went, first word first, from the lines of its metrics.
 
     Args:
-      history: the lines of metrics.jsonl (`rmlora_jax.train.metrics.read_metrics`), of which
+      history: the lines of metrics.jsonl (`rmlora_jax.report.records.read_metrics`), of which
         "step", "train/loss", "train/accuracy", "eval/loss", "eval/accuracy" and the correlations
         "eval/matthews", "eval/pearson" and "eval/spearman" are read; losses in nats or squared
         units, accuracies in [0, 1]. Each but "step" may be absent from any line.

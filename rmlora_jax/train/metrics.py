@@ -22,28 +22,14 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from rmlora_jax.files import plain, read_json_lines, write_text_atomic
+from rmlora_jax.files import plain, write_text_atomic
+from rmlora_jax.report.records import INTRINSIC, METRICS, read_lines
+from rmlora_jax.report.records import read_intrinsic as read_intrinsic
+from rmlora_jax.report.records import read_metrics as read_metrics
 from rmlora_jax.train import snapshots
 from rmlora_jax.train.terminal import Progress
 
-METRICS = "metrics.jsonl"
-INTRINSIC = "intrinsic.jsonl"
 EVENTS = "tensorboard"
-
-
-def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
-    """The lines of ``metrics.jsonl`` by increasing step; [] if there is no such file.
-
-    Numbers that are not finite come back as float nan, inf and -inf.
-
-    Raises:
-      UserError: a line other than the last is not a JSON object with a step.
-    """
-    rows = []
-    for row in _read_lines(pathlib.Path(workdir) / METRICS):
-        nonfinite = row.pop("nonfinite", {})
-        rows.append(row | {key: float(text) for key, text in nonfinite.items()})
-    return rows
 
 
 def append_intrinsic(
@@ -59,22 +45,6 @@ def append_intrinsic(
     _append(pathlib.Path(workdir) / INTRINSIC, line)
 
 
-def read_intrinsic(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """What `append_intrinsic` wrote, as ``{"step": s, "modules": {path: {name: float64 array}}}``.
-
-    [] if there is no such file; null comes back as nan.
-
-    Raises:
-      UserError: as `read_metrics`.
-    """
-    return [
-        {"step": row["step"],
-         "modules": {path: {name: np.asarray(value, np.float64) for name, value in values.items()}
-                     for path, values in row.get("modules", {}).items()}}
-        for row in _read_lines(pathlib.Path(workdir) / INTRINSIC)
-    ]
-
-
 def drop_after(path: str | os.PathLike, step: int) -> None:
     """Keeps the lines of a JSON-lines file up to and including ``step``, atomically.
 
@@ -84,7 +54,7 @@ def drop_after(path: str | os.PathLike, step: int) -> None:
     path = pathlib.Path(path)
     if not path.exists():
         return
-    kept = [row for row in _read_lines(path) if step > 0 and row["step"] <= step]
+    kept = [row for row in read_lines(path) if step > 0 and row["step"] <= step]
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
     if text.encode() != path.read_bytes():
         write_text_atomic(path, text)
@@ -237,9 +207,3 @@ def _append(path: pathlib.Path, line: str) -> None:
     """One line in one write, so that a kill can tear the last line only."""
     with open(path, "ab") as file:
         file.write(line.encode() + b"\n")
-
-
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    return read_json_lines(
-        path, "step", int, "is not a JSON object with a step.\n"
-        "Delete that line, or start again with another --workdir.")

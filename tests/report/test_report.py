@@ -14,7 +14,7 @@ from marks import every_other
 
 from rmlora_jax import files
 from rmlora_jax.errors import UserError
-from rmlora_jax.report import panels, verdict
+from rmlora_jax.report import panels, records, verdict
 from rmlora_jax.report import run as report
 from rmlora_jax.train.metrics import append_intrinsic
 
@@ -71,7 +71,7 @@ def rise(t):
     return 0.85 + 3.6 * math.exp(-9 * t) + 1.2 * max(t - 0.3, 0)
 
 
-@pytest.mark.parametrize("module", [report, verdict], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [records, report, verdict], ids=lambda m: m.__name__)
 def test_examples_in_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0

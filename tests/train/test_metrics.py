@@ -388,7 +388,7 @@ def test_duration_at_the_edges(seconds, text):
 
 
 def test_import_brings_neither_tensorboard_nor_matplotlib():
-    code = ("import sys, rmlora_jax.train.metrics, rmlora_jax.train.report; "
+    code = ("import sys, rmlora_jax.train.metrics, rmlora_jax.report.run; "
             "print([m for m in ('tensorboardX', 'matplotlib', 'tqdm') if m in sys.modules])")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
