@@ -10,7 +10,7 @@ from typing import Any
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json, write_bytes_atomic
-from rmlora_jax.methods import ADAPTED, MASKED, PENALISED
+from rmlora_jax.methods import METHODS, readers
 from rmlora_jax.report import panels
 from rmlora_jax.report.records import METRICS, duration, number, read_intrinsic, read_metrics
 from rmlora_jax.report.verdict import series, verdict
@@ -132,9 +132,9 @@ def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> lis
         model = pathlib.PurePath(model).name
     rank, alpha = lookup(config, "lora.rank"), lookup(config, "lora.alpha")
     penalty, keep = lookup(config, "rm.penalty"), lookup(config, "rm.keep")
-    adapted = method in ADAPTED
-    parts = (method in PENALISED and penalty is not None and f"penalty {penalty:g}",
-             method in MASKED and keep is not None and f"keep {keep:g}")
+    adapted = method in METHODS and METHODS[method].adapts
+    parts = (method in readers("penalty") and penalty is not None and f"penalty {penalty:g}",
+             method in readers("keep") and keep is not None and f"keep {keep:g}")
     trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
     best, last = summary.get("best_eval") or {}, summary.get("eval") or {}
     key, length = chosen(history, summary), lookup(config, "text.max_length")
