@@ -47,11 +47,11 @@ class Objective(NamedTuple):
     Attributes:
       loss: -> (sum of losses, weight, {name: sum}). The step adds all of them up over micro-batches
         and devices in float32 and divides by the weight once. Classification has weight 1 an
-        example.
+        example: a Python number, since it is known before tracing.
       predict: -> {"prediction": (B,), "loss": (B,) float32} of an evaluation.
     """
 
-    loss: Callable[[Callable, Any], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+    loss: Callable[[Callable, Any], tuple[jax.Array, jax.Array | int, dict[str, jax.Array]]]
     predict: Callable[[Callable, Any], dict[str, jax.Array]]
 
 
@@ -151,7 +151,7 @@ def classification(label_smoothing: float = 0.0) -> Objective:
         logits = call()
         found = losses(logits, labels, label_smoothing)
         right = (logits.argmax(-1) == labels).sum(dtype=jnp.float32)
-        return found.sum(), jnp.float32(found.size), {"accuracy": right}
+        return found.sum(), found.size, {"accuracy": right}
 
     def predict(call, labels):
         logits = call()
@@ -171,7 +171,7 @@ def regression() -> Objective:
 
     def loss(call, labels):
         _, found = run(call, labels)
-        return found.sum(), jnp.float32(found.size), {}
+        return found.sum(), found.size, {}
 
     def predict(call, labels):
         values, found = run(call, labels)

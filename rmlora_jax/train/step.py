@@ -90,22 +90,28 @@ def make_train_step(
             return (grads, {"loss": total} | counts), weight
 
         if accumulate == 1:
-            sums = gradients((batch, positions))
+            sums, weight = gradients((batch, positions))
         else:
             micros = jax.tree.map(
                 lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (batch, positions)
             )
             zeros = jax.tree.map(
                 lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], micros)),
+                jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], micros))[0],
             )
-            sums, _ = jax.lax.scan(
-                lambda total, micro: (jax.tree.map(jnp.add, total, gradients(micro)), None),
-                zeros,
-                micros,
-            )
-        # The only reduction between devices in the step.
-        sums, weight = jax.lax.psum(sums, AXIS)
+
+            def add(total, micro):
+                sums, weight = gradients(micro)
+                return jax.tree.map(jnp.add, total, sums), weight
+
+            sums, weights = jax.lax.scan(add, zeros, micros)
+            weight = weights.sum()
+        # The only reduction between devices in the step. A weight that is known before tracing, as
+        # a number of examples is, needs none.
+        if isinstance(weight, jax.Array):
+            sums, weight = jax.lax.psum((sums, weight), AXIS)
+        else:
+            sums, weight = jax.lax.psum(sums, AXIS), weight * jax.lax.axis_size(AXIS)
         grads, means = jax.tree.map(lambda x: x / weight, sums)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

@@ -307,13 +307,12 @@ def make_run(folder):
 
 def read_run(folder):
     from rmlora_jax.errors import UserError
-    from rmlora_jax.train.base_run import read_base
-    from rmlora_jax.train.config import default_config
-    from rmlora_jax.train.finished import read_finished
+    from rmlora_jax.train.config import default_config, resolve
+    from rmlora_jax.train.finished import read_base, read_finished
     from rmlora_jax.train.loop import check_workdir
 
     read_finished(folder)
-    for read in (lambda: check_workdir(default_config(), folder),
+    for read in (lambda: check_workdir(resolve(default_config()), folder),
                  lambda: read_base(folder, "image_classification", "advice")):
         try:
             read()

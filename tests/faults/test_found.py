@@ -18,9 +18,8 @@ from rmlora_jax.hub.labels import label_names
 from rmlora_jax.hub.peft_config import read_config as read_peft_config
 from rmlora_jax.hub.source import read_json, shards
 from rmlora_jax.models import BertConfig, ViTConfig
-from rmlora_jax.train.base_run import read_config
 from rmlora_jax.train.config import default_config
-from rmlora_jax.train.finished import export_merged
+from rmlora_jax.train.finished import export_merged, read_config
 
 DEEP = "[" * 100_000
 

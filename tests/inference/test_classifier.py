@@ -22,7 +22,9 @@ from rmlora_jax.inference import inputs
 from rmlora_jax.inference.classifier import classifier, info_of
 from rmlora_jax.parallel.mesh import all_devices, shard, spread
 from rmlora_jax.tasks import images
+from rmlora_jax.tasks.task import classification
 from rmlora_jax.train import setup
+from rmlora_jax.train.config import resolve
 
 LORA = rm.LoRA(rank=3, alpha=6, target=r"encoder/layers/.*", train="head")
 CLASSES = tuple("abcde")
@@ -113,10 +115,11 @@ def as_trained(config, dataset, base, split, dtype="float32"):
     config.model.dtype = dtype
     config.eval_batch_size = 16
     module, params = adapted(base, dtype)
-    feed = images.open_feed(config, dataset, base, devices)
+    feed = images.open_feed(resolve(config), dataset, base, devices)
     trainable, frozen = rm.split(params, LORA)
     step = setup.make_eval_step(
         lambda params, inputs: module.apply({"params": params}, *inputs, train=False),
+        classification().predict,
         feed.prepare_eval,
     )
     step = spread(step, devices)

@@ -25,7 +25,7 @@ from rmlora_jax.study.cost import cost_table, seconds_per_example
 from rmlora_jax.study.pictures import PICTURES, write_pictures
 from rmlora_jax.study.run import run_study
 from rmlora_jax.train import snapshots
-from rmlora_jax.train.config import default_config, is_sweep, runs
+from rmlora_jax.train.config import default_config, is_sweep, resolve, runs
 from rmlora_jax.train.metrics import append_intrinsic
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,7 +69,7 @@ class Fake:
     def __call__(self, config, workdir):
         if self.stop_after is not None and len(self.calls) >= self.stop_after:
             raise KeyboardInterrupt
-        found = runs(config) if is_sweep(config) else [("", {}, config)]
+        found = runs(resolve(config)) if is_sweep(config) else [("", {}, config)]
         self.calls.append([one for *_, one in found])
         for name, _, one in found:
             leave(workdir / name, one.to_dict(), len(found))
@@ -162,9 +162,9 @@ def test_a_program_holds_the_runs_of_its_cell():
     one = program.program(cell, c, Path("w"), at_once=3)
     config = ml_collections.ConfigDict(one.config)
     assert is_sweep(config) and config.sweep.at_once == 3
-    found = [(r.config.rm.keep, r.config.rm.penalty, r.config.seed) for r in runs(config)]
+    found = [(r.config.rm.keep, r.config.rm.penalty, r.config.seed) for r in runs(resolve(config))]
     assert found == [(0.5, 0, 4), (0.5, 0, 5), (1, 0.2, 4), (1, 0.2, 5)]
-    for (key, setting, seed), run in zip(one.runs, runs(config), strict=True):
+    for (key, setting, seed), run in zip(one.runs, runs(resolve(config)), strict=True):
         assert program.run_of(run.config.to_dict(), one.runs) == (key, setting, seed)
     single = program.program(cell._replace(settings=settings[1:], seeds=(7,)), c, Path("w"))
     config = ml_collections.ConfigDict(single.config)
@@ -372,7 +372,7 @@ def test_other_settings_are_other_runs(study, tmp_path):
 def test_a_program_that_lacks_a_run_is_refused(study, tmp_path):
 
     def trainer(config, workdir):
-        leave(workdir / "a", runs(config)[0].config.to_dict())
+        leave(workdir / "a", runs(resolve(config))[0].config.to_dict())
 
     with pytest.raises(UserError, match="3 of 4 runs left no summary"):
         run_study(study, tmp_path, trainer=trainer)
