@@ -29,18 +29,18 @@ class RunShapes(NamedTuple):
       step: as ``setup.Job.train_step``: ``step.lower(*arguments)``.
       arguments: state, constants and batch, as shapes on the devices.
       outputs: of the head.
-      batch_words: what a batch holds beside its examples.
       trainable_parameters, total_parameters: of one run.
       runs: trained at once; 1 where the config has no sweep.
+      batch_words: what a batch holds beside its examples.
     """
 
     step: Callable
     arguments: tuple
     outputs: int
-    batch_words: str
     trainable_parameters: int
     total_parameters: int
     runs: int
+    batch_words: str = ""
 
 
 def open_shapes(config: Run, devices: Devices) -> RunShapes:

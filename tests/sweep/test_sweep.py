@@ -519,7 +519,7 @@ def test_out_of_memory_after_all_says_what_to_type(tiny_vit, tmp_path, monkeypat
     def full(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 80 GiB")
 
-    monkeypatch.setattr(sweep, "fit", full)
+    monkeypatch.setattr(loop, "fit", full)
     with pytest.raises(UserError, match=r"5 runs at once .* --config\.sweep\.at_once=2$"):
         sweep.train(seeds_config(tiny_vit), tmp_path)
 

@@ -111,7 +111,8 @@ def test_bitfit_masks_no_bias_that_lora_train_names(config):
 
     tree = {name: {"bias": np.ones(3), "kernel": np.ones((3, 3))}
             for name in ("head", "header", "pooler", "fc1")}
-    config = changed(config, method="bitfit", rm__also=True, lora__train=r"head|pooler")
+    config = changed(config, method="bitfit", rm__also=True, rm__unit="element",
+                     lora__train=r"head|pooler")
     found = [factor.path for factor in find_factors(tree, maskable(config))]
     assert found == ["fc1/bias", "header/bias"]
 
