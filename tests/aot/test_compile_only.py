@@ -176,7 +176,7 @@ def test_memory_decides(config, monkeypatch, capsys):
     assert "of 1024.0 GiB" in said
     monkeypatch.setattr(memory, "available", lambda: need - 1)
     with pytest.raises(UserError) as raised:
-        compile_only(config)
+        compile_only(resolve(config))
     text = str(raised.value)
     assert module.amount(need) in text and "8 devices of this machine" in text
     assert len(text.splitlines()) == 2
@@ -224,13 +224,13 @@ def test_a_compiler_that_gives_up_is_too_large(config, monkeypatch):
     run = RunShapes(Gives(), (), 10, 1, 1, 1)
     monkeypatch.setattr(module, "open_shapes", lambda *_: run)
     with pytest.raises(UserError, match=r"needs 166\.1 GiB on each .* have 15\.8 GiB"):
-        compile_only(config)
+        compile_only(resolve(config))
     older = "Ran out of memory in memory space hbm. Used 20.50G of 512.0M hbm."
     assert refused(RuntimeError(older)) == (int(20.5 * 2**30), 2**29)
     assert refused(RuntimeError("RESOURCE_EXHAUSTED")) is None
     monkeypatch.setattr(memory, "is_short", lambda e: False)
     with pytest.raises(jax.errors.JaxRuntimeError):
-        compile_only(config)
+        compile_only(resolve(config))
 
 
 def test_collectives_in_words():
