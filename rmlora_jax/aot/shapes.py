@@ -24,12 +24,6 @@ from rmlora_jax.train.config import KINDS, REGRESSION, SPEECH, is_sweep, runs
 from rmlora_jax.train.fields import fields
 from rmlora_jax.train.step import Constants
 
-# Classes, training and test images, and their shape.
-# Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
-KNOWN_IMAGES = {
-    "cifar10": (10, 50_000, 10_000, (32, 32, 3)),
-    "cifar100": (100, 50_000, 10_000, (32, 32, 3)),
-}
 STEPS = 1000  # where the config counts epochs; a step's program differs in constants only
 
 
@@ -168,17 +162,15 @@ def _images(config: ml_collections.ConfigDict) -> _Task:
 def _image_data(config, image_size: int) -> tuple[int, data.Storage, int]:
     """Classes, how the images are held, and how many there are."""
     c = config.data
-    if c.name in KNOWN_IMAGES:
-        every, train, test, shape = KNOWN_IMAGES[c.name]
-        classes = min(c.classes or every, every)
-        train, test = train * classes // every, test * classes // every
+    if known := data.known("images", images.request(config)):
+        classes = min(c.classes or known.classes, known.classes)
+        train, test = (n * classes // known.classes for n in (known.train, known.test))
         train = min(train, c.per_class * classes or train, c.limit or train)
-        size, center = data.stored_as(shape, image_size)
-        shape = shape if size is None else (size, size, shape[-1])
-        examples = train + test
-        nbytes = examples * math.prod(shape)
-        resident = c.mode == "resident" or (c.mode == "auto" and nbytes <= data.RESIDENT_LIMIT)
-        return classes, data.Storage(resident, size, shape, center, nbytes), examples
+        channels = known.image_shape[-1] if known.image_shape else 3
+        storage = data.storage_of(
+            known.image_shape, channels, train + test, image_size, mode=c.mode
+        )
+        return classes, storage, train + test
     try:
         found = images.load(config, download=False)
     except UserError as e:
@@ -186,8 +178,7 @@ def _image_data(config, image_size: int) -> tuple[int, data.Storage, int]:
             raise UserError(
                 f"{e}\nTo compile without it, say how many classes it has: --config.data.classes=N"
             ) from e
-        size, center = data.stored_as(None, image_size)
-        return c.classes, data.Storage(False, size, (size, size, 3), center, 0), 0
+        return c.classes, data.storage_of(None, 3, 0, image_size, mode="stream"), 0
     storage = data.plan_storage(found, image_size, mode=c.mode)
     return found.num_classes, storage, sum(map(len, (found.train, found.validation, found.test)))
 
@@ -208,10 +199,9 @@ def _texts(config: ml_collections.ConfigDict) -> _Task:
 def _labels(config: ml_collections.ConfigDict) -> int:
     if config.task == REGRESSION:
         return 1
-    glue = data.glue_task(config.data.name)
-    if glue is not None:
-        return len(glue.words or (0, 1))
-    return len(text.load(config, None, download=False).label_names)
+    if known := data.known("texts", text.request(config)):
+        return known.classes
+    return len(text.load(config, download=False).label_names)
 
 
 def _architecture(config: ml_collections.ConfigDict) -> tuple[Any, Any]:

@@ -92,13 +92,18 @@ def info(config: ml_collections.ConfigDict, images: data.Dataset, size: int) -> 
 
 def load(config: ml_collections.ConfigDict, *, download: bool = True) -> data.Dataset:
     """The data set that the config names, with a validation split carved from train."""
+    return data.open_images(request(config, download=download))
+
+
+def request(config: ml_collections.ConfigDict, *, download: bool = True) -> data.Request:
+    """The images that the config names."""
     c = config.data
-    return data.load_images(
+    return data.Request(
         c.name,
         data_dir=c.data_dir,
         validation=c.validation,
         train_split=c.train_split,
-        test_split=c.test_split,
+        test_splits={"test": c.test_split},
         image_key=c.image_key,
         label_key=c.label_key,
         classes=c.classes,

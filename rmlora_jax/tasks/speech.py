@@ -13,8 +13,9 @@ import ml_collections
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from rmlora_jax import data
 from rmlora_jax import methods as method
-from rmlora_jax.data.speech import SpeechDataset, load_speech
+from rmlora_jax.data.packaged import SpeechDataset
 from rmlora_jax.models.frames import Frames, FramesConfig
 from rmlora_jax.parallel.mesh import Devices, replicate
 from rmlora_jax.tasks.task import Feed, Problem, numbered
@@ -76,7 +77,13 @@ def open_problem(
 
 def load(config: ml_collections.ConfigDict) -> SpeechDataset:
     """The utterances that the config names, some of train held out for validation."""
-    return load_speech(
+    return data.open_utterances(request(config))
+
+
+def request(config: ml_collections.ConfigDict) -> data.Request:
+    """The utterances that the config names."""
+    return data.Request(
+        config.data.name,
         speakers=config.speech.speakers,
         clusters=config.speech.clusters,
         validation=config.data.validation,

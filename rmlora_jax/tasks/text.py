@@ -11,7 +11,6 @@ import ml_collections
 
 from rmlora_jax import data, hub
 from rmlora_jax import methods as method
-from rmlora_jax.data import text_batches
 from rmlora_jax.models.family import Family
 from rmlora_jax.parallel.mesh import Devices
 from rmlora_jax.tasks.task import Feed, Problem, absent_classes, checkpoint_notes
@@ -30,7 +29,7 @@ def open_problem(
     folder = hub.find_folder(config.model.source)  # mistyped? Said before any data is fetched
     tokenizer = hub.load_tokenizer(folder)
     glue = data.glue_task(config.data.name)
-    texts = load(config, glue)
+    texts = load(config)
     pretrained = hub.load_text(
         config.model.source,
         num_labels=1 if texts.label_names is None else len(texts.label_names),
@@ -93,16 +92,20 @@ def prepare(batch: dict) -> tuple[tuple, jax.Array]:
     return tuple(batch[name] for name in names), batch["label"]
 
 
-def load(
-    config: ml_collections.ConfigDict, glue: data.GlueTask | None, *, download: bool = True
-) -> data.TextDataset:
+def load(config: ml_collections.ConfigDict, *, download: bool = True) -> data.TextDataset:
     """The data set that the config names, with a validation split carved from train."""
+    return data.open_texts(request(config, download=download))
+
+
+def request(config: ml_collections.ConfigDict, *, download: bool = True) -> data.Request:
+    """The texts that the config names."""
     c, t = config.data, config.text
+    glue = data.glue_task(c.name)
     tests = {"test": c.test_split} if glue is None or c.test_split else glue.tests
     unlabelled = glue.unlabelled if glue else {}
     if c.unlabelled_split:
         unlabelled = {"predict": c.unlabelled_split}
-    return data.load_texts(
+    return data.Request(
         c.name,
         columns=tuple(t.columns) or (glue.columns if glue else ()),
         label_key=c.label_key,
@@ -153,7 +156,7 @@ def open_feed(config: ml_collections.ConfigDict, texts: data.TextDataset, tokeni
     }
 
     def train(step: int):
-        return text_batches.train_batches(
+        return data.text_batches(
             tokens["train"],
             texts.train.labels,
             config.batch_size,
@@ -164,7 +167,7 @@ def open_feed(config: ml_collections.ConfigDict, texts: data.TextDataset, tokeni
         )
 
     def evaluate(split: str):
-        return text_batches.eval_batches(
+        return data.eval_text_batches(
             tokens[split], splits[split].labels, config.eval_batch_size, **options
         )
 

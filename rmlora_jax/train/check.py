@@ -6,7 +6,7 @@ import types
 import ml_collections
 
 from rmlora_jax.adapt.lora import EXECUTIONS
-from rmlora_jax.data.speech import SPEAKERS
+from rmlora_jax.data.packaged import SPEAKERS
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.sweep import grid
 from rmlora_jax.tasks.scores import NAMES

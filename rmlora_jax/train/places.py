@@ -3,27 +3,23 @@
 What only a network can tell (whether the hub has a model) is left to those who ask it.
 """
 
-import os
 from pathlib import Path
 
 import ml_collections
 
-from rmlora_jax.data.prepare.cifar import archive_of
-from rmlora_jax.data.prepare.glue import is_glue
-from rmlora_jax.data.speech import find_files
-from rmlora_jax.data.tfds_images import Name, default_data_dir, find_prepared, not_prepared
-from rmlora_jax.errors import UserError, did_you_mean
+from rmlora_jax import data
+from rmlora_jax.errors import UserError
+from rmlora_jax.files import is_writable, near
 from rmlora_jax.hub.peft_config import CONFIG_FILE
 from rmlora_jax.hub.source import CONFIG, HUB_NAME, PACKAGED, bundled, find_folder
 from rmlora_jax.train.config import KINDS, SPEECH, TEXTS, default_config, flatten
 
-TEXT_FILES = (".csv", ".tsv", ".jsonl")
 CACHES = ("data.cache", "text.cache", "compilation_cache")
 
 
 def missing(c: ml_collections.ConfigDict) -> list[str]:
     """What is wrong with the places that a config of proper values names."""
-    return [*_model(c), *_adapter(c), *_text_files(c), *_data(c), *_caches(c)]
+    return [*_model(c), *_adapter(c), *_data(c), *_caches(c)]
 
 
 def _model(c: ml_collections.ConfigDict) -> list[str]:
@@ -39,7 +35,7 @@ def _model(c: ml_collections.ConfigDict) -> list[str]:
     try:
         find_folder(source)
     except UserError as error:
-        return [f"{field}: {error}{_near(folder)}"]
+        return [f"{field}: {error}{near(folder)}"]
     return []
 
 
@@ -54,43 +50,17 @@ def _adapter(c: ml_collections.ConfigDict) -> list[str]:
     return [f"{field}: the folder has no {CONFIG_FILE}{hint}"]
 
 
-def _text_files(c: ml_collections.ConfigDict) -> list[str]:
-    wrong = []
-    for name in ("train_file", "test_file", "predict_file"):
-        if not c.text[name]:
-            continue
-        path, field = Path(c.text[name]).expanduser(), f"config.text.{name}={c.text[name]!r}"
-        if path.suffix.lower() not in TEXT_FILES:
-            wrong.append(f"{field}: files of texts end in .csv, .tsv or .jsonl; convert it to one")
-        elif not path.is_file():
-            wrong.append(f"{field}: there is no such file{_near(path)}")
-    return wrong
-
-
 def _data(c: ml_collections.ConfigDict) -> list[str]:
     """A data set that is neither here nor fetched on first use."""
+    from rmlora_jax.tasks import images, speech, text  # speech imports base_run, which imports this
+
     if c.task not in KINDS:
         return []
-    given = c.data.data_dir and Path(c.data.data_dir).expanduser()
-    if given and given.exists() and not given.is_dir():
-        return [f"config.data.data_dir={c.data.data_dir!r}: it is a file; give a folder"]
-    try:
-        if c.task == SPEECH:
-            folder = find_files(c.data.data_dir)
-            return [] if folder.is_dir() else [f"config.data.data_dir: {_no_folder(folder)}"]
-        if c.data.name == "digits" or (c.task in TEXTS and c.text.train_file):
-            return []
-        name, folder = Name.parse(c.data.name), given or default_data_dir()
-        fetched = is_glue(name) if c.task in TEXTS else archive_of(name) is not None
-        if find_prepared(name, folder) is None:
-            if not fetched:
-                raise not_prepared(c.data.name, name, folder)
-            if not _writable(folder):
-                return [f"config.data.data_dir: {folder} cannot be written, to prepare "
-                        f"{c.data.name}; give another folder"]
-    except UserError as error:
-        return [f"config.data.name={c.data.name!r}: {error}"]
-    return []
+    if c.task == SPEECH:
+        return data.missing("utterances", speech.request(c))
+    if c.task in TEXTS:
+        return data.missing("texts", text.request(c))
+    return data.missing("images", images.request(c))
 
 
 def _caches(c: ml_collections.ConfigDict) -> list[str]:
@@ -100,22 +70,9 @@ def _caches(c: ml_collections.ConfigDict) -> list[str]:
     return [
         f"config.{field}={own[field]!r}: it cannot be written; give another folder, or '' for none"
         for field in CACHES
-        if own[field] not in ("", default[field]) and not _writable(Path(own[field]).expanduser())
+        if own[field] not in ("", default[field]) and not is_writable(Path(own[field]).expanduser())
     ]
 
 
-def _writable(folder: Path) -> bool:
-    """Whether a folder, or the nearest above it that is there, can be written."""
-    there = next((p for p in (folder, *folder.absolute().parents) if os.path.lexists(p)), folder)
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-
-
 def _no_folder(folder: Path) -> str:
-    return f"there is no folder {folder}{_near(folder)}"
-
-
-def _near(path: Path) -> str:
-    """A hint at what lies beside a path that is not there."""
-    parent = path.parent
-    names = [one.name for one in parent.iterdir()] if parent.is_dir() else []
-    return did_you_mean(path.name, names)
+    return f"there is no folder {folder}{near(folder)}"
