@@ -22,7 +22,7 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from rmlora_jax.data.dataset import ArraySource, Dataset
+from rmlora_jax.data import ArraySource, Dataset
 from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.sweep import many

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rmlora_jax as rm
-from rmlora_jax.data.progress import progress
-from rmlora_jax.errors import UserError
+from rmlora_jax.errors import UserError, progress
 from rmlora_jax.hub.info import TASKS, Info, read_info
 from rmlora_jax.hub.peft_config import CONFIG_FILE, read_config
 from rmlora_jax.hub.peft_read import load_peft, stored_labels

@@ -18,11 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rmlora_jax.data.decode import FORMATS, SUFFIXES, open_image, pixels
 from rmlora_jax.data.pipeline import stored_as
-from rmlora_jax.data.text_batches import eval_batches
-from rmlora_jax.data.tokens import tokenise
-from rmlora_jax.data.vision import augment
+from rmlora_jax.data.tokens import eval_text_batches, tokenise
+from rmlora_jax.data.vision import FORMATS, SUFFIXES, augment, open_image, pixels
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.hub.info import Info
 
@@ -66,7 +64,7 @@ def text_reader(info: Info, tokenizer) -> Callable:
     def batches(rows, batch_size):
         columns = [list(column) for column in zip(*rows, strict=True)]
         tokens = tokenise(columns, tokenizer, info.max_length)
-        for batch in eval_batches(
+        for batch in eval_text_batches(
             tokens,
             np.zeros(len(rows)),
             batch_rows(len(rows), batch_size),

@@ -5,7 +5,6 @@ from typing import Any
 
 import ml_collections
 
-from rmlora_jax import data
 from rmlora_jax.errors import UserError
 from rmlora_jax.study import plan
 from rmlora_jax.study.plan import Cell
@@ -75,8 +74,7 @@ def training_examples(config: ml_collections.ConfigDict) -> int | None:
             return len(images.load(config, download=False).train)
         if config.task == SPEECH:
             return len(speech.load(config).train.labels)
-        glue = data.glue_task(config.data.name)
-        return len(text.load(config, glue, download=False).train.ids)
+        return len(text.load(config, download=False).train.ids)
     except UserError:
         return None
 

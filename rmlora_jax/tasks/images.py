@@ -5,7 +5,6 @@ matter of memory alone.
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -36,13 +35,6 @@ from rmlora_jax.tasks.task import (
 
 COUNTED = 20_000  # streamed training examples whose labels are read before a run: seconds
 
-# Classes, training and test images, and their shape.
-# Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
-KNOWN = {
-    "cifar10": (10, 50_000, 10_000, (32, 32, 3)),
-    "cifar100": (100, 50_000, 10_000, (32, 32, 3)),
-}
-
 
 def check(config: Run) -> Iterator[Mistake]:
     """What is wrong with a config for images."""
@@ -54,7 +46,7 @@ def check(config: Run) -> Iterator[Mistake]:
 def missing(config: Run) -> Iterator[str]:
     yield from places.model(config)
     yield from places.adapter(config)
-    yield from places.images(config)
+    yield from data.missing("images", request(config))
 
 
 def open_problem(config: Run, opening: Opening) -> Problem:
@@ -133,28 +125,26 @@ def shapes(config: Run) -> Shapes:
 def known(config: Run, image_size: int) -> tuple[int, data.Storage, int]:
     """Classes, how the images are held, and how many there are."""
     c = config.data
-    if c.name in KNOWN:
-        every, train, test, shape = KNOWN[c.name]
-        classes = min(c.classes or every, every)
-        train, test = train * classes // every, test * classes // every
+    if found := data.known("images", request(config)):
+        classes = min(c.classes or found.classes, found.classes)
+        train, test = (n * classes // found.classes for n in (found.train, found.test))
         train = min(train, c.per_class * classes or train, c.limit or train)
-        size, center = data.stored_as(shape, image_size)
-        shape = shape if size is None else (size, size, shape[-1])
-        examples = train + test
-        nbytes = examples * math.prod(shape)
-        resident = c.mode == "resident" or (c.mode == "auto" and nbytes <= data.RESIDENT_LIMIT)
-        return classes, data.Storage(resident, size, shape, center, nbytes), examples
+        channels = found.image_shape[-1] if found.image_shape else 3
+        storage = data.storage_of(
+            found.image_shape, channels, train + test, image_size, mode=c.mode
+        )
+        return classes, storage, train + test
     try:
-        found = load(config, download=False)
+        images = load(config, download=False)
     except UserError as e:
         if not c.classes:
             raise UserError(
                 f"{e}\nTo compile without it, say how many classes it has: --config.data.classes=N"
             ) from e
-        size, center = data.stored_as(None, image_size)
-        return c.classes, data.Storage(False, size, (size, size, 3), center, 0), 0
-    storage = data.plan_storage(found, image_size, mode=c.mode)
-    return found.num_classes, storage, sum(map(len, (found.train, found.validation, found.test)))
+        return c.classes, data.storage_of(None, 3, 0, image_size, mode="stream"), 0
+    storage = data.plan_storage(images, image_size, mode=c.mode)
+    splits = images.train, images.validation, images.test
+    return images.num_classes, storage, sum(map(len, splits))
 
 
 def build_model(config: Run, architecture: ViTConfig, num_classes: int) -> ViT:
@@ -185,13 +175,18 @@ def info(config: Run, images: data.Dataset, size: int) -> Info:
 
 def load(config: Run, *, download: bool = True) -> data.Dataset:
     """The data set that the config names, with a validation split carved from train."""
+    return data.open_images(request(config, download=download))
+
+
+def request(config: Run, *, download: bool = True) -> data.Request:
+    """The images that the config names."""
     c = config.data
-    return data.load_images(
+    return data.Request(
         c.name,
         data_dir=c.data_dir,
         validation=c.validation,
         train_split=c.train_split,
-        test_split=c.test_split,
+        test_splits={"test": c.test_split},
         image_key=c.image_key,
         label_key=c.label_key,
         classes=c.classes,

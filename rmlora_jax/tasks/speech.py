@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from rmlora_jax import methods
+from rmlora_jax import data, methods
 from rmlora_jax.config import LARGE, WHOLE, Mistake, field
-from rmlora_jax.data.speech import SPEAKERS, SpeechDataset, find_files, load_speech
+from rmlora_jax.data.packaged import SPEAKERS, SpeechDataset
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.models.frames import Frames, FramesConfig
@@ -66,13 +66,7 @@ def missing(config: Run) -> Iterator[str]:
     folder = Path(source).expanduser()
     if source and not folder.is_dir():
         yield f"config.model.source={source!r}: {places.no_folder(folder)}"
-    yield from places.wrong_data_dir(config)
-    try:
-        folder = find_files(config.data.data_dir)
-        if not folder.is_dir():
-            yield f"config.data.data_dir: {places.no_folder(folder)}"
-    except UserError as error:
-        yield f"config.data.name={config.data.name!r}: {error}"
+    yield from data.missing("utterances", request(config))
 
 
 def open_problem(config: Run, opening: Opening) -> Problem:
@@ -126,7 +120,13 @@ def open_problem(config: Run, opening: Opening) -> Problem:
 
 def load(config: Run) -> SpeechDataset:
     """The utterances that the config names, some of train held out for validation."""
-    return load_speech(
+    return data.open_utterances(request(config))
+
+
+def request(config: Run) -> data.Request:
+    """The utterances that the config names."""
+    return data.Request(
+        config.data.name,
         speakers=config.own(Speech).speakers,
         clusters=config.own(Speech).clusters,
         validation=config.data.validation,

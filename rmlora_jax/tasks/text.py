@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from rmlora_jax import data, hub, methods
 from rmlora_jax.config import FREE, LARGE, Mistake, field
-from rmlora_jax.data import text_batches
 from rmlora_jax.fields import Run
 from rmlora_jax.models.family import Family
 from rmlora_jax.tasks import places
@@ -94,7 +93,7 @@ def check(config: Run) -> Iterator[Mistake]:
 def missing(config: Run) -> Iterator[str]:
     yield from places.model(config)
     yield from places.adapter(config)
-    yield from places.texts(config, config.own(Text))
+    yield from data.missing("texts", request(config))
 
 
 def open_problem(config: Run, opening: Opening) -> Problem:
@@ -106,7 +105,7 @@ def open_problem(config: Run, opening: Opening) -> Problem:
     folder = hub.find_folder(config.model.source)  # a mistyped name fails before data is fetched
     tokenizer = hub.load_tokenizer(folder)
     glue = data.glue_task(config.data.name)
-    texts = load(config, glue)
+    texts = load(config)
     pretrained = hub.load_text(
         config.model.source,
         num_labels=1 if texts.label_names is None else len(texts.label_names),
@@ -172,10 +171,9 @@ def shapes(config: Run) -> Shapes:
 def count_labels(config: Run) -> int:
     if config.task == VALUES:
         return 1
-    glue = data.glue_task(config.data.name)
-    if glue is not None:
-        return len(glue.words or (0, 1))
-    return len(load(config, None, download=False).label_names)
+    if found := data.known("texts", request(config)):
+        return found.classes
+    return len(load(config, download=False).label_names or ())
 
 
 def objective(config: Run) -> Objective:
@@ -209,16 +207,20 @@ def prepare(batch: dict) -> tuple[tuple, jax.Array]:
     return tuple(batch[name] for name in INPUTS), batch["label"]
 
 
-def load(
-    config: Run, glue: data.GlueTask | None, *, download: bool = True
-) -> data.TextDataset:
+def load(config: Run, *, download: bool = True) -> data.TextDataset:
     """The data set that the config names, with a validation split carved from train."""
+    return data.open_texts(request(config, download=download))
+
+
+def request(config: Run, *, download: bool = True) -> data.Request:
+    """The texts that the config names."""
     c, t = config.data, config.own(Text)
+    glue = data.glue_task(c.name)
     tests = {"test": c.test_split} if glue is None or c.test_split else glue.tests
     unlabelled = glue.unlabelled if glue else {}
     if c.unlabelled_split:
         unlabelled = {"predict": c.unlabelled_split}
-    return data.load_texts(
+    return data.Request(
         c.name,
         columns=tuple(t.columns) or (glue.columns if glue else ()),
         label_key=c.label_key,
@@ -269,7 +271,7 @@ def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> Feed:
     }
 
     def train(step: int):
-        return text_batches.train_batches(
+        return data.text_batches(
             tokens["train"],
             texts.train.labels,
             config.batch_size,
@@ -280,7 +282,7 @@ def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> Feed:
         )
 
     def evaluate(split: str):
-        return text_batches.eval_batches(
+        return data.eval_text_batches(
             tokens[split], splits[split].labels, config.eval_batch_size, **options
         )
 
@@ -299,7 +301,7 @@ def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> Feed:
 
 
 def training_examples(config: Run) -> int:
-    return len(load(config, data.glue_task(config.data.name), download=False).train.ids)
+    return len(load(config, download=False).train.ids)
 
 
 def task(name: str, help: str) -> Task:

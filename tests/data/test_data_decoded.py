@@ -9,7 +9,7 @@ import pytest
 from test_data_sources import encoded, make
 
 from rmlora_jax.data import ArraySource, Subset, cached, load_images, load_resident
-from rmlora_jax.data.decoded import fingerprint
+from rmlora_jax.data.subsets import fingerprint
 
 
 @pytest.fixture(scope="module")

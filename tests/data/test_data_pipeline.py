@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rmlora_jax.data.dataset import ArraySource, Dataset, Subset, held_out_count, hold_out
+from rmlora_jax.data import ArraySource, Dataset, Subset
 from rmlora_jax.data.pipeline import (
     batch_ids,
     eval_batches,
@@ -14,6 +14,7 @@ from rmlora_jax.data.pipeline import (
     plan_storage,
     stream_batches,
 )
+from rmlora_jax.data.subsets import held_out_count, hold_out
 from rmlora_jax.errors import UserError
 
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from rmlora_jax.data import load_images, load_resident, plan_storage
-from rmlora_jax.data.decode import decode
-from rmlora_jax.data.prepare import __main__ as prepare_command
+from rmlora_jax.data import prepare as prepare_command
+from rmlora_jax.data.vision import decode
 from rmlora_jax.errors import UserError
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rmlora_jax.data import load_texts
+from rmlora_jax.data import download, load_texts
 from rmlora_jax.data.glue import TASKS, glue_task, write_predictions
-from rmlora_jax.data.prepare import glue as glue_prepare
-from rmlora_jax.data.prepare.__main__ import prepare
+from rmlora_jax.data.prepare import prepare
 from rmlora_jax.errors import UserError
 
 SHARED = Path(__file__).parent.parent.parent.parent / "shared" / "tfds"
@@ -199,7 +198,7 @@ def published(tmp_path, monkeypatch):
         found = next(i.filename for u, i in builder.url_infos.items() if stem in u)
         (downloads / found).write_text(MRPC[part], encoding="utf-8")
     # The few lines have other checksums than the real files.
-    monkeypatch.setattr(glue_prepare, "verify", lambda path, sha256, size: None)
+    monkeypatch.setattr(download, "verify", lambda path, sha256, size: None)
     return tmp_path
 
 

@@ -9,8 +9,8 @@ import pytest
 from test_data_sources import encoded, gray, gray_rows, image_features, make
 
 from rmlora_jax.data import batch_ids, load_images, load_resident, load_texts, stream_batches
-from rmlora_jax.data.bad import BadRecord
-from rmlora_jax.data.tfds_images import TfdsImages
+from rmlora_jax.data.dataset import BadRecord
+from rmlora_jax.data.tfds import TfdsImages
 from rmlora_jax.errors import UserError
 from rmlora_jax.parallel import mesh
 from rmlora_jax.train import loop, setup

@@ -10,7 +10,7 @@ from fixtures.text.tiny import write_model
 from PIL import Image
 
 from rmlora_jax.data import tokens
-from rmlora_jax.data.decode import MOST_PIXELS_A_BYTE, decode
+from rmlora_jax.data.vision import MOST_PIXELS_A_BYTE, decode
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json_lines
 from rmlora_jax.hub import load_text, load_tokenizer, load_vit

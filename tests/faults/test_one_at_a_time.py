@@ -132,7 +132,7 @@ import sys, time, numpy as np
 from pathlib import Path
 from types import SimpleNamespace
 from transformers import AutoTokenizer
-from rmlora_jax.data.decoded import cached
+from rmlora_jax.data.pipeline import cached
 from rmlora_jax.data.tokens import tokenise
 from fixtures.text.tiny import write_model
 root, name = Path(sys.argv[1]), sys.argv[2]

@@ -13,9 +13,7 @@ from PIL import EpsImagePlugin, Image
 
 import rmlora_jax as rm
 from rmlora_jax import data, hub
-from rmlora_jax.data import text_batches
-from rmlora_jax.data.decode import decode
-from rmlora_jax.data.digits import load_digits
+from rmlora_jax.data.vision import decode
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.info import Info, write_info
 from rmlora_jax.inference import inputs
@@ -144,7 +142,7 @@ def as_trained(config, dataset, base, split, dtype="float32"):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_small_squares_give_the_trainers_logits(tiny_vit, vit, tmp_path, dtype):
-    digits = load_digits()
+    digits = data.load_images("digits")
     expected, rows = as_trained(tiny_config(tiny_vit), digits, vit, "test", dtype)
     model = classifier(vit, adapted(vit)[1], LORA, Info("image_classification", dtype=dtype))
     pixels = digits.test.images
@@ -209,7 +207,7 @@ def test_texts_give_the_trainers_logits(bert, reader):
     tokens = data.tokenise([words], tokenizer, 40)
     apply = jax.jit(lambda *arguments: module.apply({"params": params}, *arguments))
     expected = np.zeros((70, 3), np.float32)
-    for batch in text_batches.eval_batches(
+    for batch in data.eval_text_batches(
         tokens, np.zeros(70), 16, pad_id=tokenizer.pad_token_id, max_length=40
     ):
         arguments = (batch[name] for name in ("input_ids", "attention_mask", "token_type_ids"))

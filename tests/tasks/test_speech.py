@@ -12,8 +12,8 @@ from test_train_methods import changed, trained
 
 import rmlora_jax as rm
 from configs import speech as speech_config
-from rmlora_jax.data import speech as data
-from rmlora_jax.data.speech import load_speech, read_ts
+from rmlora_jax.data import packaged as data
+from rmlora_jax.data.packaged import load_speech, read_ts
 from rmlora_jax.errors import UserError
 from rmlora_jax.methods import METHODS
 from rmlora_jax.models.frames import Frames, FramesConfig
