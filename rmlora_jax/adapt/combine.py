@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
+from rmlora_jax.adapt.forms import is_factor
 from rmlora_jax.adapt.linen import reboxed, unboxed
-from rmlora_jax.adapt.lora import LoRA, is_factor
+from rmlora_jax.adapt.lora import LoRA
 from rmlora_jax.adapt.ranks import (
     Adapter,
     described,

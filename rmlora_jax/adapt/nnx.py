@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from rmlora_jax.adapt import merging, product
-from rmlora_jax.adapt.lora import DIAGONAL, FACTORS, LoRA
+from rmlora_jax.adapt import geometry as geo
+from rmlora_jax.adapt.forms import product
+from rmlora_jax.adapt.lora import LoRA
 
 __all__ = ["adapt_nnx", "merge_nnx", "pure_params"]
 
@@ -39,6 +40,8 @@ _RULES = (
 _WRAPPERS = tuple(
     _Rule(kind, "layer_instance", ("__call__",)) for kind in (nnx.WeightNorm, nnx.SpectralNorm)
 )
+# What an adapted layer has beside its leaves.
+_OWN = ("lora_form", "lora_scale", "lora_execution", "lora_dropout")
 
 
 def adapt_nnx(module: nnx.Module, lora: LoRA, rngs: nnx.Rngs | None = None) -> nnx.Module:
@@ -76,9 +79,10 @@ def merge_nnx(module: nnx.Module, lora: LoRA) -> nnx.Module:
     layers = {p: n for p, n in _modules(model).items() if hasattr(n, "lora_scale")}
     what = "it has no adapted layers" if lora.target is not None and not layers else None
     for path, layer in layers.items():
-        described = (lora.rank_of(path), lora.scale_of(path))
+        described = (lora.rank_of(path), lora.scale_of(path), lora.form)
         dtype = getattr(layer, type(layer).lora_recipe[1].weight).dtype
-        if not lora.targets(path) or described != (layer.lora_a.shape[-1], layer.lora_scale):
+        found = (layer.lora_a.shape[-1], layer.lora_scale, layer.lora_form)
+        if not lora.targets(path) or described != found:
             what = f"its layer {path!r} was adapted with another description"
         elif not jnp.issubdtype(dtype, jnp.inexact):
             what = f"its layer {path!r} has a {dtype} weight, which cannot hold W_0 + s A B"
@@ -136,7 +140,7 @@ def _rule_of(node: nnx.Module, lora: LoRA) -> _Rule | None:
 def _axes(layer, rule: _Rule) -> Sequence:
     """The axes of one layer's weight: their sizes by its fields, or the letters of an equation."""
     if rule.equation is not None:
-        return product.terms(rule.equation)[1]
+        return geo.terms(rule.equation)[1]
     if rule.kind is nnx.Linear:
         return layer.in_features, layer.out_features
     if rule.kind is nnx.LinearGeneral:
@@ -149,16 +153,16 @@ def _axes(layer, rule: _Rule) -> Sequence:
 def _geometry(layer, rule: _Rule, ndim: int = 20, equation: str | None = None):
     """How the layer's weight meets an input of ``ndim`` axes."""
     if rule.equation is not None or rule.kind is nnx.Einsum:
-        return product.Contraction(equation or rule.equation or layer.einsum_str)
+        return geo.Contraction(equation or rule.equation or layer.einsum_str)
     if rule.kind is nnx.Linear:
-        return product.DENSE
+        return geo.DENSE
     if rule.kind is nnx.LinearGeneral:
         # Flax sorts the axes: the first of in_features belongs to the foremost.
         axis = sorted(i % ndim for i in layer.axis)
-        return product.general(axis, sorted(layer.batch_axis), layer.out_features, ndim)
+        return geo.general(axis, sorted(layer.batch_axis), layer.out_features, ndim)
     if rule.kind is nnx.Embed:
-        return product.Lookup(layer.num_embeddings)
-    return product.convolution(layer)
+        return geo.Lookup(layer.num_embeddings)
+    return geo.convolution(layer)
 
 
 def _stack(layer, rule: _Rule) -> tuple[int, ...]:
@@ -248,18 +252,24 @@ def _adapt_layer(layer, rule: _Rule, lora: LoRA, path: str, stack, key, dropout_
     weight, rank, scale = getattr(layer, rule.weight), lora.rank_of(path), lora.scale_of(path)
     plain = weight.shape[len(stack) :]
     try:
-        axes = product.layout(_geometry(layer, rule), len(plain))
-        shapes = [(*stack, *shape) for shape in product.factor_shapes(plain, axes, rank)]
+        axes = geo.layout(_geometry(layer, rule), len(plain))
+        shapes = [(*stack, *shape) for shape in lora.form.shapes(plain, axes, rank)]
     except ValueError as error:
         raise ValueError(
             f"the layer {path!r} cannot be adapted: {error} Leave it out with LoRA.exclude."
         ) from None
     value = weight.get_value()
-    values, rest = product.initial_factors(key, value, axes, shapes, scale, lora)
+    values, rest = lora.form.initial(key, value, axes, shapes, scale, lora.init, lora.dtype)
     weight.set_value(rest)
     _swap_class(layer, rule)
-    for side, (name, value) in enumerate(zip(lora.factors, values, strict=True)):
-        setattr(layer, name, _factor(value, weight, side, axes, len(stack)))
+
+    def names_of(i, names):
+        names = (*names, *[None] * (weight.ndim - len(names)))
+        return lora.form.axis_names(names, axes, len(stack))[i]
+
+    for i, (name, value) in enumerate(zip(lora.factors, values, strict=True)):
+        setattr(layer, name, _leaf(value, weight, functools.partial(names_of, i)))
+    layer.lora_form = lora.form
     layer.lora_scale = scale
     layer.lora_execution = lora.execution
     if lora.dropout:
@@ -273,13 +283,11 @@ def _swap_class(node, rule: _Rule):
     object.__setattr__(node, "__class__", _adapted_class(type(node), rule, pytree))
 
 
-def _factor(value, weight: nnx.Variable, side: int, axes: product.Layout, stack: int):
-    """The Variable of a factor, placed and named as the weight's axes are."""
+def _leaf(value, weight: nnx.Variable, inherited):
+    """The Variable of a leaf, placed and named as the weight's axes are.
 
-    def inherited(names):
-        names = (*names, *[None] * (weight.ndim - len(names)))
-        return product.factor_names(names, axes, stack)[side]
-
+    ``inherited`` takes the names of the weight's axes to those of the leaf's.
+    """
     concrete = not isinstance(value, jax.core.Tracer)
     placement = getattr(weight.get_value(), "sharding", None) if concrete else None
     if isinstance(placement, jax.sharding.NamedSharding):
@@ -305,24 +313,21 @@ def _folded(model: nnx.Module) -> nnx.Module:
         cls, rule, _ = type(node).lora_recipe
         if rule not in _WRAPPERS:
             setattr(node, rule.weight, getattr(node, rule.weight).copy(_merged(node, rule)))
-        for name in (*FACTORS, DIAGONAL, "lora_scale", "lora_execution", "lora_dropout"):
-            if hasattr(node, name):
-                delattr(node, name)
+            for name in (*node.lora_form.leaves, *_OWN):
+                if hasattr(node, name):
+                    delattr(node, name)
         object.__setattr__(node, "__class__", cls)
     return model
 
 
-def _merged(layer, rule: _Rule, dtype=None, frozen: bool = False):
+def _merged(layer, rule: _Rule):
+    axes = geo.layout(_geometry(layer, rule), len(_axes(layer, rule)))
     weight = getattr(layer, rule.weight).get_value()
-    a, b = _pair(layer)
-    axes = product.layout(_geometry(layer, rule), len(_axes(layer, rule)))
-    return merging.merged_weight(weight, a, b, layer.lora_scale, axes, dtype, frozen)
+    return layer.lora_form.merged(weight, _leaves(layer), layer.lora_scale, axes)
 
 
-def _pair(layer):
-    """A, or A diag(e), and B of an adapted layer."""
-    e = layer.lora_e.get_value() if hasattr(layer, DIAGONAL) else None
-    return product.effective_a(layer.lora_a.get_value(), e), layer.lora_b.get_value()
+def _leaves(layer):
+    return tuple(getattr(layer, name).get_value() for name in layer.lora_form.leaves)
 
 
 # The adapted classes
@@ -335,38 +340,51 @@ def _run(plain, rule: _Rule, layer, *args, **kwargs):
         inner = nnx.merge(*nnx.split(layer.layer_instance, graph=True))  # with the same Variables
         vars(twin)["layer_instance"] = _folded(inner)
         return plain(twin, *args, **kwargs)
-    bound = inspect.signature(plain).bind(layer, *args, **kwargs).arguments
-    x = list(bound.values())[1]
+    bound = inspect.signature(plain).bind(layer, *args, **kwargs)
+    name_of_self, name_of_x = list(bound.arguments)[:2]
+    x = bound.arguments[name_of_x]
     dropout = getattr(layer, "lora_dropout", None)
-    drops = dropout is not None and not dropout.deterministic
-    drops = drops and plain.__name__ != "attend" and jnp.issubdtype(x.dtype, jnp.inexact)
-    equation = _equation(layer, bound) if rule.kind is nnx.Einsum else None
-    geometry = _geometry(layer, rule, jnp.ndim(x), equation)
-    # What else a class of one's own does with its weight is not known, nor what is masked.
-    thin = not rule.equation and getattr(layer, "mask", None) is None
-    merges = layer.lora_execution == "merged" and not drops
-    merges &= not thin or isinstance(geometry, product.Contraction)
-    twin = copy.copy(layer)  # the same Variables, but for the weight
-    if merges:
-        weight, dtype = getattr(layer, rule.weight), getattr(layer, "dtype", None)
-        vars(twin)[rule.weight] = weight.copy(_merged(layer, rule, dtype, frozen=thin))
-    y = plain(twin if merges else layer, *args, **kwargs)
-    if merges and not thin:
-        return y
-    (a, b), scale, precision = _pair(layer), layer.lora_scale, getattr(layer, "precision", None)
-    if plain.__name__ == "attend":
-        return y + product.low_rank_attend(x, y, a, b, scale)
-    if merges:
-        return merging.linked(y, geometry, x, a, b, scale, precision)
-    x = dropout(x) if drops else x
-    return y + product.low_rank(geometry, x, y, a, b, scale, precision)
+    if dropout is not None and (
+        dropout.deterministic
+        or plain.__name__ == "attend"
+        or not jnp.issubdtype(x.dtype, jnp.inexact)
+    ):
+        dropout = None
+    equation = _equation(layer, bound.arguments) if rule.kind is nnx.Einsum else None
+    weight, bias = getattr(layer, rule.weight), getattr(layer, "bias", None)
+
+    def on(x, value):
+        twin = layer
+        if value is not None:
+            twin = copy.copy(layer)  # the same Variables, but for the weight
+            vars(twin)[rule.weight] = weight.copy(value)
+        bound.arguments |= {name_of_self: twin, name_of_x: x}
+        return plain(*bound.args, **bound.kwargs)
+
+    return product(
+        x,
+        weight.get_value(),
+        layer.lora_form,
+        _leaves(layer),
+        _geometry(layer, rule, jnp.ndim(x), equation),
+        layer=on,
+        scale=layer.lora_scale,
+        execution="factored" if dropout is not None else layer.lora_execution,
+        attends=plain.__name__ == "attend",
+        drop=dropout,
+        # What else a class of one's own does with its weight is not known, nor what a mask hides.
+        affine=not rule.equation and getattr(layer, "mask", None) is None,
+        bias=bias.get_value() if _is_variable(bias) else None,
+        precision=getattr(layer, "precision", None),
+        dtype=getattr(layer, "dtype", None),
+    )
 
 
 def _equation(layer, bound):
     """An equation given at the call, which must use the weight as the layer's own does."""
     equation = bound.get("einsum_str") or layer.einsum_str
     found, own = (
-        product.layout(product.Contraction(e), None) for e in (equation, layer.einsum_str)
+        geo.layout(geo.Contraction(e), None) for e in (equation, layer.einsum_str)
     )
     if found != own:
         raise ValueError(

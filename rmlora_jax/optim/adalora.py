@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmlora_jax.optim.diagonal import Diagonal, find_diagonals
-from rmlora_jax.optim.factors import flatten, is_absent
+from rmlora_jax.optim.factors import Diagonal, find_diagonals, flatten, is_absent
 from rmlora_jax.optim.orthogonality import add_orthogonality
 from rmlora_jax.optim.precision import check_params, clip_by_norm, in_float32
 

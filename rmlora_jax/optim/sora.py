@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmlora_jax.optim.diagonal import find_diagonals
-from rmlora_jax.optim.factors import flatten, is_absent
+from rmlora_jax.optim.factors import find_diagonals, flatten, is_absent
 from rmlora_jax.optim.precision import check_params, clip_by_norm, in_float32
 
 # SparseAdamW is built without an eps, which leaves it that of Transformers' AdamW.
@@ -129,7 +128,7 @@ def surviving(params: Any) -> dict[str, jax.Array]:
       of gates that are not}``, float32 scalars. Works under ``jax.jit`` and ``jax.vmap``.
 
     Raises:
-      ValueError: as :func:`rmlora_jax.optim.diagonal.find_diagonals`.
+      ValueError: as :func:`rmlora_jax.optim.factors.find_diagonals`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -151,7 +150,7 @@ def surviving_parameters(params: Any) -> int:
     """How many parameters the factors have once directions with a zero gate are cut off.
 
     A direction costs in + out; its gate is folded into B and costs nothing. For the host, not for
-    ``jax.jit``. Raises ValueError as :func:`rmlora_jax.optim.diagonal.find_diagonals`.
+    ``jax.jit``. Raises ValueError as :func:`rmlora_jax.optim.factors.find_diagonals`.
 
     >>> import jax.numpy as jnp
     >>> params = {"lora_a": jnp.ones((3, 4)), "lora_b": jnp.ones((4, 2))}

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import rmlora_jax as rm
 from rmlora_jax import methods
-from rmlora_jax.adapt.lora import FACTORS
+from rmlora_jax.adapt.forms import FACTORS
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run as Config
 from rmlora_jax.parallel.mesh import Devices, replicate, spread
