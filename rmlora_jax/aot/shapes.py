@@ -14,7 +14,8 @@ import rmlora_jax as rm
 from rmlora_jax import data
 from rmlora_jax import methods as method
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub.published import find_architecture
+from rmlora_jax.hub.pretrained import find_architecture
+from rmlora_jax.models.family import IMAGES
 from rmlora_jax.parallel.mesh import Devices, base_sharding, spread
 from rmlora_jax.sweep import many
 from rmlora_jax.tasks import images, text
@@ -218,7 +219,7 @@ def _architecture(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
     family, found = find_architecture(
         config.model.source, image_size=config.model.image_size or None
     )
-    if hasattr(found, "image_size") != (config.task == KINDS[0]):
+    if (family.inputs is IMAGES) != (config.task == KINDS[0]):
         raise UserError(
             f"config.model.source={config.model.source!r} is a {family.classifier}, which does not "
             f"fit config.task={config.task!r}; give another --config.model.source"

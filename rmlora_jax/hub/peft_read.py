@@ -11,18 +11,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rmlora_jax.adapt.lora import FACTORS, WEIGHTS, LoRA
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub.peft_config import CONFIG_FILE, PeftConfig, ends_with, read_config
-from rmlora_jax.hub.peft_names import PREFIX, Base
+from rmlora_jax.hub.peft_config import CONFIG_FILE, PREFIX, PeftConfig, ends_with, read_config
 from rmlora_jax.hub.peft_write import EMBEDDING, LAYER, WEIGHTS_FILE, alpha_of
 from rmlora_jax.hub.pickled import PickledTensors
+from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.safetensors_file import SafetensorsFile
-from rmlora_jax.hub.weights import Entry, some, stored_shape
+from rmlora_jax.hub.weights import some, stored_shape
+from rmlora_jax.models.family import Entry
 
 OLD_WEIGHTS_FILE = "adapter_model.bin"
 FACTOR = re.compile(r"(.+)\.({})".format("|".join(map(re.escape, (*LAYER, *EMBEDDING)))))
 
 
-def load_peft(folder: str | Path, base: Base, *, saved: bool = True) -> tuple[dict, LoRA]:
+def load_peft(folder: str | Path, base: Pretrained, *, saved: bool = True) -> tuple[dict, LoRA]:
     """The adapter in a folder, as parameters of the adapted model and their description.
 
     Reads what `save_peft` and PEFT (in PyTorch) write, for every family of models that can be
@@ -120,7 +121,7 @@ class _Found(NamedTuple):
     saved: dict[tuple[str, int], str]  # (path, layer) -> name in the file
 
 
-def _sorted_out(folder: Path, tensors, base: Base, shapes) -> _Found:
+def _sorted_out(folder: Path, tensors, base: Pretrained, shapes) -> _Found:
     """Every tensor of the file, found in the family's table.
 
     Raises:

@@ -16,8 +16,7 @@ from rmlora_jax import data
 from rmlora_jax import methods as method
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub import Info, Pretrained, find_folder, load_vit, new_vit_head
-from rmlora_jax.models import ViT
-from rmlora_jax.models.vit_config import ViTConfig
+from rmlora_jax.models import ViT, ViTConfig
 from rmlora_jax.parallel.mesh import Devices, replicate
 from rmlora_jax.tasks.task import Feed, Problem, absent_classes, checkpoint_notes, numbered
 from rmlora_jax.train.config import data_seed

@@ -11,8 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import rmlora_jax as rm
 from rmlora_jax import hub
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub.card import model_card
-from rmlora_jax.hub.info import Info, read_info, write_info
+from rmlora_jax.hub.info import Info, model_card, read_info, write_info
 from rmlora_jax.tasks.task import Problem
 from rmlora_jax.train.base_run import read_config
 from rmlora_jax.train.checkpoint import best_trainable

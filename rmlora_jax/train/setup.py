@@ -20,7 +20,7 @@ import rmlora_jax as rm
 from rmlora_jax import hub
 from rmlora_jax import methods as method
 from rmlora_jax.errors import UserError
-from rmlora_jax.models.inserts import with_inserts
+from rmlora_jax.models.blocks import with_inserts
 from rmlora_jax.parallel.mesh import (
     Devices,
     check_divisible,
