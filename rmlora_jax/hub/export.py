@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from flax.core import meta
-from flax.traverse_util import flatten_dict
 
 from rmlora_jax.adapt.lora import is_factor
 from rmlora_jax.errors import UserError
@@ -16,7 +15,7 @@ from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import CONFIG, EXTRAS, KINDS, PREPROCESSOR, read_json
 from rmlora_jax.hub.tokenizer import FILES
 from rmlora_jax.hub.weights import some, stored_tensors
-from rmlora_jax.models.family import param_shapes
+from rmlora_jax.models.family import flat_params, param_shapes
 
 CARD = "README.md"
 
@@ -135,6 +134,7 @@ def preprocessor(base: Pretrained, info: Info) -> dict[str, Any]:
     channels, as here.
     """
     side = base.image_size
+    assert side is not None
     square = {"height": side, "width": side}
     config = {
         "image_processor_type": "ViTImageProcessor",
@@ -189,7 +189,7 @@ def _check_info(info: Info, base: Pretrained) -> None:
 
 def _checked(params: Any, base: Pretrained) -> dict[str, np.ndarray]:
     """'/'-joined path -> value of exactly the parameters that the model's files hold."""
-    flat = flatten_dict(meta.unbox(params), sep="/")
+    flat = flat_params(meta.unbox(params))
     if factors := [path for path in flat if is_factor(path.split("/"))]:
         raise UserError(f"params: {some(factors)} are low-rank factors; save what "
                         "rm.merge(params, lora) returns")

@@ -74,7 +74,9 @@ class Info:
     @property
     def outputs(self) -> int | None:
         """Outputs of the model; None where they are not known."""
-        return 1 if self.is_regression else self.labels and len(self.labels)
+        if self.is_regression:
+            return 1
+        return len(self.labels) if self.labels else None
 
     def label(self, index: int) -> str:
         """The name of a class, its number where it has none."""
@@ -95,7 +97,7 @@ def read_info(folder: Path) -> Info | None:
     path = folder / FILE
     if not path.exists():
         return None
-    raw = read_json(path)
+    raw: dict[str, Any] = read_json(path)
     checks = {
         "task": lambda x: isinstance(x, str) and x in TASKS,
         "labels": lambda x: x is None or _strings(x, 1, 100_000),
@@ -112,8 +114,8 @@ def read_info(folder: Path) -> Info | None:
     if "task" not in raw or wrong:
         raise UserError(f"{path}: {wrong[0] if wrong else 'task'} is missing, unknown or wrong; "
                         "copy the folder again")
-    tuples = {k: tuple(raw[k]) for k in ("labels", "columns") if raw.get(k) is not None}
-    return Info(**raw | tuples)
+    raw |= {k: tuple(raw[k]) for k in ("labels", "columns") if raw.get(k) is not None}
+    return Info(**raw)
 
 
 def _count(value: Any) -> bool:

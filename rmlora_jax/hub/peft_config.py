@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import read_json
+from rmlora_jax.models.family import flat_params
 
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."  # what PEFT puts in front of the names of modules
@@ -217,7 +217,7 @@ class Names:
 
     def __init__(self, base: Pretrained, old_names: bool):
         self.base, self.which = base, 0 if old_names else -1
-        shapes = {path: np.shape(x) for path, x in flatten_dict(base.params, sep="/").items()}
+        shapes = {path: np.shape(x) for path, x in flat_params(base.params).items()}
         self.entries = {e.path: e for e in base.family.table if e.path in shapes}
         self.layers = max((shapes[p][0] for p, e in self.entries.items() if e.stacked), default=1)
         self.modules = {

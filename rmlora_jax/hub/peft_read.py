@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from rmlora_jax.adapt.lora import FACTORS, WEIGHTS, LoRA
 from rmlora_jax.errors import UserError
@@ -17,7 +17,7 @@ from rmlora_jax.hub.pickled import PickledTensors
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.safetensors_file import SafetensorsFile
 from rmlora_jax.hub.weights import some, stored_shape
-from rmlora_jax.models.family import Entry
+from rmlora_jax.models.family import Entry, flat_params
 
 OLD_WEIGHTS_FILE = "adapter_model.bin"
 FACTOR = re.compile(r"(.+)\.({})".format("|".join(map(re.escape, (*LAYER, *EMBEDDING)))))
@@ -51,7 +51,7 @@ def load_peft(folder: str | Path, base: Pretrained, *, saved: bool = True) -> tu
     """
     folder = Path(folder)
     config, tensors = read_config(folder), _open(folder)
-    params = dict(flatten_dict(base.params, sep="/"))
+    params = flat_params(base.params)
     shapes = {path: np.shape(x) for path, x in params.items()}
     found = _sorted_out(folder, tensors, base, shapes)
     _check_complete(folder, config, found, shapes)

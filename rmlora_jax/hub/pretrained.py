@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_config, find_folder, read_json
 from rmlora_jax.hub.weights import Tensors, read_params
 from rmlora_jax.models import FAMILIES
-from rmlora_jax.models.family import IMAGES, TEXTS, Family, Inputs, param_shapes
+from rmlora_jax.models.family import IMAGES, TEXTS, Family, Inputs, flat_params, param_shapes
 
 
 class Pretrained(NamedTuple):
@@ -176,7 +176,7 @@ def _load(
         trained=family.new,
         dtype=dtype,
     )
-    found = flatten_dict(read.params, sep="/")
+    found = flat_params(read.params)
     paths = (entry.path for entry in family.table if entry.path in shapes)
     new = tuple(path for path in paths if path not in found)
     found |= {path: np.zeros(shapes[path], np.float32) for path in new}
@@ -207,7 +207,7 @@ def new_head(pretrained: Pretrained, key: jax.Array) -> Pretrained:
     Nothing is read.
     """
     family, config = pretrained.family, pretrained.config
-    params = flatten_dict(pretrained.params, sep="/")
+    params = flat_params(pretrained.params)
     for number, path in enumerate(sorted(pretrained.new)):
         if path.endswith("/kernel"):
             params[path] = family.draw(config, key, number, params[path].shape)

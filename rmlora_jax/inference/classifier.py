@@ -124,7 +124,8 @@ def classifier(
 
     @jax.jit
     def forward(params, *inputs):
-        return model.apply({"params": params}, *inputs, train=False).astype(jnp.float32)
+        logits = model.apply({"params": params}, *inputs, train=False)
+        return jnp.asarray(logits, jnp.float32)
 
     return Classifier(base, model, jax.device_put(params), info, read, forward)
 

@@ -44,7 +44,7 @@ class ImageReader:
     """
 
     def __init__(self, base: Pretrained, info: Info):
-        assert base.image_size is not None
+        assert base.image_size and base.image_mean and base.image_std
         self.info, self.image_size = info, base.image_size
         prepare = functools.partial(
             augment,

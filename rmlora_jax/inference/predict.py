@@ -110,7 +110,7 @@ def _cells(rows: Sequence[Prediction], number: str) -> tuple[list[str], list[lis
     if rows[0].label is None:
         return ["input", "value"], [[name, number.format(row.value)] for name, row in pairs]
     heading = ["input", "label", "probability"]
-    return heading, [[name, row.label, number.format(row.probability)] for name, row in pairs]
+    return heading, [[name, str(row.label), number.format(row.probability)] for name, row in pairs]
 
 
 def _short(text: str) -> str:

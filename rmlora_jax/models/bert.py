@@ -197,7 +197,7 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """All layers: (B, N, D) -> (B, N, D), and every hidden state where ``collect``."""
 
-    config: BertConfig
+    config: Any  # BertConfig, or another with its fields of the layers
     dtype: Any
     param_dtype: Any
     deterministic: bool

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -191,6 +191,9 @@ def param_shapes(family: Family, config, num_labels: int) -> Mapping[str, tuple[
     model = family.model(config, num_labels)
     example = family.inputs.example(config)
     params = jax.eval_shape(model.init, jax.random.key(0), *example)["params"]
-    return MappingProxyType(
-        {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
-    )
+    return MappingProxyType({path: leaf.shape for path, leaf in flat_params(params).items()})
+
+
+def flat_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """'/'-joined path -> parameter."""
+    return cast(dict[str, Any], flatten_dict(params, sep="/"))
