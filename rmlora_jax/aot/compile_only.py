@@ -16,7 +16,7 @@ from rmlora_jax.aot.shapes import RunShapes, open_shapes
 from rmlora_jax.aot.topology import chip_of, tpu_devices
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.models.parts import REMAT
+from rmlora_jax.models.blocks import REMAT
 from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.mesh import Devices, all_devices
 from rmlora_jax.train import loop, terminal

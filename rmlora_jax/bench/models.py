@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.models import Bert, BertConfig, Deberta, DebertaConfig, ViT, ViTConfig
 from rmlora_jax.models.attention import IMPLEMENTATIONS
-from rmlora_jax.models.parts import REMAT
+from rmlora_jax.models.blocks import REMAT
 
 CLASSES = 10  # outputs of the head, of every model
 

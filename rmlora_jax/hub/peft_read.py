@@ -7,25 +7,26 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from rmlora_jax.adapt import DESCRIPTIONS
 from rmlora_jax.adapt.geometry import Layout
 from rmlora_jax.adapt.lora import WEIGHTS, LoRA
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub.peft_config import CONFIG_FILE, PeftConfig, ends_with, read_config
-from rmlora_jax.hub.peft_names import PREFIX, Base
+from rmlora_jax.hub.peft_config import CONFIG_FILE, PREFIX, PeftConfig, ends_with, read_config
 from rmlora_jax.hub.peft_write import WEIGHTS_FILE, alpha_of, peft_leaves
 from rmlora_jax.hub.pickled import PickledTensors
+from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.safetensors_file import SafetensorsFile
-from rmlora_jax.hub.weights import Entry, some, stored_shape
+from rmlora_jax.hub.weights import some, stored_shape
+from rmlora_jax.models.family import Entry, flat_params
 
 OLD_WEIGHTS_FILE = "adapter_model.bin"
 NAMES = {name for d in DESCRIPTIONS for names in d.form.peft or () for name in names}
 LEAF = re.compile(r"(.+)\.({})".format("|".join(map(re.escape, sorted(NAMES)))))
 
 
-def load_peft(folder: str | Path, base: Base, *, saved: bool = True) -> tuple[dict, LoRA]:
+def load_peft(folder: str | Path, base: Pretrained, *, saved: bool = True) -> tuple[dict, LoRA]:
     """The adapter in a folder, as parameters of the adapted model and their description.
 
     Reads what `save_peft` and PEFT (in PyTorch) write, for every family of models that can be
@@ -53,7 +54,7 @@ def load_peft(folder: str | Path, base: Base, *, saved: bool = True) -> tuple[di
     """
     folder = Path(folder)
     config, tensors = read_config(folder), _open(folder)
-    params = dict(flatten_dict(base.params, sep="/"))
+    params = flat_params(base.params)
     shapes = {path: np.shape(x) for path, x in params.items()}
     found = _sorted_out(folder, config, tensors, base, shapes)
     _check_complete(folder, config, found, shapes)
@@ -124,7 +125,7 @@ class _Found(NamedTuple):
     saved: dict[tuple[str, int], str]  # (path, layer) -> name in the file
 
 
-def _sorted_out(folder: Path, config: PeftConfig, tensors, base: Base, shapes) -> _Found:
+def _sorted_out(folder: Path, config: PeftConfig, tensors, base: Pretrained, shapes) -> _Found:
     """Every tensor of the file, found in the family's table.
 
     Raises:

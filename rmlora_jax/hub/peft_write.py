@@ -22,21 +22,21 @@ from rmlora_jax.adapt.ranks import alpha_for, to_lora
 from rmlora_jax.adapt.tree import adapted_weights
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import new_folder, write_bytes_atomic, write_json, write_text_atomic
-from rmlora_jax.hub.card import adapter_card
-from rmlora_jax.hub.info import Info, write_info
-from rmlora_jax.hub.peft_config import CONFIG_FILE, endings
-from rmlora_jax.hub.peft_names import PREFIX, Base, Names
-from rmlora_jax.hub.text import PretrainedText
-from rmlora_jax.hub.weights import Entry, some, stored_tensors, to_stored
+from rmlora_jax.hub.info import Info, adapter_card, write_info
+from rmlora_jax.hub.peft_config import CONFIG_FILE, PREFIX, Names, endings
+from rmlora_jax.hub.pretrained import Pretrained
+from rmlora_jax.hub.weights import some, stored_tensors, to_stored
+from rmlora_jax.models.family import Entry
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+TASK_TYPES = {"SequenceClassification": "SEQ_CLS"}  # PEFT has none for images
 
 
 def save_peft(
     folder: str | Path,
     params: Mapping[str, Any],
     lora: LoRA,
-    base: Base,
+    base: Pretrained,
     *,
     info: Info | None = None,
     old_names: bool = False,
@@ -54,7 +54,7 @@ def save_peft(
       folder: to write; it appears as a whole or not at all.
       params: parameters of the adapted model, base included, as `rmlora_jax.join` gives them.
       lora: their description.
-      base: what `load_vit` or `load_text` returned, of which ``params`` are an adaptation.
+      base: what `load_pretrained` returned, of which ``params`` are an adaptation.
       info: classes and preprocessing, kept beside the adapter and in its README.md.
       old_names: name a ViT's modules as transformers up to 5.8 does, not as later ones do. (Files
         of the other families have one spelling.) PEFT looks for the names of the version that it
@@ -112,7 +112,7 @@ def save_peft(
     return Path(folder)
 
 
-def _config(names: Names, base: Base, lora: LoRA, ranks, alphas, saved) -> dict[str, Any]:
+def _config(names: Names, base: Pretrained, lora: LoRA, ranks, alphas, saved) -> dict[str, Any]:
     """The content of adapter_config.json, with every field that old releases of PEFT want."""
     r, alpha = Counter((ranks[name], alphas[name]) for name in ranks).most_common(1)[0][0]
 
@@ -143,7 +143,7 @@ def _config(names: Names, base: Base, lora: LoRA, ranks, alphas, saved) -> dict[
         "alpha_pattern": pattern(alphas, alpha),
         "revision": None,
         "target_modules": endings(ranks, names.modules),
-        "task_type": "SEQ_CLS" if isinstance(base, PretrainedText) else None,
+        "task_type": TASK_TYPES.get(base.family.purpose),
         "use_rslora": lora.rs,
         **lora.form.peft_fields,
     }
@@ -193,7 +193,7 @@ def _from_untouched(weight, a, b, scale: float, lora: LoRA):
     return jnp.concatenate([a, a0], -1), jnp.concatenate([b, -b0], -2)
 
 
-def _saved_modules(names, flat, lora: LoRA, base: Base) -> list[str]:
+def _saved_modules(names, flat, lora: LoRA, base: Pretrained) -> list[str]:
     """Names of the modules to keep as a whole: those trained beside the factors, or new."""
     own = [p for p in flat if not is_factor(p.split("/")) and (lora.trains(p) or p in base.new)]
     unknown = [path for path in own if path not in names.entries]

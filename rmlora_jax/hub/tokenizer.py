@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from rmlora_jax.errors import UserError, first_line
-from rmlora_jax.models.hf_config import LARGEST
+from rmlora_jax.models.config import LARGEST
 
 # Without any of these transformers makes an empty tokenizer, to which every word is unknown.
 FILES = (

@@ -1,4 +1,4 @@
-"""Tensors of Hugging Face checkpoints as parameter trees, driven by one table a model family."""
+"""Tensors of Hugging Face checkpoints as parameter trees, through the table of a model family."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,36 +13,11 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.hub.pickled import PickledTensors
 from rmlora_jax.hub.safetensors_file import SafetensorsFile
 from rmlora_jax.hub.source import KINDS, shards
-
-# How a stored tensor becomes a parameter: the axes for numpy.transpose. PyTorch's Linear keeps
-# (out, in), its Conv2d (out, in, height, width). The inverse permutation leads back.
-AS_IS = None
-LINEAR = (1, 0)
-CONV = (2, 3, 1, 0)
+from rmlora_jax.models.family import Entry
 
 LFS_POINTER = b"version https://git-lfs"
 
 MISMATCH = "Do its config.json and weights belong together?"
-
-
-class Entry(NamedTuple):
-    """One parameter and its names in published files.
-
-    Attributes:
-      path: '/'-joined path in the parameter tree.
-      axes: axes for ``numpy.transpose`` from file to parameter (of one layer), None for none.
-      names: its spellings in files, the oldest generation first; ``{}`` stands for the layer's
-        number, and then the parameter is stacked over the layers on axis 0.
-    """
-
-    path: str
-    axes: tuple[int, ...] | None
-    names: tuple[str, ...]
-
-    @property
-    def stacked(self) -> bool:
-        """Whether the parameter is stacked over the layers."""
-        return "{}" in self.names[0]
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -233,7 +208,7 @@ def to_stored(value: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
 
     Contiguous, because the writer of safetensors takes the raw buffer of a transposed array.
 
-    >>> to_stored(np.array([[1, 2, 3], [4, 5, 6]]), LINEAR).tolist()
+    >>> to_stored(np.array([[1, 2, 3], [4, 5, 6]]), axes=(1, 0)).tolist()
     [[1, 4], [2, 5], [3, 6]]
     """
     value = np.asarray(value)
@@ -261,7 +236,7 @@ def stored_tensors(
 def stored_shape(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[int, ...]:
     """The shape in the file of a parameter (of one layer): the inverse of ``Entry.axes``.
 
-    >>> stored_shape((16, 16, 3, 768), CONV)
+    >>> stored_shape((16, 16, 3, 768), axes=(2, 3, 1, 0))
     (768, 3, 16, 16)
     """
     return shape if axes is None else tuple(shape[i] for i in np.argsort(axes))

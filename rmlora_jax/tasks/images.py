@@ -16,8 +16,8 @@ from rmlora_jax.config import Mistake
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.hub import Info, Pretrained, find_folder, load_vit, new_vit_head
-from rmlora_jax.models import ViT
-from rmlora_jax.models.vit_config import ViTConfig
+from rmlora_jax.models import ViT, ViTConfig
+from rmlora_jax.models.family import IMAGES
 from rmlora_jax.parallel.mesh import Devices, replicate
 from rmlora_jax.tasks import places
 from rmlora_jax.tasks.task import (
@@ -91,7 +91,7 @@ def shapes(config: Run) -> Shapes:
     Raises:
       UserError: what of the config is not known without more than is here.
     """
-    architecture = places.architecture(config)
+    _, architecture = places.architecture(config, IMAGES)
     classes, storage, examples = known(config, architecture.image_size)
     b, struct = config.batch_size, jax.ShapeDtypeStruct
     batch, resident = {"id": struct((b,), jnp.int32)}, {}

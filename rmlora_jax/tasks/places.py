@@ -14,8 +14,9 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import is_writable, near
 from rmlora_jax.hub.peft_config import CONFIG_FILE
-from rmlora_jax.hub.published import find_architecture
+from rmlora_jax.hub.pretrained import find_architecture
 from rmlora_jax.hub.source import CONFIG, HUB_NAME, PACKAGED, bundled, find_folder
+from rmlora_jax.models.family import Family, Inputs
 
 
 def no_texts(config: Run) -> Iterator[Mistake]:
@@ -65,23 +66,21 @@ def caches(c: Run) -> Iterator[str]:
                    "none")
 
 
-def family_and_architecture(c: Run) -> tuple[Any, Any]:
+def architecture(c: Run, inputs: Inputs) -> tuple[Family, Any]:
     """The family and the config of the model, from its config.json alone.
+
+    ``inputs`` are what a model of the task is called with.
 
     Raises:
       UserError: they are not on this machine, or do not fit the task.
     """
     family, found = find_architecture(c.model.source, image_size=c.model.image_size or None)
-    if hasattr(found, "image_size") != (c.task == "image_classification"):
+    if family.inputs is not inputs:
         raise UserError(
             f"config.model.source={c.model.source!r} is a {family.classifier}, which does not "
             f"fit config.task={c.task!r}; give another --config.model.source"
         )
     return family, found
-
-
-def architecture(c: Run) -> Any:
-    return family_and_architecture(c)[1]
 
 
 def no_folder(folder: Path) -> str:

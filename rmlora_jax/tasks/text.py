@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rmlora_jax import data, hub, methods
 from rmlora_jax.config import FREE, LARGE, Mistake, field
 from rmlora_jax.fields import Run
-from rmlora_jax.models.family import Family
+from rmlora_jax.models.family import TEXTS, Family
 from rmlora_jax.tasks import places
 from rmlora_jax.tasks.scores import NAMES
 from rmlora_jax.tasks.task import (
@@ -150,7 +150,7 @@ def shapes(config: Run) -> Shapes:
     Raises:
       UserError: what of the config is not known without more than is here.
     """
-    family, architecture = places.family_and_architecture(config)
+    family, architecture = places.architecture(config, TEXTS)
     outputs, example = count_labels(config), example_of(config)
     b, length, struct = config.batch_size, config.own(Text).max_length, jax.ShapeDtypeStruct
     batch = {n: struct((b, length), x.dtype) for n, x in zip(INPUTS, example, strict=True)}

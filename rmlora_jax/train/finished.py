@@ -13,8 +13,7 @@ from rmlora_jax import hub, methods
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import read_object
-from rmlora_jax.hub.card import model_card
-from rmlora_jax.hub.info import Info, read_info, write_info
+from rmlora_jax.hub.info import Info, model_card, read_info, write_info
 from rmlora_jax.tasks.task import Problem
 from rmlora_jax.train.checkpoint import best_trainable
 from rmlora_jax.train.config import default_config, flatten, resolve

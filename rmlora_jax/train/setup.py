@@ -19,7 +19,7 @@ import rmlora_jax as rm
 from rmlora_jax import hub, methods
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.models.inserts import with_inserts
+from rmlora_jax.models.blocks import with_inserts
 from rmlora_jax.parallel.mesh import (
     Devices,
     check_divisible,

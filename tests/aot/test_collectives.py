@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from rmlora_jax.aot.collectives import Collective, collectives, total_bytes
-from rmlora_jax.models.parts import ACTIVATIONS
+from rmlora_jax.models.blocks import ACTIVATIONS
 from rmlora_jax.parallel.mesh import AXIS, all_devices, shard
 from rmlora_jax.train import setup
 from rmlora_jax.train.config import resolve

@@ -18,7 +18,8 @@ from rmlora_jax.aot.compile_only import collective_rows, compile_only, refused, 
 from rmlora_jax.aot.shapes import RunShapes, open_shapes
 from rmlora_jax.aot.topology import CHIPS, chip_of, tpu_devices
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub.published import PUBLISHED, find_architecture
+from rmlora_jax.hub.pretrained import find_architecture
+from rmlora_jax.hub.source import PUBLISHED
 from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.sweep import many

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from rmlora_jax.aot.flops import flops
-from rmlora_jax.models import ViT
-from rmlora_jax.models.vit_config import ViTConfig
+from rmlora_jax.models import ViT, ViTConfig
 
 
 def of(fn, *shapes):

@@ -1,7 +1,6 @@
 """The readers of files from outside, each with files to begin with: what fuzz.py damages."""
 
 import csv
-import functools
 import io
 import json
 import os
@@ -111,30 +110,9 @@ def read_index(folder):
 # Models
 
 
-def remember_shapes():
-    """Traces a model of the same sizes once: it takes most of the time, and no file is read."""
-    from rmlora_jax.models import family as module
-
-    if hasattr(module.param_shapes, "cache_info"):
-        return
-    trace, families = module.param_shapes, {}
-
-    @functools.lru_cache(1000)
-    def shapes(key, config, labels):
-        return trace(families[key], config, labels)
-
-    def remembered(family, config, labels):
-        families[family.model] = family
-        return dict(shapes(family.model, config, labels))
-
-    remembered.cache_info = shapes.cache_info
-    module.param_shapes = remembered
-
-
 def read_vit(folder):
     from rmlora_jax.hub import load_vit
 
-    remember_shapes()
     load_vit(folder, num_classes=5)
 
 
@@ -147,7 +125,6 @@ def make_text(folder):
 def read_text(folder):
     from rmlora_jax.hub import load_text
 
-    remember_shapes()
     load_text(folder, num_labels=3)
 
 

@@ -22,7 +22,7 @@ FETCHING = {"urlopen", "urlretrieve", "hf_hub_download", "snapshot_download", "c
 COMPARES = "rmlora_jax/bench/peft.py"  # with PEFT in PyTorch, where the user installed it
 MAY_FETCH = {  # what the config names: a data set, a model
     "rmlora_jax/data/prepare/download.py", "rmlora_jax/data/prepare/__main__.py",
-    "rmlora_jax/hub/source.py", "rmlora_jax/hub/published.py",
+    "rmlora_jax/hub/source.py",
 }
 
 

@@ -38,7 +38,7 @@ def adapted(base, dtype="float32"):
     key = base.source, base.num_labels
     if key not in MADE:
         example = jnp.zeros((1, 4), jnp.int32)
-        if hasattr(base, "image_size"):
+        if base.image_size:
             example = jnp.zeros((1, base.image_size, base.image_size, 3))
         random = np.random.RandomState(2)
 
@@ -388,10 +388,10 @@ def test_parts_that_do_not_belong_together(vit, bert):
     for base, info, words in (
         (vit, Info("text_classification"), "it is a model of images"),
         (bert, Info("image_classification"), "it is a model of texts"),
-        (vit, Info("image_classification", ("a", "b")), "5 outputs where 2 are said"),
-        (bert, Info("text_regression"), "3 outputs where 1 are said"),
-        (vit, Info("image_classification", image_size=32), "16 pixels where 32 are said"),
-        (bert, Info("text_classification", max_length=65), "64 tokens where 65 are said"),
+        (vit, Info("image_classification", ("a", "b")), "5 outputs, but 2 are needed"),
+        (bert, Info("text_regression"), "3 outputs, but 1 are needed"),
+        (vit, Info("image_classification", image_size=32), "16 pixels, but 32 are needed"),
+        (bert, Info("text_classification", max_length=65), "64 tokens, but 65 are needed"),
     ):
         with pytest.raises(UserError, match=words):
             classifier(base, base.params, None, info)
