@@ -1,20 +1,28 @@
-"""Every field of a study, with its meaning, and the checks made before anything runs."""
+"""Every field of a study, with its meaning; its tasks, and the checks made before anything runs.
 
+A task is a config file of runs, with fields that are set on top.
+"""
+
+import ast
+import copy
+import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import ml_collections
 
 from rmlora_jax.errors import UserError, did_you_mean
-from rmlora_jax.study import plan, tasks
+from rmlora_jax.study import plan
 from rmlora_jax.study.pictures import PICTURES
-from rmlora_jax.study.program import program
+from rmlora_jax.study.plan import ConfigDict
+from rmlora_jax.study.program import ROOT, program
 from rmlora_jax.train.check import check_config
-from rmlora_jax.train.config import METHODS, SWEEPABLE
+from rmlora_jax.train.config import METHODS, SWEEPABLE, flatten
 from rmlora_jax.train.kinds import is_names, is_number, mistakes_of_kind, with_defaults
 
 
-def default_study() -> ml_collections.ConfigDict:
+def default_study() -> ConfigDict:
     """The fields of a study. A file in ``configs/`` starts from these and changes what it needs."""
     c = ml_collections.ConfigDict()
     c.study = ""  # its name; its folder and its rows bear it
@@ -44,7 +52,7 @@ def default_study() -> ml_collections.ConfigDict:
     return c
 
 
-def check_study(c: ml_collections.ConfigDict) -> dict[tuple, ml_collections.ConfigDict]:
+def check_study(c: ConfigDict) -> dict[tuple, ConfigDict]:
     """The config that the runs of every place share (`plan.place`), tasks in their order.
 
     Raises one UserError that lists every mistake.
@@ -66,8 +74,8 @@ def check_study(c: ml_collections.ConfigDict) -> dict[tuple, ml_collections.Conf
                     f"config.{field}: no {what} {name!r}: there are {', '.join(allowed)}{hint}"
                 )
 
-    name = re.fullmatch(r"\w[\w.-]{0,99}", c.study)
-    need("study" in kinds or name, "study", "the study's name, of letters, digits, -, _ and .")
+    named = re.fullmatch(r"\w[\w.-]{0,99}", c.study) is not None
+    need("study" in kinds or named, "study", "the study's name, of letters, digits, -, _ and .")
     need("tasks" in kinds or len(c.tasks) > 0, "tasks", "one config file or more")
     need("methods" in kinds or len(c.methods) > 0, "methods", "one method or more")
     need(len(set(c.methods)) == len(c.methods), "methods", "methods, each of them once")
@@ -87,8 +95,8 @@ def check_study(c: ml_collections.ConfigDict) -> dict[tuple, ml_collections.Conf
     need(len(c.variants) > 0, "variants", "one tuple of fields or more; ((),) for none")
     known("grid", c.grid, tuple(SWEEPABLE), "name")
     for name, values in c.grid.items():
-        fine = isinstance(values, tuple | list) and values and all(map(is_number, values))
-        fine = fine and len(set(values)) == len(values)
+        fine = isinstance(values, tuple | list) and len(values) > 0
+        fine = fine and all(map(is_number, values)) and len(set(values)) == len(values)
         need(fine, f"grid.{name}", "a tuple of numbers, each once")
         if name == "learning_rate":
             wrong.append("config.grid.learning_rate: give the rates as config.rates")
@@ -104,10 +112,10 @@ def check_study(c: ml_collections.ConfigDict) -> dict[tuple, ml_collections.Conf
     if wrong:
         raise UserError("\n".join(wrong))
 
-    opened, bases = tasks.open_tasks(c), {}
+    opened, bases = open_tasks(c), {}
     for cell in plan.cells(c, opened):
         try:
-            base = tasks.configured(c, opened[cell.task], cell.method, cell.variant)
+            base = configured(c, opened[cell.task], cell.method, cell.variant)
             bases[plan.place(cell)] = base
             whole = program(cell, base, Path(), at_once=c.at_once, shared=c.shared)
             check_config(ml_collections.ConfigDict(whole.config))
@@ -117,3 +125,96 @@ def check_study(c: ml_collections.ConfigDict) -> dict[tuple, ml_collections.Conf
     if wrong:
         raise UserError("\n".join(dict.fromkeys(wrong)))
     return bases
+
+
+def open_tasks(study: ConfigDict) -> dict[str, ConfigDict]:
+    """The config of every task by its name, with the fields of the study, of the task, and
+    ``study.set`` on top.
+
+    A task is called what stands behind its ``as``, or else as its data: "cola" for "glue/cola".
+
+    Raises:
+      UserError: a file cannot be had, a field does not exist, or two tasks have one name.
+    """
+    opened = {}
+    for text in study.tasks:
+        file, fields, name = parse(text)
+        config = load(file)
+        for field in (*study.fields, *fields, *study.set):
+            override(config, field)
+        name = name or config.data.name.rsplit("/", 1)[-1].partition(":")[0]
+        if name in opened:
+            raise UserError(
+                f"config.tasks: two are called {name!r}; name one of them, such as "
+                f"{text + ' as OTHER'!r}"
+            )
+        opened[name] = config
+    return opened
+
+
+def parse(text: str) -> tuple[str, tuple[str, ...], str]:
+    """The file, the fields and the name of a task ("" without one).
+
+    >>> parse("configs/minilm_glue.py:rte epochs=20 as long")
+    ('configs/minilm_glue.py:rte', ('epochs=20',), 'long')
+    """
+    file, *fields = text.split() or [""]
+    name = ""
+    if len(fields) >= 2 and fields[-2] == "as":
+        *fields, _, name = fields
+    return file, tuple(fields), name
+
+
+def load(text: str) -> ConfigDict:
+    """The config of ``FILE`` or ``FILE:ARGUMENT``, looked for here and then beside the package."""
+    name, _, argument = text.partition(":")
+    file = next((p for p in (Path(name), ROOT / name) if p.is_file()), None)
+    if file is None:
+        raise UserError(f"config.tasks: there is no config file {name!r}")
+    spec = importlib.util.spec_from_file_location(f"task_{file.stem}", file)
+    assert spec is not None and spec.loader is not None  # every name of Python code has both
+    module = importlib.util.module_from_spec(spec)
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))  # a config may build on another: from configs import ...
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever is wrong in a file that someone wrote
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise UserError(f"config.tasks: {file} cannot be read as a config ({why})") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"config.tasks: get_config of {file} gives no ConfigDict of a run")
+    return config
+
+
+def configured(study, base: ConfigDict, method: str, variant=()):
+    """The config of the runs of a method on a task: a copy, with the fields of both and the
+    variant's."""
+    config = copy.deepcopy(base)
+    config.method = method
+    for field in (*study.method_set.get(method, ()), *variant):
+        override(config, field)
+    return config
+
+
+def override(config: ConfigDict, text: str) -> None:
+    """Sets ``"a.b=value"``; a value is a Python literal, where the field is no text.
+
+    Raises:
+      UserError: there is no such field, or the value is of another type.
+    """
+    path, equals, value = text.partition("=")
+    flat = flatten(config)
+    if not equals or path not in flat:
+        hint = did_you_mean(path, flat)
+        raise UserError(f"{text!r}: must be a field and its value, such as epochs=4{hint}")
+    *parents, name = path.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    try:
+        node[name] = value if node.get_type(name) is str else ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError) as e:
+        raise UserError(f"{text!r}: must be like {flat[path]!r}") from e

@@ -8,16 +8,15 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import ml_collections
-
 from rmlora_jax.tasks.scores import higher_is_better
 from rmlora_jax.train.config import FREE_ON_RESUME, SWEEPABLE, default_config, flatten
 
 CHOOSE, FINAL = "choose", "final"
 FIRST_CHOOSE_SEED = 100
 
-Setting = Mapping[str, float]  # name of rmlora_jax.train.config.SWEEPABLE -> value
-
+Setting = dict[str, float]  # name of rmlora_jax.train.config.SWEEPABLE -> value
+# ml_collections.ConfigDict, whose attributes have the union of all types that a field may have.
+ConfigDict = Any
 
 # rm_lora at special values of its own fields: bit for bit these methods.
 AS_RM_LORA = {
@@ -51,7 +50,7 @@ class Cell(NamedTuple):
         return " ".join([self.task, self.method, *self.variant, self.stage])
 
 
-def cells(study: ml_collections.ConfigDict, tasks: Iterable[str]) -> tuple[Cell, ...]:
+def cells(study: ConfigDict, tasks: Iterable[str]) -> tuple[Cell, ...]:
     """Everything that the study runs, in order: for each task and method first the choice of its
     rate, at the task's own fields, then every variant."""
     choose = tuple(range(FIRST_CHOOSE_SEED, FIRST_CHOOSE_SEED + study.choose_seeds))
@@ -69,13 +68,13 @@ def cells(study: ml_collections.ConfigDict, tasks: Iterable[str]) -> tuple[Cell,
     return tuple(found)
 
 
-def rates_of(study: ml_collections.ConfigDict, method: str) -> tuple[float, ...]:
+def rates_of(study: ConfigDict, method: str) -> tuple[float, ...]:
     """The learning rates that a method chooses from."""
     grids = {"full": study.full_rates, "head": study.head_rates}
     return tuple(float(rate) for rate in grids.get(method, study.rates))
 
 
-def grid_settings(study: ml_collections.ConfigDict) -> tuple[Setting, ...]:
+def grid_settings(study: ConfigDict) -> tuple[Setting, ...]:
     """The product of ``study.grid``: one empty setting where it is empty."""
     names = sorted(study.grid)
     products = itertools.product(*(study.grid[name] for name in names))

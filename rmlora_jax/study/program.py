@@ -20,13 +20,13 @@ from absl import logging
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json, write_json
 from rmlora_jax.study import plan
-from rmlora_jax.study.plan import Cell
+from rmlora_jax.study.plan import Cell, ConfigDict
 from rmlora_jax.study.rows import finished, row_of
-from rmlora_jax.study.tasks import ROOT
 from rmlora_jax.sweep import train as sweep
 from rmlora_jax.train import loop
 from rmlora_jax.train.config import is_sweep, with_values
 
+ROOT = Path(__file__).parent.parent.parent  # where configs/ lies in a checkout
 ROWS = ".rows.json"  # beside the program's folder
 
 
@@ -45,7 +45,7 @@ class Program(NamedTuple):
 
 def program(
     cell: Cell,
-    base: ml_collections.ConfigDict,
+    base: ConfigDict,
     workdir: Path,
     *,
     at_once: int = 0,
@@ -62,7 +62,7 @@ def program(
         base = with_values(base, {})
         base.method = "rm_lora"
         also = {"penalty": base.rm.penalty, "keep": base.rm.keep} | plan.AS_RM_LORA[cell.method]
-    config = with_values(base, also | cell.settings[0])
+    config: ConfigDict = with_values(base, also | cell.settings[0])
     config.seed = cell.seeds[0]
     if cell.runs > 1:
         config.sweep.seeds = len(cell.seeds)
@@ -91,7 +91,7 @@ def swept(settings: Sequence[Mapping[str, float]], always: bool = False) -> str:
     return repr([dict(s) for s in settings]) if always or len(settings) > 1 else ""
 
 
-def trainer(config: ml_collections.ConfigDict, workdir: Path) -> None:
+def trainer(config: ConfigDict, workdir: Path) -> None:
     (sweep.train if is_sweep(config) else loop.train)(config, workdir)
 
 
@@ -168,14 +168,12 @@ def in_own_process(program: Program, study: str) -> list[dict]:
 def main(file: str) -> None:
     logging.set_verbosity(logging.WARNING)  # as in run.py
     stored = read_json(file)
-    cell = stored["cell"]
-    cell = Cell(**cell | {name: tuple(cell[name]) for name in ("settings", "seeds", "variant")})
-    runs = tuple((key, setting, seed) for key, setting, seed in stored["runs"])
-    whole = Program(cell, _tuples(stored["config"]), runs, stored["folder"])
+    cell = Cell(**_tuples(stored["cell"]))
+    whole = Program(cell, _tuples(stored["config"]), _tuples(stored["runs"]), stored["folder"])
     write_json(whole.folder + ROWS, train(whole, stored["study"]))
 
 
-def _tuples(value):
+def _tuples(value: Any) -> Any:
     """JSON has no tuples, a config no lists."""
     if isinstance(value, dict):
         return {name: _tuples(v) for name, v in value.items()}

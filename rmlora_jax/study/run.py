@@ -3,20 +3,18 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import ml_collections
-
 from rmlora_jax.files import write_text_atomic
 from rmlora_jax.study import plan, program, tables
 from rmlora_jax.study.config import check_study
 from rmlora_jax.study.cost import cost_table
 from rmlora_jax.study.pictures import write_pictures
-from rmlora_jax.study.plan import Cell
+from rmlora_jax.study.plan import Cell, ConfigDict
 from rmlora_jax.study.rows import ROWS, append_rows, read_rows
 from rmlora_jax.train.workdir import opened
 
 
 def run_study(
-    study: ml_collections.ConfigDict, workdir: Path, *, trainer: Callable | None = None
+    study: ConfigDict, workdir: Path, *, trainer: Callable | None = None
 ) -> list[dict]:
     """Runs what of the study has no row yet in ``workdir/rows.jsonl``, writes its table and
     pictures, and returns its rows. With ``study.dry_run`` it prints the plan and its cost only.
@@ -74,7 +72,7 @@ def runs(count: int) -> str:
     return f"{count} run" + "s" * (count != 1)
 
 
-def write_results(study: ml_collections.ConfigDict, workdir: Path, rows: list[dict]) -> None:
+def write_results(study: ConfigDict, workdir: Path, rows: list[dict]) -> None:
     """``table.md``, ``table.csv`` and the pictures that the study asks for."""
     markdown = tables.markdown(rows)
     written = [
