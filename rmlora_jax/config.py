@@ -254,6 +254,11 @@ def is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
+def is_names(value: Any) -> bool:
+    """Whether it is a tuple of names."""
+    return isinstance(value, tuple | list) and all(map(is_name, value))
+
+
 def is_pair(value: Any, *, whole: bool = False) -> bool:
     """Whether it is a regular expression and a number above 0."""
     return (

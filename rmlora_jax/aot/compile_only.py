@@ -10,8 +10,7 @@ import time
 import jax
 
 from rmlora_jax import methods
-from rmlora_jax.aot.collectives import Collective, collectives, total_bytes
-from rmlora_jax.aot.flops import flops
+from rmlora_jax.aot.counts import Collective, collectives, flops, total_bytes
 from rmlora_jax.aot.shapes import RunShapes, open_shapes
 from rmlora_jax.aot.topology import chip_of, tpu_devices
 from rmlora_jax.errors import UserError
@@ -19,6 +18,7 @@ from rmlora_jax.fields import Run
 from rmlora_jax.models.blocks import REMAT
 from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.mesh import Devices, all_devices
+from rmlora_jax.report.records import amount
 from rmlora_jax.train import loop, terminal
 
 
@@ -122,17 +122,6 @@ def turns(times: int | None) -> str:
     if times is None:
         return " in a loop without a known end"
     return f" in a loop of {times} turns" if times > 1 else ""
-
-
-def amount(size: int) -> str:
-    """
-    >>> amount(123), amount(1536), amount(2 * 2**20), amount(3 * 2**30)
-    ('123 bytes', '1.5 KiB', '2.0 MiB', '3.0 GiB')
-    """
-    for power, name in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size >= 1024**power:
-            return f"{size / 1024**power:.1f} {name}"
-    return f"{size} bytes"
 
 
 def refused(error: Exception) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import NoReturn
 import jax
 
 from rmlora_jax.adapt.lora import EXECUTIONS
-from rmlora_jax.bench import models
-from rmlora_jax.bench.variants import MODULES, USUAL, VARIANTS
+from rmlora_jax.bench.models import MODELS, MODULES, Entry, find_model
+from rmlora_jax.bench.variants import USUAL, VARIANTS
 from rmlora_jax.errors import UserError, did_you_mean
+from rmlora_jax.models.attention import IMPLEMENTATIONS
+from rmlora_jax.models.blocks import REMAT
+from rmlora_jax.train.terminal import format_table
 
 DTYPES = ("bfloat16", "float16", "float32")
 SWEEPS = {
@@ -22,8 +26,8 @@ SWEEPS = {
     "modules": tuple(MODULES),
 }
 # Flags that a variant can have for itself, and their values.
-OWN = {"unroll": "all, or a number of layers", "remat": models.REMAT, "execution": EXECUTIONS,
-       "attention": models.IMPLEMENTATIONS}
+OWN = {"unroll": "all, or a number of layers", "remat": REMAT, "execution": EXECUTIONS,
+       "attention": IMPLEMENTATIONS}
 SWEEP_VARIANTS = ("floor", "lora", "rm_lora")
 
 
@@ -62,8 +66,8 @@ class Options:
         return method, dataclasses.replace(self, **own)
 
     @property
-    def entry(self) -> models.Entry:
-        return models.find_model(self.model, self.image_size, self.length)
+    def entry(self) -> Entry:
+        return find_model(self.model, self.image_size, self.length)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = parser.add_argument
-    flag("--model", default="vit-base", help=", ".join(models.MODELS))
+    flag("--model", default="vit-base", help=", ".join(MODELS))
     flag("--batch", type=int, help="examples a step; None: the model's own")
     flag("--image_size", type=int, help="pixels, for images")
     flag("--length", type=int, help="tokens, for texts")
@@ -90,9 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     flag("--dtype", help="of the computation; None: bfloat16, on a CPU float32")
     flag("--base_dtype", help="in which the frozen weights are held; None: as --dtype")
     flag("--unroll", default="all", help="layers a turn of the scan, or all")
-    flag("--remat", default="none", help=", ".join(models.REMAT))
+    flag("--remat", default="none", help=", ".join(REMAT))
     flag("--execution", default="auto", help=", ".join(EXECUTIONS))
-    flag("--attention", default="auto", help=", ".join(models.IMPLEMENTATIONS))
+    flag("--attention", default="auto", help=", ".join(IMPLEMENTATIONS))
     flag("--repeats", type=int, default=10, help="turns of all variants")
     flag("--steps", type=int, help="of a stretch; None: as many as take 0.2 s")
     flag("--variants", help=f"any of {','.join(VARIANTS)}, each with flags of its own behind a "
@@ -119,9 +123,9 @@ def parse(arguments: Sequence[str]) -> Options:
         raise UserError(
             f"there is no argument {word}{did_you_mean(word, flags)}\n--help lists the flags"
         )
-    entry = models.find_model(given.model, given.image_size, given.length)
-    for name, known in (("modules", MODULES), ("remat", models.REMAT), ("execution", EXECUTIONS),
-                        ("attention", models.IMPLEMENTATIONS)):
+    entry = find_model(given.model, given.image_size, given.length)
+    for name, known in (("modules", MODULES), ("remat", REMAT), ("execution", EXECUTIONS),
+                        ("attention", IMPLEMENTATIONS)):
         _among(f"--{name}", getattr(given, name), known)
     dtype = given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     for name, value in (("--dtype", dtype), ("--base_dtype", given.base_dtype or dtype)):
@@ -147,6 +151,37 @@ def parse(arguments: Sequence[str]) -> Options:
     for name in ("batch", "rank", "repeats", "steps"):
         _at_least_one(f"--{name}", getattr(options, name))
     return options
+
+
+def check_folder(out: str) -> None:
+    """Raises a UserError where the results could not be written, before anything is timed."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(13, "no permission to write")
+    except OSError as error:
+        raise UserError(f"--out={out}: {error.strerror}; type another folder") from None
+
+
+def header(options: Options) -> str:
+    """The table that the command begins with."""
+    devices = jax.devices()
+    others = f", the first of {len(devices)}" if len(devices) > 1 else ""
+    dtypes = options.dtype
+    if options.base_dtype != options.dtype:
+        dtypes += f", base in {options.base_dtype}"
+    swept = ", ".join(map(str, options.values))
+    return format_table("rmlora_jax.bench", [
+        ("device", devices[0].device_kind + others),
+        ("model", options.model),
+        ("batch", options.batch),
+        ("rank", f"{options.rank}, on {options.modules}"),
+        ("dtype", dtypes),
+        ("layers", f"unroll {options.unroll}, remat {options.remat}"),
+        (options.sweep or "sweep", swept or None),
+        ("variants", ", ".join(options.variants) + (", PEFT" if options.peft else "")),
+        ("out", options.out),
+    ])
 
 
 def _among(flag: str, value: str, known) -> None:
@@ -198,7 +233,7 @@ def _parsed(variant: str, layers: int) -> tuple[str, dict[str, str | int]]:
     return method, own
 
 
-def _values(sweep: str, text: str | None, model: str, entry: models.Entry) -> tuple:
+def _values(sweep: str, text: str | None, model: str, entry: Entry) -> tuple:
     """What a sweep goes through."""
     if not sweep:
         return ()
@@ -208,7 +243,7 @@ def _values(sweep: str, text: str | None, model: str, entry: models.Entry) -> tu
                 f"{model} reads images, which have no length to sweep; type another --model, or "
                 "--sweep=batch"
             )
-        longest = models.longest_text(entry.config)
+        longest = entry.config.longest
         if text is None:
             return tuple(v for v in SWEEPS[sweep] if longest is None or v <= longest)
     if text is None:
@@ -222,7 +257,7 @@ def _values(sweep: str, text: str | None, model: str, entry: models.Entry) -> tu
         raise UserError(f"--values={text} must be whole numbers of at least 1, with commas between")
     if sweep == "length":
         for value in values:
-            models.find_model(model, length=int(value))
+            find_model(model, length=int(value))
     return tuple(map(int, values))
 
 

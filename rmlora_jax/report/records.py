@@ -1,4 +1,4 @@
-"""What a run has left in its folder, read: ``metrics.jsonl`` and ``intrinsic.jsonl``.
+"""What a run has left in its folder, read: curves over the steps, kinds of modules, words.
 
 `rmlora_jax.train.metrics` writes both files and describes their lines.
 """
@@ -6,6 +6,8 @@
 import math
 import os
 import pathlib
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from rmlora_jax.files import read_json_lines
 
 METRICS = "metrics.jsonl"
 INTRINSIC = "intrinsic.jsonl"
+ORDER = ("query", "key", "value", "out", "intermediate", "fc1", "output", "fc2")
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
@@ -59,6 +62,84 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
         "Delete that line, or start again with another --workdir.")
 
 
+def series(history: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the lines that have ``key``, as float64 arrays."""
+    pairs = [(row["step"], row[key]) for row in history if row.get(key) is not None]
+    steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def bin_means(x: np.ndarray, y: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means of neighbouring points, cut into at most ``bins`` groups of near equal size."""
+    bins = max(min(bins, len(x)), 1)
+    return (np.array([p.mean() for p in np.array_split(x, bins)]),
+            np.array([p.mean() for p in np.array_split(y, bins)]))
+
+
+def finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points whose y is a finite number."""
+    return x[np.isfinite(y)], y[np.isfinite(y)]
+
+
+def smooth(y: np.ndarray) -> np.ndarray:
+    """Moving average over about a twentieth of the points.
+
+    It is centred, and narrower near the start, where curves are steep; the end keeps its width.
+    """
+    half = max(len(y) // 40, 1) if len(y) >= 8 else 0
+    return np.array([y[i - min(half, i): i + min(half, i) + 1].mean() for i in range(len(y))])
+
+
+def by_kind(modules: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+    """Module paths gathered into kinds: singular_values (L, r), effective_rank (L,) of each.
+
+    A stacked module is a kind by itself. Modules that differ only in their layer's number (a path
+    component that is a number or ends in ``_number``) are the layers of one kind, by that number.
+    A kind is named by the shortest end of its path that no other kind shares.
+    """
+    gathered = {}
+    for path, values in modules.items():
+        if not np.size(values.get("singular_values", ())):
+            continue
+        found = re.search(r"(?:^|/|_)(\d+)(?=/|$)", path)
+        stacked = values["singular_values"].ndim > 1
+        kind, layer = path, 0
+        if found and not stacked:
+            kind, layer = path[:found.start()] + path[found.end():], int(found[1])
+        gathered.setdefault(kind.lstrip("/") or "module", []).append((layer, values))
+    names = _short_names(list(gathered))
+    return {names[kind]: _stack([v for _, v in sorted(gathered[kind], key=lambda entry: entry[0])])
+            for kind in sorted(gathered, key=lambda k: (_place(k), k))}
+
+
+def _stack(layers):
+    rows = [row for v in layers
+            for row in v["singular_values"].reshape(-1, v["singular_values"].shape[-1])]
+    singular = np.full((len(rows), max(map(len, rows))), np.nan)  # nan: left white
+    for target, row in zip(singular, rows, strict=True):
+        target[: len(row)] = row
+    ranks = np.concatenate([np.ravel(v.get("effective_rank", np.nan)) for v in layers])
+    return {"singular_values": singular, "effective_rank": ranks}
+
+
+def _place(kind: str) -> int:
+    last = kind.rsplit("/", 1)[-1]
+    return ORDER.index(last) if last in ORDER else len(ORDER)
+
+
+def _short_names(paths: Sequence[str]) -> dict[str, str]:
+    def ends(path, n):
+        return "/".join(path.split("/")[-n:])
+
+    names = {}
+    for path in paths:
+        n = 1
+        while n <= path.count("/") and sum(ends(p, n) == ends(path, n) for p in paths) > 1:
+            n += 1
+        names[path] = ends(path, n)
+    return names
+
+
 def number(value: float | None) -> str:
     """Four decimals; small values in scientific notation; ``-`` for None.
 
@@ -68,6 +149,18 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
+
+
+def amount(size: int) -> str:
+    """Bytes in the largest fitting unit.
+
+    >>> amount(123), amount(1536), amount(2 * 2**20), amount(3 * 2**30)
+    ('123 bytes', '1.5 KiB', '2.0 MiB', '3.0 GiB')
+    """
+    for power, name in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if size >= 1024**power:
+            return f"{size / 1024**power:.1f} {name}"
+    return f"{size} bytes"
 
 
 def duration(seconds: float) -> str:

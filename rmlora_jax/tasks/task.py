@@ -4,7 +4,7 @@ A new task is one file of this room and one line of the registry in ``tasks/__in
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +127,8 @@ class Task(NamedTuple):
       open: (config, opening) -> the problem; raises UserError.
       shapes: config -> the run as shapes; raises UserError.
       training_examples: config -> how many there are, without a network; raises UserError.
+      unit: of the loss, for an axis.
+      facts: config as ``config.json`` has it -> rows of the report beside those of all tasks.
     """
 
     name: str
@@ -136,6 +138,8 @@ class Task(NamedTuple):
     open: Callable[[Run, Opening], Problem]
     shapes: Callable[[Run], Shapes]
     training_examples: Callable[[Run], int]
+    unit: str = "nats per example"
+    facts: Callable[[Mapping[str, Any]], dict[str, str]] = lambda config: {}
 
 
 def classification(label_smoothing: float = 0.0) -> Objective:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -304,9 +304,14 @@ def training_examples(config: Run) -> int:
     return len(load(config, download=False).train.ids)
 
 
-def task(name: str, help: str) -> Task:
-    return Task(name, help, check, missing, open_problem, shapes, training_examples)
+def facts(config: Mapping[str, Any]) -> dict[str, str]:
+    length = config.get("text", {}).get("max_length")
+    return {} if length is None else {"text": f"at most {length} tokens"}
 
 
-CLASSIFICATION = task(CLASSES, "the class of one or two texts")
-REGRESSION = task(VALUES, "a number for one or two texts")
+def task(name: str, help: str, unit: str) -> Task:
+    return Task(name, help, check, missing, open_problem, shapes, training_examples, unit, facts)
+
+
+CLASSIFICATION = task(CLASSES, "the class of one or two texts", "nats per example")
+REGRESSION = task(VALUES, "a number for one or two texts", "squared error")

@@ -13,8 +13,8 @@ from marks import slow
 
 from rmlora_jax.aot import compile_only as module
 from rmlora_jax.aot import topology
-from rmlora_jax.aot.collectives import Collective
 from rmlora_jax.aot.compile_only import collective_rows, compile_only, refused, smaller
+from rmlora_jax.aot.counts import Collective
 from rmlora_jax.aot.shapes import RunShapes, open_shapes
 from rmlora_jax.aot.topology import CHIPS, chip_of, tpu_devices
 from rmlora_jax.errors import UserError
@@ -22,6 +22,7 @@ from rmlora_jax.hub.pretrained import find_architecture
 from rmlora_jax.hub.source import PUBLISHED
 from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.mesh import all_devices, shard
+from rmlora_jax.report.records import amount
 from rmlora_jax.sweep import many
 from rmlora_jax.sweep.grid import runs
 from rmlora_jax.train import setup
@@ -171,7 +172,7 @@ def test_memory_decides(config, monkeypatch, capsys):
     run = open_shapes(resolve(config), all_devices())
     need = memory.needed(run.step.lower(*run.arguments).compile())
     reduced = 4 * (run.trainable_parameters + 2)
-    for words in ("8 x cpu", "16, 2 a device", module.amount(need), "1 all-reduce,",
+    for words in ("8 x cpu", "16, 2 a device", amount(need), "1 all-reduce,",
                   f"{reduced:,} bytes; gradients are {reduced - 8:,}", "TFLOP"):
         assert words in said
     assert "of 1024.0 GiB" in said
@@ -179,7 +180,7 @@ def test_memory_decides(config, monkeypatch, capsys):
     with pytest.raises(UserError) as raised:
         compile_only(resolve(config))
     text = str(raised.value)
-    assert module.amount(need) in text and "8 devices of this machine" in text
+    assert amount(need) in text and "8 devices of this machine" in text
     assert len(text.splitlines()) == 2
     for words in ("model.remat=dots", "model.remat=full", "accumulate=2", "batch_size=8",
                   "model.base_dtype=bfloat16"):

@@ -19,7 +19,7 @@ NEVER_IMPORTED = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib
 # Functions, and what their arguments must or must not be.
 NEVER_CALLED = {"eval", "exec", "os.system", "os.popen", "torch.load", "torch.jit.load"}
 FETCHING = {"urlopen", "urlretrieve", "hf_hub_download", "snapshot_download", "create_connection"}
-COMPARES = "rmlora_jax/bench/peft.py"  # with PEFT in PyTorch, where the user installed it
+COMPARES = "rmlora_jax/bench/torch_peft.py"  # with PEFT in PyTorch, where the user installed it
 MAY_FETCH = {  # what the config names: a data set, a model
     "rmlora_jax/data/prepare/download.py", "rmlora_jax/data/prepare/__main__.py",
     "rmlora_jax/hub/source.py",

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import quickstart
-from rmlora_jax.aot.collectives import collectives
+from rmlora_jax.aot.counts import collectives
 from rmlora_jax.errors import UserError
 from rmlora_jax.parallel.mesh import all_devices, base_sharding, in_groups, shard
 from rmlora_jax.sweep import train as sweep

@@ -19,8 +19,9 @@ from fake_devices import with_devices
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json, write_json
-from rmlora_jax.study import lines, plan, program, rows, tables, tasks, trajectory
-from rmlora_jax.study.config import check_study, default_study
+from rmlora_jax.study import config as study_config
+from rmlora_jax.study import lines, plan, program, rows, tables
+from rmlora_jax.study.config import check_study, default_study, open_tasks
 from rmlora_jax.study.cost import cost_table, seconds_per_example
 from rmlora_jax.study.pictures import PICTURES, write_pictures
 from rmlora_jax.study.run import run_study
@@ -35,7 +36,7 @@ SHIPPED = ("paper_table.py", "ablation.py:grid", "ablation.py:frequency", "intri
 
 def shipped(name):
     file, _, part = name.partition(":")
-    return tasks.load(f"configs/{file}:{part}" if part else f"configs/{file}")
+    return study_config.load(f"configs/{file}:{part}" if part else f"configs/{file}")
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def leave(folder, config, together=1):
 ])
 def test_shipped_studies_have_their_runs(name, runs):
     c = shipped(name)
-    cells = plan.cells(c, tasks.open_tasks(c))
+    cells = plan.cells(c, open_tasks(c))
     assert sum(cell.runs for cell in cells) == runs
     for cell in cells:
         if cell.stage == "choose":
@@ -135,7 +136,7 @@ def test_shipped_studies_have_their_runs(name, runs):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_studies_are_fine(name):
     c = shipped(name)
-    assert {task for task, *_ in check_study(c)} == set(tasks.open_tasks(c))
+    assert {task for task, *_ in check_study(c)} == set(open_tasks(c))
     assert c.study == name.replace(".py", "").replace(":", "_")
 
 
@@ -211,14 +212,14 @@ def test_tasks_are_files_with_fields_and_names():
     c.tasks = ("configs/minilm_glue.py:rte epochs=3 as short", "configs/quickstart.py steps=7",
                "configs/minilm_glue.py:rte")
     c.fields, c.set = ("batch_size=8", "steps=5"), ("data.data_dir=/a=b", "seed=3")
-    found = tasks.open_tasks(c)
+    found = open_tasks(c)
     assert list(found) == ["short", "digits", "rte"]
     assert found["short"].epochs == 3.0 and found["rte"].epochs == 10.0
     assert [t.steps for t in found.values()] == [5, 7, 5]
     assert {t.data.data_dir for t in found.values()} == {"/a=b"}
     assert {(t.batch_size, t.seed) for t in found.values()} == {(8, 3)}
     c.method_set.lora = ("optimizer.lora_plus=16",)
-    both = [tasks.configured(c, found["rte"], m, ("lora.rank=2",)) for m in ("lora", "head")]
+    both = [study_config.configured(c, found["rte"], m, ("lora.rank=2",)) for m in ("lora", "head")]
     assert [(t.method, t.optimizer.lora_plus, t.lora.rank) for t in both] == [
         ("lora", 16.0, 2), ("head", 1.0, 2)]
     assert found["rte"].lora.rank == 4  # a copy was changed
@@ -633,7 +634,7 @@ def test_trajectory_from_snapshots_is_that_of_whole_matrices(tmp_path):
         a, b = rng.standard_normal((3, 12, 2)), rng.standard_normal((3, 2, 9))
         taken.append(3.0 * (a @ b))  # s = 6 / 2
         snapshots.save(tmp_path, step, {"layers": {"q": {"lora_a": a, "lora_b": b}}})
-    found = trajectory.trajectory(tmp_path, c.to_dict())
+    found = rows.trajectory(tmp_path, c.to_dict())
     assert found["step"] == [10, 20, 30] and found["bound"] == [4, 8, 9]
     for k, (rank, effective) in enumerate(
             zip(found["numerical_rank"], found["effective_rank"], strict=True), 1):
@@ -648,13 +649,13 @@ def test_trajectory_from_snapshots_is_that_of_whole_matrices(tmp_path):
         assert effective == pytest.approx(np.mean(effectives), rel=1e-3)
     assert found["layers"] == pytest.approx(effectives, rel=1e-3)
     assert found["numerical_rank"][-1] > 2  # more than r, which one update never has
-    assert trajectory.trajectory(tmp_path / "none", c.to_dict()) is None
+    assert rows.trajectory(tmp_path / "none", c.to_dict()) is None
 
 
 def test_dimension_takes_modules_at_the_top():
     tree = {"lora_a": np.eye(4, 1), "lora_b": np.ones((1, 3))}
     still = {"lora_a": np.eye(4, 1), "lora_b": np.zeros((1, 3))}
-    found = trajectory.dimension([still, tree], rm.LoRA(rank=1))
+    found = rows.dimension([still, tree], rm.LoRA(rank=1))
     assert float(found[""]["numerical_rank"]) == 1
 
 

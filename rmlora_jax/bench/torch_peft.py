@@ -4,7 +4,8 @@ LoRA of the same rank on the same linear layers of the model of transformers, we
 eager mode; everything, the factors too, is in the compute dtype, which is PEFT at its fastest. The
 second row adds what the authors of RM-LoRA do, written anew from its description: after each
 backward pass a Python loop over the modules draws k of r rank directions and sets the gradients of
-the others to 0, and the penalty of every module is added to the loss.
+the others to 0, and the penalty of every module is added to the loss. PyTorch and PEFT are
+installed by those who compare, and imported only then.
 """
 
 import dataclasses
@@ -17,9 +18,8 @@ from typing import Any
 
 import jax
 
-from rmlora_jax.bench.compiled import Program
-from rmlora_jax.bench.flops import LINEARS, step_flops
-from rmlora_jax.bench.models import CLASSES, Entry
+from rmlora_jax.bench.measure import Program
+from rmlora_jax.bench.models import CLASSES, LINEARS, Entry, step_flops
 from rmlora_jax.bench.options import Options
 from rmlora_jax.bench.variants import LEARNING_RATE
 from rmlora_jax.errors import UserError
@@ -39,7 +39,7 @@ def check_installed() -> None:
             f"--peft needs {', '.join(missing)}, not installed here; type\n"
             f"pip install {' '.join(missing)}"
         )
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     if jax.default_backend() == "gpu" and not torch.cuda.is_available():
         raise UserError("--peft: torch sees no GPU and JAX does; install a torch with CUDA")
@@ -57,7 +57,7 @@ def programs(options: Options, say: Callable[[str], None] = print) -> list[Progr
 
 
 def _program(name: str, options: Options) -> Program:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     entry = options.entry
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,7 +124,7 @@ def adapted_model(entry: Entry, rank: int):
     Raises:
       UserError: the installed transformers builds the encoder of other layers.
     """
-    import peft
+    import peft  # pyright: ignore[reportMissingImports]
 
     model = base_model(entry)
     targets = list(encoder_linears(model))
@@ -165,7 +165,7 @@ def base_model(entry: Entry):
 
 def encoder_linears(model) -> Iterator[str]:
     """Names of the linear modules inside numbered layers, whatever transformers calls them."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and re.search(r"\blayers?\.\d+\.", name):
@@ -183,7 +183,7 @@ def factors(model) -> list[tuple]:
 
 def penalty(pairs: list[tuple]):
     """The mean over all factors of the Frobenius norm of their Gram matrix minus the identity."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     total = 0.0
     for a, b in pairs:
@@ -205,7 +205,7 @@ def mask_gradients(pairs: list[tuple], k: int, draw: random.Random) -> None:
 
 def random_batch(entry: Entry, batch: int, dtype, device: str) -> dict[str, Any]:
     """What the model of transformers is called with; no padding."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     c = entry.config
     labels = torch.randint(CLASSES, (batch,), device=device)

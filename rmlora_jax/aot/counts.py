@@ -1,11 +1,15 @@
-"""The collectives that a compiled program executes, from its optimized HLO text.
+"""What a step does, counted in its program: collectives in the compiled text, flops in the trace.
 
-XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs.
+XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs. Flops
+are those of matrix products and convolutions. What is computed again in the backward pass
+(``model.remat``) counts again; everything else, such as softmax, norms and the optimizer, is left
+out.
 """
 
+import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all",
          "collective-broadcast", "ragged-all-to-all")
@@ -50,9 +54,8 @@ def collectives(text: str) -> list[Collective]:
 
 def total_bytes(found: list[Collective]) -> int | None:
     """Bytes of all, each as often as it runs; None where that is not known of one."""
-    if any(c.times is None for c in found):
-        return None
-    return sum(c.bytes * c.times for c in found)
+    known = [c.bytes * c.times for c in found if c.times is not None]
+    return sum(known) if len(known) == len(found) else None
 
 
 class _Instruction(NamedTuple):
@@ -121,3 +124,53 @@ def _size(dtype: str, dims: str) -> int:
     for dim in filter(None, dims.split(",")):
         count *= int(dim.removeprefix("<="))
     return (bits * count + 7) // 8
+
+
+def flops(traced: Any) -> int:
+    """Operations of ``jax.jit(f).trace(*args)``, a multiplication and an addition being two.
+
+    Inside `jax.shard_map` these are those of one device.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def product(a, b):
+    ...     return jax.lax.scan(lambda c, _: (c @ b, None), a, None, length=5)[0]
+    >>> flops(jax.jit(product).trace(jnp.ones((2, 3)), jnp.ones((3, 3))))
+    180
+    """
+    return _count(traced.jaxpr.jaxpr)
+
+
+def _count(jaxpr) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * eqn.outvars[0].aval.size
+        elif name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval
+            outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * (kernel.size // outputs) * eqn.outvars[0].aval.size
+        elif name == "cond":
+            total += max(map(_count, inner_programs(eqn.params["branches"])))
+        elif name == "custom_jvp_call" or name == "custom_vjp_call":
+            # The function itself, not its rules.
+            total += max(map(_count, inner_programs(eqn.params)), default=0)
+        else:
+            turns = eqn.params["length"] if name == "scan" else 1
+            total += turns * sum(map(_count, inner_programs(eqn.params)))
+    return total
+
+
+def inner_programs(value: Any) -> Iterator[Any]:
+    """The programs among the parameters of an equation."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        for part in value:
+            yield from inner_programs(part)
+    elif hasattr(value, "eqns"):
+        yield value
+    elif hasattr(value, "jaxpr"):
+        yield value.jaxpr
