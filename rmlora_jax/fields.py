@@ -245,8 +245,8 @@ class Run:
     )
     model: Model = dataclasses.field(default_factory=Model)
     data: Data = dataclasses.field(default_factory=Data)
-    lora: Lora = dataclasses.field(default_factory=Lora)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    lora: Lora = dataclasses.field(default_factory=Lora)
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
 
     def own(self, kind: type[S]) -> S:

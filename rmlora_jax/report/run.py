@@ -151,6 +151,7 @@ def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> lis
         model = pathlib.PurePath(model).name
     rank, alpha = lookup(config, "lora.rank"), lookup(config, "lora.alpha")
     penalty, keep = lookup(config, "rm.penalty"), lookup(config, "rm.keep")
+    adapted = method in METHODS and METHODS[method].adapts
     adapters = _say("rank {}", rank), _say("alpha {:g}", alpha)
     parts = (_say("penalty {:g}", penalty) if method in readers("penalty") else "",
              _say("keep {:g}", keep) if method in readers("keep") else "")
@@ -164,7 +165,7 @@ def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> lis
         *other_figures(last, key),
         ("test loss", last.get("loss") is not None and number(last["loss"])),
         ("method", method),
-        ("adapters", method in METHODS and METHODS[method].adapts and ", ".join(filter(None, adapters))),
+        ("adapters", adapted and ", ".join(filter(None, adapters))),
         ("RM-LoRA", ", ".join(filter(None, parts))),
         ("model", model),
         *task(config, summary).facts(config).items(),
