@@ -86,9 +86,10 @@ def _kinds(layers: tuple[Layer, ...]) -> dict[Callable, _Kind]:
 @contextlib.contextmanager
 def layouts() -> Iterator[dict[str, geo.Layout]]:
     """Collects the layout of the weight, by path, of each adapted layer that runs inside."""
-    token = _seen.set({})
+    seen: dict[str, geo.Layout] = {}
+    token = _seen.set(seen)
     try:
-        yield _seen.get()
+        yield seen
     finally:
         _seen.reset(token)
 
@@ -128,6 +129,7 @@ class Adapted(nn.Module):
         how = "factored" if drops else self.lora.execution
         if how != "merged":
             return self._run_as(how, method, *args, **kwargs)
+        assert self.scope is not None
         counts = copy.deepcopy(self.scope.rng_counters)
         try:
             return self._run_as(how, method, *args, **kwargs)
@@ -268,10 +270,11 @@ def _intercepted(adapted: Adapted, method, *args, how, **kwargs):
 def _forward(method):
     """The function of a bound ``Adapted`` that runs ``method`` of its base."""
     method = method or "__call__"
+    function = getattr(method, "__func__", method)
     if isinstance(getattr(method, "__self__", None), Adapted):
-        return method.__func__
+        return function
     if not isinstance(method, str):
-        method = getattr(method, "__func__", method)
+        method = function
     return lambda self, *args, **kwargs: self._run(method, *args, **kwargs)
 
 
@@ -304,7 +307,7 @@ class _Interceptor:
         if type(module).__name__.startswith("Map_variables"):  # the class nn.map_variables makes
             self.mapped.add(path)
         function = getattr(context.orig_method, "func", None)
-        kind = self.kinds.get(function)
+        kind = self.kinds.get(function) if function is not None else None
         if kind is None:
             return next_fun(*args, **kwargs)
         if self.lora.targets("/".join(path)):

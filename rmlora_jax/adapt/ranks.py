@@ -155,7 +155,8 @@ def to_lora(params: Mapping[str, Any], lora: LoRA) -> tuple[dict, LoRA]:
     """
     if not lora.form.folds:
         raise ValueError(f"to_lora: {type(lora).__name__} has no diagonal to fold; merge takes it.")
-    flat, kept = flatten_dict(params), {}
+    flat: dict[tuple[str, ...], Any] = dict(flatten_dict(params))
+    kept = {}
     for (*module, _), _, factors in adapted_weights(params, lora):
         boxes = {name: flat.pop((*module, name)) for name in lora.factors}
         pair = lora.form.folded(factors)
