@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax.core import FrozenDict, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rmlora_jax.adapt.forms import FACTORS, LEAVES, is_factor
+from rmlora_jax.adapt.forms import FACTORS, is_factor
 from rmlora_jax.adapt.geometry import check_layout, in_order
 from rmlora_jax.adapt.linen import Adapted, check_adapted, layouts, reboxed, unboxed
-from rmlora_jax.adapt.lora import LoRA, missing_factors, other_factors, unselected_factors
+from rmlora_jax.adapt.lora import LoRA, check_leaves, missing_factors, unselected_factors
 
 __all__ = ["attach", "join", "merge", "split"]
 
@@ -223,9 +223,7 @@ def adapted_weights(params: Params, lora: LoRA) -> Iterator[tuple]:
             )
         if not lora.targets(path):
             raise unselected_factors(lora, path)
-        found = tuple(name for name in LEAVES if (*module, name) in flat)
-        if found != lora.factors:
-            raise other_factors(lora, path, found)
+        check_leaves(lora, path, lambda name, module=module: (*module, name) in flat)
         weight, *factors = (flat[(*module, name)] for name in (names[0], *lora.factors))
         a, b = factors[:2]
         check_layout(path, weight, a, b)
