@@ -144,7 +144,8 @@ class Form:
         principal directions out of it.
         """
         if init == "pissa":
-            return _principal_factors(weight, axes, *shapes, scale, dtype)
+            a_shape, b_shape = shapes
+            return _principal_factors(weight, axes, a_shape, b_shape, scale, dtype)
         return (initial_a(key, shapes[0], init, dtype), jnp.zeros(shapes[1], dtype)), weight
 
     def pair(self, factors) -> tuple[jax.Array, jax.Array]:
@@ -159,6 +160,7 @@ class Form:
     def output(self, call: Call, factors) -> jax.Array:
         """What the adapted layer computes in ``call``."""
         if call.merges:
+            assert isinstance(call.geometry, geo.Contraction)
             a, b = self.pair(factors)
             frozen = jax.lax.stop_gradient((a, b))
             weight = _finer(call.weight, call.dtype)

@@ -9,7 +9,7 @@ of it. Nothing here knows which leaves a form has.
 import functools
 import math
 import string
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -236,7 +236,8 @@ def low_rank(geometry: Geometry, x, y, a, b, scale: float, precision=None) -> ja
     a, b = a.astype(y.dtype), b.astype(y.dtype)
     if isinstance(geometry, Lookup):
         table = nn.Embed(geometry.num, a.shape[-1], dtype=y.dtype, parent=None)
-        return table.apply({"params": {"embedding": a}}, x) * scale @ b
+        rows = cast(jax.Array, table.apply({"params": {"embedding": a}}, x))
+        return rows * scale @ b
     product = _convolved if isinstance(geometry, Convolution) else _contracted
     return product(geometry, x.astype(y.dtype), y, a, b, scale, precision)
 

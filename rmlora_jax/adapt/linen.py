@@ -17,14 +17,8 @@ from flax import traverse_util
 from flax.core import meta
 
 from rmlora_jax.adapt import geometry as geo
-from rmlora_jax.adapt.forms import FACTORS, LEAVES, product
-from rmlora_jax.adapt.lora import (
-    Layer,
-    LoRA,
-    missing_factors,
-    other_factors,
-    unselected_factors,
-)
+from rmlora_jax.adapt.forms import FACTORS, product
+from rmlora_jax.adapt.lora import Layer, LoRA, check_leaves, missing_factors, unselected_factors
 
 # What is running is part of the key of every jit inside it. Otherwise a model with nn.jit inside
 # would run a trace made for another description.
@@ -86,9 +80,10 @@ def _kinds(layers: tuple[Layer, ...]) -> dict[Callable, _Kind]:
 @contextlib.contextmanager
 def layouts() -> Iterator[dict[str, geo.Layout]]:
     """Collects the layout of the weight, by path, of each adapted layer that runs inside."""
-    token = _seen.set({})
+    seen: dict[str, geo.Layout] = {}
+    token = _seen.set(seen)
     try:
-        yield _seen.get()
+        yield seen
     finally:
         _seen.reset(token)
 
@@ -128,6 +123,7 @@ class Adapted(nn.Module):
         how = "factored" if drops else self.lora.execution
         if how != "merged":
             return self._run_as(how, method, *args, **kwargs)
+        assert self.scope is not None
         counts = copy.deepcopy(self.scope.rng_counters)
         try:
             return self._run_as(how, method, *args, **kwargs)
@@ -268,10 +264,11 @@ def _intercepted(adapted: Adapted, method, *args, how, **kwargs):
 def _forward(method):
     """The function of a bound ``Adapted`` that runs ``method`` of its base."""
     method = method or "__call__"
+    function = getattr(method, "__func__", method)
     if isinstance(getattr(method, "__self__", None), Adapted):
-        return method.__func__
+        return function
     if not isinstance(method, str):
-        method = getattr(method, "__func__", method)
+        method = function
     return lambda self, *args, **kwargs: self._run(method, *args, **kwargs)
 
 
@@ -304,7 +301,7 @@ class _Interceptor:
         if type(module).__name__.startswith("Map_variables"):  # the class nn.map_variables makes
             self.mapped.add(path)
         function = getattr(context.orig_method, "func", None)
-        kind = self.kinds.get(function)
+        kind = self.kinds.get(function) if function is not None else None
         if kind is None:
             return next_fun(*args, **kwargs)
         if self.lora.targets("/".join(path)):
@@ -330,6 +327,9 @@ class _Interceptor:
             seen[name] = axes
         old = unboxed(weight)
 
+        def plain(m, *args, **kwargs):
+            return function(m, *args, **kwargs)
+
         def layer(x, new):
             if made is not None:
                 return made
@@ -338,8 +338,7 @@ class _Interceptor:
                 if new is None:
                     return next_fun(*bound.args[1:], **bound.kwargs)
                 swap = functools.partial(jax.tree.map, lambda leaf: new if leaf is old else leaf)
-                run = lambda m, *args, **kwargs: function(m, *args, **kwargs)  # noqa: E731
-                return nn.map_variables(run, "params", swap)(*bound.args, **bound.kwargs)
+                return nn.map_variables(plain, "params", swap)(*bound.args, **bound.kwargs)
 
         drops = lora.dropout > 0 and module.has_rng("dropout")
         with self.pausing(True):  # the product runs Flax layers of its own
@@ -418,7 +417,6 @@ def _factors(module, lora: LoRA, path: str, geometry: geo.Geometry, weight):
         for i, name in enumerate(form.leaves):
             leaf = values[i] if names is None else weight.replace(value=values[i], names=names[i])
             module.put_variable("params", name, leaf)
-    found = tuple(name for name in LEAVES if module.has_variable("params", name))
     a, b = (meta.unbox(module.get_variable("params", name)) for name in FACTORS)
     if (a.shape, b.shape) != shapes[:2]:
         raise ValueError(
@@ -426,8 +424,7 @@ def _factors(module, lora: LoRA, path: str, geometry: geo.Geometry, weight):
             f"(rank {lora.rank_of(path)}) and the weight {shape} ask for {shapes[0]} and "
             f"{shapes[1]}: use the description that the factors were made with."
         )
-    if found != form.leaves:
-        raise other_factors(lora, path, found)
+    check_leaves(lora, path, functools.partial(module.has_variable, "params"))
     return tuple(meta.unbox(module.get_variable("params", name)) for name in form.leaves), axes
 
 

@@ -8,13 +8,13 @@ import numbers
 import operator
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
 from rmlora_jax.adapt import geometry
-from rmlora_jax.adapt.forms import INITS, PLAIN, Form, is_factor
+from rmlora_jax.adapt.forms import INITS, LEAVES, PLAIN, Form, is_factor
 
 __all__ = ["Layer", "LoRA"]
 
@@ -269,12 +269,14 @@ def unselected_factors(lora: LoRA, path: str) -> ValueError:
     )
 
 
-def other_factors(lora: LoRA, path: str, found) -> ValueError:
-    """The error for factors of another kind than ``lora`` describes."""
-    return ValueError(
-        f"{path!r} holds {', '.join(found)}, but {type(lora).__name__} has "
-        f"{', '.join(lora.factors)}: use the description that the factors were made with."
-    )
+def check_leaves(lora: LoRA, path: str, has: Callable[[str], bool]) -> None:
+    """Raises ValueError unless ``has`` holds for the leaves of the form of ``lora`` alone."""
+    found = tuple(filter(has, LEAVES))
+    if found != lora.factors:
+        raise ValueError(
+            f"{path!r} holds {', '.join(found)}, but {type(lora).__name__} has "
+            f"{', '.join(lora.factors)}: use the description that the factors were made with."
+        )
 
 
 def missing_factors(where: str = "") -> ValueError:

@@ -8,12 +8,13 @@ import inspect
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
+from jax.core import Tracer
 
 from rmlora_jax.adapt import geometry as geo
 from rmlora_jax.adapt.forms import product
@@ -66,7 +67,9 @@ def adapt_nnx(module: nnx.Module, lora: LoRA, rngs: nnx.Rngs | None = None) -> n
     keys = [rngs.params(), rngs.dropout()] if lora.dropout else [rngs.params()]
     for path in targeted:
         own = [jax.random.fold_in(key, zlib.crc32(path.encode())) for key in keys]
-        _adapt_layer(modules[path], rules[path], lora, path, stacks[path], *own)
+        rule = rules[path]
+        assert rule is not None  # _check_layers refuses the others
+        _adapt_layer(modules[path], rule, lora, path, stacks[path], *own)
     for path, rule in _wrappers(modules).items():
         if any(_is_below(layer, path) for layer in targeted):
             _swap_class(modules[path], rule)
@@ -124,7 +127,7 @@ def _is_variable(value) -> bool:
     return isinstance(value, nnx.Variable)
 
 
-def _modules(model: nnx.Module) -> dict[str, nnx.Module]:
+def _modules(model: nnx.Module) -> dict[str, Any]:
     """Every module once, by the path that ``nnx.state`` gives it."""
     nodes = nnx.iter_graph(model, graph=True)
     return {"/".join(map(str, p)): node for p, node in nodes if isinstance(node, nnx.Module)}
@@ -222,7 +225,7 @@ def _check_layers(targeted, modules, rules, stacks, lora):
                 "with target='.+'), say how it uses the weight with LoRA.layers="
                 f"(Layer(cls, equation, weight={name!r}),), or build it of nnx.Linear."
             )
-        weight = getattr(layer, rule.weight, None)
+        weight: Any = getattr(layer, rule.weight, None)
         what = None
         if not _is_variable(weight) or not hasattr(weight, "shape"):
             what = f"has no nnx.Param {rule.weight!r} that holds one array"
@@ -248,7 +251,7 @@ def _check_layers(targeted, modules, rules, stacks, lora):
 # One layer
 
 
-def _adapt_layer(layer, rule: _Rule, lora: LoRA, path: str, stack, key, dropout_key=None):
+def _adapt_layer(layer, rule: _Rule, lora: LoRA, path: str, stack, key, *dropout_key):
     weight, rank, scale = getattr(layer, rule.weight), lora.rank_of(path), lora.scale_of(path)
     plain = weight.shape[len(stack) :]
     try:
@@ -274,7 +277,8 @@ def _adapt_layer(layer, rule: _Rule, lora: LoRA, path: str, stack, key, dropout_
     layer.lora_execution = lora.execution
     if lora.dropout:
         layer.lora_dropout = nnx.Dropout(lora.dropout)
-        keys = jax.random.split(dropout_key, stack) if stack else dropout_key
+        (own,) = dropout_key
+        keys = jax.random.split(own, stack) if stack else own
         layer.lora_dropout.rngs = nnx.RngStream(keys, tag="dropout")
 
 
@@ -288,7 +292,7 @@ def _leaf(value, weight: nnx.Variable, inherited):
 
     ``inherited`` takes the names of the weight's axes to those of the leaf's.
     """
-    concrete = not isinstance(value, jax.core.Tracer)
+    concrete = not isinstance(value, Tracer)
     placement = getattr(weight.get_value(), "sharding", None) if concrete else None
     if isinstance(placement, jax.sharding.NamedSharding):
         spec = jax.sharding.PartitionSpec(*inherited(placement.spec))
@@ -352,6 +356,7 @@ def _run(plain, rule: _Rule, layer, *args, **kwargs):
         dropout = None
     equation = _equation(layer, bound.arguments) if rule.kind is nnx.Einsum else None
     weight, bias = getattr(layer, rule.weight), getattr(layer, "bias", None)
+    bias = bias.get_value() if isinstance(bias, nnx.Variable) else None
 
     def on(x, value):
         twin = layer
@@ -374,7 +379,7 @@ def _run(plain, rule: _Rule, layer, *args, **kwargs):
         drop=dropout,
         # What else a class of one's own does with its weight is not known, nor what a mask hides.
         affine=not rule.equation and getattr(layer, "mask", None) is None,
-        bias=bias.get_value() if _is_variable(bias) else None,
+        bias=bias,
         precision=getattr(layer, "precision", None),
         dtype=getattr(layer, "dtype", None),
     )
@@ -395,7 +400,9 @@ def _equation(layer, bound):
 
 
 # The adapted classes whose own arithmetic the running call has reached.
-_reached = contextvars.ContextVar("rmlora_jax_reached", default=None)
+_reached: contextvars.ContextVar[set[type] | None] = contextvars.ContextVar(
+    "rmlora_jax_reached", default=None
+)
 
 
 @functools.cache
@@ -407,8 +414,8 @@ def _mixin(rule: _Rule) -> type[nnx.Module]:
 
         @functools.wraps(plain)
         def method(self, *args, **kwargs):
-            if _reached.get() is not None:
-                _reached.get().add(type(self))
+            if (reached := _reached.get()) is not None:
+                reached.add(type(self))
             return _run(plain, rule, self, *args, **kwargs)
 
         return method
@@ -420,7 +427,7 @@ def _mixin(rule: _Rule) -> type[nnx.Module]:
 def _adapted_class(cls: type[nnx.Module], rule: _Rule, pytree: bool = True) -> type[nnx.Module]:
     """``cls`` with the product added where it runs the ``rule.methods`` of ``rule.kind``."""
     mixin = _mixin(rule)
-    namespace = {"lora_recipe": (cls, rule, pytree)}
+    namespace: dict[str, Any] = {"lora_recipe": (cls, rule, pytree)}
 
     def guarded(name):
         def method(self, *args, **kwargs):
@@ -456,5 +463,9 @@ def _new_class(base, bases, namespace, **kwargs):
 def _metaclass(base: type) -> type:
     """A metaclass whose classes pickle as the call that makes them: no module holds them."""
     metaclass = type(base.__name__, (base,), {})
-    copyreg.pickle(metaclass, lambda cls: (_adapted_class, cls.lora_recipe))
+
+    def call(cls) -> tuple[Any, ...]:
+        return _adapted_class, cls.lora_recipe
+
+    copyreg.pickle(metaclass, call)
     return metaclass

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rmlora_jax.adapt.forms import FACTORS, LEAVES, is_factor
+from rmlora_jax.adapt.forms import FACTORS, is_factor
 from rmlora_jax.adapt.linen import reboxed, unboxed
-from rmlora_jax.adapt.lora import LoRA, missing_factors, other_factors, unselected_factors
+from rmlora_jax.adapt.lora import LoRA, check_leaves, missing_factors, unselected_factors
 from rmlora_jax.adapt.tree import adapted_weights
 
 __all__ = ["pad_rank", "reduce_rank", "to_lora"]
@@ -155,7 +155,8 @@ def to_lora(params: Mapping[str, Any], lora: LoRA) -> tuple[dict, LoRA]:
     """
     if not lora.form.folds:
         raise ValueError(f"to_lora: {type(lora).__name__} has no diagonal to fold; merge takes it.")
-    flat, kept = flatten_dict(params), {}
+    flat: dict[tuple[str, ...], Any] = dict(flatten_dict(params))
+    kept = {}
     for (*module, _), _, factors in adapted_weights(params, lora):
         boxes = {name: flat.pop((*module, name)) for name in lora.factors}
         pair = lora.form.folded(factors)
@@ -198,9 +199,7 @@ def read_adapter(params, lora) -> Adapter:
     flat, pairs = dict(flatten_dict(params)), {}
     for module in sorted({path[:-1] for path in flat if is_factor(path)}):
         path = "/".join(module)
-        found = tuple(name for name in LEAVES if (*module, name) in flat)
-        if found != FACTORS:
-            raise other_factors(lora, path, found)
+        check_leaves(lora, path, lambda name, module=module: (*module, name) in flat)
         if not lora.targets(path):
             raise unselected_factors(lora, path)
         a, b = pairs[module] = tuple(unboxed(flat[*module, name]) for name in FACTORS)

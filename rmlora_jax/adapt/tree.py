@@ -5,17 +5,17 @@ import importlib
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rmlora_jax.adapt.forms import FACTORS, LEAVES, is_factor
+from rmlora_jax.adapt.forms import FACTORS, is_factor
 from rmlora_jax.adapt.geometry import check_layout, in_order
 from rmlora_jax.adapt.linen import Adapted, check_adapted, layouts, reboxed, unboxed
-from rmlora_jax.adapt.lora import LoRA, missing_factors, other_factors, unselected_factors
+from rmlora_jax.adapt.lora import LoRA, check_leaves, missing_factors, unselected_factors
 
 __all__ = ["attach", "join", "merge", "split"]
 
@@ -73,7 +73,7 @@ def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) 
         raise ValueError("base_params is a dict of collections: pass variables['params'].")
     lora.check_train(map("/".join, base))
     if lora.target is None:
-        return base_params
+        return cast(dict, base_params)  # as it is, a FrozenDict too
     shapes, axes = _trace(adapted, key, example_args, kwargs)
     check_adapted(shapes, lora)
     _check_base(base, shapes)
@@ -84,7 +84,7 @@ def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) 
         boxes = [shapes[(*module, name)] for name in lora.factors]
         weight_path = next((*module, n) for n in lora.weights if (*module, n) in shapes)
         weight, found = params[weight_path], axes.get(path)
-        check_layout(path, unboxed(weight), *map(unboxed, boxes[:2]), found)
+        check_layout(path, unboxed(weight), unboxed(boxes[0]), unboxed(boxes[1]), found)
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         leaf_shapes, scale = [unboxed(box).shape for box in boxes], lora.scale_of(path)
         values, rest = lora.form.initial(
@@ -183,10 +183,10 @@ def merge(params, lora, *example_args, **kwargs):
         lora = lora.lora
     flat = {path: leaf for path, leaf in _flatten(params).items() if not is_factor(path)}
     for path, weight, factors in adapted_weights(params, lora):
-        box, name = flat[path], "/".join(path[:-1])
+        box, name, (a, b) = flat[path], "/".join(path[:-1]), factors[:2]
         if name in axes:
-            check_layout(name, weight, *factors[:2], axes[name])
-        elif not in_order(weight, *factors[:2]):
+            check_layout(name, weight, a, b, axes[name])
+        elif not in_order(weight, a, b):
             raise ValueError(
                 f"the weight at {name!r} has its axes in another order than its factors: give the "
                 "adapted model and arguments of its call, merge(params, adapted, *example_args)."
@@ -223,9 +223,7 @@ def adapted_weights(params: Params, lora: LoRA) -> Iterator[tuple]:
             )
         if not lora.targets(path):
             raise unselected_factors(lora, path)
-        found = tuple(name for name in LEAVES if (*module, name) in flat)
-        if found != lora.factors:
-            raise other_factors(lora, path, found)
+        check_leaves(lora, path, lambda name, module=module: (*module, name) in flat)
         weight, *factors = (flat[(*module, name)] for name in (names[0], *lora.factors))
         a, b = factors[:2]
         check_layout(path, weight, a, b)

@@ -12,6 +12,7 @@ pad them.
 """
 
 from rmlora_jax.data.dataset import (
+    ArraySource,
     Dataset,
     ImageSource,
     Request,
@@ -43,7 +44,7 @@ from rmlora_jax.data.sources import (
     open_texts,
     open_utterances,
 )
-from rmlora_jax.data.subsets import ArraySource, Subset, labels_of
+from rmlora_jax.data.subsets import Subset, labels_of
 from rmlora_jax.data.tokens import Tokens, eval_text_batches, text_batches, tokenise
 from rmlora_jax.data.vision import augment
 

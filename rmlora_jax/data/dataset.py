@@ -7,16 +7,18 @@ used, holds out validation examples, and keeps some classes or the first few exa
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from rmlora_jax.data.vision import resize_square
 from rmlora_jax.errors import UserError
 
 # The kinds of data; each is the name of the function of a `Source` that opens it.
 Kind = Literal["images", "texts", "utterances"]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,30 @@ class Known(NamedTuple):
     image_shape: tuple[int, int, int] | None = None
 
 
+def default_test(
+    place: object, splits: Iterable[str], opened: Callable[[str], T], labelled: Callable[[T], bool]
+) -> T:
+    """The test split, opened by ``opened``. Where it has no labels (some data sets publish it with
+    -1), "validation" stands in.
+
+    Raises:
+      UserError: neither has labels.
+    """
+    for which in ("test", "validation"):
+        if which in splits and labelled(split := opened(which)):
+            return split
+    raise UserError(
+        f"{place} has no labelled test or validation split, only {shown(sorted(splits))}\n"
+        "Name parts of one, such as "
+        "--config.data.train_split='train[:80%]' --config.data.test_split='train[80%:]'"
+    )
+
+
+def shown(names: Iterable[str]) -> str:
+    """Names out of a data set's files, cut: there may be many of them, of any length."""
+    return ", ".join(names)[:300]
+
+
 # Images
 
 
@@ -117,6 +143,28 @@ class ImageSource(Protocol):
         return {"image": image, "label": label}
 
     def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArraySource(ImageSource):
+    """Images (N, H, W, C) uint8 and labels (N,) held in memory.
+
+    >>> source = ArraySource(np.zeros((2, 8, 8, 3), np.uint8), np.array([3, 1]))
+    >>> len(source), source[1]["image"].shape, source[1]["label"]
+    (2, (8, 8, 3), 1)
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
+        image = self.images[index]
+        if size is not None and image.shape[:2] != (size, size):
+            image = resize_square(image, size)
+        return image, int(self.labels[index])
 
 
 class FoundImages(NamedTuple):
@@ -187,6 +235,10 @@ class TextSplit(NamedTuple):
         """The given rows, in that order."""
         texts = tuple([column[i] for i in rows] for column in self.texts)
         return TextSplit(texts, self.labels[rows], self.ids[rows])
+
+    def is_labelled(self) -> bool:
+        """False for a split that is published without labels."""
+        return bool(len(self.ids)) and not (np.isnan(self.labels) | (self.labels == -1)).all()
 
 
 class FoundTexts(NamedTuple):

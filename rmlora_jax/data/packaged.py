@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmlora_jax.data.dataset import FoundImages, Request, Source
-from rmlora_jax.data.subsets import ArraySource, held_out_count, hold_out
+from rmlora_jax.data.dataset import ArraySource, FoundImages, Request, Source
+from rmlora_jax.data.subsets import held_out_count, hold_out
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import near
 

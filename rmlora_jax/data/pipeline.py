@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rmlora_jax.data.dataset import Dataset, ImageSource
-from rmlora_jax.data.subsets import ArraySource, fingerprint, in_chunks
+from rmlora_jax.data.dataset import ArraySource, Dataset, ImageSource
+from rmlora_jax.data.subsets import fingerprint, in_chunks
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_arrays, write_arrays
 
@@ -66,15 +66,8 @@ def plan_storage(
       UserError: on an unknown ``mode``.
     """
     splits = (data.train, data.validation, data.test)
-    return storage_of(
-        data.image_shape,
-        data.channels,
-        sum(len(split) for split in splits if split is not None),
-        image_size,
-        mode=mode,
-        resident_limit=resident_limit,
-        storage_size=storage_size,
-    )
+    n, shape = sum(len(split) for split in splits if split is not None), data.image_shape
+    return storage_of(shape, data.channels, n, image_size, mode, resident_limit, storage_size)
 
 
 def storage_of(
@@ -82,7 +75,6 @@ def storage_of(
     channels: int,
     examples: int,
     image_size: int,
-    *,
     mode: str = "auto",
     resident_limit: int = RESIDENT_LIMIT,
     storage_size: int | None = None,

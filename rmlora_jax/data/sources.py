@@ -12,6 +12,8 @@ from typing import Any
 from rmlora_jax.data import cifar, glue, packaged, text_files, tfds
 from rmlora_jax.data.dataset import (
     Dataset,
+    FoundImages,
+    FoundTexts,
     ImageSource,
     Kind,
     Known,
@@ -81,9 +83,7 @@ def known(kind: Kind, request: Request) -> Known | None:
 
 def open_images(request: Request) -> Dataset:
     """The images of a request; see `load_images`."""
-    source = find_source("images", request).images
-    assert source is not None
-    found = source(request)
+    found: FoundImages = _found("images", request)
     skipped = Skipped(request.bad_records)
 
     def checked(images: ImageSource, split: str) -> ImageSource:
@@ -130,10 +130,8 @@ def open_texts(request: Request) -> TextDataset:
         raise UserError(
             f"validation={request.validation!r}: must be above 0, to choose the best step on"
         )
-    source = find_source("texts", request).texts
-    assert source is not None
     skipped = Skipped(request.bad_records)
-    found = source(request, skipped)
+    found: FoundTexts = _found("texts", request, skipped)
 
     def held_out(split: TextSplit, seed: int) -> tuple[TextSplit, TextSplit]:
         n, labels = len(split.ids), None if found.label_names is None else split.labels
@@ -156,9 +154,11 @@ def open_texts(request: Request) -> TextDataset:
 
 def open_utterances(request: Request) -> Any:
     """The speech of a request: a `SpeechDataset`; see `load_speech`."""
-    source = find_source("utterances", request).utterances
-    assert source is not None
-    return source(request)
+    return _found("utterances", request)
+
+
+def _found(kind: Kind, request: Request, *more) -> Any:
+    return getattr(find_source(kind, request), kind)(request, *more)
 
 
 def load_images(

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +16,14 @@ from typing import Any, TypeVar
 import numpy as np
 import PIL
 
-from rmlora_jax.data.dataset import BadRecord, Dataset, ImageSource, Skipped
-from rmlora_jax.data.vision import resize_square
+from rmlora_jax.data.dataset import (
+    ArraySource,
+    BadRecord,
+    Dataset,
+    ImageSource,
+    Skipped,
+    TextSplit,
+)
 from rmlora_jax.errors import UserError, progress
 from rmlora_jax.files import read_json, write_json
 
@@ -26,28 +32,6 @@ CHUNK = 256  # images that a thread takes at a time
 FORMAT = "1"  # of what is cached
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ArraySource(ImageSource):
-    """Images (N, H, W, C) uint8 and labels (N,) held in memory.
-
-    >>> source = ArraySource(np.zeros((2, 8, 8, 3), np.uint8), np.array([3, 1]))
-    >>> len(source), source[1]["image"].shape, source[1]["label"]
-    (2, (8, 8, 3), 1)
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
-        image = self.images[index]
-        if size is not None and image.shape[:2] != (size, size):
-            image = resize_square(image, size)
-        return image, int(self.labels[index])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -216,6 +200,49 @@ def _bad_records(
             if len(found) > limit:
                 break
     return found
+
+
+def usable_texts(
+    split: TextSplit,
+    names: Sequence[str] | None,
+    skipped: Skipped,
+    unread: Mapping[int, str],
+    error: Callable[[int, str], BadRecord],
+) -> TextSplit:
+    """The rows of ``split`` that can be used. No row is left out of a split without labels.
+
+    Args:
+      split: as it was read; of two texts in a row, one may be empty.
+      names: of the classes; None for regression.
+      skipped: takes the rows that cannot be used.
+      unread: rows that could not be read, and why.
+      error: makes the error from a row and why it cannot be used.
+
+    Raises:
+      UserError: more rows cannot be used than may be left out.
+    """
+    bad, labelled = dict(unread), split.is_labelled()
+    few = len(bad) <= skipped.limit
+    if labelled and few:
+        rows = (i for i in range(len(split.ids)) if i not in bad)
+        bad |= {i: why for i in rows if (why := _unusable(split, i, names))}
+    for i in sorted(bad):
+        if not labelled and few:
+            raise error(i, bad[i])
+        skipped.add(error(i, bad[i]))
+    return split.at([i for i in range(len(split.ids)) if i not in bad]) if bad else split
+
+
+def _unusable(split: TextSplit, i: int, names: Sequence[str] | None) -> str | None:
+    """Why a row that was read cannot be used, or None."""
+    label = split.labels[i]
+    if not any(column[i].strip() for column in split.texts):
+        return "its text is empty"
+    if names is None:
+        return None if np.isfinite(label) else f"its label is {label}, not a number"
+    if 0 <= label < len(names):
+        return None
+    return f"its label is {label}, the declared classes are 0 to {len(names) - 1}"
 
 
 def _remembered(path: Path, n: int) -> list[tuple[int, str]] | None:

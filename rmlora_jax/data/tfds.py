@@ -1,7 +1,6 @@
 """The images and texts of prepared TFDS folders."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,23 +15,25 @@ from rmlora_jax.data.dataset import (
     Skipped,
     Source,
     TextSplit,
+    default_test,
+    shown,
 )
+from rmlora_jax.data.subsets import usable_texts
 from rmlora_jax.data.tfds_folder import (
     Prepare,
     check_length,
     declared_features,
-    default_test,
     import_tfds,
     open_builder,
     open_errors,
     prepared,
     reason,
-    shown,
     tfds_missing,
 )
 from rmlora_jax.data.vision import open_image, pixels
 from rmlora_jax.errors import UserError, first_line, progress
 
+ClassNames = tuple[str, ...] | None  # None for regression
 CHECKED_SIZE = 32  # to which `check` decodes: quick for JPEGs, and it reads all of a file
 
 # Images
@@ -57,7 +58,9 @@ def tfds_images(request: Request, prepare: Prepare | None = None) -> FoundImages
 
     asked = (request.test_splits or {}).get("test")
     train = labelled(request.train_split)
-    test = labelled(asked) if asked else default_test(folder, info, opened, TfdsImages.labelled)
+    test = labelled(asked) if asked else default_test(
+        folder, info.splits, opened, TfdsImages.labelled
+    )
     return FoundImages(train, test, class_names, shape, channels, place=folder)
 
 
@@ -190,9 +193,7 @@ def image_features(folder: Path, image_key: str, label_key: str):
 # Texts
 
 
-def tfds_texts(
-    request: Request, skipped: Skipped, prepare: Prepare | None = None
-) -> FoundTexts:
+def tfds_texts(request: Request, skipped: Skipped, prepare: Prepare | None = None) -> FoundTexts:
     """``Source.texts`` of a data set that ``prepare`` makes on first use, where it is given."""
     folder = prepared(request, prepare)
     columns, names = _text_features(folder, request)
@@ -201,31 +202,25 @@ def tfds_texts(
     def read(split: str) -> TextSplit:
         return _read_texts(folder, split, columns, request.label_key, names, skipped)
 
-    def labelled(name: str, split: TextSplit) -> TextSplit:
-        if not len(split.ids) or not _labelled(split):
+    def labelled(name: str) -> TextSplit:
+        split = read(name)
+        if not split.is_labelled():
             raise UserError(f"split {name!r} of {request.name} has no labelled texts")
         return split
 
-    train = labelled(request.train_split, read(request.train_split))
-    tests = {}
-    for ours, theirs in (request.test_splits or {"test": None}).items():
-        if theirs:
-            tests[ours] = labelled(theirs, read(theirs))
-        else:
-            tests[ours] = default_test(folder, info, read, _labelled)
+    train = labelled(request.train_split)
+    tests = {
+        ours: labelled(theirs)
+        if theirs
+        else default_test(folder, info.splits, read, TextSplit.is_labelled)
+        for ours, theirs in (request.test_splits or {"test": None}).items()
+    }
     wanted = request.unlabelled_splits or {}
     unlabelled = {ours: read(theirs) for ours, theirs in wanted.items() if theirs in info.splits}
     return FoundTexts(columns, names, train, tests, unlabelled, place=folder)
 
 
-def _labelled(split: TextSplit) -> bool:
-    """Some data sets publish a split without labels, as -1."""
-    return not (np.isnan(split.labels) | (split.labels == -1)).all()
-
-
-def _text_features(
-    folder: Path, request: Request
-) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+def _text_features(folder: Path, request: Request) -> tuple[tuple[str, ...], ClassNames]:
     """The columns, and the names of the classes or None, checked against the declared features."""
     tfds = import_tfds()
     columns, label_key = request.columns, request.label_key
@@ -257,14 +252,10 @@ def _text_features(
 
 
 def _read_texts(
-    folder: Path,
-    split: str,
-    columns: Sequence[str],
-    label_key: str,
-    names: tuple[str, ...] | None,
+    folder: Path, split: str, columns: tuple[str, ...], label_key: str, names: ClassNames,
     skipped: Skipped,
 ) -> TextSplit:
-    """A split. Where it has labels, examples that cannot be used are left out."""
+    """A split, without the texts that cannot be used; see `usable_texts`."""
     builder = open_builder(folder)
     with open_errors(folder, builder.info, split):
         records = builder.as_data_source(split=split)
@@ -273,7 +264,7 @@ def _read_texts(
     texts = tuple([""] * n for _ in columns)
     labels = np.full(n, *((math.nan, np.float32) if names is None else (-1, np.int32)))
     ids = np.arange(n, dtype=np.int64)
-    bad = {}
+    unread = {}
     with progress(n, f"reading {split}", " texts", disable=n < 50_000) as bar:
         for i in range(n):
             try:
@@ -283,35 +274,18 @@ def _read_texts(
                 labels[i] = record[label_key]
                 ids[i] = record.get("idx", i)
             except Exception as error:  # array_record and protobuf each have their own kinds
-                bad[i] = f"it cannot be read: {first_line(error)}"
-                if len(bad) > skipped.limit:
+                unread[i] = f"it cannot be read: {first_line(error)}"
+                if len(unread) > skipped.limit:
                     break
             bar.update()
-    whole = TextSplit(texts, labels, ids)
-    labelled = _labelled(whole)
-    if labelled and len(bad) <= skipped.limit:
-        bad |= {i: why for i in range(n) if i not in bad and (why := _unusable(whole, i, names))}
-    for i in sorted(bad):
-        error = BadRecord(
-            f"{folder} is damaged: text {i} of {split!r}: {bad[i]}\n"
+
+    def damaged(i: int, why: str) -> BadRecord:
+        return BadRecord(
+            f"{folder} is damaged: text {i} of {split!r}: {why}\n"
             f"Delete that folder and prepare it again, or type {LEAVE_OUT}"
         )
-        if not labelled and len(bad) <= skipped.limit:
-            raise error
-        skipped.add(error)
-    return whole.at([i for i in range(n) if i not in bad]) if bad else whole
 
-
-def _unusable(split: TextSplit, i: int, names: tuple[str, ...] | None) -> str | None:
-    """What is wrong with an example that was read; of a pair one text may be empty."""
-    label = split.labels[i]
-    if not any(column[i].strip() for column in split.texts):
-        return "its text is empty"
-    if names is None:
-        return None if np.isfinite(label) else f"its label is {label}, not a number"
-    if 0 <= label < len(names):
-        return None
-    return f"its label is {label}, the declared classes are 0 to {len(names) - 1}"
+    return usable_texts(TextSplit(texts, labels, ids), names, skipped, unread, damaged)
 
 
 # Any name that no other source handles is a data set of TFDS.

@@ -10,11 +10,11 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rmlora_jax.data.dataset import Request
+from rmlora_jax.data.dataset import Request, shown
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import is_writable
 
@@ -153,7 +153,7 @@ def not_prepared(text: str, name: Name, data_dir: Path) -> UserError:
             f"pip install 'rmlora-jax[prepare]' && "
             f"python -m rmlora_jax.data.prepare {text} --data_dir={data_dir}"
         )
-    choices = known | {"digits"} | {p.name for p in _folders(data_dir)}
+    choices = (known | {"digits"} | {p.name for p in _folders(data_dir)}) - {name.name}
     near = difflib.get_close_matches(name.name, choices, 3)
     hint = f"did you mean {' or '.join(near)}?" if near else "see tensorflow.org/datasets/catalog"
     return UserError(
@@ -166,28 +166,6 @@ def not_prepared(text: str, name: Name, data_dir: Path) -> UserError:
 def reason(error: Exception) -> str:
     """The first line of another library's error."""
     return first_line(error)[:300]
-
-
-def shown(names: Iterable[str]) -> str:
-    """Names out of a data set's files, cut: there may be many of them, of any length."""
-    return ", ".join(names)[:300]
-
-
-def default_test(folder: Path, info, opened: Callable[[str], Any], labelled: Callable[[Any], bool]):
-    """The test split, opened by ``opened``. Where it has no labels (some data sets publish it with
-    -1), "validation" stands in.
-
-    Raises:
-      UserError: neither has labels.
-    """
-    for which in ("test", "validation"):
-        if which in info.splits and labelled(split := opened(which)):
-            return split
-    raise UserError(
-        f"{folder} has no labelled test or validation split, only "
-        f"{shown(sorted(info.splits))}\nName parts of one, such as "
-        "--config.data.train_split='train[:80%]' --config.data.test_split='train[80%:]'"
-    )
 
 
 def open_builder(folder: Path) -> Any:

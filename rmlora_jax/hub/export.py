@@ -160,7 +160,7 @@ def preprocessor(base: Pretrained, info: Info) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer's files that there are from one folder to another; never code."""
+    """Copies the tokenizer's files from one folder to another; never code."""
     for name in TOKENIZER:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

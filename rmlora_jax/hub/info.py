@@ -31,19 +31,18 @@ PIPELINES = {
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """What PEFT's own files do not say of a trained model.
+    """What PEFT's own files do not say about a trained model.
 
     Attributes:
       task: "image_classification", "text_classification" or "text_regression".
       labels: names of the classes; None where they are numbers, or for regression.
       image_size: side of the images in pixels; None is the base's own.
-      stored_size: side to which the middle square of an image is brought first; None leaves an
-        image as it is.
-      center: part of the side of such an image whose middle is taken, then resized to image_size.
+      stored_size: the middle square of an image is first resized to this side; None skips this.
+      center: the part of the side that is then kept, in the middle, and resized to image_size.
       channels: 3, or 1 for images that are made gray.
-      max_length: tokens of a text.
+      max_length: the most tokens that a text keeps.
       columns: names of the one or two texts of an example.
-      dtype: in which the model was computed: "float32", "bfloat16", "float16".
+      dtype: the compute dtype of the model: "float32", "bfloat16" or "float16".
       about: what else a model card says: data, method, metrics, config. Any JSON.
     """
 
@@ -79,7 +78,7 @@ class Info:
         return len(self.labels) if self.labels else None
 
     def label(self, index: int) -> str:
-        """The name of a class, its number where it has none."""
+        """The name of a class; its number where classes have no names."""
         return self.labels[index] if self.labels else str(index)
 
 
@@ -89,10 +88,10 @@ def write_info(folder: Path, info: Info) -> Path:
 
 
 def read_info(folder: Path) -> Info | None:
-    """The `Info` of a folder, None where it has none.
+    """The `Info` in a folder; None where there is no rmlora.json.
 
     Raises:
-      UserError: the file is damaged, or a field has a value that it cannot have.
+      UserError: the file is damaged, or a field has a value that is not allowed.
     """
     path = folder / FILE
     if not path.exists():

@@ -90,7 +90,7 @@ def load_pretrained(
     >>> vit.config.hidden_size, vit.image_size, vit.new
     (192, 64, ('head/kernel', 'head/bias'))
     """
-    return _load(source, FAMILIES, None, "num_labels", num_labels, image_size, key, dtype, revision)
+    return _load(source, FAMILIES, num_labels, image_size, key, dtype, revision)
 
 
 def load_vit(
@@ -107,8 +107,9 @@ def load_vit(
     >>> load_vit("vit-tiny-patch8-64-tinyimagenet").num_classes
     200
     """
-    known, count = _families_of(IMAGES), num_classes
-    return _load(source, known, "vit", "num_classes", count, image_size, key, dtype, revision)
+    options = {"default": "vit", "argument": "num_classes"}
+    known = _families_of(IMAGES)
+    return _load(source, known, num_classes, image_size, key, dtype, revision, **options)
 
 
 def load_text(
@@ -120,8 +121,7 @@ def load_text(
     revision: str | None = None,
 ) -> Pretrained:
     """`load_pretrained` for models of texts alone."""
-    known = _families_of(TEXTS)
-    return _load(source, known, None, "num_labels", num_labels, None, key, dtype, revision)
+    return _load(source, _families_of(TEXTS), num_labels, None, key, dtype, revision)
 
 
 def _families_of(inputs: Inputs) -> dict[str, Family]:
@@ -131,13 +131,14 @@ def _families_of(inputs: Inputs) -> dict[str, Family]:
 def _load(
     source: str | Path,
     known: Mapping[str, Family],
-    default: str | None,
-    argument: str,
     num_labels: int | None,
     image_size: int | None,
     key: jax.Array | None,
     dtype,
     revision: str | None,
+    *,
+    default: str | None = None,
+    argument: str = "num_labels",
 ) -> Pretrained:
     """`load_pretrained` for the ``known`` families.
 

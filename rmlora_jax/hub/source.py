@@ -19,7 +19,7 @@ KINDS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 
-# What a model may have beside them. Never code: no file that ends in .py is fetched.
+# Other files that a model may have. Never code: no file that ends in .py is fetched.
 EXTRAS = (
     *(PREPROCESSOR, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"),
@@ -107,7 +107,7 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
       revision: branch, tag or commit on the hub; None is its main branch.
 
     Raises:
-      UserError: nothing of that name; no answer from the hub within 5 s; no weights there.
+      UserError: nothing has that name, the hub does not answer within 5 s, or there are no weights.
 
     >>> find_folder("vit-tiny-patch8-64-tinyimagenet").name
     'vit-tiny-patch8-64-tinyimagenet'
@@ -129,13 +129,13 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
 
 
 def find_config(source: str) -> tuple[str, dict[str, Any]]:
-    """Where the config.json of a model is, and what it says; the network is never asked.
+    """The place and the content of a model's config.json, without the network.
 
     Looks for a local folder, a bundled or packaged model, in the Hugging Face cache and in
     ``PUBLISHED``.
 
     Raises:
-      UserError: there is none on this machine.
+      UserError: this machine does not have it.
     """
     folder = Path(source).expanduser()
     if source in bundled():
@@ -182,7 +182,7 @@ def _cached_config(name: str, revision: str | None = None) -> Path | None:
 
     try:
         found = try_to_load_from_cache(name, CONFIG, revision=revision)
-    except HFValidationError:  # a path that is no folder
+    except HFValidationError:  # a path, not a name on the hub
         return None
     return Path(found) if isinstance(found, str) else None
 
@@ -213,7 +213,7 @@ def shards(index: Path) -> list[str]:
     """File names of the shards that an index lists.
 
     Raises:
-      UserError: the index is unreadable, or lists something else than files beside it.
+      UserError: the index is unreadable, or lists anything but files beside it.
     """
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict):

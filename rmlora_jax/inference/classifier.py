@@ -27,14 +27,13 @@ def load(folder: str | Path) -> "Classifier":
     """The model in a folder, with its base.
 
     Args:
-      folder: of a run, whose ``adapter`` is taken, else its ``merged``; of an adapter in PEFT's
-        layout, whose base is looked for as `find_folder` does; or of a whole model in Hugging
-        Face's layout. Where it has no ``rmlora.json``, the model itself says what it is for: images
-        of its own size, or single texts of up to 512 tokens; a text model with one output is a
-        regression.
+      folder: a run's, which gives its ``adapter`` or else its ``merged`` model; an adapter's in
+        PEFT's layout, whose base `find_folder` finds; or a whole model's in Hugging Face's layout.
+        Without ``rmlora.json`` the model's own files decide: images of its own size, or single
+        texts of up to 512 tokens; a text model with one output is a regression.
 
     Raises:
-      UserError: there is no model, a part of it is missing or damaged, or its base cannot be had.
+      UserError: there is no model, a part of it is missing or damaged, or its base is not found.
 
     ::
 
@@ -71,7 +70,7 @@ def find_model(folder: Path) -> Path:
     """The folder with an adapter or a model: ``folder`` itself, or one inside it.
 
     Raises:
-      UserError: there is none.
+      UserError: there is neither.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {str(folder)!r}; give that of a run, or of a model")
@@ -105,12 +104,12 @@ def info_of(base: Pretrained) -> Info:
 def classifier(
     base: Pretrained, params: dict, lora: rm.LoRA | None, info: Info
 ) -> "Classifier":
-    """A `Classifier` of parts that are in memory, such as those that were just trained.
+    """A `Classifier` from parts in memory, such as those that were just trained.
 
     Args:
       base: the pretrained model, with as many outputs as ``params`` and images of their size.
       params: of ``base``'s model, with factors where ``lora`` is given.
-      lora: what the factors are; None for a model without.
+      lora: the description of the factors; None for a model without factors.
       info: what the model is for.
 
     Raises:
@@ -140,7 +139,7 @@ class Prediction(NamedTuple):
     """The answer of a model to one input.
 
     Attributes:
-      input: path of a file, the text or pair of texts, or "image 3" for what has no name.
+      input: path of a file, the text or pair of texts, or "image 3" for an image without a name.
       label: name of the class; None for regression.
       probability: of that class; None for regression.
       value: of a regression, else None.
@@ -192,7 +191,7 @@ class Classifier:
         Args:
           inputs: see above.
           top: predictions of each input, the most probable first; at most the number of classes.
-          batch_size: inputs of a program's call; a few inputs are padded to a power of two.
+          batch_size: inputs in one call of the program; a few inputs are padded to a power of two.
           failed: called with the error of an image that cannot be read, which is then left out;
             None raises it.
 
@@ -222,7 +221,7 @@ class Classifier:
         names, batches = self.read(inputs, batch_size, failed or _raise)
         logits = np.empty((len(names), self.base.num_labels), np.float32)
         done = np.zeros(len(names), bool)
-        few = len(names) <= 4 * batch_size  # which are there before a bar could be read
+        few = len(names) <= 4 * batch_size  # done before a person could read a bar
         with progress(len(names), "predicting", " inputs", disable=few) as bar:
             for ids, arguments in batches:
                 logits[ids] = np.asarray(self.forward(self.params, *arguments))[: len(ids)]

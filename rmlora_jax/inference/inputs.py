@@ -138,7 +138,7 @@ def find_images(path: str | Path) -> list[str]:
     """The image at ``path``, or all below the folder ``path``, sorted, hidden ones left out.
 
     Raises:
-      UserError: nothing is there, or a file that is no image by its suffix.
+      UserError: nothing is there, or the file does not have the suffix of an image.
     """
     path = Path(path).expanduser()
     if os.path.isdir(path):  # unlike path.is_dir() it takes names of any length
@@ -196,10 +196,10 @@ def _matching(pattern: str) -> list[str]:
 
 
 def name_images(inputs: Any) -> list[tuple[str, Any]]:
-    """Pairs (name, image) of all that may be given to a model of images; paths are their own names.
+    """Pairs (name, image) of the inputs of a model of images; a path is its own name.
 
     Raises:
-      UserError: as `find_images`, or an array that is no batch.
+      UserError: as `find_images`, or an array that is not a batch.
     """
     if isinstance(inputs, str | Path | Image.Image):
         inputs = [inputs]
@@ -219,10 +219,10 @@ def name_images(inputs: Any) -> list[tuple[str, Any]]:
 def read_image(image: Any, info: Info, image_size: int) -> tuple[np.ndarray, float]:
     """One image as the trainer holds it, uint8 (H, W, C), and the part of its side that is used.
 
-    With ``info.stored_size`` the middle square is brought to that side, as in training. Without,
-    the training images were small squares of one size, and small squares stay as they are; any
-    other image is brought to a square, and its margin cut, as `data.plan_storage` would have it for
-    a data set of such images. A photo's note of how the camera was held is not heeded, as in
+    With ``info.stored_size`` the middle square is resized to that side, as in training. Without
+    it, the training images were small squares of one size: small squares stay as they are, and any
+    other image is treated as `data.plan_storage` treats a data set of such images, which makes it a
+    square and cuts its margin. The orientation that a camera notes in a photo is ignored, as in
     training.
 
     Args:
@@ -260,9 +260,9 @@ def _image_batches(named, info, image_size, batch_size, failed) -> Iterator[tupl
         name, image = item
         try:
             return read_image(image, info, image_size)
-        except Exception as error:  # pillow raises many kinds, and leaves its reasons to others
+        except Exception as error:  # pillow raises many kinds
             why = first_line(error)
-            if isinstance(error, UnidentifiedImageError):  # it would tell of an object's address
+            if isinstance(error, UnidentifiedImageError):  # its message has an object's address
                 why = f"its content is none of {', '.join(FORMATS)}"
             return UserError(f"{name} cannot be read as an image: {why}")
 
@@ -288,7 +288,7 @@ def _stacked(images: list[tuple[int, np.ndarray]], center: float, rows: int) -> 
 
 
 def _ahead(function: Callable, items: Iterable, most: int) -> Iterator:
-    """``map`` in threads, in order, with at most so many results waiting."""
+    """``map`` in threads, in order, with at most ``most`` results waiting."""
     pool, waiting = ThreadPoolExecutor(THREADS), deque()
     try:
         for item in items:
@@ -329,13 +329,13 @@ def text_rows(inputs: Any, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def texts_of(values: Sequence[str], columns: Sequence[str]) -> list[str | tuple[str, ...]]:
-    """Texts, or pairs with a tab between them: given as they are, or a line each of a file.
+    """Texts, or pairs with a tab between them: the values themselves, or the lines of files.
 
-    ``@FILE``, the name of a file and ``-`` (standard input) stand for the lines in them; empty ones
-    are left out. A text that begins with @ must therefore be put into a file.
+    ``@FILE``, the name of a file and ``-`` (standard input) stand for the lines in them, without
+    the empty ones. A text that begins with @ must therefore be put into a file.
 
     Raises:
-      UserError: a file cannot be read, or a line is no pair where the model takes pairs.
+      UserError: a file cannot be read, or a line is not a pair and the model takes pairs.
     """
     texts = []
     for value in values:
@@ -369,7 +369,7 @@ def _contents(path: str) -> bytes:
 
 
 def _lines(where: str, data: bytes) -> list[tuple[int, str]]:
-    """The lines with something in them, and their numbers."""
+    """The lines that are not empty, with their numbers."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -28,21 +28,8 @@ INSERTS = {"bottleneck_width": 0, "prefix_length": 0}
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """The fields that all bundled encoders share.
-
-    Attributes:
-      hidden_size: width D of the residual stream.
-      num_hidden_layers: number of transformer layers L.
-      num_attention_heads: heads; must divide ``hidden_size``.
-      intermediate_size: width of the MLP.
-      hidden_act: activation of the MLP, one of gelu (the exact erf form), gelu_new,
-        gelu_pytorch_tanh, quick_gelu, relu, silu, tanh.
-      hidden_dropout_prob: dropout on embeddings and on the output of attention and MLP (training).
-      attention_probs_dropout_prob: dropout on attention weights (training).
-      initializer_range: standard deviation of new weights.
-      layer_norm_eps: epsilon of every layer norm.
-      bottleneck_width: width of an adapter behind attention and MLP; 0: none (see `Bottleneck`).
+class ModelConfig:
+    """What the configs of all families share.
 
     Class attributes, which a family sets:
       model_types: the values of ``model_type`` in config.json; the first is the default.
@@ -55,28 +42,12 @@ class EncoderConfig:
       ValueError: naming the field, its value and what is allowed.
     """
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    bottleneck_width: int = 0
-
     model_types: ClassVar[tuple[str, ...]] = ()
     inert: ClassVar[tuple[str, ...]] = ()
     no_prefix: ClassVar[str] = ""
 
     def __post_init__(self):
         check_fields(self)
-
-    @property
-    def kernel_init(self) -> nn.initializers.Initializer:
-        """The initialiser of new kernels: N(0, ``initializer_range``^2)."""
-        return nn.initializers.normal(self.initializer_range)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
@@ -111,6 +82,41 @@ class EncoderConfig:
                     f"{cls.__name__}; remove it if it does not change what the model computes"
                 )
         return {name: config[name] for name in ours & config.keys()}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig(ModelConfig):
+    """The fields that all bundled encoders share.
+
+    Attributes:
+      hidden_size: width D of the residual stream.
+      num_hidden_layers: number of transformer layers L.
+      num_attention_heads: heads; must divide ``hidden_size``.
+      intermediate_size: width of the MLP.
+      hidden_act: activation of the MLP, one of gelu (the exact erf form), gelu_new,
+        gelu_pytorch_tanh, quick_gelu, relu, silu, tanh.
+      hidden_dropout_prob: dropout on embeddings and on the output of attention and MLP (training).
+      attention_probs_dropout_prob: dropout on attention weights (training).
+      initializer_range: standard deviation of new weights.
+      layer_norm_eps: epsilon of every layer norm.
+      bottleneck_width: width of an adapter behind attention and MLP; 0: none (see `Bottleneck`).
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    bottleneck_width: int = 0
+
+    @property
+    def kernel_init(self) -> nn.initializers.Initializer:
+        """The initialiser of new kernels: N(0, ``initializer_range``^2)."""
+        return nn.initializers.normal(self.initializer_range)
 
 
 def check_fields(config: Any, minimum: Mapping[str, int] = {}) -> None:

@@ -168,7 +168,7 @@ class DebertaConfig(EncoderConfig):
 
     @classmethod
     def from_hf(cls, config):
-        """See `EncoderConfig.from_hf`.
+        """See `ModelConfig.from_hf`.
 
         >>> DebertaConfig.from_hf({"model_type": "deberta-v2", "pos_att_type": "p2c|c2p"}).terms
         ()
@@ -392,13 +392,7 @@ class Deberta(nn.Module):
     Attributes:
       config: the architecture.
       num_labels: outputs of the head; 1 for regression.
-      dtype: compute dtype of everything but layer-norm statistics, softmax, pooler and head, which
-        are float32.
-      param_dtype: dtype of new parameters; loaded ones keep their own.
-      unroll: layers per iteration of the scan; a larger value compiles longer and runs faster.
-      remat: what the backward pass recomputes: ``"none"`` nothing, ``"dots"`` everything but
-        the outputs of the linear layers, ``"attention"`` everything but those in attention,
-        ``"full"`` each layer from its input.
+      dtype, param_dtype, unroll, remat: as in `Bert`.
 
     Source: He et al. 2021, https://arxiv.org/abs/2006.03654, section 3; He et al. 2023,
     https://arxiv.org/abs/2111.09543.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from rmlora_jax.models.config import LARGEST
+from rmlora_jax.models.config import LARGEST, ModelConfig
 
 # How a stored tensor becomes a parameter: the axes for numpy.transpose. PyTorch's Linear keeps
 # (out, in), its Conv2d (out, in, height, width). The inverse permutation leads back.
@@ -145,7 +145,7 @@ class Family(NamedTuple):
     """How the files of one family become a model.
 
     Attributes:
-      config: dataclass with ``from_hf(dict)``.
+      config: the class of its configs.
       model: Linen module ``model(config, num_labels, dtype=..., unroll=..., remat=...)`` that is
         called with images, or with ``(input_ids, attention_mask, token_type_ids)``.
       inputs: what the model is called with.
@@ -160,7 +160,7 @@ class Family(NamedTuple):
         there is no image size.
     """
 
-    config: Any
+    config: type[ModelConfig]
     model: Callable[..., nn.Module]
     inputs: Inputs
     classifier: str

@@ -92,7 +92,7 @@ class ViTConfig(EncoderConfig):
 
     @classmethod
     def from_hf(cls, config):
-        """See `EncoderConfig.from_hf`.
+        """See `ModelConfig.from_hf`.
 
         >>> ViTConfig.from_hf({"model_type": "vit", "image_size": 384}).image_size
         384
@@ -291,9 +291,6 @@ class ViT(nn.Module):
 
     Source: Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, equations 1 to 4.
 
-    >>> import jax
-    >>> import jax.numpy as jnp
-import numpy as np
     >>> config = ViTConfig(hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
     ...                    intermediate_size=16, image_size=8, patch_size=4)
     >>> model = ViT(config, num_classes=5)

@@ -32,7 +32,7 @@ class Factor(NamedTuple):
       depth: number of leading axes over which nn.scan or nn.vmap stacked the layers.
     """
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     path: str
     module: str
     side: str | None

@@ -252,7 +252,7 @@ def read_rows(folder):
 
 
 def make_tfds(folder):
-    from test_data_sources import gray_rows, image_features, make
+    from test_data_tfds import gray_rows, image_features, make
 
     make(folder, "gray", image_features((9, 9, 1)), {"train": gray_rows(12), "test": gray_rows(4)})
 

@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_data_sources import encoded, gray, gray_rows, image_features, make
+from test_data_tfds import encoded, gray, gray_rows, image_features, make
 
 from rmlora_jax.data import batch_ids, load_images, load_resident, load_texts, stream_batches
 from rmlora_jax.data.dataset import BadRecord
