@@ -21,7 +21,6 @@ dataclass whose fields are made by `field`.
 
 import dataclasses
 import functools
-import itertools
 import math
 import re
 import textwrap
@@ -37,6 +36,10 @@ from ml_collections import config_dict
 from rmlora_jax.errors import did_you_mean
 
 C = TypeVar("C")
+
+# An ml_collections.ConfigDict. Its attributes have the union of all types that a field may have,
+# which no type checker can narrow.
+ConfigDict = Any
 
 FIXED = "fixed"  # a run that continues must have the same value
 FREE = "free"  # it may have another: the field changes no number
@@ -146,7 +149,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def default(cls: type) -> ml_collections.ConfigDict:
+def default(cls: type) -> ConfigDict:
     """The fields with their defaults, as a person edits them."""
     values = {}
     for path, leaf in leaves(cls).items():
@@ -214,11 +217,12 @@ def not_allowed(config: Any, more: Iterable[Mistake] = ()) -> dict[str, str]:
     for path, leaf in leaves(type(config)).items():
         if path in flat and (words := _not_allowed(flat[path], leaf.spec)):
             lines[path] = _is(path, flat[path], words)
-    checks = [more]
+    checks: list[Mistake] = []
     for name, value in vars(config).items():
-        if dataclasses.is_dataclass(value) and hasattr(value, "check"):
-            checks.insert(0, [(f"{name}.{path}", words) for path, words in value.check()])
-    for path, allowed in itertools.chain(*checks):
+        check = getattr(value, "check", None)
+        if check is not None:
+            checks += [(f"{name}.{path}", words) for path, words in check()]
+    for path, allowed in (*checks, *more):
         lines.setdefault(path, _is(path, flat[path], f"must be {allowed}"))
     return lines
 

@@ -1,6 +1,5 @@
 """A run as shapes: its real training step and what goes into it, without data and weights."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +33,7 @@ class RunShapes(NamedTuple):
       batch_words: what a batch holds beside its examples.
     """
 
-    step: Callable
+    step: Any
     arguments: tuple
     outputs: int
     trainable_parameters: int
@@ -85,6 +84,11 @@ def open_shapes(config: Run, devices: Devices) -> RunShapes:
     )
 
 
+def no_data(*_: Any) -> Any:
+    """Stands for what reads data, of which a run as shapes has none."""
+    raise ValueError("a run as shapes has no data")
+
+
 def _base(config: Run, task: Shapes, devices: Devices) -> setup.Base:
     with fields("lora.*"):
         lora = methods.description(config)
@@ -104,8 +108,8 @@ def _base(config: Run, task: Shapes, devices: Devices) -> setup.Base:
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     constants = Constants(frozen, task.resident, seed, seed)
     return setup.Base(
-        problem=None,
-        feed=Feed({}, None, None, task.resident, task.prepare_train, None),
+        problem=no_data,
+        feed=Feed({}, no_data, no_data, task.resident, task.prepare_train, no_data),
         objective=task.objective,
         lora=lora,
         adapted=adapted,

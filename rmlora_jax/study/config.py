@@ -13,7 +13,7 @@ from pathlib import Path
 import ml_collections
 
 from rmlora_jax import config as fields
-from rmlora_jax.config import is_names, is_number
+from rmlora_jax.config import ConfigDict, is_names, is_number
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.fields import Run
 from rmlora_jax.methods import METHODS, readers
@@ -25,24 +25,24 @@ from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train.config import SWEEPABLE, flatten, resolve
 
 
-def default_study() -> ml_collections.ConfigDict:
+def default_study() -> ConfigDict:
     """The fields of a study. A file in ``configs/`` starts from these and changes what it needs."""
     return fields.default(Study)
 
 
-def check_study(given: ml_collections.ConfigDict | Study) -> tuple[Study, dict[tuple, Run]]:
+def check_study(given: ConfigDict | Study) -> tuple[Study, dict[tuple, Run]]:
     """The study, and the config that the runs of every place share (`plan.place`), tasks in their
     order.
 
     Raises one UserError that lists every mistake.
     """
     c, wrong = fields.read(Study, given)
-    whole = fields.flatten(given)
+    stated = fields.flatten(given)
     lines: list[str] = []
 
     def need(ok: bool, field: str, allowed: str):
         if not ok:
-            value = repr(whole.get(field))[:200]
+            value = repr(stated.get(field))[:200]
             wrong.setdefault(field, f"config.{field}={value}: must be {allowed}")
 
     def known(field: str, names, allowed, what: str):
@@ -102,7 +102,7 @@ def check_study(given: ml_collections.ConfigDict | Study) -> tuple[Study, dict[t
     return c, bases
 
 
-def open_tasks(study: Study) -> dict[str, ml_collections.ConfigDict]:
+def open_tasks(study: Study) -> dict[str, ConfigDict]:
     """The config of every task by its name, with the fields of the study, of the task, and
     ``study.set`` on top.
 
@@ -140,7 +140,7 @@ def parse(text: str) -> tuple[str, tuple[str, ...], str]:
     return file, tuple(fields), name
 
 
-def load(text: str) -> ml_collections.ConfigDict:
+def load(text: str) -> ConfigDict:
     """The config of ``FILE`` or ``FILE:ARGUMENT``, looked for here and then beside the package."""
     name, _, argument = text.partition(":")
     file = next((p for p in (Path(name), ROOT / name) if p.is_file()), None)
@@ -164,7 +164,7 @@ def load(text: str) -> ml_collections.ConfigDict:
     return config
 
 
-def configured(study: Study, base: ml_collections.ConfigDict, method: str, variant=()):
+def configured(study: Study, base: ConfigDict, method: str, variant=()):
     """The config of the runs of a method on a task: a copy, with the fields of both and the
     variant's."""
     config = copy.deepcopy(base)
@@ -174,7 +174,7 @@ def configured(study: Study, base: ml_collections.ConfigDict, method: str, varia
     return config
 
 
-def override(config: ml_collections.ConfigDict, text: str) -> None:
+def override(config: ConfigDict, text: str) -> None:
     """Sets ``"a.b=value"``; a value is a Python literal, where the field is no text.
 
     Raises:

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import ml_collections
-
+from rmlora_jax.config import ConfigDict
 from rmlora_jax.files import write_text_atomic
 from rmlora_jax.study import plan, program, tables
 from rmlora_jax.study.config import check_study
@@ -16,7 +15,7 @@ from rmlora_jax.train.workdir import opened
 
 
 def run_study(
-    given: ml_collections.ConfigDict | Study, workdir: Path, *, trainer: Callable | None = None
+    given: ConfigDict | Study, workdir: Path, *, trainer: Callable | None = None
 ) -> list[dict]:
     """Runs what of the study has no row yet in ``workdir/rows.jsonl``, writes its table and
     pictures, and returns its rows. With ``study.dry_run`` it prints the plan and its cost only.

@@ -4,9 +4,7 @@ import ast
 import itertools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
-
-import ml_collections
+from typing import Any, NamedTuple
 
 from rmlora_jax import methods
 from rmlora_jax.config import MOST
@@ -61,7 +59,7 @@ class Run(NamedTuple):
     """One of the runs of a sweep."""
 
     name: str  # of its folder: seed=3,penalty=0.1
-    setting: dict[str, float]  # its values of what is swept, by the names of SWEEPABLE
+    setting: dict[str, Any]  # its values of what is swept, by the names of SWEEPABLE
     config: Config  # of the single run that it equals
 
 
@@ -86,7 +84,7 @@ def runs(c: Config) -> list[Run]:
     return found
 
 
-def check_config(given: ml_collections.ConfigDict | Config, *, there: bool = False) -> Config:
+def check_config(given: Any, *, there: bool = False) -> Config:
     """`resolve` of a run or a sweep, with every mistake of its single runs.
 
     Raises:
@@ -144,7 +142,7 @@ def _number(name, value) -> float:
     return float(value)
 
 
-def name(values: Mapping[str, float]) -> str:
+def name(values: Mapping[str, Any]) -> str:
     """What a run with these values is called, also on disk.
 
     >>> name({"seed": 3, "penalty": 0.1, "keep": 1.0})

@@ -5,6 +5,7 @@ the batch and the number of the step are not, so that there is one of each, and 
 augmented once for all runs.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -36,7 +37,8 @@ class ManyConstants(NamedTuple):
     values: dict  # "seed" uint32 (K,), and what is swept, float32 (K,), by the names of SWEEPABLE
 
 
-class Axis(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Axis:
     """The runs of a sweep, stacked on the first axis of what differs between them."""
 
     count: int
@@ -56,7 +58,9 @@ def build(config: Config, runs: Sequence[Run], base: setup.Base, devices: Device
     ``state`` holds shapes only, `first_state` makes it. The metrics and outputs of the steps have
     the axis, too.
     """
-    values = {"seed": np.array([run.config.seed for run in runs], np.uint32)}
+    values: dict[str, Any] = {
+        "seed": np.array([run.config.seed for run in runs], np.uint32)
+    }
     for name in runs[0].setting:
         values[name] = np.array([run.setting[name] for run in runs], np.float32)
     return setup.Job(
@@ -125,7 +129,7 @@ def scale_a(params: dict, ratio: jax.Array, lora: rm.LoRA) -> dict:
 
     With the scale of ``lora`` this is the product for ``ratio * lora.alpha``.
     """
-    flat = flatten_dict(params)
+    flat = dict[tuple, Any](flatten_dict(params))
     for path, value in flat.items():
         module = "/".join(path[:-1])
         own = any(re.fullmatch(regex, module) for regex, _ in lora.alpha_pattern)

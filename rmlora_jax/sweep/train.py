@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rmlora_jax.config import ConfigDict
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run as Config
 from rmlora_jax.files import read_json, write_json
@@ -41,7 +41,7 @@ class Together(NamedTuple):
     best: State | None  # of each run at its best evaluation so far; step is (K,)
 
 
-def train(config: ml_collections.ConfigDict | Config, workdir: Path) -> dict:
+def train(config: ConfigDict | Config, workdir: Path) -> dict:
     """Trains every run of the sweep and returns the ``summary.json`` of the whole.
 
     Raises:

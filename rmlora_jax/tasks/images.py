@@ -65,6 +65,7 @@ def open_problem(config: Run, opening: Opening) -> Problem:
     )
     model = build_model(config, pretrained.config, images.num_classes)
     size = pretrained.image_size
+    assert size is not None  # of every model of images
     image = jax.ShapeDtypeStruct((1, size, size, pretrained.config.num_channels), jnp.float32)
     with fields("model.attention"):
         jax.eval_shape(model.init, opening.key, image)
@@ -144,7 +145,7 @@ def known(config: Run, image_size: int) -> tuple[int, data.Storage, int]:
         return c.classes, data.storage_of(None, 3, 0, image_size, mode="stream"), 0
     storage = data.plan_storage(images, image_size, mode=c.mode)
     splits = images.train, images.validation, images.test
-    return images.num_classes, storage, sum(map(len, splits))
+    return images.num_classes, storage, sum(len(split) for split in splits if split is not None)
 
 
 def build_model(config: Run, architecture: ViTConfig, num_classes: int) -> ViT:
@@ -209,6 +210,7 @@ def open_feed(
     c = config.data
     splits = {"train": images.train, "validation": images.validation, "test": images.test}
     sizes = {name: len(split) for name, split in splits.items()}
+    assert pretrained.image_size is not None
     storage = data.plan_storage(images, pretrained.image_size, mode=c.mode)
     if storage.resident:
         def decode(name):

@@ -1,7 +1,7 @@
 """The metrics of a task over a whole split, by scikit-learn and scipy, and what they are called."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from rmlora_jax.errors import UserError
 class Metric(NamedTuple):
     """A metric and its names: beside a progress bar, in a sentence, along an axis."""
 
-    value: Callable | None  # (predictions, labels) -> float
+    value: Callable[..., Any]  # (predictions, labels) -> float
     short: str
     long: str
     axis: str
@@ -62,7 +62,7 @@ def describe(key: str) -> tuple[Metric, str]:
     for name in sorted(METRICS, key=len, reverse=True):  # f1_macro before f1
         if key == name or key.startswith(f"{name}_"):
             return METRICS[name], key[len(name) + 1:]
-    return Metric(None, key, key, key), ""
+    return Metric(_unknown, key, key, key), ""
 
 
 def shown(key: str, value: float) -> str:
@@ -72,6 +72,10 @@ def shown(key: str, value: float) -> str:
     ('74.6 %', '0.412')
     """
     return f"{100 * value:.1f} %" if describe(key)[0].short == "accuracy" else f"{value:.3f}"
+
+
+def _unknown(predictions, labels):
+    raise ValueError("a key that is not a metric has no value of its own")
 
 
 def _accuracy(predictions, labels):
@@ -94,13 +98,15 @@ def _f1(predictions, labels):
         raise UserError(
             f"f1 is of two classes, 0 and 1, but here is a class {largest}; "
             "use f1_macro, the mean over all classes")
-    return f1_score(labels, predictions, zero_division=0.0)
+    none: Any = 0.0  # scikit-learn's annotation knows texts alone
+    return f1_score(labels, predictions, zero_division=none)
 
 
 def _f1_macro(predictions, labels):
     from sklearn.metrics import f1_score
 
-    return f1_score(labels, predictions, average="macro", zero_division=0.0)
+    none: Any = 0.0  # as above
+    return f1_score(labels, predictions, average="macro", zero_division=none)
 
 
 def _correlation(name: str) -> Callable:

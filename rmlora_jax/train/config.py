@@ -4,11 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import ml_collections
-
 from rmlora_jax import config as fields
 from rmlora_jax import methods, tasks
-from rmlora_jax.config import FREE, GROWS, field, flatten, leaves, with_values
+from rmlora_jax.config import FREE, GROWS, ConfigDict, field, flatten, leaves, with_values
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.fields import Run
 from rmlora_jax.tasks import places
@@ -51,7 +49,7 @@ FREE_ON_RESUME = frozenset(
 )
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> ConfigDict:
     """The fields of a run. A file in ``configs/`` starts from these and changes what it needs."""
     return fields.default(RunConfig)
 
@@ -61,7 +59,7 @@ def describe(config: Any = None) -> str:
     return fields.describe(RunConfig, config)
 
 
-def use_glue(c: ml_collections.ConfigDict, task: str) -> None:
+def use_glue(c: ConfigDict, task: str) -> None:
     """Sets the fields that make a run one of the nine GLUE tasks, such as ``"cola"``.
 
     Raises:
@@ -78,11 +76,12 @@ def use_glue(c: ml_collections.ConfigDict, task: str) -> None:
     c.lora.train = r"head|pooler"
 
 
-def resolve(given: ml_collections.ConfigDict | Run, *, there: bool = False) -> Run:
+def resolve(given: Any, *, there: bool = False) -> Run:
     """The config that the code reads, of one that a person edits.
 
     Args:
-      given: the config; one that is resolved already comes back as it is.
+      given: a ConfigDict, or its content as nested dicts; a config that is resolved already comes
+        back as it is.
       there: whether the files and folders that it names are looked for too.
 
     Raises:
@@ -100,7 +99,7 @@ def resolve(given: ml_collections.ConfigDict | Run, *, there: bool = False) -> R
     return config
 
 
-def mistakes(given: ml_collections.ConfigDict | Run) -> tuple[Run, dict[str, str]]:
+def mistakes(given: Any) -> tuple[Run, dict[str, str]]:
     """The config and what is wrong with the values of its fields, by field."""
     config, wrong = fields.read(RunConfig, given)
     found = [*config.check()]

@@ -86,7 +86,7 @@ def _no_refusal(record) -> bool:
     return not record.exc_info or refusal(record.exc_info[1]) is None
 
 
-def refusal(error: BaseException) -> int | None:
+def refusal(error: BaseException | None) -> int | None:
     """The errno of a disk that refuses, in the error or in one behind it; None if there is none.
 
     Orbax and tensorstore have errors of their own, with the system's words in them.

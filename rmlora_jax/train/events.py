@@ -24,7 +24,7 @@ class Events:
 
     def __init__(self, folder: str | os.PathLike, start_step: int = 0):
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore (generated)
 
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ class Events:
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes the scalars of a step as one event."""
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore (generated)
 
         # Without the metadata that tensorboardX adds to each: TensorBoard needs none for scalars,
         # and the checksum of each byte is computed in Python.

@@ -53,6 +53,7 @@ def write_adapter(
         "metrics": {k: v for k, v in best.items() if k != "step"},
         "config": fields.nested(flatten(config)),
     }
+    assert problem.info is not None  # as every problem with a pretrained model has
     info = dataclasses.replace(problem.info, about=about)
     write_info(workdir, info)
     if not methods.has_factors(config):
@@ -102,7 +103,7 @@ def export_merged(workdir: Path) -> Path:
         params = rm.merge(*hub.load_peft(workdir / ADAPTER, base))
     else:
         trainable = best_trainable(workdir)
-        head = flatten_dict(trainable, sep="/").get("head/bias")
+        head: Any = flatten_dict(trainable, sep="/").get("head/bias")
         outputs = None if head is None else len(head)
         head_key, _ = first_keys(config.seed)
         base = hub.load_pretrained(

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 import optax
 
 import rmlora_jax as rm
 from rmlora_jax import config as fields
 from rmlora_jax import methods
+from rmlora_jax.config import ConfigDict
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import plain, read_json, write_json
@@ -34,7 +34,7 @@ from rmlora_jax.train.stopping import Stopped, watch
 from rmlora_jax.train.workdir import check_nothing_lost, check_workdir, opened
 
 
-def train(config: ml_collections.ConfigDict | Run, workdir: Path) -> dict:
+def train(config: ConfigDict | Run, workdir: Path) -> dict:
     """Trains, evaluates, writes everything into ``workdir`` and returns its ``summary.json``.
 
     Raises:
@@ -435,13 +435,13 @@ def row_of(
     skipped = [int(m["skipped"]) for m in metrics]
     updates = done.step - 1 - int(skipped_so_far) + skipped[-1]  # before the last step
     return mean_of(metrics) | {
-        "learning_rate": float(schedule(updates)),
+        "learning_rate": float(np.asarray(schedule(updates))),
         "skipped": sum(skipped),
         "examples_per_second": len(metrics) * config.batch_size / done.seconds,
     }
 
 
-def mean_of(metrics: list[dict]) -> dict[str, float]:
+def mean_of(metrics: list[dict]) -> dict[str, Any]:
     """Means of the steps' metrics, under the names of metrics.jsonl; of those that were not
     skipped, if there are any."""
     kept = [m for m in metrics if not m.get("skipped")] or metrics

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -77,12 +78,12 @@ class Spikes:
         >>> spikes.add(1, [1.0, 1.2] * 60), spikes.add(121, [1.1, 5.0])
         (None, 'step 122: the loss 5 is above 2.1, median + 10 MAD of the 100 steps before')
         """
-        losses = np.asarray(losses, np.float64)
-        every = np.concatenate([self.before, losses])
+        own = np.asarray(losses, np.float64)
+        every = np.concatenate([self.before, own])
         every = np.where(np.isfinite(every), every, np.nan)
-        self.before.extend(losses)
-        start = len(every) - len(losses)
-        if start + len(losses) <= WINDOW:
+        self.before.extend(own)
+        start = len(every) - len(own)
+        if start + len(own) <= WINDOW:
             return None
         judged = max(start, WINDOW)
         windows = np.lib.stride_tricks.sliding_window_view(every, WINDOW)[judged - WINDOW : -1]

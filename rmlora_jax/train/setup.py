@@ -47,7 +47,7 @@ from rmlora_jax.train.step import (
 class Base(NamedTuple):
     """What a run, or all runs of a sweep, starts from: data, pretrained weights, adapted model."""
 
-    problem: Problem
+    problem: Any  # Problem; there is none where nothing is run
     feed: Feed
     objective: Objective
     lora: rm.LoRA
@@ -213,6 +213,7 @@ def with_new(
 def from_adapter(config: Run, problem: Problem, params: dict) -> tuple[dict, rm.LoRA]:
     """The factors of ``model.adapter``, and its head where that is for as many classes."""
     folder, base = Path(config.model.adapter).expanduser(), problem.pretrained
+    assert base is not None  # the task's check refuses model.adapter otherwise
     whole = hub.stored_labels(folder) == base.num_labels
     params, lora = hub.load_peft(folder, base._replace(params=params), saved=whole)
     rules = [*map(re.escape, lora.train or ()), config.lora.train]

@@ -41,7 +41,7 @@ def save(workdir: str | os.PathLike, step: int, params: Any) -> pathlib.Path:
             e = np.asarray(leaves[d.e], np.float32)
             factors[d.a.path] = factors[d.a.path] * e[..., None, :]
     file = io.BytesIO()
-    np.savez(file, **factors)
+    np.savez(file, allow_pickle=False, **factors)
     return write_bytes_atomic(pathlib.Path(workdir) / FOLDER / f"{step:08}.npz", file.getvalue())
 
 

@@ -7,7 +7,7 @@ The penalty and the mask are parts of ``tx``; the step knows nothing of them bey
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +20,19 @@ from rmlora_jax.parallel.mesh import AXIS
 class State(NamedTuple):
     """All that a step changes, hence all that a checkpoint holds."""
 
-    step: jax.Array  # int32: optimizer steps done
-    trainable: dict
+    step: Any  # int32: optimizer steps done
+    trainable: Any  # nested dicts
     opt_state: optax.OptState
 
 
 class Constants(NamedTuple):
-    """What a step reads and does not change; arguments of it, so that nothing is compiled in."""
+    """What a step reads and does not change; arguments of it, so that nothing is compiled in.
+    Arrays, or shapes where nothing is run."""
 
     frozen: dict  # the base
     data: dict  # the resident data, {} where batches are streamed
-    data_seed: jax.Array  # uint32: of the augmentation; folded with the step
-    seed: jax.Array  # uint32: of dropout; folded with the step
+    data_seed: Any  # uint32: of the augmentation; folded with the step
+    seed: Any  # uint32: of dropout; folded with the step
 
 
 def init_state(tx: optax.GradientTransformation, trainable: dict) -> State:
@@ -136,7 +137,7 @@ def first_keys(seed: int) -> jax.Array:
     return jax.random.split(jax.random.key(seed))
 
 
-def keys_of(constants: Constants, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+def keys_of(constants: Constants, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """The keys of augmentation and of dropout in the step after ``step`` steps.
 
     Two halves of one key where the seeds are one. Nothing of a run enters the first, so that runs
@@ -151,7 +152,7 @@ def updates_done(opt_state: optax.OptState) -> jax.Array:
     return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 
-def _split(seed: jax.Array, step: jax.Array) -> jax.Array:
+def _split(seed: jax.Array, step: jax.Array | int) -> jax.Array:
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
 
 

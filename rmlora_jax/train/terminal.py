@@ -99,11 +99,12 @@ def closing(summary: Mapping[str, Any], workdir: str | os.PathLike, *,
     took = None if wall is None else duration(wall)
     if took and compiling is not None:
         took += f", of which {duration(compiling)} compilation"
-    counts = summary.get("trainable_parameters"), summary.get("total_parameters")
+    trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
+    known = None if trained is None or total is None else parameters(trained, total)
     return format_table("done", [
         ("test, last step", scores(summary.get("eval"))),
         ("test, best validation", scores(summary.get("best_eval"))),
-        ("parameters", None if None in counts else parameters(*counts)),
+        ("parameters", known),
         ("speed", None if rate is None else f"{rate:,.0f} examples/s"),
         ("time", took),
         ("verdict", verdict),
