@@ -76,7 +76,7 @@ def base_sharding(shape: tuple[int, ...], devices: Devices) -> NamedSharding:
     group = dict(devices.mesh.shape).get(GROUP, 1)
     first = 1 if len(shape) > 2 else 0
     fit = [i for i in range(first, len(shape)) if shape[i] % group == 0]
-    spec = [None] * len(shape)
+    spec: list[str | None] = [None] * len(shape)
     if group > 1 and fit and math.prod(shape) >= SMALL:
         spec[max(fit, key=lambda i: (shape[i], i))] = GROUP
     return NamedSharding(devices.mesh, PartitionSpec(*spec))
