@@ -528,42 +528,6 @@ def test_a_table_of_a_gpu_is_that_of_the_stored_repeats(name):
     assert markdown_table(table.cells(table.table_rows(stored(name)))) in text
 
 
-def ratios(name, over):
-    """row -> the median, over the repeats, of its time over that of the row ``over``."""
-    ms = {p["name"]: np.array(p["ms"]) for p in stored(name)["programs"]}
-    return {row: np.median(times / ms[over]) for row, times in ms.items()}
-
-
-def test_what_is_said_of_the_aims_is_what_the_repeats_say():
-    text = (ROOT / "rmlora_jax" / "bench" / "README.md").read_text()
-    factored, merged = (f"rm_lora:execution={how}" for how in ("factored", "merged"))
-    small = f"{merged}:remat=attention"
-    floor = ratios("h100_vit_base", "floor")
-    assert f"| {floor[merged]:.2f} (merged), {floor[factored]:.2f} (factored) |" in text
-    lora = ratios("h100_vit_base", "lora:execution=factored")[factored]
-    assert f"| {lora:.3f} (both factored) |" in text
-    times = ratios("h100_vit_base", merged)
-    for row in ("peft_lora", "peft_rm_lora"):
-        assert f"| {times[row]:.2f} | missed; reached with [texts](#texts) |" in text
-    memory = {p["name"]: p["memory_bytes"] for p in stored("h100_vit_base")["programs"]}
-    share = memory[small] / memory["peft_lora"]
-    assert f"| {share:.2f} x the memory at {times[small]:.2f} x" in text
-    cold, cached = (
-        [p["compile_seconds"] for p in stored(f"h100_{name}")["programs"]]
-        for name in ("uncached", "cached")
-    )
-    assert "| {:.1f} s merged, {:.1f} s factored, {:.1f} s [rolled](".format(*cached) in text
-    assert "{:.1f}, {:.1f} and {:.1f} s, then".format(*cold) in text
-    texts = [ratios(f"h100_{name}", merged) for name in ("roberta_base", "deberta_v3_base")]
-    said = [[f"{times[row]:.1f}" for times in texts] for row in ("peft_lora", "peft_rm_lora")]
-    assert f"PEFT takes {' and '.join(said[0])} times as long" in text
-    assert f"the authors' loops {' and '.join(said[1])} times" in text
-    wide = ratios("h200_decoder", "floor")
-    assert f"{wide[merged]:.2f} x the floor merged, {wide[factored]:.2f} factored" in text
-    faster = ratios("h200_vit_base", "floor")[merged]
-    assert f"takes 61.8 ms and the floor 54.9: {faster:.2f} x" in text
-
-
 def test_what_is_stored_names_no_folder_of_the_machine_that_made_it():
     files = list((ROOT / "tests" / "results").glob("bench_*.json"))
     texts = {file.name: file.read_text() for file in files}
