@@ -21,8 +21,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json
 from rmlora_jax.tasks.scores import higher_is_better
-from rmlora_jax.train.disk import without_late
 from rmlora_jax.train.step import State
+from rmlora_jax.train.workdir import without_late
 
 T = TypeVar("T")  # a NamedTuple of arrays: State, or the states of a sweep
 LATEST = 2  # checkpoints kept beside the best while a run trains

@@ -129,16 +129,12 @@ def train_program(
     with contextlib.ExitStack() as stack:
         writers = [
             stack.enter_context(MetricWriter(
-                folder,
-                total_steps=job.steps,
-                start_step=start,
-                enabled=leader,
-                progress=False,
-                tensorboard=alone,
+                folder, start_step=start, enabled=leader, tensorboard=alone
             ))
             for folder in folders
         ]
-        state, seconds = fit(config, job, state, compiled, keeper, writers, devices)
+        progress = stack.enter_context(contextlib.closing(terminal.Progress(job.steps)))
+        state, seconds = fit(config, job, state, compiled, keeper, writers, progress, devices)
     keeper.wait()
     return finish(
         job, state, keeper, compiled, folders, devices, began, seconds, job.steps - start, alone
@@ -302,12 +298,12 @@ def fit(
     compiled: Steps,
     keeper: checkpoint.Keeper,
     writers: Sequence[MetricWriter],
+    progress: terminal.Progress,
     devices: Devices,
 ) -> tuple[State, float]:
     """Trains to the last step; returns the state and the seconds of the training steps alone:
     without compilation, evaluation, checkpoints."""
-    seconds, shown, show = 0.0, {}, jax.process_index() == 0
-    progress = terminal.Progress(job.steps)
+    seconds, shown, leader = 0.0, {}, jax.process_index() == 0
     watched = [nonfinite.Watched(config.nonfinite_limit) for _ in job.runs]
     for done in stretches(config, job, state, compiled, devices):
         state, seconds = done.state, seconds + done.seconds
@@ -320,7 +316,7 @@ def fit(
         ]
         for writer, one, own in zip(writers, watched, metrics, strict=True):
             for note in one.add(done.first, own):
-                if show:
+                if leader:
                     progress.print(f"{writer.workdir.name}: {note}" if writers[1:] else note)
         validation = []
         if done.evaluating:
@@ -334,9 +330,14 @@ def fit(
             if done.evaluating:
                 own = job.axis.pick(state.trainable, i)
                 keep_factors(config, writer, done.step, own, job.frozen, job.lora[i])
-            writer.flush()
+        shown |= summed_up(rows)
+        if leader:
+            progress.update(done.step, shown)
         # One run alone stays as it is; the others of its program go on.
         over = all(one.over for one in watched)
+        if done.evaluating or done.stopping or over:
+            for writer in writers:
+                writer.flush()
         if done.evaluating:
             keeper.evaluated(state, validation)
         elif done.stopping or over:
@@ -346,10 +347,6 @@ def fit(
             if over:
                 raise ended(job, state.trainable, watched[0], done.step)
             raise saved_after(done.step, job.steps)
-        shown |= summed_up(rows)
-        if show:
-            progress.update(done.step, shown)
-    progress.close()
     return state, seconds
 
 
