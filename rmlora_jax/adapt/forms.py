@@ -93,10 +93,16 @@ def product(
     if execution == "merged" and not affine:
         return layer(x, form.merged(_finer(weight, dtype), factors, scale, axes))
     merges = execution == "merged" and isinstance(geometry, geo.Contraction)
-    drop = drop if drop and not attends and jnp.issubdtype(x.dtype, jnp.inexact) else lambda x: x
+    if drop is None or attends or not jnp.issubdtype(x.dtype, jnp.inexact):
+        drop = _kept
     call = Call(x, weight, geometry, axes, layer, scale, merges, attends, drop, affine, bias,
                 precision, dtype)  # fmt: skip
     return form.output(call, factors)
+
+
+def _kept(x):
+    """No dropout."""
+    return x
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,6 +151,7 @@ class LoRA:
     execution: str = "auto"
     layers: tuple[Layer, ...] = ()
 
+    # Which leaves stand beside a weight and what they do with it; AdaLoRA and SoRA have another.
     form: ClassVar[Form] = PLAIN
 
     def __post_init__(self):
@@ -195,7 +196,7 @@ class LoRA:
 
     @property
     def factors(self) -> tuple[str, ...]:
-        """The names of the leaves beside an adapted weight."""
+        """The names of the leaves beside an adapted weight, A and B first."""
         return self.form.leaves
 
     def targets(self, path: str) -> bool:

@@ -132,7 +132,8 @@ def _sorted_out(folder: Path, config: PeftConfig, tensors, base: Pretrained, sha
       UserError: one is not in it, is there twice, or is a factor without its partner.
     """
     file, prefix = folder / WEIGHTS_FILE, base.family.prefix
-    spelt = config.description.form.peft or ()
+    spelt = config.description.form.peft
+    assert spelt is not None  # only such forms are told by a config
     entries = {e.path: e for e in base.family.table if e.path in shapes}
     slots = {
         name: (entry.path, layer)
