@@ -21,7 +21,6 @@ from rmlora_jax.data.dataset import (
     listed,
 )
 from rmlora_jax.data.glue import GlueTask, glue_task, write_predictions
-from rmlora_jax.data.packaged import load_speech
 from rmlora_jax.data.pipeline import (
     RESIDENT_LIMIT,
     Storage,
@@ -71,7 +70,6 @@ __all__ = [
     "listed",
     "load_images",
     "load_resident",
-    "load_speech",
     "load_texts",
     "local_size",
     "missing",

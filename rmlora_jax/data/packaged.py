@@ -100,7 +100,7 @@ def load_speech(
         hidden, and its label is the cluster of that frame; see :func:`hidden_frames`.
       validation: fraction (below 1) or number of training utterances to hold out, each speaker's
         share of them.
-      seed: of the choice of those.
+      seed: chooses them.
       limit: use only this many training utterances, each speaker's share of them; 0: all.
       data_dir: folder with the two .ts files; None: in the package that ships them.
 
@@ -143,7 +143,7 @@ def load_speech(
 
 
 def hidden_frames(splits: Sequence[Utterances], clusters: int) -> list[Utterances]:
-    """What a model can learn without labels: which sound belongs into a hidden frame.
+    """What a model can learn without labels: which sound a hidden frame has.
 
     Each frame of each utterance gives an example: the utterance with that frame and its two
     neighbours set to 0, and as the label the cluster of the frame, by k-means over the frames of
@@ -163,9 +163,9 @@ def hidden_frames(splits: Sequence[Utterances], clusters: int) -> list[Utterance
     def examples(split):
         rows, places = np.nonzero(_real(split))
         frames = split.frames[rows]
-        near = np.abs(np.arange(frames.shape[1]) - places[:, None]) <= 1
+        hidden = np.abs(np.arange(frames.shape[1]) - places[:, None]) <= 1
         labels = np.asarray(sounds.predict(split.frames[rows, places]), np.int32)
-        return Utterances(np.where(near[..., None], 0, frames), split.lengths[rows], labels)
+        return Utterances(np.where(hidden[..., None], 0, frames), split.lengths[rows], labels)
 
     return [examples(split) for split in splits]
 

@@ -153,7 +153,7 @@ def open_texts(request: Request) -> TextDataset:
 
 
 def open_utterances(request: Request) -> Any:
-    """The speech of a request: a `SpeechDataset`; see `load_speech`."""
+    """The speech of a request: a `packaged.SpeechDataset`; see `packaged.load_speech`."""
     return _found("utterances", request)
 
 

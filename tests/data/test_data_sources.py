@@ -1,5 +1,8 @@
 """The registry: which source serves a name, what it misses, and what all sources have in common."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -72,6 +75,17 @@ def test_an_added_source_is_treated_like_all_others(made):
     data = open_texts(Request("made", validation=4, bad_records=1, limit=20))
     assert [len(s.ids) for s in (data.train, data.validation, data.tests["test"])] == [20, 4, 4]
     assert data.skipped == ("made: row 3 is empty",)
+
+
+def test_the_source_in_the_readme(monkeypatch):
+    readme = Path(registry.__file__).with_name("README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    monkeypatch.setattr(registry, "SOURCES", (names["SOURCE"], *registry.SOURCES))
+    data = open_images(Request("mine", validation=2))
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [16, 2, 2]
+    assert data.class_names == ("cat", "dog")
 
 
 def test_what_is_missing(made, tmp_path):
