@@ -63,7 +63,7 @@ def check_study(c: ConfigDict) -> dict[tuple, ConfigDict]:
 
     def need(ok: bool, field: str, allowed: str):
         if not ok:
-            value = repr(plan.field(given, field))[:200]
+            value = repr(flatten(given).get(field))[:200]
             wrong.append(f"config.{field}={value}: must be {allowed}")
 
     def known(field: str, names, allowed, what: str):
@@ -84,11 +84,11 @@ def check_study(c: ConfigDict) -> dict[tuple, ConfigDict]:
     known("pictures", c.pictures, tuple(PICTURES), "picture")
     need(len(set(c.pictures)) == len(c.pictures), "pictures", "pictures, each of them once")
     for field in ("rates", "full_rates", "head_rates"):
-        values = plan.field(c, field)
+        values = c[field]
         fine = len(values) > 0 and all(v > 0 for v in values)
         need(fine and len(set(values)) == len(values), field, "numbers above 0, each once")
     for field in ("choose_seeds", "seeds"):
-        need(plan.field(c, field) >= 1, field, "at least 1")
+        need(c[field] >= 1, field, "at least 1")
     need(c.at_once >= 0, "at_once", "0 or more")
     need(c.seeds <= plan.FIRST_CHOOSE_SEED, "seeds",
          f"at most {plan.FIRST_CHOOSE_SEED}: seeds from there on choose the rate")
