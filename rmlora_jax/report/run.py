@@ -1,6 +1,5 @@
 """The picture of a run, ``report.png``, from the files in its folder."""
 
-import json
 import os
 import pathlib
 import textwrap
@@ -10,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from rmlora_jax.errors import UserError
-from rmlora_jax.files import read_json, write_bytes_atomic
+from rmlora_jax.files import read_object, write_bytes_atomic
 from rmlora_jax.methods import METHODS, readers
+from rmlora_jax.report import style
 from rmlora_jax.report.records import (
     METRICS,
     bin_means,
@@ -23,18 +23,6 @@ from rmlora_jax.report.records import (
     read_metrics,
     series,
     smooth,
-)
-from rmlora_jax.report.style import (
-    INK,
-    MUTED,
-    PALETTE,
-    TEST,
-    TRAIN,
-    VALIDATION,
-    finish_panel,
-    new_figure,
-    png,
-    shorten,
 )
 from rmlora_jax.report.verdict import first_broken, verdict
 from rmlora_jax.tasks import TASKS
@@ -70,7 +58,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
             "Give the folder of a run, the one that run.py named as its workdir.")
     config, summary = _optional(workdir / "config.json"), _optional(workdir / "summary.json")
     figure = draw(history, config, summary, read_intrinsic(workdir))
-    return write_bytes_atomic(workdir / REPORT, png(figure))
+    return write_bytes_atomic(workdir / REPORT, style.png(figure))
 
 
 def draw(history, config: Mapping[str, Any], summary: Mapping[str, Any], intrinsic):
@@ -79,7 +67,7 @@ def draw(history, config: Mapping[str, Any], summary: Mapping[str, Any], intrins
     steps = [step for step, kinds in grouped if kinds]
     kinds = [kinds for _, kinds in grouped if kinds]
     height = HEIGHT if kinds else SHORT
-    figure = new_figure(WIDTH, height)
+    figure = style.new_figure(WIDTH, height)
     _masthead(figure, height, facts_title(config, summary), verdict(history))
     grid = figure.add_gridspec(
         2 if kinds else 1, 3, left=0.05, right=0.975, top=1 - 2.05 / height, bottom=0.62 / height,
@@ -200,7 +188,7 @@ def loss_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[str,
     if validation.size:
         lowest = int(np.argmin(validation))
         ax.plot(eval_steps[lowest], validation[lowest], "o", ms=9, mfc="white", mew=2,
-                color=VALIDATION, zorder=5, label="lowest")
+                color=style.VALIDATION, zorder=5, label="lowest")
     test = _test_points(ax, summary, "loss", ("test",))
     if broken is not None:
         ax.axvspan(broken, history[-1]["step"], color="#c0322b", alpha=0.08, lw=0)
@@ -208,7 +196,7 @@ def loss_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[str,
     start = train[0] if train.size else top.max()
     # A spike must not flatten everything else: show up to twice the loss at the start.
     ax.set_ylim(0, 1.06 * min(top.max(), 2 * max(start, *test, 1e-3)))
-    finish_panel(ax, title, "step", unit, last=history[-1]["step"])
+    style.finish_panel(ax, title, "step", unit, last=history[-1]["step"])
 
 
 def metric_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any],
@@ -227,11 +215,11 @@ def metric_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[st
     values = np.concatenate([train, validation, test, [0.05]])
     top, bottom = values.max(), min(values.min(), 0)
     if bottom < 0:
-        ax.axhline(0, color=MUTED, lw=1.2)
+        ax.axhline(0, color=style.MUTED, lw=1.2)
     ax.set_ylim(1.2 * bottom, 1.02 if 0.7 < top <= 1 else 1.2 * top)
     title = metric.long[0].upper() + metric.long[1:]
-    finish_panel(ax, title + (f": {', '.join(parts)}" if parts else ""), "step", metric.axis,
-                 last=history[-1]["step"])
+    style.finish_panel(ax, title + (f": {', '.join(parts)}" if parts else ""), "step", metric.axis,
+                       last=history[-1]["step"])
 
 
 def singular_value_panel(ax, step: int, kinds: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -250,17 +238,17 @@ def singular_value_panel(ax, step: int, kinds: Mapping[str, Mapping[str, np.ndar
     ax.set_ylim(deepest + 0.5, 0.5)
     names = list(kinds)
     fits = 80 // len(names) if len(names) <= MOST_NAMES else 0  # characters a block is wide
-    ax.set_xticks(np.arange(len(names)) + 0.5, [shorten(name, fits) for name in names])
+    ax.set_xticks(np.arange(len(names)) + 0.5, [style.shorten(name, fits) for name in names])
     ax.yaxis.get_major_locator().set_params(integer=True)
     if deepest <= 16:
         ax.set_yticks(np.arange(1, deepest + 1))
     bar = ax.figure.colorbar(mesh, ax=ax, pad=0.015, fraction=0.03)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=MUTED, labelsize=9.5, length=0)
+    bar.ax.tick_params(colors=style.MUTED, labelsize=9.5, length=0)
     title = f"What moved: singular values of \u0394W, layer by layer, at step {step:,}"
-    finish_panel(ax, title, "", "layer", caption=_blocks_caption(shown, most))
+    style.finish_panel(ax, title, "", "layer", caption=_blocks_caption(shown, most))
     for i, label in enumerate(ax.get_xticklabels()):
-        label.set(color=PALETTE[i % len(PALETTE)], fontweight="bold",
+        label.set(color=style.PALETTE[i % len(style.PALETTE)], fontweight="bold",
                   fontsize=11 if len(names) <= 8 else 9.5)
     ax.spines[["left", "bottom"]].set_visible(False)
 
@@ -281,25 +269,25 @@ def effective_rank_panel(ax, steps: Sequence[int],
             centre.append(mean)
             low.append(mean - spread)
             high.append(mean + spread)
-        colour = PALETTE[i % len(PALETTE)]
+        colour = style.PALETTE[i % len(style.PALETTE)]
         ax.fill_between(steps, low, np.minimum(high, rank), color=colour, alpha=0.10, lw=0)
         ax.plot(steps, centre, "-o" if len(steps) <= 25 else "-", color=colour, lw=2, ms=4,
                 label=name)
         last.append(centre[-1])
-    ax.axhline(rank, color=MUTED, lw=1.2, ls=(0, (4, 3)))
+    ax.axhline(rank, color=style.MUTED, lw=1.2, ls=(0, (4, 3)))
     ax.set_ylim(1 - 0.03 * rank, rank + 0.1 * rank)
     ax.annotate(f"rank {rank}: no more is possible", (0.985, rank), xytext=(0, 3),
                 xycoords=ax.get_yaxis_transform(), textcoords="offset points", fontsize=9.5,
-                color=MUTED, ha="right", va="bottom")
+                color=style.MUTED, ha="right", va="bottom")
     last = np.array(last)[np.isfinite(last)]
     keyed = sum(len(name) + 5 for name in names) <= LEGEND_ROOM
     title = "Effective rank of \u0394W"
     if last.size:
         title += f": mean {last.mean():.1f} of {rank}"
-    finish_panel(ax, title, "step", "mean over layers; band \u00b1 1 s.d.",
-                 legend=keyed, columns=max(len(names), 1), last=steps[-1],
-                 caption="" if keyed or len(names) > MOST_NAMES
-                 else "colours as of the names on the left")
+    style.finish_panel(ax, title, "step", "mean over layers; band \u00b1 1 s.d.",
+                       legend=keyed, columns=max(len(names), 1), last=steps[-1],
+                       caption="" if keyed or len(names) > MOST_NAMES
+                       else "colours as of the names on the left")
 
 
 def facts_panel(ax, headline: tuple[str, str] | None, facts: Sequence[tuple[str, str]]) -> None:
@@ -307,13 +295,13 @@ def facts_panel(ax, headline: tuple[str, str] | None, facts: Sequence[tuple[str,
     ax.set_axis_off()
     y = 1.19  # level with the other panels' titles
     if headline:
-        ax.text(0, y, headline[0], fontsize=36, fontweight="bold", color=INK, va="top")
-        ax.text(0, y - 0.18, headline[1], fontsize=11, color=MUTED, va="top")
+        ax.text(0, y, headline[0], fontsize=36, fontweight="bold", color=style.INK, va="top")
+        ax.text(0, y - 0.18, headline[1], fontsize=11, color=style.MUTED, va="top")
         y -= 0.315
     gap = min(0.092, y / max(len(facts), 1))
     for name, value in facts:
-        ax.text(0, y, name, fontsize=11, color=MUTED, va="top")
-        ax.text(0.31, y, shorten(value, 36), fontsize=11, color=INK, va="top")
+        ax.text(0, y, name, fontsize=11, color=style.MUTED, va="top")
+        ax.text(0.31, y, style.shorten(value, 36), fontsize=11, color=style.INK, va="top")
         y -= gap
 
 
@@ -333,27 +321,27 @@ def _blocks_caption(shown: int, most: int) -> str:
 
 def _curves(ax, steps, train, eval_steps, validation):
     if not train.size and not validation.size:
-        ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color=MUTED,
+        ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color=style.MUTED,
                 fontsize=11)
     if train.size:
-        ax.plot(steps, train, color=TRAIN, lw=0.9, alpha=0.3)
-        ax.plot(steps, smooth(train), color=TRAIN, lw=2.2, label="train")
+        ax.plot(steps, train, color=style.TRAIN, lw=0.9, alpha=0.3)
+        ax.plot(steps, smooth(train), color=style.TRAIN, lw=2.2, label="train")
     if validation.size:
         ax.plot(eval_steps, validation, "-o" if len(eval_steps) <= 40 else "-", ms=4.5, lw=2.2,
-                color=VALIDATION, label="validation")
+                color=style.VALIDATION, label="validation")
 
 
 def _test_points(ax, summary, key, labels):
     last, best = summary.get("eval") or {}, summary.get("best_eval") or {}
-    points = [(summary.get("steps"), last.get(key), TEST)]
+    points = [(summary.get("steps"), last.get(key), style.TEST)]
     if best.get("step") != summary.get("steps"):
         points.append((best.get("step"), best.get(key), "white"))
     drawn = [(step, value, fill, label)
              for (step, value, fill), label in zip(points, labels, strict=False)
              if step is not None and value is not None]
     for step, value, fill, label in drawn:
-        ax.plot(step, value, "D", ms=8, color=TEST, mfc=fill, mew=1.6, zorder=6, clip_on=False,
-                label=label)
+        ax.plot(step, value, "D", ms=8, color=style.TEST, mfc=fill, mew=1.6, zorder=6,
+                clip_on=False, label=label)
     return [value for _, value, _, _ in drawn]
 
 
@@ -369,22 +357,15 @@ def lookup(config: Any, path: str) -> Any:
 def _masthead(figure, height, title, judgement):
     label, _, rest = judgement.partition(":")
     colour = TONE.get(label, ALARM)
-    figure.text(0.05, 1 - 0.30 / height, title, fontsize=20, fontweight="bold", color=INK,
+    figure.text(0.05, 1 - 0.30 / height, title, fontsize=20, fontweight="bold", color=style.INK,
                 va="top")
     badge = figure.text(0.05 + 0.006, 1 - 0.98 / height, label, fontsize=12.5, color="white",
                         fontweight="bold", va="center",
                         bbox={"boxstyle": "round,pad=0.4", "fc": colour, "ec": "none"})
     right = badge.get_window_extent(figure.canvas.get_renderer()).x1 / figure.bbox.width
     figure.text(right + 0.014, 1 - 0.98 / height, textwrap.fill(rest.strip(), 135), fontsize=12.5,
-                color=INK, va="center", linespacing=1.35)
+                color=style.INK, va="center", linespacing=1.35)
 
 
 def _optional(path: pathlib.Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = read_json(path)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not JSON: {error}.\nDelete it and start the run again.") from error
-    return value if isinstance(value, dict) else {}
+    return read_object(path) if path.exists() else {}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rmlora_jax.files import read_json, write_bytes_atomic, write_text_atomic
+from rmlora_jax.report import style
 from rmlora_jax.report.records import (
     bin_means,
     duration,
@@ -14,17 +15,6 @@ from rmlora_jax.report.records import (
     read_metrics,
     series,
     smooth,
-)
-from rmlora_jax.report.style import (
-    INK,
-    PALETTE,
-    TRAIN,
-    VALIDATION,
-    finish_panel,
-    markdown_table,
-    new_figure,
-    png,
-    shorten,
 )
 from rmlora_jax.tasks.scores import describe, higher_is_better, shown
 
@@ -55,7 +45,7 @@ def write_sweep_report(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
         runs.append(Finished(setting.pop("seed"), setting, read_metrics(folder),
                              read_json(folder / "summary.json")))
     write_text_atomic(workdir / "sweep.md", table(runs, summary))
-    write_bytes_atomic(workdir / "sweep.png", png(draw(runs, summary["metric"])))
+    write_bytes_atomic(workdir / "sweep.png", style.png(draw(runs, summary["metric"])))
 
 
 def table(runs: Sequence[Finished], summary: dict[str, Any]) -> str:
@@ -85,7 +75,7 @@ def table(runs: Sequence[Finished], summary: dict[str, Any]) -> str:
         "is its value at the step that is best on validation. Train loss is the mean of the "
         "last twentieth of the steps, effective rank that of \u0394W over all layers.",
         "",
-        markdown_table([head, *rows], 0, aligned=True),
+        style.markdown_table([head, *rows], 0, aligned=True),
     ]
     groups = by_setting(runs)
     if len(groups) < len(runs):
@@ -101,7 +91,7 @@ def table(runs: Sequence[Finished], summary: dict[str, Any]) -> str:
             for group in groups
         ]
         text += ["", "Mean and standard deviation over seeds:", "",
-                 markdown_table([head, *rows], 0, aligned=True)]
+                 style.markdown_table([head, *rows], 0, aligned=True)]
     took = duration(summary["wall_seconds"])
     return "\n".join([*text, "", f"Time: {took}, of which "
                       f"{duration(summary['compile_seconds'])} compilation.", ""])
@@ -148,12 +138,12 @@ def draw(runs: Sequence[Finished], metric: str):
     labels = [g[0].label if len(by_setting(runs)) > 1 else f"seed {g[0].seed}" for g in groups]
     colours = palette(len(groups))
     height = 6.4 if len(groups) <= 16 else min(6.4 + 0.2 * (len(groups) - 16), 14.0)
-    figure = new_figure(WIDTH, height)
+    figure = style.new_figure(WIDTH, height)
     first = runs[0].summary
     figure.text(0.05, 1 - 0.30 / height, f"{len(runs)} runs of {first['method']} on "
-                f"{first['dataset']}", fontsize=20, fontweight="bold", color=INK, va="top")
+                f"{first['dataset']}", fontsize=20, fontweight="bold", color=style.INK, va="top")
     figure.text(0.05, 1 - 0.78 / height, best_in_words(groups, labels, metric), fontsize=12.5,
-                color=INK, va="top")
+                color=style.INK, va="top")
     bottom, tall = 0.62 / height, 1 - 2.37 / height
     names = 0.0058 * min(max(map(len, labels)), MOST)  # as wide as the names of the settings
     wide = (0.98 - 0.05 - 0.045 - 0.035 - names) / 2.75
@@ -168,9 +158,9 @@ def draw(runs: Sequence[Finished], metric: str):
 
 def palette(count: int) -> list:
     """Colours that tell few settings apart, or a scale for many."""
-    if count <= len(PALETTE):
-        own = (TRAIN, VALIDATION, PALETTE[2], PALETTE[1], PALETTE[0], *PALETTE[3:])
-        return list(own[:count])
+    if count <= len(style.PALETTE):
+        first, second, third, *rest = style.PALETTE
+        return [style.TRAIN, style.VALIDATION, third, second, first, *rest][:count]
     from matplotlib import colormaps
 
     return [colormaps["turbo"](x) for x in np.linspace(0.05, 0.95, count)]
@@ -201,8 +191,8 @@ def loss_panel(ax, groups, colours) -> None:
             last = run.history[-1]["step"]
         curves(ax, group, colour, "eval/loss")
     ax.set_ylim(0, 1.06 * max(tops))
-    finish_panel(ax, "Loss", "step", "loss", last=last,
-                 caption="strong: validation, faint: train" + bold_words(groups))
+    style.finish_panel(ax, "Loss", "step", "loss", last=last,
+                       caption="strong: validation, faint: train" + bold_words(groups))
 
 
 def metric_panel(ax, groups, colours, metric: str) -> None:
@@ -210,9 +200,9 @@ def metric_panel(ax, groups, colours, metric: str) -> None:
     for group, colour in zip(groups, colours, strict=True):
         curves(ax, group, colour, f"eval/{metric}")
     named, _ = describe(metric)
-    finish_panel(ax, f"{named.long[0].upper()}{named.long[1:]} on validation", "step", named.axis,
-                 last=groups[0][0].history[-1]["step"],
-                 caption="coloured as on the right" + bold_words(groups))
+    title = f"{named.long[0].upper()}{named.long[1:]} on validation"
+    style.finish_panel(ax, title, "step", named.axis, last=groups[0][0].history[-1]["step"],
+                       caption="coloured as on the right" + bold_words(groups))
 
 
 def bold_words(groups) -> str:
@@ -242,10 +232,10 @@ def results_panel(ax, groups, colours, labels, metric: str) -> None:
         ax.plot(found, [y] * len(found), "o", color=colour, ms=7, mec="white", mew=1.0, zorder=3)
     ax.set_ylim(len(groups) - 0.4, -0.6)
     size = 10.5 if len(groups) <= NAMED else 8
-    ax.set_yticks(range(len(labels)), [shorten(label, MOST) for label in labels])
+    ax.set_yticks(range(len(labels)), [style.shorten(label, MOST) for label in labels])
     named, several = describe(metric)[0], max(map(len, groups)) > 1
-    finish_panel(ax, f"Test {named.long}", named.axis, "", grid="x",
-                 caption="at the best step" + "; bar: mean" * several)
+    style.finish_panel(ax, f"Test {named.long}", named.axis, "", grid="x",
+                       caption="at the best step" + "; bar: mean" * several)
     for label, colour in zip(ax.get_yticklabels(), colours, strict=True):
         label.set(color=colour, fontsize=size, fontweight="bold")
     ax.spines[["left"]].set_visible(False)

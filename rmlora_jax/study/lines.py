@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rmlora_jax.report.style import MUTED, caption, colour, finish, new_figure, strip
-from rmlora_jax.study.tables import Group, axis, distinct, groups, scale, shown, values
+from rmlora_jax.report import style
+from rmlora_jax.study.tables import Group, distinct, groups, scale, shown, unit, values
 
 CAPTION = "small: one seed.  large: mean; bar: sample standard deviation over seeds."
 SHARE = 0.9  # of the final gain
@@ -22,7 +22,7 @@ def gap_picture(rows: Sequence[dict], along: str = "method"):
     test where the run followed it, or else the validation split.
     """
     tasks = distinct(rows, "task")
-    figure, tested = new_figure(15, 3.9 * len(tasks)), False
+    figure, tested = style.new_figure(15, 3.9 * len(tasks)), False
     axes = figure.subplots(len(tasks), 3, squeeze=False,
                            gridspec_kw={"width_ratios": (1, 1, 0.85)})
     for (left, middle, right), task in zip(axes, tasks, strict=True):
@@ -46,18 +46,18 @@ def gap_picture(rows: Sequence[dict], along: str = "method"):
                     ax.fill_between(steps, mean - reach, mean + reach, color=tint, alpha=0.13, lw=0)
                 ends.append(curves[:, -1])
             gaps = (ends[1] - ends[0]) * (1 if by_loss else -1)
-            strip(right, i, [float(v) for v in gaps if np.isfinite(v)], tint, along="x")
-        what = "loss, nats" if by_loss else axis(metric)
+            style.strip(right, i, [float(v) for v in gaps if np.isfinite(v)], tint, along="x")
+        what = "loss, nats" if by_loss else unit(metric)
         limits = [ax.get_ylim() for ax in (left, middle)]
         for ax in (left, middle):
             ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
-        finish(left, f"{task}: train", "step", what)
-        finish(middle, "test" if tested else "held out", "step", "")
+        style.finish(left, f"{task}: train", "step", what)
+        style.finish(middle, "test" if tested else "held out", "step", "")
         held = "test" if tested else "held out"
         words = f"loss, {held} less train, nats" if by_loss else (
-            f"{axis(metric).partition(',')[0]}, train less {held}, points")
-        finish(right, "gap at the end", words, grid="x")
-        right.axvline(0, color=MUTED, lw=1)
+            f"{unit(metric).partition(',')[0]}, train less {held}, points")
+        style.finish(right, "gap at the end", words, grid="x")
+        right.axvline(0, color=style.MUTED, lw=1)
         right.set_ylim(len(names) - 0.5, -0.5)
         right.set_yticks(range(len(names)), names)
         right.tick_params(axis="y", labelsize=10.5)
@@ -68,13 +68,13 @@ def gap_picture(rows: Sequence[dict], along: str = "method"):
         ax.xaxis.set_major_formatter("{x:,.0f}")
     figure.tight_layout(w_pad=2.5, h_pad=2.5)
     followed = "" if tested else "  held out: the part of train that validates."
-    caption(figure, "line: mean over seeds; band: sample standard deviation.  train: as it is "
-            "optimised, with augmentation and dropout." + followed + "  " + CAPTION)
+    style.caption(figure, "line: mean over seeds; band: sample standard deviation.  train: as it "
+                  "is optimised, with augmentation and dropout." + followed + "  " + CAPTION)
     return figure
 
 
 def _tint(group: Group, name: str, names: list[str]) -> str:
-    return colour(name if group.varied else group.method, names)
+    return style.colour(name if group.varied else group.method, names)
 
 
 def curves_of(group: Group, key: str, factor: float = 1.0) -> tuple[list[int], np.ndarray]:
@@ -92,7 +92,7 @@ def frequency_picture(rows: Sequence[dict], along: str = "rm.resample_every"):
     axes_of = [f for f in FIELDS if all(f in fields for fields in varied)]
     if not axes_of:
         return None
-    figure = new_figure(7.2 * len(axes_of), 3.3 * len(tasks))
+    figure = style.new_figure(7.2 * len(axes_of), 3.3 * len(tasks))
     axes = figure.subplots(len(tasks), 2 * len(axes_of), squeeze=False)
     methods = distinct(rows, "method")
     for line, task in zip(axes, tasks, strict=True):
@@ -105,7 +105,7 @@ def frequency_picture(rows: Sequence[dict], along: str = "rm.resample_every"):
             kept = [row for row in here if set(row["variant"]) <= {field}]
             marks = sorted({_value(row, field) for row in kept}, key=float)
             for method in methods:
-                tint = colour(method, methods)
+                tint = style.colour(method, methods)
                 runs = [[r for r in kept if r["method"] == method and _value(r, field) == m]
                         for m in marks]
                 _series(left, [[scale(metric) * v for v in values(r, "test")] for r in runs], tint)
@@ -117,16 +117,16 @@ def frequency_picture(rows: Sequence[dict], along: str = "rm.resample_every"):
             right.set_ylim(0, 1.08 * right.get_ylim()[1])
             words = {"rm.resample_every": "steps between draws of the mask",
                      "rm.start_step": "first masked step"}[field]
-            finish(left, f"{whose}: at the end", words, f"test {axis(metric)}")
-            finish(right, "how soon", words, f"steps to {SHARE:.0%} of the final gain")
+            style.finish(left, f"{whose}: at the end", words, f"test {unit(metric)}")
+            style.finish(right, "how soon", words, f"steps to {SHARE:.0%} of the final gain")
     if len(methods) > 1:
         for method in methods:
-            axes[0][-1].plot([], [], "o-", color=colour(method, methods), label=method)
+            axes[0][-1].plot([], [], "o-", color=style.colour(method, methods), label=method)
         axes[0][-1].legend(frameon=False, fontsize=10, loc="best")
     figure.tight_layout(w_pad=2, h_pad=2.2)
-    caption(figure, f"gain: validation metric above guessing; reached at the first evaluation with "
-            f"{SHARE:.0%} of the last.  never: one draw for the whole run; or no mask at all.  "
-            + CAPTION)
+    style.caption(figure, f"gain: validation metric above guessing; reached at the first "
+                  f"evaluation with {SHARE:.0%} of the last.  never: one draw for the whole run; "
+                  "or no mask at all.  " + CAPTION)
     return figure
 
 
@@ -166,7 +166,7 @@ def _series(ax, columns, tint):
     if means:
         ax.plot(*zip(*means, strict=True), "-", color=tint, lw=1.4, alpha=0.6, zorder=2)
     for x, numbers in enumerate(columns):
-        strip(ax, x, numbers, tint, along="y")
+        style.strip(ax, x, numbers, tint, along="y")
 
 
 def _value(row: dict, field: str) -> str:

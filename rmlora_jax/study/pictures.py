@@ -10,21 +10,11 @@ from typing import Any
 import numpy as np
 
 from rmlora_jax.files import write_bytes_atomic
-from rmlora_jax.report.style import (
-    INK,
-    MUTED,
-    caption,
-    colour,
-    finish,
-    new_figure,
-    png,
-    strip,
-)
+from rmlora_jax.report import style
 from rmlora_jax.study.lines import CAPTION, frequency_picture, gap_picture
 from rmlora_jax.study.plan import FINAL
 from rmlora_jax.study.tables import (
     Group,
-    axis,
     distinct,
     groups,
     parameters,
@@ -33,6 +23,7 @@ from rmlora_jax.study.tables import (
     shown,
     spread,
     thousands,
+    unit,
     values,
 )
 
@@ -57,7 +48,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, name: str, along: str) -> P
     figure = PICTURES[name](final, along) if final else None
     if figure is None:
         return None
-    return write_bytes_atomic(path, png(figure, crop=True))
+    return write_bytes_atomic(path, style.png(figure, crop=True))
 
 
 def table_picture(rows: Sequence[dict], along: str = "method"):
@@ -67,7 +58,7 @@ def table_picture(rows: Sequence[dict], along: str = "method"):
     room = 1.0 + 0.08 * max(map(len, names))  # inches for the names
     panel, figures = 3.3, 2.2  # for the dots, and beside them for numbers
     width, height = room + len(tasks) * (panel + figures), 1.3 + 0.46 * len(names)
-    figure = new_figure(width, height)
+    figure = style.new_figure(width, height)
     limits = {}  # by data set: two tasks of one data set have one axis
     for place, task in enumerate(tasks):
         left = room + place * (panel + figures)
@@ -83,9 +74,9 @@ def table_picture(rows: Sequence[dict], along: str = "method"):
             if name not in found:
                 continue
             group, numbers = found[name], results[name]
-            tint = colour(group.method)
+            tint = style.colour(group.method)
             if numbers and low <= statistics.mean(numbers) <= high:
-                strip(ax, y, numbers, tint, along="x")
+                style.strip(ax, y, numbers, tint, along="x")
             elif numbers:  # far off: an arrow says on which side
                 below = statistics.mean(numbers) < low
                 inside = 0.02 * (high - low)
@@ -93,21 +84,21 @@ def table_picture(rows: Sequence[dict], along: str = "method"):
                         color=tint, zorder=5)
             count = thousands(parameters(group.rows)[0])
             right = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 10}
-            ax.text(1.04, y, spread(numbers), color=INK, **right)
-            ax.text(1.56, y, count or "head only", color=MUTED, ha="right", **right)
-        head = {"transform": ax.transAxes, "fontsize": 9, "color": MUTED, "va": "bottom"}
+            ax.text(1.04, y, spread(numbers), color=style.INK, **right)
+            ax.text(1.56, y, count or "head only", color=style.MUTED, ha="right", **right)
+        head = {"transform": ax.transAxes, "fontsize": 9, "color": style.MUTED, "va": "bottom"}
         ax.text(1.04, 1.02, "mean ± sd", **head)
         ax.text(1.56, 1.02, "trained", ha="right", **head)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.set_yticks(range(len(names)), names)
-        finish(ax, task, f"test {axis(metric)}", grid="x")
-        ax.tick_params(axis="y", labelsize=10.5, labelcolor=INK, labelleft=place == 0)
+        style.finish(ax, task, f"test {unit(metric)}", grid="x")
+        ax.tick_params(axis="y", labelsize=10.5, labelcolor=style.INK, labelleft=place == 0)
         ax.spines["left"].set_visible(False)
     for panels in limits.values():
         for ax, *_ in panels:
             ax.set_xlim(min(low for _, low, _ in panels), max(high for *_, high in panels))
-    caption(figure, CAPTION + "  Arrow: off the scale.  trained: parameters at the end, without "
-            "the head.")
+    style.caption(figure, CAPTION + "  Arrow: off the scale.  trained: parameters at the end, "
+                  "without the head.")
     return figure
 
 
@@ -137,25 +128,26 @@ def dimension_picture(rows: Sequence[dict], along: str = "method"):
     methods = distinct(rows, "method")
     panel = max(4.2, 0.95 * len(columns) + 0.8)
     xlabel = "" if along in ("method", "task") else short(along)
-    figure = new_figure(panel * (1 + wide) + 1, 3.4 * len(tasks))
+    figure = style.new_figure(panel * (1 + wide) + 1, 3.4 * len(tasks))
     axes = figure.subplots(len(tasks), 1 + wide, squeeze=False)
     for line, task in zip(axes, tasks, strict=True):
         here = [row for row in rows if along == "task" or row["task"] == task]
         _columns(line[0], here, along, columns, methods, lambda row: row["effective_rank"])
         _bounds(line[0], here, along, columns)
         label = "" if along == "task" else f"{task}: "
-        finish(line[0], f"{label}one update", xlabel, "effective rank of ΔW")
+        style.finish(line[0], f"{label}one update", xlabel, "effective rank of ΔW")
         if wide:
             kept = [row for row in here if row["trajectory"]]
             _columns(line[1], kept, along, columns, methods,
                      lambda row: row["trajectory"]["effective_rank"][-1])
-            finish(line[1], f"{label}all increments", xlabel, "effective rank of the trajectory")
+            style.finish(line[1], f"{label}all increments", xlabel,
+                         "effective rank of the trajectory")
             line[1].set_ylim(0, 1.15 * max(r["trajectory"]["effective_rank"][-1] for r in kept))
     if along != "method" and len(methods) > 1:
         _key(axes[0][-1], methods)
     figure.tight_layout(w_pad=2.5, h_pad=2)
-    caption(figure, "Means over all modules and layers. One update ΔW = s A B has rank at most r, "
-            "dashed; what all its increments span may be larger.  " + CAPTION)
+    style.caption(figure, "Means over all modules and layers. One update ΔW = s A B has rank at "
+                  "most r, dashed; what all its increments span may be larger.  " + CAPTION)
     return figure
 
 
@@ -164,9 +156,9 @@ def _bounds(ax, rows, along, columns):
     for x, column in enumerate(columns):
         ranks = sorted({row["rank"] for row in rows if _along(row, along) == column})
         for rank in ranks:
-            ax.plot([x - 0.32, x + 0.32], [rank, rank], color=MUTED, lw=1.4, ls=(0, (3, 2)))
+            ax.plot([x - 0.32, x + 0.32], [rank, rank], color=style.MUTED, lw=1.4, ls=(0, (3, 2)))
             ax.annotate(f"r = {rank}", (x, rank), xytext=(0, 3), textcoords="offset points",
-                        ha="center", fontsize=8.5, color=MUTED)
+                        ha="center", fontsize=8.5, color=style.MUTED)
     low, high = ax.get_ylim()
     ax.set_ylim(low, high + 0.1 * (high - low))
 
@@ -179,14 +171,14 @@ def _columns(ax, rows, along, columns, methods, value):
             numbers = [value(r) for r in rows if r["method"] == method
                        and _along(r, along) == column]
             shift = 0 if beside == 1 else 0.6 * ((i + 0.5) / beside - 0.5)
-            strip(ax, x + shift, numbers, colour(method, methods), along="y")
+            style.strip(ax, x + shift, numbers, style.colour(method, methods), along="y")
     ax.set_xlim(-0.5, len(columns) - 0.5)
     ax.set_xticks(range(len(columns)), [shown(c) for c in columns])
 
 
 def _key(ax, methods):
     for method in methods:
-        ax.plot([], [], "o", color=colour(method, methods), label=method)
+        ax.plot([], [], "o", color=style.colour(method, methods), label=method)
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=10,
               handletextpad=0.2)
 
@@ -207,7 +199,7 @@ def heat_picture(rows: Sequence[dict], along: str = "keep"):
     tasks = distinct(rows, "task")
     xs, ys = (sorted({row["settings"][n] for row in rows}) for n in (across, down))
     width, height = 1.05 * len(xs) + 1.7, 0.78 * len(ys) + 1.4
-    figure = new_figure(width * len(tasks), height)
+    figure = style.new_figure(width * len(tasks), height)
     for place, task in enumerate(tasks):
         ax = figure.add_subplot(1, len(tasks), place + 1)
         metric = next(row["metric"] for row in rows if row["task"] == task)
@@ -222,13 +214,13 @@ def heat_picture(rows: Sequence[dict], along: str = "keep"):
         _cells(ax, means, spreads)
         ax.set_xticks(range(len(xs)), [shown(x) for x in xs])
         ax.set_yticks(range(len(ys)), [shown(y) for y in ys])
-        finish(ax, f"{task}: test {axis(metric)}", _long(across),
-               _long(down) if place == 0 else "", grid="")
-        ax.tick_params(labelsize=10.5, labelcolor=INK)
+        style.finish(ax, f"{task}: test {unit(metric)}", _long(across),
+                     _long(down) if place == 0 else "", grid="")
+        ax.tick_params(labelsize=10.5, labelcolor=style.INK)
     count = max(len(group.rows) for group in groups(rows))
     figure.tight_layout(w_pad=3)
-    caption(figure, f"Mean of {count} seeds at the last step, below it the sample standard "
-            "deviation; framed: the largest mean. Penalty 0 and keep 1 is plain LoRA.")
+    style.caption(figure, f"Mean of {count} seeds at the last step, below it the sample standard "
+                  "deviation; framed: the largest mean. Penalty 0 and keep 1 is plain LoRA.")
     return figure
 
 
@@ -247,7 +239,7 @@ def _cells(ax, means, spreads):
         if math.isnan(mean):
             continue
         dark = (mean - low) / max(high - low, 1e-9) > 0.55
-        ink = "white" if dark else INK
+        ink = "white" if dark else style.INK
         ax.text(x, y + 0.06, f"{mean:.1f}", ha="center", va="center", fontsize=11.5, color=ink,
                 fontweight="bold")
         if not math.isnan(spreads[y, x]):
@@ -276,7 +268,7 @@ def layers_picture(rows: Sequence[dict], along: str = "method"):
     bound = max(ranks) if len(ranks) == 1 else math.ceil(10 * high) / 10
     low = math.floor(10 * min(np.nanmin(m) for _, m in maps)) / 10
     width, height = 2.35 * across + 1.3, 2.5 * len(rows_of) + 0.3
-    figure = new_figure(width, height)
+    figure = style.new_figure(width, height)
     axes = figure.subplots(len(rows_of), across, squeeze=False)
     for line, row in zip(axes, rows_of, strict=True):
         for i, ax in enumerate(line):
@@ -286,18 +278,18 @@ def layers_picture(rows: Sequence[dict], along: str = "method"):
             _layers(ax, *_mean_map(row[i]), low, bound)
             title = f"{row[i].task} {row[i].label}" if len(tasks) > 1 else row[i].label
             below = "step" if row is rows_of[-1] else ""
-            finish(ax, title, below, "layer" * (i == 0), grid="")
+            style.finish(ax, title, below, "layer" * (i == 0), grid="")
             ax.title.set_fontsize(10.5)
             ax.spines[:].set_visible(False)
     figure.tight_layout(w_pad=1.2, h_pad=1.4, rect=(0, 0, 1 - 0.95 / width, 1))
     place = figure.add_axes((1 - 0.75 / width, 1 - 2.2 / height, 0.16 / width, 1.75 / height))
     bar = figure.colorbar(axes[0][0].collections[0], cax=place)
     limit = f", at most {bound}" if len(ranks) == 1 else ""
-    bar.set_label(f"effective rank of ΔW{limit}", color=MUTED, fontsize=9)
+    bar.set_label(f"effective rank of ΔW{limit}", color=style.MUTED, fontsize=9)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=MUTED, labelsize=9, length=0)
-    caption(figure, "Means over the kinds of modules of a layer, and over seeds. A column is an "
-            "evaluation.")
+    bar.ax.tick_params(colors=style.MUTED, labelsize=9, length=0)
+    style.caption(figure, "Means over the kinds of modules of a layer, and over seeds. A column "
+                  "is an evaluation.")
     return figure
 
 

@@ -183,14 +183,8 @@ def place(cell: Cell) -> tuple:
 
 def setting_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
     """The values that a run's config has of these settings."""
-    return {name: value_of(config, SWEEPABLE[name]) for name in names}
-
-
-def value_of(config: Mapping[str, Any], path: str) -> Any:
-    """``config["a"]["b"]`` for ``"a.b"``."""
-    for name in path.split("."):
-        config = config[name]
-    return config
+    flat = flatten(config)
+    return {name: flat[SWEEPABLE[name]] for name in names}
 
 
 def identity(config: Any, stage: str) -> str:

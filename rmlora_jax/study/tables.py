@@ -79,27 +79,16 @@ def scale(metric: str) -> float:
     return 100.0 if higher_is_better(metric) else 1.0
 
 
-def unit(metric: str) -> str:
+def unit(metric: str, name: str = "long") -> str:
+    """The metric with its unit, by one of its names in `rmlora_jax.tasks.scores.Metric`.
+
+    >>> unit("accuracy"), unit("matthews"), unit("matthews", "short")
+    ('accuracy, %', 'Matthews correlation x 100', 'Matthews x 100')
     """
-    >>> unit("accuracy"), unit("matthews")
-    ('accuracy, %', 'Matthews x 100')
-    """
-    short = describe(metric)[0].short
+    named = getattr(describe(metric)[0], name)
     if scale(metric) == 1:
-        return short
-    return f"{short}, %" if metric.startswith("accuracy") else f"{short} x 100"
-
-
-def axis(metric: str) -> str:
-    """How a metric is called along an axis, in the units of the tables.
-
-    >>> axis("accuracy"), axis("matthews")
-    ('accuracy, %', 'Matthews correlation x 100')
-    """
-    name = describe(metric)[0].long
-    if not higher_is_better(metric):
-        return name
-    return f"{name}, %" if metric.startswith("accuracy") else f"{name} x 100"
+        return named
+    return f"{named}, %" if metric.startswith("accuracy") else f"{named} x 100"
 
 
 def parameters(rows: Sequence[Row]) -> tuple[int, int]:
@@ -137,8 +126,8 @@ def markdown(rows: Sequence[Row]) -> str:
         if not found:
             continue
         first = found[0].rows[0]
-        heads = ["method", *(name.rpartition(".")[2].replace("_", " ") for name in names), "rate",
-                 "seeds", f"test {unit(first['metric'])}", "test loss", "train loss",
+        test = f"test {unit(first['metric'], 'short')}"
+        heads = ["method", *map(short, names), "rate", "seeds", test, "test loss", "train loss",
                  "effective rank", "parameters", "with head", "seconds", "GiB"]
         lines, edges = [heads], False
         for group in found:

@@ -584,7 +584,7 @@ def test_errors_say_what_to_type(tmp_path):
         report.write_report(tmp_path)
     folder = write_run(tmp_path / "a", [{"step": 1, "train/loss": 1.0}], config=None)
     (folder / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"summary\.json is not JSON.*\nDelete it"):
+    with pytest.raises(UserError, match=r"summary\.json cannot be read as JSON .*copy it again"):
         report.write_report(folder)
 
 

@@ -528,7 +528,7 @@ def test_what_is_compared_has_columns_of_its_own():
 
 
 def test_errors_are_not_percentages():
-    assert tables.scale("mse") == 1 and tables.unit("mse") == "MSE"
+    assert tables.scale("mse") == 1 and tables.unit("mse", "short") == "MSE"
     assert tables.unit("f1") == "F1 x 100"
     text = tables.markdown([study_rows.row("cola", seed=s, metric="mse") for s in range(3)])
     assert "test MSE" in text
