@@ -26,7 +26,9 @@ WORKDIR = flags.DEFINE_string(
     None,
     "folder of the run; the same folder again continues it. Default: a new one under runs/",
 )
-PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "print the resolved config and exit")
+PRINT_CONFIG = flags.DEFINE_bool(
+    "print_config", False, "print every field with its value and its meaning, and exit"
+)
 PREDICT = flags.DEFINE_multi_string(
     "predict",
     None,
@@ -103,9 +105,11 @@ def main(argv):
 
 
 def print_config():
-    from rmlora_jax.train.config import describe
+    from rmlora_jax import config
+    from rmlora_jax.study.plan import Study
+    from rmlora_jax.train.config import RunConfig
 
-    print(CONFIG.value if "study" in CONFIG.value else describe(CONFIG.value))
+    print(config.describe(Study if "study" in CONFIG.value else RunConfig, CONFIG.value))
 
 
 def predict(inputs):

@@ -227,16 +227,17 @@ def not_allowed(config: Any, more: Iterable[Mistake] = ()) -> dict[str, str]:
     return lines
 
 
-def describe(cls: type, config: Any = None) -> str:
+def describe(cls: type, config: Any) -> str:
     """Every field in order with its value, its meaning and what is allowed, for a person."""
-    flat = flatten(cls() if config is None else config)
-    lines, last = [], ""
+    flat, lines, last = flatten(config), [], ""
     for path, leaf in leaves(cls).items():
         part = path.rpartition(".")[0]
         if part != last:
             lines.append("")
             last = part
-        lines.append(f"--config.{path}={flat.get(path, leaf.default)!r}")
+        inside = f"{path}."
+        held = {k.removeprefix(inside): v for k, v in flat.items() if k.startswith(inside)}
+        lines.append(f"--config.{path}={held or flat.get(path, leaf.default)!r}")
         allowed = _allowed(leaf)
         words = leaf.spec.help + (f". {allowed[0].upper()}{allowed[1:]}" if allowed else "")
         lines += textwrap.wrap(words, 92, initial_indent="    ", subsequent_indent="    ")
@@ -349,7 +350,8 @@ def _bounds(spec: Spec) -> Iterator[tuple[str, Callable[[Any], bool]]]:
 def _allowed(leaf: Leaf) -> str:
     if leaf.spec.choices:
         return "one of " + ", ".join(leaf.spec.choices)
-    hidden = {f"at most {LARGE}", f"at most {MOST}"}  # they only catch slips of the hand
+    # Counts begin where counts begin, and the largest bounds only catch slips of the hand.
+    hidden = {"0 or more", "at least 1", f"at most {LARGE}", f"at most {MOST}"}
     return leaf.spec.words or ", ".join(
         words for words, _ in _bounds(leaf.spec) if words not in hidden
     )

@@ -11,7 +11,7 @@ from rmlora_jax.errors import UserError
 class Metric(NamedTuple):
     """A metric and its names: beside a progress bar, in a sentence, along an axis."""
 
-    value: Callable[..., Any]  # (predictions, labels) -> float
+    value: Callable[..., Any] | None  # (predictions, labels) -> float; None: not a metric
     short: str
     long: str
     axis: str
@@ -44,7 +44,8 @@ def score(
     if predictions.shape != labels.shape or not labels.size or labels.ndim != 1:
         raise ValueError(
             f"predictions {predictions.shape} and labels {labels.shape} must both be (n,), n > 0")
-    return {name: float(METRICS[name].value(predictions, labels)) for name in names}
+    values = {name: METRICS[name].value for name in names}
+    return {name: float(value(predictions, labels)) for name, value in values.items() if value}
 
 
 def higher_is_better(name: str) -> bool:
@@ -62,7 +63,7 @@ def describe(key: str) -> tuple[Metric, str]:
     for name in sorted(METRICS, key=len, reverse=True):  # f1_macro before f1
         if key == name or key.startswith(f"{name}_"):
             return METRICS[name], key[len(name) + 1:]
-    return Metric(_unknown, key, key, key), ""
+    return Metric(None, key, key, key), ""
 
 
 def shown(key: str, value: float) -> str:
@@ -72,10 +73,6 @@ def shown(key: str, value: float) -> str:
     ('74.6 %', '0.412')
     """
     return f"{100 * value:.1f} %" if describe(key)[0].short == "accuracy" else f"{value:.3f}"
-
-
-def _unknown(predictions, labels):
-    raise ValueError("a key that is not a metric has no value of its own")
 
 
 def _accuracy(predictions, labels):

@@ -13,7 +13,7 @@ from rmlora_jax.tasks import places
 
 __all__ = [
     "FREE_ON_RESUME", "SWEEPABLE", "RunConfig", "changes", "default_config",
-    "describe", "flatten", "mistakes", "resolve", "swept", "use_glue", "with_values",
+    "flatten", "mistakes", "resolve", "swept", "use_glue", "with_values",
 ]
 
 
@@ -52,11 +52,6 @@ FREE_ON_RESUME = frozenset(
 def default_config() -> ConfigDict:
     """The fields of a run. A file in ``configs/`` starts from these and changes what it needs."""
     return fields.default(RunConfig)
-
-
-def describe(config: Any = None) -> str:
-    """Every field of a config with its meaning, for a person."""
-    return fields.describe(RunConfig, config)
 
 
 def use_glue(c: ConfigDict, task: str) -> None:
