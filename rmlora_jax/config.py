@@ -125,6 +125,12 @@ def leaves(cls: type) -> Mapping[str, Leaf]:
     return types.MappingProxyType(found)
 
 
+def sections(entries: Iterable[Any]) -> dict[str, type]:
+    """The sections that entries of a registry own, by their names in lower case."""
+    owned = dict.fromkeys(entry.section for entry in entries if entry.section is not None)
+    return {own.__name__.lower(): own for own in owned}
+
+
 def flatten(config: Any) -> dict[str, Any]:
     """``{"optimizer.learning_rate": 0.001, ...}`` of a ConfigDict, a mapping or a dataclass."""
     own = vars(config) if dataclasses.is_dataclass(config) else dict(config)

@@ -149,6 +149,7 @@ class Method:
       masks: whether the optimizer always masks the factors.
       gated: whether a diagonal closes directions.
       continues: whether it may go on from ``model.adapter``.
+      section: the fields that it reads beside those of every run.
       plans: what of it depends on the number of steps beside the learning rate, in words.
     """
 
@@ -163,6 +164,7 @@ class Method:
     masks: bool = False
     gated: bool = False
     continues: bool = False
+    section: type | None = None
     plans: str = ""
 
 
@@ -468,6 +470,7 @@ METHODS: dict[str, Method] = {
     "rm_lora": Method(
         "LoRA with the orthogonality penalty and the random mask", factors(), rm_lora,
         adapts=True, sweeps=("penalty", "keep", "alpha"), masks=True, continues=True,
+        section=Rm,
     ),
     "lora": Method(
         "LoRA", factors(), plain, adapts=True, sweeps=("alpha",), continues=True
@@ -484,11 +487,12 @@ METHODS: dict[str, Method] = {
         "AdaLoRA: moves its rank directions between layers while it trains",
         factors(rm.AdaLoRA, AdaLora, init="normal"), adalora,
         adapts=True, sweeps=("alpha", "orthogonal"), check=check_adalora, gated=True,
-        plans="the budget of adalora",
+        section=AdaLora, plans="the budget of adalora",
     ),
     "sora": Method(
         "SoRA: closes rank directions by gates while it trains", factors(rm.SoRA, Sora), sora,
         adapts=True, sweeps=("alpha", "sparsity", "shrink", "l1"), check=check_sora, gated=True,
+        section=Sora,
     ),
     # Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199.
     "bitfit": Method(
@@ -497,21 +501,19 @@ METHODS: dict[str, Method] = {
     ),
     "bottleneck": Method(
         "adapters behind attention and MLP", trains(r".*/bottleneck[12]/.*"), plain,
-        check=check_bottleneck, insert=with_bottlenecks,
+        check=check_bottleneck, insert=with_bottlenecks, section=Bottleneck,
         maskable=lambda config: (r"down/kernel", r"up/kernel"),
     ),
     "prefix": Method(
         "trained keys and values in front of every layer's own", trains(PREFIXES), plain,
-        check=check_prefix, insert=with_prefixes,
+        check=check_prefix, insert=with_prefixes, section=Prefix,
         maskable=lambda config: under(config.lora.train, PREFIXES),
     ),
     "head": Method("what lora.train matches", head, plain),
     "full": Method("all parameters", everything, plain),
 }
 
-SECTIONS = {
-    "rm": Rm, "adalora": AdaLora, "sora": Sora, "bottleneck": Bottleneck, "prefix": Prefix
-}
+SECTIONS = c.sections(METHODS.values())
 
 
 def readers(name: str) -> tuple[str, ...]:

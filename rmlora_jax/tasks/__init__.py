@@ -3,6 +3,7 @@
 A task owns the fields that it alone reads: its section of the config.
 """
 
+from rmlora_jax.config import sections
 from rmlora_jax.tasks import images, speech, text
 from rmlora_jax.tasks.task import Task
 
@@ -10,4 +11,4 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (images.TASK, text.CLASSIFICATION, text.REGRESSION, speech.TASK)
 }
-SECTIONS = {"text": text.Text, "speech": speech.Speech}
+SECTIONS = sections(TASKS.values())

@@ -174,4 +174,5 @@ TASK = Task(
     open_problem,
     shapes,
     lambda config: len(load(config).train.labels),
+    Speech,
 )

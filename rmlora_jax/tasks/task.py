@@ -127,6 +127,7 @@ class Task(NamedTuple):
       open: (config, opening) -> the problem; raises UserError.
       shapes: config -> the run as shapes; raises UserError.
       training_examples: config -> how many there are, without a network; raises UserError.
+      section: the fields that it reads beside those of every run.
       unit: of the loss, for an axis.
       facts: config as ``config.json`` has it -> rows of the report beside those of all tasks.
     """
@@ -138,6 +139,7 @@ class Task(NamedTuple):
     open: Callable[[Run, Opening], Problem]
     shapes: Callable[[Run], Shapes]
     training_examples: Callable[[Run], int]
+    section: type | None = None
     unit: str = "nats per example"
     facts: Callable[[Mapping[str, Any]], dict[str, str]] = lambda config: {}
 

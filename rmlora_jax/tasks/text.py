@@ -310,7 +310,9 @@ def facts(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def task(name: str, help: str, unit: str) -> Task:
-    return Task(name, help, check, missing, open_problem, shapes, training_examples, unit, facts)
+    return Task(
+        name, help, check, missing, open_problem, shapes, training_examples, Text, unit, facts
+    )
 
 
 CLASSIFICATION = task(CLASSES, "the class of one or two texts", "nats per example")
