@@ -16,8 +16,7 @@ import optax
 import rmlora_jax as rm
 from rmlora_jax.adapt.lora import is_factor
 from rmlora_jax.errors import UserError
-from rmlora_jax.optim.diagonal import find_diagonals
-from rmlora_jax.optim.factors import FactorNames, find_factors, flatten
+from rmlora_jax.optim.factors import FactorNames, find_diagonals, find_factors, flatten
 from rmlora_jax.optim.precision import clip_by_norm
 from rmlora_jax.optim.sora import surviving, surviving_parameters
 from rmlora_jax.train.config import ADAPTED, ALSO, GATED, INSERTED, MASKED, PENALISED

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rmlora_jax.adapt import DESCRIPTIONS
+from rmlora_jax.adapt.lora import LoRA
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import read_json
@@ -38,6 +40,7 @@ class PeftConfig(NamedTuple):
       saved: names of modules that are kept as a whole, or their endings.
       rank_pattern, alpha_pattern: regular expression of a module's name or its ending -> value;
         the first that matches wins.
+      description: the class that describes the adapter's form, such as ``LoRA``.
     """
 
     base: str | None
@@ -49,6 +52,7 @@ class PeftConfig(NamedTuple):
     saved: tuple[str, ...]
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    description: type[LoRA]
 
     def rank_of(self, module: str) -> int:
         """r of the module of this name."""
@@ -76,7 +80,9 @@ def read_config(folder: Path) -> PeftConfig:
 
     if raw.get("peft_type") != "LORA":
         raise wrong("peft_type", "'LORA': no other kind can be read")
-    used = [field for field in UNSUPPORTED if raw.get(field)]
+    description = _description(raw)
+    known = description.form.peft_fields
+    used = [field for field in UNSUPPORTED if raw.get(field) and field not in known]
     if used:
         raise UserError(
             f"{path}: {used[0]} is {_short(raw[used[0]])}, which is more than low-rank factors; "
@@ -120,7 +126,17 @@ def read_config(folder: Path) -> PeftConfig:
         saved=tuple(saved),
         rank_pattern=raw.get("rank_pattern") or {},
         alpha_pattern=raw.get("alpha_pattern") or {},
+        description=description,
     )
+
+
+def _description(raw: Mapping[str, Any]) -> type[LoRA]:
+    """The description of the form that the fields of a config tell; plain LoRA has none."""
+    for description in DESCRIPTIONS:
+        fields = description.form.peft_fields
+        if fields and all(raw.get(name) == value for name, value in fields.items()):
+            return description
+    return LoRA
 
 
 def ends_with(module: str, ending: str) -> bool:

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import rmlora_jax as rm
 from rmlora_jax import methods as method
-from rmlora_jax.adapt.lora import FACTORS
+from rmlora_jax.adapt.forms import FACTORS
 from rmlora_jax.errors import UserError
 from rmlora_jax.parallel.mesh import Devices, replicate, spread
 from rmlora_jax.train import setup
