@@ -133,7 +133,7 @@ def _sorted_out(folder: Path, config: PeftConfig, tensors, base: Pretrained, sha
     """
     file, prefix = folder / WEIGHTS_FILE, base.family.prefix
     spelt = config.description.form.peft
-    assert spelt is not None  # only such forms are told by a config
+    assert spelt is not None  # only forms that PEFT has are read
     entries = {e.path: e for e in base.family.table if e.path in shapes}
     slots = {
         name: (entry.path, layer)

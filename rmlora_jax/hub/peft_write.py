@@ -84,9 +84,10 @@ def save_peft(
             kept[path] = np.asarray(lora.form.merged(weight, factors, scale))
             continue
         if lora.init == "pissa":
-            factors = _from_untouched(untouched[path], factors, scale, lora)
+            a, b = factors
+            factors = _from_untouched(untouched[path], a, b, scale, lora)
         entry = names.entries[path]
-        layers = zip(*map(np.asarray, factors), strict=True) if entry.stacked else [factors]
+        layers: Any = zip(*map(np.asarray, factors), strict=True) if entry.stacked else [factors]
         for name, one in zip(names.of_layers(names.module(path)), layers, strict=True):
             modules[name] = _stored_leaves(lora.form, one, entry, weight.shape[entry.stacked :])
             scales[name] = scale
@@ -183,10 +184,9 @@ def alpha_of(scale: float, rank: int, rs: bool) -> float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def _from_untouched(weight, factors, scale: float, lora: LoRA):
+def _from_untouched(weight, a, b, scale: float, lora: LoRA):
     """(A', B') of twice the rank with s A' B' = s A B - s A_0 B_0: the change to a base from which
     PiSSA has moved A_0 B_0 out."""
-    a, b = factors
     weight, shapes = jnp.asarray(weight), (a.shape, b.shape)
     (a0, b0), _ = lora.form.initial(
         jax.random.key(0), weight, None, shapes, scale, lora.init, lora.dtype
