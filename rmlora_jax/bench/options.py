@@ -15,7 +15,7 @@ from rmlora_jax.bench.models import MODELS, MODULES, Entry, find_model
 from rmlora_jax.bench.variants import USUAL, VARIANTS
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.models.attention import IMPLEMENTATIONS
-from rmlora_jax.models.parts import REMAT
+from rmlora_jax.models.blocks import REMAT
 from rmlora_jax.train.terminal import format_table
 
 DTYPES = ("bfloat16", "float16", "float32")

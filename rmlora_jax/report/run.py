@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from rmlora_jax.config import flatten
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object, write_bytes_atomic
-from rmlora_jax.methods import ADAPTED, MASKED, PENALISED
+from rmlora_jax.methods import METHODS, readers
 from rmlora_jax.report import style
 from rmlora_jax.report.records import (
     METRICS,
@@ -25,7 +26,9 @@ from rmlora_jax.report.records import (
     smooth,
 )
 from rmlora_jax.report.verdict import first_broken, verdict
+from rmlora_jax.tasks import TASKS
 from rmlora_jax.tasks.scores import describe, shown
+from rmlora_jax.tasks.task import Task
 
 __all__ = ["verdict", "write_report"]
 
@@ -70,9 +73,8 @@ def draw(history, config: Mapping[str, Any], summary: Mapping[str, Any], intrins
     grid = figure.add_gridspec(
         2 if kinds else 1, 3, left=0.05, right=0.975, top=1 - 2.05 / height, bottom=0.62 / height,
         hspace=0.46, wspace=0.2, width_ratios=(1, 1, 0.9))
-    values = task(config, summary) == "text_regression"
     loss_panel(figure.add_subplot(grid[0, 0]), history, summary,
-               "squared error" if values else "nats per example")
+               task(config, summary).unit)
     metric_panel(figure.add_subplot(grid[0, 1]), history, summary, chosen(history, summary))
     facts_panel(figure.add_subplot(grid[0, 2]), headline(history, summary),
                 facts(history, config, summary))
@@ -84,14 +86,14 @@ def draw(history, config: Mapping[str, Any], summary: Mapping[str, Any], intrins
 
 def facts_title(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """``rm_lora on cifar100``."""
-    method = summary.get("method") or lookup(config, "method") or "run"
-    dataset = summary.get("dataset") or lookup(config, "data.name")
+    method = summary.get("method") or config.get("method") or "run"
+    dataset = summary.get("dataset") or flatten(config).get("data.name")
     return f"{method} on {dataset}" if dataset else str(method)
 
 
-def task(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """The kind of task; runs from before there were several classified images."""
-    return summary.get("task") or lookup(config, "task") or "image_classification"
+def task(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Task:
+    """The task of a run; runs from before there were several classified images."""
+    return TASKS[summary.get("task") or config.get("task") or next(iter(TASKS))]
 
 
 def chosen(history, summary: Mapping[str, Any]) -> str:
@@ -132,19 +134,19 @@ def other_figures(last: Mapping[str, float], key: str) -> list[tuple[str, str]]:
 
 def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and values for the panel of facts; what is not known is left out."""
-    method = summary.get("method") or lookup(config, "method")
-    model = summary.get("model") or lookup(config, "model.source")
+    fields = flatten(config)
+    method = summary.get("method") or fields.get("method")
+    model = summary.get("model") or fields.get("model.source")
     if model and (os.path.isabs(model) or str(model).startswith((".", "~"))):
         model = pathlib.PurePath(model).name
-    rank, alpha = lookup(config, "lora.rank"), lookup(config, "lora.alpha")
-    penalty, keep = lookup(config, "rm.penalty"), lookup(config, "rm.keep")
-    adapters = _say("rank {}", rank), _say("alpha {:g}", alpha)
-    parts = (_say("penalty {:g}", penalty) if method in PENALISED else "",
-             _say("keep {:g}", keep) if method in MASKED else "")
+    adapted = method in METHODS and METHODS[method].adapts
+    adapters = (_say("rank {}", fields.get("lora.rank")),
+                _say("alpha {:g}", fields.get("lora.alpha")))
+    parts = [_say(f"{name} {{:g}}", fields.get(f"rm.{name}")) for name in ("penalty", "keep")
+             if method in readers(name)]
     trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
     best, last = summary.get("best_eval") or {}, summary.get("eval") or {}
-    key, length = chosen(history, summary), lookup(config, "text.max_length")
-    of_text = task(config, summary).startswith("text")
+    key = chosen(history, summary)
     rate, wall = summary.get("examples_per_second"), summary.get("wall_seconds")
     rows = [
         ("best step", best.get(key) is not None and
@@ -152,10 +154,10 @@ def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> lis
         *other_figures(last, key),
         ("test loss", last.get("loss") is not None and number(last["loss"])),
         ("method", method),
-        ("adapters", method in ADAPTED and ", ".join(filter(None, adapters))),
+        ("adapters", adapted and ", ".join(filter(None, adapters))),
         ("RM-LoRA", ", ".join(filter(None, parts))),
         ("model", model),
-        ("text", of_text and _say("at most {} tokens", length)),
+        *task(config, summary).facts(config).items(),
         ("trained", _say("{:,}", trained)
          + _say(" ({:.2f} %)", 100 * trained / total if trained and total else None)),
         ("steps", f"{summary.get('steps') or history[-1]['step']:,}"),
@@ -342,15 +344,6 @@ def _test_points(ax, summary, key, labels):
         ax.plot(step, value, "D", ms=8, color=style.TEST, mfc=fill, mew=1.6, zorder=6,
                 clip_on=False, label=label)
     return [value for _, value, _, _ in drawn]
-
-
-def lookup(config: Any, path: str) -> Any:
-    """``config["a"]["b"]`` for ``"a.b"``; None where a part is absent."""
-    for name in path.split("."):
-        if not isinstance(config, Mapping) or name not in config:
-            return None
-        config = config[name]
-    return config
 
 
 def _masthead(figure, height, title, judgement):

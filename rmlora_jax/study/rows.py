@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 import rmlora_jax as rm
@@ -22,6 +21,7 @@ from rmlora_jax.methods import description
 from rmlora_jax.optim.factors import find_factors, flatten
 from rmlora_jax.report.records import by_kind, read_intrinsic, read_metrics
 from rmlora_jax.train import snapshots
+from rmlora_jax.train.finished import read_config
 
 ROWS = "rows.jsonl"
 MOST_TIMES = 12  # times at which a row keeps the effective rank of every layer
@@ -111,7 +111,7 @@ def row_of(folder: Path, **known: Any) -> dict[str, Any]:
         "peak_memory_bytes": summary.get("peak_memory_bytes"),
         "curve": curve,
         "layers": layers_of(folder),
-        "trajectory": trajectory(folder, config),
+        "trajectory": trajectory(folder),
     }
 
 
@@ -162,7 +162,7 @@ def layers_of(folder: Path) -> dict[str, list] | None:
     return found
 
 
-def trajectory(folder: Path, config: Mapping[str, Any]) -> dict[str, list] | None:
+def trajectory(folder: Path) -> dict[str, list] | None:
     """Of the snapshots up to each step, means over all modules and layers:
 
     ``{"step": [K], "effective_rank": [K], "numerical_rank": [K], "bound": [K], "layers": [L]}``,
@@ -172,7 +172,7 @@ def trajectory(folder: Path, config: Mapping[str, Any]) -> dict[str, list] | Non
     taken = snapshots.read(folder)
     if len(taken) < 2:
         return None
-    own = description(ml_collections.ConfigDict(dict(config)))
+    own = description(read_config(folder))
     # A snapshot of AdaLoRA or SoRA has its diagonal in A: to plain factors a plain description.
     lora = rm.LoRA(**{f.name: getattr(own, f.name) for f in dataclasses.fields(rm.LoRA)})
     taken = _evenly(taken, MOST_SNAPSHOTS)

@@ -8,9 +8,9 @@ cannot be read. A checkpoint that cannot be read is never deleted but set aside,
 import math
 import os
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -121,11 +121,54 @@ def none_left(folder: Path, why: dict[int, str]) -> UserError:
     )
 
 
-def save(
-    manager: ocp.CheckpointManager, state: State, validation: dict[str, float], metric: str
-) -> None:
-    """Starts to write a checkpoint; ``metric`` names the figure that best is chosen by."""
-    write(manager, int(state.step), state, scored(validation, metric))
+class Keeper(Protocol):
+    """What keeps the states of a program while it trains, and knows each run's best."""
+
+    def evaluated(self, state: State, figures: Sequence[dict[str, float]]) -> None:
+        """Saves after an evaluation with the validation figures of each run."""
+
+    def interrupted(self, state: State) -> None:
+        """Saves between two evaluations, for a run that stops."""
+
+    def wait(self) -> None:
+        """Waits until all is on the disk."""
+
+    def best(self, state: State) -> tuple[State, list[int]]:
+        """The states of the best evaluations, and their steps; ``state`` is the last."""
+
+    def settle(self, i: int, folder: Path, state: State, best: State, job: Any) -> None:
+        """Leaves in the folder of run ``i`` the checkpoints that a finished run has."""
+
+
+class Each(NamedTuple):
+    """The `Keeper` of a single run: each evaluation is a checkpoint.
+
+    ``metric`` names the figure that best is chosen by.
+    """
+
+    manager: ocp.CheckpointManager
+    metric: str
+
+    def evaluated(self, state, figures):
+        write(self.manager, int(state.step), state, scored(figures[0], self.metric))
+
+    def interrupted(self, state):
+        # Without an evaluation it is never the best.
+        write(self.manager, int(state.step), state, scored({"loss": math.inf}, "loss"))
+
+    def wait(self):
+        self.manager.wait_until_finished()
+
+    def best(self, state):
+        step = by_score(self.manager)[0]
+        if step == int(state.step):
+            return state, [step]
+        found, step = first_intact(self.manager, state, by_score(self.manager))
+        return found, [step]
+
+    def settle(self, i, folder, state, best, job):
+        for step in set(self.manager.all_steps()) - {int(best.step), int(state.step)}:
+            self.manager.delete(step)
 
 
 def scored(validation: dict[str, float], metric: str) -> dict[str, float]:
@@ -147,15 +190,6 @@ def newest(manager: ocp.CheckpointManager, like: NamedTuple) -> tuple[Any, int]:
     """
     steps = sorted(manager.all_steps(), reverse=True)
     return first_intact(manager, like, steps) if steps else (None, 0)
-
-
-def best(manager: ocp.CheckpointManager, like: NamedTuple) -> tuple[NamedTuple, int]:
-    """The state with the best validation score that can be read, and its step.
-
-    Raises:
-      UserError: none can be read.
-    """
-    return first_intact(manager, like, by_score(manager))
 
 
 def first_intact(
@@ -223,12 +257,6 @@ def by_score(manager: ocp.CheckpointManager) -> list[int]:
     """All steps, the best first."""
     steps = manager.all_steps()
     return sorted(steps, key=lambda s: (score(manager.metrics(s)), s), reverse=True)
-
-
-def keep_only(manager: ocp.CheckpointManager, steps: Collection[int]) -> None:
-    """Deletes all other steps: those that a run no longer needs once it is finished."""
-    for step in set(manager.all_steps()) - set(steps):
-        manager.delete(step)
 
 
 def best_trainable(workdir: Path) -> dict:

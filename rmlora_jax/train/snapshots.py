@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from rmlora_jax.adapt.lora import DIAGONAL
+from rmlora_jax.adapt.diagonal import DIAGONAL
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import write_bytes_atomic
-from rmlora_jax.optim.diagonal import find_diagonals
-from rmlora_jax.optim.factors import find_factors, flatten
+from rmlora_jax.optim.factors import find_diagonals, find_factors, flatten
 
 FOLDER = "snapshots"
 

@@ -8,11 +8,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from rmlora_jax.aot.counts import Collective, collectives, flops, total_bytes
-from rmlora_jax.models import ViT
-from rmlora_jax.models.parts import ACTIVATIONS
-from rmlora_jax.models.vit_config import ViTConfig
+from rmlora_jax.models import ViT, ViTConfig
+from rmlora_jax.models.blocks import ACTIVATIONS
 from rmlora_jax.parallel.mesh import AXIS, all_devices, shard
 from rmlora_jax.train import setup
+from rmlora_jax.train.config import resolve
 
 FLOAT, SCALARS = 4, 2  # bytes; the loss and the accuracy are reduced with the gradients
 
@@ -128,7 +128,7 @@ def test_pairs_fusions_and_layouts():
 def step_collectives(config, parallel="mesh"):
     devices = all_devices(parallel)
     assert devices.count == 8
-    job = setup.build(config, devices)
+    job = setup.build(resolve(config), devices)
     batch = shard(next(job.feed.train(0)), devices)
     program = job.train_step.lower(job.state, job.constants, batch).compile()
     return collectives(program.as_text()), job
@@ -151,7 +151,7 @@ def test_a_step_reduces_its_gradients_once(config, parallel, changes):
     assert {c.kind for c in found} == {"all-reduce"}  # none gathers the replicated base
     assert all(c.times == 1 for c in found)  # none in a loop over layers or micro-batches
     assert len(found) <= 2
-    assert total_bytes(found) == FLOAT * (job.trainable_parameters + SCALARS)
+    assert total_bytes(found) == FLOAT * (job.base.trainable_parameters + SCALARS)
 
 
 @pytest.mark.slow

@@ -8,22 +8,21 @@ Source: Krizhevsky 2009, "Learning multiple layers of features from tiny images"
 format at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
-import contextlib
 import dataclasses
+import functools
 import io
 import os
-import shutil
 import tarfile
-import tempfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from rmlora_jax.data.prepare.download import fetch, verify
-from rmlora_jax.data.progress import progress
-from rmlora_jax.data.tfds_images import import_tfds
-from rmlora_jax.errors import UserError
+from rmlora_jax.data.dataset import Known, Request, Source
+from rmlora_jax.data.download import built, prepared_folder, published_file
+from rmlora_jax.data.tfds import tfds_images
+from rmlora_jax.data.tfds_folder import Name, data_dir_of, import_tfds, tfds_missing
+from rmlora_jax.errors import UserError, progress
 
 VERSION = "3.0.2"
 URL = "https://www.cs.toronto.edu/~kriz"
@@ -89,7 +88,7 @@ ARCHIVES = {
 }
 
 
-def archive_of(name) -> Archive | None:
+def archive_of(name: Name) -> Archive | None:
     """The archive of a parsed TFDS name: CIFAR without a config, in the version built here."""
     if name.config or name.version not in (None, VERSION):
         return None
@@ -97,13 +96,11 @@ def archive_of(name) -> Archive | None:
 
 
 def prepare_cifar(
-    archive: Archive, data_dir: os.PathLike, *, base_url: str | None = None
+    archive: Archive, data_dir: str | os.PathLike, *, base_url: str | None = None
 ) -> Path:
-    """Makes ``data_dir/<name>/3.0.2`` and returns it; at once if it is there.
+    """Makes ``data_dir/<name>/3.0.2`` and returns it; see :func:`download.prepared_folder`.
 
-    The archive is taken from ``data_dir/downloads`` if it lies there, and fetched otherwise. All
-    work is done in a temporary folder inside ``data_dir`` that is renamed when whole: a failure
-    leaves nothing behind, and of two processes at once each finds a whole one.
+    The archive is taken from ``data_dir/downloads`` if it lies there, and fetched otherwise.
 
     Args:
       archive: one of :data:`ARCHIVES`.
@@ -113,53 +110,25 @@ def prepare_cifar(
     Raises:
       UserError: no network, a damaged archive, or a folder that cannot be written.
     """
-    data_dir = Path(data_dir).expanduser()
-    target = data_dir / archive.name / VERSION
-    if (target / "features.json").exists():
-        return target
     url = (base_url or os.environ.get(URL_VARIABLE) or URL).rstrip("/") + "/" + archive.file
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{archive.name}-", dir=data_dir))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {data_dir}: {error.strerror}\n"
-            "Choose another folder with --config.data.data_dir=DIR"
-        ) from error
-    try:
-        contents = _read_archive(archive, _archive_file(archive, data_dir, work, url))
-        made = _build(archive, contents, work)
-        target.parent.mkdir(exist_ok=True)
-        with contextlib.suppress(OSError):  # another process was first; its result is as good
-            made.rename(target)
-        if not (target / "features.json").exists():
-            raise UserError(f"{target} exists but is not whole: delete it and run again")
-        return target
-    except OSError as error:
-        raise UserError(f"cannot prepare {archive.name} in {data_dir}: {error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
+    def make(work: Path) -> Path:
+        file = published_file(
+            url,
+            archive.file,
+            data_dir=Path(data_dir).expanduser(),
+            work=work,
+            sha256=archive.sha256,
+            size=archive.size,
+            name=archive.name,
+        )
+        return built(_builder_class(archive, _read_archive(archive, file)), work)
 
-def _archive_file(archive: Archive, data_dir: Path, work: Path, url: str) -> Path:
-    given = data_dir / "downloads" / archive.file
-    if given.exists():
-        verify(given, sha256=archive.sha256, size=archive.size)
-        return given
-    path = work / archive.file
-    fetch(
-        url,
-        path,
-        sha256=archive.sha256,
-        size=archive.size,
-        otherwise=f"Without network: put {archive.file} into {given.parent}, or name a folder "
-        f"where {archive.name} is prepared with --config.data.data_dir=DIR",
-    )
-    return path
+    return prepared_folder(archive.name, VERSION, data_dir, make)
 
 
 def _read_archive(archive: Archive, path: Path) -> dict[str, bytes]:
-    """The members that are named in ``archive``, each of exactly its size. Nothing is extracted."""
+    """The members that ``archive`` names, each of exactly its size. Nothing is extracted."""
     record = len(archive.labels) + _PIXELS
     sizes = {name: images * record for name, images in (*archive.train, *archive.test)}
     texts = {name for _, name, _ in archive.labels}
@@ -173,7 +142,9 @@ def _read_archive(archive: Archive, path: Path) -> dict[str, bytes]:
                 most = sizes.get(name, _MAX_TEXT)
                 if not member.isreg() or member.size > most:
                     raise UserError(f"{path}: {member.name} is not a file of {most} bytes or less")
-                contents[name] = tar.extractfile(member).read(most)
+                file = tar.extractfile(member)
+                assert file is not None  # it is a regular file
+                contents[name] = file.read(most)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise UserError(f"{path} cannot be read as a tar.gz archive: {error}") from error
     for name in (*sizes, *texts):
@@ -191,19 +162,6 @@ def _records(archive: Archive, members, contents: dict[str, bytes]):
         rows = np.frombuffer(contents[name], np.uint8).reshape(-1, k + _PIXELS)
         for row in rows:
             yield row[:k], row[k:].reshape(3, 32, 32).transpose(1, 2, 0)
-
-
-def _build(archive: Archive, contents: dict[str, bytes], work: Path) -> Path:
-    tfds = import_tfds()
-    Builder = _builder_class(archive, contents)
-    # TFDS's own reporting is a heading, three bars and a footing; one bar says as much.
-    with quiet_tfds(), contextlib.redirect_stdout(io.StringIO()):
-        builder = Builder(data_dir=str(work), file_format="array_record")
-        builder.download_and_prepare(
-            download_dir=str(work / "downloads"),
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-        )
-    return Path(builder.data_dir)
 
 
 def _builder_class(archive: Archive, contents: dict[str, bytes]):
@@ -270,12 +228,30 @@ def _png(image: np.ndarray) -> io.BytesIO:
     return file
 
 
-@contextlib.contextmanager
-def quiet_tfds():
-    from tensorflow_datasets.core.utils import tqdm_utils
+def _archive(request: Request) -> Archive | None:
+    return archive_of(Name.parse(request.name))
 
-    tqdm_utils.disable_progress_bar()
-    try:
-        yield
-    finally:
-        tqdm_utils.enable_progress_bar()
+
+def _prepare(request: Request) -> Path:
+    archive = _archive(request)
+    assert archive is not None
+    return prepare_cifar(archive, data_dir_of(request), base_url=request.base_url)
+
+
+def _known(request: Request) -> Known | None:
+    archive = _archive(request)
+    assert archive is not None
+    classes = {feature: count for feature, _, count in archive.labels}
+    if request.label_key not in classes:
+        return None
+    train, test = (sum(n for _, n in part) for part in (archive.train, archive.test))
+    return Known(classes[request.label_key], train, test, (32, 32, 3))
+
+
+SOURCE = Source(
+    handles=lambda request: _archive(request) is not None,
+    missing=functools.partial(tfds_missing, prepare=_prepare),
+    images=functools.partial(tfds_images, prepare=_prepare),
+    known=_known,
+    prepare=_prepare,
+)

@@ -1,18 +1,115 @@
-"""One file from the network: whole and verified, or a plain error within seconds."""
+"""Published files, and the TFDS folders made of them: whole and verified, or a plain error."""
 
+import contextlib
 import hashlib
 import http.client
+import io
 import os
 import queue
+import shutil
+import tempfile
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
-from rmlora_jax.data.progress import progress
-from rmlora_jax.errors import UserError
+from rmlora_jax.data.tfds_folder import import_tfds
+from rmlora_jax.errors import UserError, progress
 
 _CHUNK = 1 << 20
+
+
+def prepared_folder(
+    name: str, version: str, data_dir: str | os.PathLike, make: Callable[[Path], Path]
+) -> Path:
+    """Makes ``data_dir/name/version`` and returns it; at once if it is there.
+
+    All work is done in a temporary folder inside ``data_dir`` that is renamed when whole: a failure
+    leaves nothing behind, and of two processes at once each finds a whole one.
+
+    Args:
+      name: of the data set, with its config: "cifar100", "glue/cola".
+      version: of the data set.
+      data_dir: of TFDS.
+      make: given a temporary folder, returns a finished folder somewhere below it.
+
+    Raises:
+      UserError: what ``make`` raises, or a folder that cannot be written.
+    """
+    data_dir = Path(data_dir).expanduser()
+    target = data_dir / name / version
+    if (target / "features.json").exists():
+        return target
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{name.replace('/', '-')}-", dir=data_dir))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {data_dir}: {error.strerror}\n"
+            "Choose another folder with --config.data.data_dir=DIR"
+        ) from error
+    try:
+        made = make(work)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # another process was first; its result is as good
+            made.rename(target)
+        if not (target / "features.json").exists():
+            raise UserError(f"{target} exists but is not whole: delete it and run again")
+        return target
+    except OSError as error:
+        raise UserError(f"cannot prepare {name} in {data_dir}: {error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def built(builder_class, work: Path, **options) -> Path:
+    """The folder that a TFDS builder makes below ``work``, without TensorFlow."""
+    from tensorflow_datasets.core.utils import tqdm_utils
+
+    tfds = import_tfds()
+    # TFDS's own reporting is a heading, three bars and a footing; one bar says as much.
+    tqdm_utils.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder = builder_class(
+                data_dir=str(work / "tfds"), file_format="array_record", **options
+            )
+            builder.download_and_prepare(
+                download_dir=str(work / "downloads"),
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+            )
+    finally:
+        tqdm_utils.enable_progress_bar()
+    return Path(builder.data_dir)
+
+
+def published_file(
+    url: str, file: str, *, data_dir: Path, work: Path, sha256: str, size: int, name: str
+) -> Path:
+    """The file at ``url``: from ``data_dir/downloads`` if it lies there, else fetched to ``work``.
+
+    Args:
+      url: of the file.
+      file: its name in ``downloads``.
+      data_dir: of TFDS.
+      work: folder to fetch into.
+      sha256, size: what the file must have.
+      name: of the data set, for errors.
+    """
+    given = data_dir / "downloads" / file
+    if given.exists():
+        verify(given, sha256=sha256, size=size)
+        return given
+    fetch(
+        url,
+        work / file,
+        sha256=sha256,
+        size=size,
+        otherwise=f"Without network: put {file} into {given.parent}, or name a folder where "
+        f"{name} is prepared with --config.data.data_dir=DIR",
+    )
+    return work / file
 
 
 def fetch(

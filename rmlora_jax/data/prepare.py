@@ -16,11 +16,11 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from rmlora_jax.data.prepare.cifar import archive_of, prepare_cifar
-from rmlora_jax.data.prepare.glue import is_glue, prepare_glue
-from rmlora_jax.data.tfds_images import (
+from rmlora_jax.data.dataset import Request
+from rmlora_jax.data.sources import SOURCES
+from rmlora_jax.data.tfds_folder import (
     Name,
-    default_data_dir,
+    data_dir_of,
     find_prepared,
     import_tfds,
     not_prepared,
@@ -28,18 +28,17 @@ from rmlora_jax.data.tfds_images import (
 from rmlora_jax.errors import UserError
 
 
-def prepare(text: str, data_dir: os.PathLike | None = None) -> Path:
+def prepare(text: str, data_dir: str | os.PathLike | None = None) -> Path:
     """Prepares ``text`` (``name[/config][:version]``) in ``data_dir``; returns its folder.
 
     Raises:
       UserError: TensorFlow is not installed, no such data set, or no network.
     """
-    name = Name.parse(text)
-    data_dir = Path(data_dir).expanduser() if data_dir else default_data_dir()
-    if archive := archive_of(name):
-        return find_prepared(name, data_dir) or prepare_cifar(archive, data_dir)
-    if is_glue(name):
-        return find_prepared(name, data_dir) or prepare_glue(name, data_dir)
+    request = Request(text, data_dir)
+    name, data_dir = Name.parse(text), data_dir_of(request)
+    for source in SOURCES:
+        if source.prepare and source.handles(request):
+            return find_prepared(name, data_dir) or source.prepare(request)
     tfds = import_tfds()
     if name.name not in tfds.list_builders(with_community_datasets=False):
         raise not_prepared(text, name, data_dir)
@@ -58,7 +57,7 @@ def prepare(text: str, data_dir: os.PathLike | None = None) -> Path:
 
 
 def _check_network(urls) -> None:
-    """TFDS tries an unreachable host for minutes; three seconds tell as much."""
+    """Raises a UserError within seconds for hosts that TFDS would try for minutes."""
     hosts = {urllib.parse.urlsplit(url).netloc for url in urls} - {""}
     if not hosts or urllib.request.getproxies():
         return
@@ -86,7 +85,7 @@ def _check_network(urls) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m rmlora_jax.data.prepare", description=__doc__.partition("\n")[0]
+        prog="python -m rmlora_jax.data.prepare", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("name", help="such as cifar100, glue/cola, beans")
     parser.add_argument("--data_dir", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets")

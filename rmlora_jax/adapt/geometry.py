@@ -1,14 +1,15 @@
-"""The low-rank product of each kind of layer, and how its factors flatten the layer's weight.
+"""How an input meets a weight: the axes of the weight, and the product ``(x A) B`` beside it.
 
-Linen and NNX share this file. A *geometry* says how an input meets a weight: a ``Contraction`` by
-an einsum equation, a ``Convolution`` or a ``Lookup``. Everything else follows from it: the shapes
-of the factors, the product beside the layer, and the increment of the weight.
+A *geometry* is a ``Contraction`` by an einsum equation, a ``Convolution`` or a ``Lookup``. From it
+follow the roles of the weight's axes (``Layout``), the shapes of two factors A and B and the names
+of their axes, the product beside the layer and the increment of the weight. Linen and NNX share all
+of it. Nothing here knows which leaves a form has.
 """
 
 import functools
 import math
 import string
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -100,6 +101,7 @@ def layout(geometry: Geometry, ndim: int | None) -> Layout:
     if isinstance(geometry, Lookup):
         return Layout((), (0,), (1,))
     if isinstance(geometry, Convolution):
+        assert ndim is not None
         spatial, (before, last) = tuple(range(ndim - 2)), (ndim - 2, ndim - 1)
         if geometry.fields.get("transpose_kernel"):
             return Layout((), (*spatial, last), (before,))
@@ -168,86 +170,59 @@ def factor_shapes(shape: tuple[int, ...], axes: Layout, rank: int):
 
 
 def factor_names(names, axes: Layout, stack: int = 0):
-    """Names of the axes of A, B and e, of those of a weight with ``stack`` leading stacked axes.
+    """Names of the axes of A and B, from those of a weight with ``stack`` leading stacked axes.
 
     A flattened axis has the name of its first axis, the rank axis None.
 
     >>> factor_names(("layers", "heads", "embed", None), Layout((), (1,), (0, 2)), stack=1)
-    (('layers', None, 'embed', None), ('layers', None, None, 'heads'), ('layers', None, None))
+    (('layers', None, 'embed', None), ('layers', None, None, 'heads'))
     """
     own = names[stack:]
     mark = () if axes.in_order else (None,)
     lead = (*names[:stack], *mark, *(own[i] for i in axes.batch))
-    return (*lead, own[axes.inputs[0]], None), (*lead, None, own[axes.outputs[0]]), (*lead, None)
+    return (*lead, own[axes.inputs[0]], None), (*lead, None, own[axes.outputs[0]])
 
 
-def initial_a(key, shape: tuple[int, ...], init: str, dtype) -> jax.Array:
-    """A (*stack, in, r) drawn by ``init`` from ``key``, each layer of the stack by itself.
-
-    "kaiming" is PyTorch's kaiming_uniform(a = sqrt 5): uniform within +-1/sqrt(in) (He et al. 2015,
-    eq. 10 with the negative slope sqrt 5).
-
-    >>> initial_a(jax.random.key(0), (12, 64, 4), "kaiming", jnp.float32).shape
-    (12, 64, 4)
-    """
-    *stack, size_in, rank = shape
-    bound = size_in**-0.5
-    draw = {
-        "kaiming": lambda k: jax.random.uniform(k, (size_in, rank), minval=-bound, maxval=bound),
-        "normal": lambda k: 0.02 * jax.random.normal(k, (size_in, rank)),
-        "gaussian": lambda k: jax.random.normal(k, (size_in, rank)) / rank,
-        "orthogonal": lambda k: jax.nn.initializers.orthogonal()(k, (size_in, rank)),
-    }[init]
-    keys = jax.random.split(key, math.prod(stack))
-    return jax.vmap(draw)(keys).reshape(shape).astype(dtype)
-
-
-def initial_factors(key, weight, axes: Layout | None, shapes, scale: float, lora):
-    """The factors, A and B of the given shapes, as ``lora`` says, and what is left of the weight.
-
-    With a diagonal, e (*stack, r) is the third; where it begins with 0 A and B both are ``init``.
-    """
-    if lora.init == "pissa":
-        return principal_factors(weight, axes, *shapes, scale, lora.dtype)
-    a = initial_a(key, shapes[0], lora.init, lora.dtype)
-    b, e = jnp.zeros(shapes[1], lora.dtype), (*a.shape[:-2], a.shape[-1])
-    if lora.diagonal is None:
-        return (a, b), weight
-    own = jax.random.fold_in(key, 1)
-    if lora.diagonal == "normal":
-        return (a, b, jax.random.normal(own, e, lora.dtype)), weight
-    b = initial_a(own, (*b.shape[:-2], *b.shape[:-3:-1]), lora.init, lora.dtype)
-    return (a, jnp.swapaxes(b, -1, -2), jnp.zeros(e, lora.dtype)), weight
-
-
-def effective_a(a, e=None):
-    """A diag(e), (*stack, in, r): with it for A everything is as without a diagonal."""
-    return a if e is None else a * e[..., None, :]
-
-
-def principal_factors(weight, axes: Layout | None, a_shape, b_shape, scale: float, dtype):
-    """(A, B) and what is left of the weight: W_0's r principal directions, moved out of it (PiSSA).
-
-    A = U sqrt(S / s), B = sqrt(S / s) V^T for the largest singular values S of W_0 (Meng et al.
-    2024, eqs. 2-4), so that W_0 = residual + s A B.
-
-    Raises:
-        ValueError: the rank exceeds the number of singular directions.
-    """
-    full = jnp.promote_types(weight.dtype, jnp.float32)
-    rank = a_shape[-1]
-    matrix = weight.astype(full).transpose(_stacked(axes, weight.ndim))
-    matrix = matrix.reshape(*a_shape[:-1], b_shape[-1])
-    if rank > min(matrix.shape[-2:]):
+def check_layout(path: str, weight, a, b, axes: Layout | None = None) -> None:
+    """Raises ValueError unless A, B are (*stack, *batch, in, r), (*stack, *batch, r, out) of the
+    weight: by its ``axes``, or else one whose axes stand in the order of the factors."""
+    if axes is None:
+        fits = in_order(weight, a, b) or _is_marked(weight, a, b)
+    else:
+        stack = weight.ndim - len(axes.order)
+        one = factor_shapes(weight.shape[stack:], axes, a.shape[-1])
+        fits = (a.shape, b.shape) == tuple((*weight.shape[:stack], *shape) for shape in one)
+    if not fits:
         raise ValueError(
-            f'LoRA.init "pissa": rank {rank} exceeds a weight of shape {weight.shape}, which has '
-            f"{min(matrix.shape[-2:])} singular directions: lower rank, or exclude the layer."
+            f"the factors at {path!r}, lora_a {a.shape} and lora_b {b.shape}, do not fit the "
+            f"weight {weight.shape}: they must be (*stack, in, r) and (*stack, r, out) with the "
+            "stack axes first. nn.scan and nn.vmap must stack parameters on axis 0 "
+            '(variable_axes={"params": 0}); elsewhere leave the layer out with LoRA.exclude.'
         )
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    root = jnp.sqrt(s[..., :rank] / scale)
-    a = (u[..., :rank] * root[..., None, :]).astype(dtype)
-    b = (root[..., :, None] * vt[..., :rank, :]).astype(dtype)
-    return (a, b), merged(weight, a, b, -scale, axes)
+
+
+def in_order(weight, a, b) -> bool:
+    """Whether the factors are those of a weight laid out (*stack, *batch, *in, *out)."""
+    stack, inner = a.shape[:-2], weight.shape[max(a.ndim - 2, 0) :]
+    halves = [(math.prod(inner[:i]), math.prod(inner[i:])) for i in range(1, len(inner))]
+    return (
+        min(a.ndim, b.ndim) >= 2
+        and weight.shape[: len(stack)] == stack
+        and b.shape[:-1] == (*stack, a.shape[-1])
+        and (a.shape[-2], b.shape[-1]) in halves
+    )
+
+
+def _is_marked(weight, a, b) -> bool:
+    """Whether the factors carry the mark of ``factor_shapes`` and fit in size."""
+    stack = a.shape[:-2]
+    first = next((i for i, n in enumerate(stack) if n != weight.shape[i]), None)
+    return (
+        first is not None
+        and stack[first] == 1
+        and (*stack, a.shape[-1]) == b.shape[:-1]
+        and weight.size == a.size // a.shape[-1] * b.shape[-1]
+    )
 
 
 def low_rank(geometry: Geometry, x, y, a, b, scale: float, precision=None) -> jax.Array:
@@ -261,7 +236,8 @@ def low_rank(geometry: Geometry, x, y, a, b, scale: float, precision=None) -> ja
     a, b = a.astype(y.dtype), b.astype(y.dtype)
     if isinstance(geometry, Lookup):
         table = nn.Embed(geometry.num, a.shape[-1], dtype=y.dtype, parent=None)
-        return table.apply({"params": {"embedding": a}}, x) * scale @ b
+        rows = cast(jax.Array, table.apply({"params": {"embedding": a}}, x))
+        return rows * scale @ b
     product = _convolved if isinstance(geometry, Convolution) else _contracted
     return product(geometry, x.astype(y.dtype), y, a, b, scale, precision)
 
@@ -272,23 +248,34 @@ def low_rank_attend(query, y, a, b, scale: float) -> jax.Array:
     return (query @ b.T * scale) @ a.T
 
 
-def merged(weight, a, b, scale: float, axes: Layout | None = None) -> jax.Array:
+def updated(weight, a, b, scale: float, axes: Layout | None = None) -> jax.Array:
     """``W + scale * A B``, summed in float32 at least and cast once to the weight's dtype.
 
     Without ``axes`` the weight is taken to be laid out (*stack, *batch, *in, *out).
 
-    >>> merged(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((2, 1)), jnp.ones((1, 3)), 0.5)[0, 0]
+    >>> updated(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((2, 1)), jnp.ones((1, 3)), 0.5)[0, 0]
     Array(1.5, dtype=bfloat16)
     """
     dtype = jnp.promote_types(weight.dtype, jnp.float32)
     delta = jnp.matmul(a.astype(dtype), b.astype(dtype), precision="highest")
-    order = _stacked(axes, weight.ndim)
-    delta = delta.reshape([weight.shape[i] for i in order])
-    delta = delta.transpose([order.index(i) for i in range(weight.ndim)])
+    delta = from_matrix(delta, weight.shape, axes)
     return (weight.astype(dtype) + scale * delta).astype(weight.dtype)
 
 
-def _stacked(axes: Layout | None, ndim: int) -> list[int]:
+def to_matrix(weight, shape: tuple[int, ...], axes: Layout | None = None) -> jax.Array:
+    """The weight as matrices of ``shape`` (*stack, in, out), its axes flattened as A and B are."""
+    return weight.transpose(_order(axes, weight.ndim)).reshape(shape)
+
+
+def from_matrix(matrix, shape: tuple[int, ...], axes: Layout | None = None) -> jax.Array:
+    """The weight of ``shape`` from its matrices: the inverse of ``to_matrix``."""
+    order = _order(axes, len(shape))
+    unfolded = matrix.reshape([shape[i] for i in order])
+    return unfolded.transpose([order.index(i) for i in range(len(shape))])
+
+
+def _order(axes: Layout | None, ndim: int) -> list[int]:
+    """The axes of a weight of ``ndim`` axes in the order (*stack, *batch, *in, *out)."""
     own = () if axes is None else axes.order
     stack = ndim - len(own)
     return [*range(stack), *(stack + i for i in own)]
