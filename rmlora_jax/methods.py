@@ -420,10 +420,10 @@ def with_bottlenecks(config: Run, base: Any) -> Any:
 
 
 def with_prefixes(config: Run, base: Any) -> Any:
-    if not hasattr(base, "prefix_length"):
+    if base.no_prefix:
         raise UserError(
-            f"config.method='prefix' does not fit {config.model.source}: DeBERTa's attention goes "
-            "by relative positions, which prefix vectors have not; type --config.method=bottleneck"
+            f"config.method='prefix' does not fit {config.model.source}: {base.no_prefix}; type "
+            "--config.method=bottleneck"
         )
     return dataclasses.replace(base, prefix_length=config.own(Prefix).length)
 

@@ -87,17 +87,12 @@ def batch_row(config: Run, devices: Devices) -> str:
 
 def memory_row(program, limit: int) -> str:
     """Bytes of the compiled program on one device."""
-    found, need = program.memory_analysis(), memory.needed(program)
-    if found is None:
+    plan, need = memory.planned(program), memory.needed(program)
+    if not plan:
         return "not told by the compiler"
-    parts = {
-        "arguments": found.argument_size_in_bytes,
-        "temporary": found.temp_size_in_bytes,
-        "results": found.output_size_in_bytes - found.alias_size_in_bytes,
-    }
-    listed = ", ".join(f"{name} {amount(size)}" for name, size in parts.items())
-    return (f"{amount(need)} a device of {amount(limit)} "
-            f"({100 * need / limit:.1f} %): {listed}")
+    return (f"{amount(need)} a device of {amount(limit)} ({100 * need / limit:.1f} %): "
+            f"arguments {amount(plan['argument'])}, temporary {amount(plan['temp'])}, "
+            f"results {amount(plan['output'] - plan['alias'])}")
 
 
 def collective_rows(found: list[Collective], run: RunShapes) -> list[tuple[str, str]]:

@@ -84,11 +84,6 @@ def open_shapes(config: Run, devices: Devices) -> RunShapes:
     )
 
 
-def no_data(*_: Any) -> Any:
-    """Stands for what reads data, of which a run as shapes has none."""
-    raise ValueError("a run as shapes has no data")
-
-
 def _base(config: Run, task: Shapes, devices: Devices) -> setup.Base:
     with fields("lora.*"):
         lora = methods.description(config)
@@ -105,11 +100,12 @@ def _base(config: Run, task: Shapes, devices: Devices) -> setup.Base:
         trainable, frozen = jax.eval_shape(both, jax.random.key(0))
     steps = config.steps or STEPS
     setup.check_optimizer(config, steps, trainable)
-    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    seed: Any = jax.ShapeDtypeStruct((), jnp.uint32)
+    absent: Any = None  # only a run with data reads it
     constants = Constants(frozen, task.resident, seed, seed)
     return setup.Base(
-        problem=no_data,
-        feed=Feed({}, no_data, no_data, task.resident, task.prepare_train, no_data),
+        problem=absent,
+        feed=Feed({}, absent, absent, task.resident, task.prepare_train, absent),
         objective=task.objective,
         lora=lora,
         adapted=adapted,

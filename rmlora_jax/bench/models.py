@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rmlora_jax.errors import UserError, did_you_mean
+from rmlora_jax.hub import find_architecture
 from rmlora_jax.models import Bert, BertConfig, Deberta, DebertaConfig, ViT, ViTConfig
 
 CLASSES = 10  # outputs of the head, of every model
@@ -48,23 +49,8 @@ def _bert(*sizes, **fields) -> BertConfig:
     return BertConfig(**_sizes(*sizes), **_NO_DROPOUT, **fields)
 
 
-_ROBERTA = {
-    "model_type": "roberta",
-    "vocab_size": 50265,
-    "max_position_embeddings": 514,
-    "type_vocab_size": 1,
-    "layer_norm_eps": 1e-5,
-    "pad_token_id": 1,
-}
-_DEBERTA_V3 = {
-    "vocab_size": 128100,
-    "relative_attention": True,
-    "pos_att_type": ("c2p", "p2c"),
-    "position_buckets": 256,
-    "share_att_key": True,
-    "norm_rel_ebd": "layer_norm",
-    "position_biased_input": False,
-}
+def _published(name: str) -> Any:
+    return dataclasses.replace(find_architecture(name)[1], **_NO_DROPOUT)
 
 
 class Entry(NamedTuple):
@@ -85,13 +71,11 @@ class Entry(NamedTuple):
 MODELS: dict[str, Entry] = {
     "tiny": Entry(_vit(32, 2, 2, image_size=16, patch_size=8), 8),  # to try the command out
     "vit-tiny": Entry(_vit(192, 12, 3, image_size=32, patch_size=8), 32),  # the quickstart's
-    "vit-base": Entry(_vit(768, 12, 12), 256),
+    "vit-base": Entry(_published("google/vit-base-patch16-224-in21k"), 256),
     "vit-large": Entry(_vit(1024, 24, 16), 128),
     "bert-base": Entry(_bert(768, 12, 12), 32, 128),
-    "roberta-base": Entry(_bert(768, 12, 12, **_ROBERTA), 32, 128),
-    "deberta-v3-base": Entry(
-        DebertaConfig(**_sizes(768, 12, 12), **_NO_DROPOUT, **_DEBERTA_V3), 32, 128
-    ),
+    "roberta-base": Entry(_published("FacebookAI/roberta-base"), 32, 128),
+    "deberta-v3-base": Entry(_published("microsoft/deberta-v3-base"), 32, 128),
     "minilm": Entry(_bert(384, 6, 12), 32, 128),
     # As wide as a decoder of 7 billion parameters and as long; attention looks both ways.
     "decoder": Entry(_bert(4096, 4, 32, vocab_size=32000, max_position_embeddings=2048), 4, 2048),

@@ -177,15 +177,10 @@ def _count(trainable) -> int:
 
 def _memory(program) -> dict[str, Any]:
     """What XLA plans, in bytes: ``memory_bytes`` and its parts; nothing where it does not tell."""
-    found = program.memory_analysis()
-    if found is None:
+    plan = memory.planned(program)
+    if not plan:
         return {}
-    parts = {
-        "arguments": found.argument_size_in_bytes,
-        "temp": found.temp_size_in_bytes,
-        "output": found.output_size_in_bytes,
-        "alias": found.alias_size_in_bytes,
-    }
+    parts = {"arguments" if kind == "argument" else kind: size for kind, size in plan.items()}
     return {"memory_bytes": memory.needed(program), "memory_parts": parts}
 
 

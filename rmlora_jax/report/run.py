@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rmlora_jax.config import flatten
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object, write_bytes_atomic
 from rmlora_jax.methods import METHODS, readers
@@ -85,14 +86,14 @@ def draw(history, config: Mapping[str, Any], summary: Mapping[str, Any], intrins
 
 def facts_title(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """``rm_lora on cifar100``."""
-    method = summary.get("method") or lookup(config, "method") or "run"
-    dataset = summary.get("dataset") or lookup(config, "data.name")
+    method = summary.get("method") or config.get("method") or "run"
+    dataset = summary.get("dataset") or flatten(config).get("data.name")
     return f"{method} on {dataset}" if dataset else str(method)
 
 
 def task(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Task:
     """The task of a run; runs from before there were several classified images."""
-    return TASKS[summary.get("task") or lookup(config, "task") or next(iter(TASKS))]
+    return TASKS[summary.get("task") or config.get("task") or next(iter(TASKS))]
 
 
 def chosen(history, summary: Mapping[str, Any]) -> str:
@@ -133,16 +134,16 @@ def other_figures(last: Mapping[str, float], key: str) -> list[tuple[str, str]]:
 
 def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and values for the panel of facts; what is not known is left out."""
-    method = summary.get("method") or lookup(config, "method")
-    model = summary.get("model") or lookup(config, "model.source")
+    fields = flatten(config)
+    method = summary.get("method") or fields.get("method")
+    model = summary.get("model") or fields.get("model.source")
     if model and (os.path.isabs(model) or str(model).startswith((".", "~"))):
         model = pathlib.PurePath(model).name
-    rank, alpha = lookup(config, "lora.rank"), lookup(config, "lora.alpha")
-    penalty, keep = lookup(config, "rm.penalty"), lookup(config, "rm.keep")
     adapted = method in METHODS and METHODS[method].adapts
-    adapters = _say("rank {}", rank), _say("alpha {:g}", alpha)
-    parts = (_say("penalty {:g}", penalty) if method in readers("penalty") else "",
-             _say("keep {:g}", keep) if method in readers("keep") else "")
+    adapters = (_say("rank {}", fields.get("lora.rank")),
+                _say("alpha {:g}", fields.get("lora.alpha")))
+    parts = [_say(f"{name} {{:g}}", fields.get(f"rm.{name}")) for name in ("penalty", "keep")
+             if method in readers(name)]
     trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
     best, last = summary.get("best_eval") or {}, summary.get("eval") or {}
     key = chosen(history, summary)
@@ -343,15 +344,6 @@ def _test_points(ax, summary, key, labels):
         ax.plot(step, value, "D", ms=8, color=style.TEST, mfc=fill, mew=1.6, zorder=6,
                 clip_on=False, label=label)
     return [value for _, value, _, _ in drawn]
-
-
-def lookup(config: Any, path: str) -> Any:
-    """``config["a"]["b"]`` for ``"a.b"``; None where a part is absent."""
-    for name in path.split("."):
-        if not isinstance(config, Mapping) or name not in config:
-            return None
-        config = config[name]
-    return config
 
 
 def _masthead(figure, height, title, judgement):

@@ -92,8 +92,8 @@ def check_study(given: ConfigDict | Study) -> tuple[Study, dict[tuple, Run]]:
         try:
             base = resolve(configured(c, opened[cell.task], cell.method, cell.variant))
             bases[plan.place(cell)] = base
-            whole = program(cell, base, Path(), at_once=c.at_once, shared=c.shared)
-            check_config(whole.config)
+            trained = program(cell, base, Path(), at_once=c.at_once, shared=c.shared)
+            check_config(trained.config)
         except UserError as e:
             where = " ".join([cell.task, cell.method, *cell.variant])
             lines += [f"{where}: {line}" for line in str(e).splitlines()]

@@ -18,7 +18,6 @@ from rmlora_jax.study.tables import (
     distinct,
     groups,
     parameters,
-    scale,
     short,
     shown,
     spread,
@@ -65,8 +64,7 @@ def table_picture(rows: Sequence[dict], along: str = "method"):
         ax = figure.add_axes((left / width, 0.65 / height, panel / width, 1 - 1.25 / height))
         found = {g.label: g for g in groups(rows) if g.task == task}
         metric = next(iter(found.values())).rows[0]["metric"]
-        results = {name: [scale(metric) * v for v in values(group.rows, "test")]
-                   for name, group in found.items()}
+        results = {name: group.scaled("test") for name, group in found.items()}
         data = next(iter(found.values())).rows[0]["dataset"]
         low, high = _limits(found, results)
         limits.setdefault(data, []).append((ax, low, high))
@@ -205,7 +203,7 @@ def heat_picture(rows: Sequence[dict], along: str = "keep"):
         metric = next(row["metric"] for row in rows if row["task"] == task)
         means, spreads = (np.full((len(ys), len(xs)), np.nan) for _ in range(2))
         for group in groups(rows):
-            numbers = [scale(metric) * v for v in values(group.rows, "test")]
+            numbers = group.scaled("test")
             at = dict(group.varied)
             if group.task == task and numbers:
                 y, x = ys.index(at[down]), xs.index(at[across])

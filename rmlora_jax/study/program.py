@@ -37,7 +37,7 @@ class Program(NamedTuple):
     """What is trained at once. ``runs`` has the identity, the setting and the seed of each."""
 
     cell: Cell
-    config: dict  # what the trainer takes, as plain values
+    config: Any  # what the trainer takes, as a dict of plain values
     runs: tuple[tuple[str, dict, int], ...]
     folder: str
 

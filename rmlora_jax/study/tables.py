@@ -29,6 +29,10 @@ class Group(NamedTuple):
     def rate(self) -> float | None:
         return self.rows[0]["settings"].get("learning_rate")
 
+    def scaled(self, name: str) -> list[float]:
+        """The numbers under ``name``, in the unit of the metric."""
+        return [scale(self.rows[0]["metric"]) * v for v in values(self.rows, name)]
+
     @property
     def label(self) -> str:
         """The method and what else the study varies: ``rm_lora keep 0.5``."""
@@ -162,8 +166,7 @@ def together(found: Sequence[Group], columns: Sequence[str]) -> str:
 
 
 def _figures(group: Group) -> list[str]:
-    metric = group.rows[0]["metric"]
-    test = [scale(metric) * v for v in values(group.rows, "test")]
+    test = group.scaled("test")
     without, whole = parameters(group.rows)
     # A row says so (alone: false) where other programs had a share of the device meanwhile.
     alone = [row for row in group.rows if row.get("alone", True)]
@@ -203,8 +206,7 @@ def rates_table(rows: Sequence[Row]) -> str:
             chosen = chosen_rates(rows, task, method)
             cells = []
             for group in found:
-                factor = scale(group.rows[0]["metric"])
-                text = spread([factor * v for v in values(group.rows, "validation")], alone=True)
+                text = spread(group.scaled("validation"), alone=True)
                 text = f"{_number(group.rate)}: {text}"
                 cells.append(f"**{text}**" if group.rate in chosen else text)
             if cells:
