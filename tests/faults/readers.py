@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+sys.path[:0] = [str(HERE.parent / "data"), str(HERE.parent), str(HERE.parent.parent)]
 
 FIXTURES = HERE.parent / "fixtures"
 TEXTS = ["A damaged file.", "Ünïcode, 1 2 3! " * 20, ""]

@@ -101,7 +101,8 @@ os.environ.pop("HF_HUB_OFFLINE", None)
 import jax
 import rmlora_jax.data, rmlora_jax.hub as hub
 from rmlora_jax.train.config import default_config, resolve
-from rmlora_jax.train import setup, mesh
+from rmlora_jax.parallel import mesh
+from rmlora_jax.train import setup
 c = default_config()
 c.data.name, c.model.source, c.data.cache = "digits", "vit-tiny-patch8-64-tinyimagenet", ""
 c.batch_size = c.eval_batch_size = 8 * jax.device_count()

@@ -311,6 +311,6 @@ def test_bad_arguments_are_named():
 
 @pytest.mark.parametrize("name", ["factors", "draws", "masking", "orthogonality", "rm_lora"])
 def test_examples_in_the_docstrings(name):
-    result = doctest.testmod(importlib.import_module(f"rmlora_jax.{name}"))
+    result = doctest.testmod(importlib.import_module(f"rmlora_jax.optim.{name}"))
     assert result.failed == 0
     assert result.attempted > 0 or name == "draws"
