@@ -18,8 +18,8 @@ from rmlora_jax.hub.peft_config import read_config as read_peft_config
 from rmlora_jax.hub.pretrained import label_names
 from rmlora_jax.hub.source import read_json, shards
 from rmlora_jax.models import BertConfig, ViTConfig
-from rmlora_jax.train.config import default_config
-from rmlora_jax.train.finished import export_merged, read_config
+from rmlora_jax.train.config import default_config, read_config
+from rmlora_jax.train.finished import export_merged
 
 DEEP = "[" * 100_000
 

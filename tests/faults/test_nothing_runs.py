@@ -21,7 +21,7 @@ NEVER_CALLED = {"eval", "exec", "os.system", "os.popen", "torch.load", "torch.ji
 FETCHING = {"urlopen", "urlretrieve", "hf_hub_download", "snapshot_download", "create_connection"}
 COMPARES = "rmlora_jax/bench/torch_peft.py"  # with PEFT in PyTorch, where the user installed it
 MAY_FETCH = {  # what the config names: a data set, a model
-    "rmlora_jax/data/prepare/download.py", "rmlora_jax/data/prepare/__main__.py",
+    "rmlora_jax/data/download.py", "rmlora_jax/data/prepare.py",
     "rmlora_jax/hub/source.py",
 }
 
