@@ -26,7 +26,9 @@ WORKDIR = flags.DEFINE_string(
     None,
     "folder of the run; the same folder again continues it. Default: a new one under runs/",
 )
-PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "print the resolved config and exit")
+PRINT_CONFIG = flags.DEFINE_bool(
+    "print_config", False, "print every field with its value and its meaning, and exit"
+)
 PREDICT = flags.DEFINE_multi_string(
     "predict",
     None,
@@ -73,33 +75,41 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; fields: --config.a.b=value")
     if PRINT_CONFIG.value:
-        print(CONFIG.value)
+        print_config()
         return
     logging.set_verbosity(logging.WARNING)  # jax and TFDS tell of every file and backend at INFO
     # Imported here: --help and a mistyped flag need not wait for jax.
     from rmlora_jax.errors import UserError
+    from rmlora_jax.sweep import grid
     from rmlora_jax.sweep import train as sweep
-    from rmlora_jax.train import check, config, loop, stopping
+    from rmlora_jax.train import loop, stopping
 
     try:
         if "study" in CONFIG.value:
             study(CONFIG.value)
             return
         if COMPILE_ONLY.value or TOPOLOGY.value:
-            check.check_config(CONFIG.value)
             compile_only()
             return
-        check.check_run(CONFIG.value)
+        config = grid.check_config(CONFIG.value, there=True)
         if DISTRIBUTED.value or COORDINATOR.value:
             join_processes()
-        train = sweep.train if config.is_sweep(CONFIG.value) else loop.train
-        train(CONFIG.value, workdir())
+        train = sweep.train if config.is_sweep else loop.train
+        train(config, workdir())
     except UserError as e:
         stop(e)
     except stopping.Stopped as e:
         stop(e, stopping.RESUME)
     except KeyboardInterrupt:
         stop(KeyboardInterrupt("stopped outside of a step; the same command goes on"), 130)
+
+
+def print_config():
+    from rmlora_jax import config
+    from rmlora_jax.study.plan import Study
+    from rmlora_jax.train.config import RunConfig
+
+    print(config.describe(Study if "study" in CONFIG.value else RunConfig, CONFIG.value))
 
 
 def predict(inputs):
@@ -139,12 +149,13 @@ def study(config):
 def compile_only():
     from rmlora_jax.aot.compile_only import compile_only
     from rmlora_jax.errors import UserError
+    from rmlora_jax.sweep import grid
 
     if not COMPILE_ONLY.value:
         raise UserError("--topology is to compile for, not to train on; add --compile_only")
     if DISTRIBUTED.value or COORDINATOR.value:
         raise UserError("--compile_only needs one process; leave out --distributed")
-    compile_only(CONFIG.value, TOPOLOGY.value)
+    compile_only(grid.check_config(CONFIG.value), TOPOLOGY.value)
 
 
 def join_processes():

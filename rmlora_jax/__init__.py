@@ -5,8 +5,7 @@ from rmlora_jax.adapt.combine import (
     align_adapters,  # adapters of one structure: one compiled program serves them all
     combine_adapters,  # one adapter out of several of the same base
 )
-from rmlora_jax.adapt.description import AdaLoRA, SoRA
-from rmlora_jax.adapt.fold import to_lora
+from rmlora_jax.adapt.diagonal import AdaLoRA, SoRA
 from rmlora_jax.adapt.intrinsic import (
     intrinsic_dimension,  # the spectrum of each Delta W, from its factors
     trajectory_dimension,  # the spectrum of what training explored
@@ -18,6 +17,7 @@ from rmlora_jax.adapt.lora import (
 from rmlora_jax.adapt.ranks import (
     pad_rank,  # a higher rank, the same updates
     reduce_rank,  # the best approximation of the updates by a lower rank
+    to_lora,  # what AdaLoRA or SoRA trained, as plain LoRA
 )
 from rmlora_jax.adapt.tree import (
     attach,  # factors for a base that is loaded

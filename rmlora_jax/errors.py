@@ -1,6 +1,7 @@
-"""The one exception a user of the trainer is meant to read, and words that its texts share."""
+"""What a person at the terminal reads: errors, hints and progress."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -29,3 +30,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(str(word), known, 1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def progress(total: int, desc: str, unit: str, **options):
+    """A tqdm bar on standard error; in a file or a pipe, at most one line every ten seconds."""
+    from tqdm import tqdm
+
+    pace = {} if sys.stderr.isatty() else {"mininterval": 10, "maxinterval": 10}
+    return tqdm(total=total, desc=desc, unit=unit, **pace, **options)

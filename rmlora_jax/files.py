@@ -7,19 +7,26 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from rmlora_jax.errors import UserError
+from rmlora_jax.errors import UserError, did_you_mean
 
 
 def write_bytes_atomic(path: str | os.PathLike, data: bytes) -> pathlib.Path:
-    """Writes ``data`` to ``path`` so that a reader, or a crash, sees the old file or the new one.
+    """`write_atomic` of ``data``."""
+    return write_atomic(path, lambda file: file.write(data))
 
-    The bytes go to a temporary name in the same folder (created if missing), are flushed to the
-    disk, and the name is then replaced. Returns the path.
+
+def write_atomic(
+    path: str | os.PathLike, write: Callable[[BinaryIO], object]
+) -> pathlib.Path:
+    """Writes a file so that a reader, or a crash, sees the old file or the new one.
+
+    ``write`` is given a temporary file in the same folder (created if missing). The file is then
+    flushed to the disk and renamed to ``path``. Returns the path.
 
     Raises:
       OSError: the folder cannot be written; nothing of the attempt is left behind.
@@ -29,7 +36,7 @@ def write_bytes_atomic(path: str | os.PathLike, data: bytes) -> pathlib.Path:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -43,6 +50,34 @@ def write_bytes_atomic(path: str | os.PathLike, data: bytes) -> pathlib.Path:
 def write_text_atomic(path: str | os.PathLike, text: str) -> pathlib.Path:
     """`write_bytes_atomic` of ``text`` in UTF-8."""
     return write_bytes_atomic(path, text.encode())
+
+
+def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
+    """Keeps arrays for `read_arrays`. Where the folder cannot be written, nothing is kept."""
+    with contextlib.suppress(OSError):
+        write_atomic(path, lambda file: np.savez(file, **arrays))
+
+
+def read_arrays(path: str | os.PathLike, names: Iterable[str]) -> list[np.ndarray] | None:
+    """The arrays of these names that `write_arrays` kept; None for a missing or damaged file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:  # each array's checksum is verified
+            return [file[name] for name in names]
+    except Exception:  # numpy, zipfile and zlib raise many kinds for a damaged file
+        return None
+
+
+def is_writable(folder: pathlib.Path) -> bool:
+    """Whether a folder, or the nearest existing folder above it, can be written."""
+    there = next((p for p in (folder, *folder.absolute().parents) if os.path.lexists(p)), folder)
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def near(path: pathlib.Path) -> str:
+    """A hint for a path that does not exist: the most similar name beside it, or nothing."""
+    parent = path.parent
+    names = [one.name for one in parent.iterdir()] if parent.is_dir() else []
+    return did_you_mean(path.name, names)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> pathlib.Path:

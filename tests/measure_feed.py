@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.train import setup
+from rmlora_jax.train.config import resolve
 
 CONFIG = config_flags.DEFINE_config_file("config")
 STEPS = flags.DEFINE_integer("measured_steps", 30, "steps of a turn")
@@ -40,7 +41,7 @@ def main(_):
     devices = all_devices(config.parallel)
     for mode in ("resident", "stream"):
         config.data.mode = mode
-        job = setup.build(config, devices)
+        job = setup.build(resolve(config), devices)
         state = job.state
         fed = (shard(batch, devices) for batch in job.feed.train(0))
         fixed = next(fed)

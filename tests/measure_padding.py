@@ -9,9 +9,8 @@ import itertools
 import time
 
 from rmlora_jax.data.glue import TASKS
-from rmlora_jax.data.text import load_texts
-from rmlora_jax.data.text_batches import train_batches
-from rmlora_jax.data.tokens import tokenise
+from rmlora_jax.data.sources import load_texts
+from rmlora_jax.data.tokens import text_batches, tokenise
 from rmlora_jax.hub import find_folder, load_tokenizer
 
 
@@ -24,7 +23,7 @@ def measure(task, tokenizer, data_dir, batch, longest):
     steps = len(train.ids) // batch
     for grouped in (False, True):
         options = {"seed": 0, "pad_id": 0, "max_length": longest, "group_by_length": grouped}
-        batches = train_batches(tokens, train.labels, batch, **options)
+        batches = text_batches(tokens, train.labels, batch, **options)
         start = time.perf_counter()
         masks = [b["attention_mask"] for b in itertools.islice(batches, steps)]
         rate = steps * batch / (time.perf_counter() - start)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.train import setup
+from rmlora_jax.train.config import resolve
 
 CONFIG = config_flags.DEFINE_config_file("config")
 STEPS = flags.DEFINE_integer("measured_steps", 30, "steps of a shape")
@@ -29,7 +30,7 @@ def main(_):
     logging.set_verbosity(logging.WARNING)
     config = CONFIG.value
     devices = all_devices(config.parallel)
-    job = setup.build(config, devices)
+    job = setup.build(resolve(config), devices)
     state, seen = job.state, set()
     for batch, _ in zip(job.feed.train(0), range(500), strict=False):
         shapes = str({name: x.shape for name, x in batch.items()})

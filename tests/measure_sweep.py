@@ -22,14 +22,14 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from rmlora_jax.data.dataset import ArraySource, Dataset
+from rmlora_jax.data import ArraySource, Dataset
 from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.sweep import many
+from rmlora_jax.sweep.grid import check_config, runs
 from rmlora_jax.tasks import images
 from rmlora_jax.train import setup
-from rmlora_jax.train.check import check_config
-from rmlora_jax.train.config import runs
+from rmlora_jax.train.config import resolve
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CONFIG = config_flags.DEFINE_config_file("config", str(CONFIGS / "vit_tiny_cifar100.py"))
@@ -48,11 +48,11 @@ def main(_):
     if RANDOM.value:
         images.load = random_images  # whatever the config names
     devices = all_devices(config.parallel)
-    every, base = runs(config), setup.open_base(config, devices)
+    every, base = runs(resolve(config)), setup.open_base(resolve(config), devices)
     feed = base.feed.train(0)
     batches = [shard(next(feed), devices) for _ in range(STEPS.value)]
 
-    together = many.build(config, every, base, devices)
+    together = many.build(resolve(config), every, base, devices)
     program, compile_together = compiled(together, together.state, batches[0])
     alone = setup.build(every[0].config, devices)
     single, compile_alone = compiled(alone, alone.state, batches[0])

@@ -1,15 +1,18 @@
 """``adapt``: a Flax module in, the same module with low-rank factors out."""
 
 import copy
-import importlib
-import sys
 
 import flax.linen as nn
 
+from rmlora_jax.adapt.diagonal import AdaLoRA, SoRA
 from rmlora_jax.adapt.linen import Adapted, adapt_linen
 from rmlora_jax.adapt.lora import LoRA
+from rmlora_jax.adapt.tree import is_nnx, nnx_functions
 
-__all__ = ["Adapted", "adapt"]
+__all__ = ["DESCRIPTIONS", "Adapted", "adapt"]
+
+# The registry of forms, by their descriptions.
+DESCRIPTIONS = (LoRA, AdaLoRA, SoRA)
 
 
 def adapt(module, lora: LoRA, *, rngs=None):
@@ -108,14 +111,3 @@ def _with_module(holder, module: Adapted):
             "adapt(holder.module, lora).apply({'params': params}, ...) yourself."
         )
     return new
-
-
-def is_nnx(value, *kinds: str) -> bool:
-    """Whether ``value`` is one of the NNX classes ``kinds`` ("Module", "State")."""
-    nnx = sys.modules.get("flax.nnx")  # none of them can exist before flax.nnx is imported
-    return nnx is not None and isinstance(value, tuple(getattr(nnx, kind) for kind in kinds))
-
-
-def nnx_functions():
-    """The functions for NNX, imported when first needed: flax.nnx costs most of a second."""
-    return importlib.import_module("rmlora_jax.adapt.nnx")

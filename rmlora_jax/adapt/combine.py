@@ -6,15 +6,17 @@ sum to 1.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
+from jax.core import Tracer
 
+from rmlora_jax.adapt.forms import is_factor
 from rmlora_jax.adapt.linen import reboxed, unboxed
-from rmlora_jax.adapt.lora import LoRA, is_factor
+from rmlora_jax.adapt.lora import LoRA
 from rmlora_jax.adapt.ranks import (
     Adapter,
     described,
@@ -119,8 +121,8 @@ def combine_adapters(
                     f'how="linear" adds factors of one rank, but those at {path!r} have the ranks '
                     f'{ranks}: use "svd" or "cat", or pad_rank first.'
                 )
-            a = sum(math.copysign(math.sqrt(abs(w)), w) * a for w, a, _ in pairs)
-            b = sum(math.sqrt(abs(w)) * b for w, _, b in pairs)
+            a = _sum(math.copysign(math.sqrt(abs(w)), w) * a for w, a, _ in pairs)
+            b = _sum(math.sqrt(abs(w)) * b for w, _, b in pairs)
         else:
             a = jnp.concatenate([a for _, a, _ in pairs], axis=-1)
             b = jnp.concatenate([w * b for w, _, b in pairs], axis=-2)
@@ -210,7 +212,12 @@ def align_adapters(adapters: Mapping[str, Pair]) -> tuple[dict[str, dict], LoRA]
 def _pair(adapter) -> Pair:
     if not isinstance(adapter, tuple | list) or len(adapter) != 2:
         raise TypeError(f"an adapter is a pair (params, lora), not a {type(adapter).__name__}.")
-    return adapter
+    params, lora = adapter
+    return params, lora
+
+
+def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
+    return cast(jax.Array, sum(arrays))  # of at least one
 
 
 def _weights(weights, n: int) -> list[float]:
@@ -262,7 +269,7 @@ def _same(x, y) -> bool:
         return True
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
-    traced = any(isinstance(v, jax.core.Tracer) for v in (x, y))
+    traced = any(isinstance(v, Tracer) for v in (x, y))
     return traced or bool(jnp.array_equal(x, y))
 
 
@@ -280,7 +287,7 @@ def _mean(path, found: list[tuple[float, Any]]):
             f"the weights of the adapters that train {'/'.join(path)!r} sum to {total:g}, which "
             "gives no mean: take what is trained in full from one of them with head=INDEX."
         )
-    mean = sum(w / total * unboxed(leaf).astype(jnp.float32) for w, leaf in found)
+    mean = _sum(w / total * unboxed(leaf).astype(jnp.float32) for w, leaf in found)
     return reboxed(first, mean.astype(unboxed(first).dtype))
 
 
@@ -294,7 +301,8 @@ def _other_shapes(path, leaves, advice: str) -> ValueError:
 
 def _common(read: list[Adapter], heads: list[Adapter], trained, kept) -> LoRA:
     """The description of the combination of what was read."""
-    first, fields = read[0].lora, {"dtype": jnp.float32}
+    first = read[0].lora
+    fields: dict[str, Any] = {"dtype": jnp.float32}
     if len({(one.lora.target, one.lora.exclude) for one in read}) > 1:
         fields |= {"target": "|".join(map(exactly, kept)) or None, "exclude": None}
     rules = {one.lora.train for one in heads}

@@ -54,10 +54,12 @@ def intrinsic_dimension(
         Roy & Vetterli 2007, *The effective rank: a measure of effective dimensionality*, def. 1;
         Rudelson & Vershynin 2007 for the stable rank.
     """
-    return {
-        (name := "/".join(path[:-1])): _figures(_singular_values(a, b, lora.scale_of(name)), rtol)
-        for path, _, a, b in adapted_weights(params, lora)
-    }
+    found = {}
+    for path, _, factors in adapted_weights(params, lora):
+        name = "/".join(path[:-1])
+        values = _singular_values(*lora.form.pair(factors), lora.scale_of(name))
+        found[name] = _figures(values, rtol)
+    return found
 
 
 def trajectory_dimension(
@@ -101,8 +103,11 @@ def trajectory_dimension(
     if side not in ("out", "in"):
         raise ValueError(f"side is {side!r}; allowed: 'out', 'in'.")
     times = [
-        {path[:-1]: tuple(f.astype(jnp.float32) for f in pair) for path, _, *pair in weights}
-        for weights in (adapted_weights(params, lora) for params in snapshots)
+        {
+            path[:-1]: tuple(f.astype(jnp.float32) for f in lora.form.pair(factors))
+            for path, _, factors in adapted_weights(params, lora)
+        }
+        for params in snapshots
     ]
     if any(time.keys() != times[0].keys() for time in times):
         raise ValueError("the snapshots hold factors of different modules: take them from one run.")

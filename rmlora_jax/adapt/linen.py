@@ -16,23 +16,16 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import meta
 
-from rmlora_jax.adapt import merging, product
-from rmlora_jax.adapt.lora import (
-    DIAGONAL,
-    FACTORS,
-    Layer,
-    LoRA,
-    missing_factors,
-    other_factors,
-    unselected_factors,
-)
+from rmlora_jax.adapt import geometry as geo
+from rmlora_jax.adapt.forms import FACTORS, product
+from rmlora_jax.adapt.lora import Layer, LoRA, check_leaves, missing_factors, unselected_factors
 
 # What is running is part of the key of every jit inside it. Otherwise a model with nn.jit inside
 # would run a trace made for another description.
 _running = jax.make_user_context(default_value=None)
 
 # The layouts of the layers that have run, by path, while somebody wants to know them.
-_seen: contextvars.ContextVar[dict[str, product.Layout] | None] = contextvars.ContextVar(
+_seen: contextvars.ContextVar[dict[str, geo.Layout] | None] = contextvars.ContextVar(
     "_seen", default=None
 )
 
@@ -41,24 +34,24 @@ class _Kind(NamedTuple):
     """How a layer's method uses its weight: (module, arguments by name) -> geometry."""
 
     weight: str
-    geometry: Callable[[nn.Module, dict], product.Geometry]
+    geometry: Callable[[nn.Module, dict], geo.Geometry]
     attends: bool = False
 
 
 def _general(m, arguments):
-    return product.general(m.axis, m.batch_dims, m.features, jnp.ndim(arguments["inputs"]))
+    return geo.general(m.axis, m.batch_dims, m.features, jnp.ndim(arguments["inputs"]))
 
 
 def _einsum(m, arguments):
-    return product.Contraction(arguments.get("einsum_str") or m.einsum_str)
+    return geo.Contraction(arguments.get("einsum_str") or m.einsum_str)
 
 
 def _own(equation, m, arguments):
-    return product.Contraction(equation)
+    return geo.Contraction(equation)
 
 
 def _lookup(m, arguments):
-    return product.Lookup(m.num_embeddings)
+    return geo.Lookup(m.num_embeddings)
 
 
 # Layers are known by the method about to run, not by their class: nn.vmap(nn.Dense) reaches an
@@ -66,11 +59,11 @@ def _lookup(m, arguments):
 _FLAX = {
     inspect.unwrap(method): kind
     for method, kind in (
-        (nn.Dense.__call__, _Kind("kernel", lambda m, arguments: product.DENSE)),
+        (nn.Dense.__call__, _Kind("kernel", lambda m, arguments: geo.DENSE)),
         (nn.DenseGeneral.__call__, _Kind("kernel", _general)),
         (nn.Einsum.__call__, _Kind("kernel", _einsum)),
-        (nn.Conv.__call__, _Kind("kernel", lambda m, _: product.convolution(m))),
-        (nn.ConvTranspose.__call__, _Kind("kernel", lambda m, _: product.convolution(m))),
+        (nn.Conv.__call__, _Kind("kernel", lambda m, _: geo.convolution(m))),
+        (nn.ConvTranspose.__call__, _Kind("kernel", lambda m, _: geo.convolution(m))),
         (nn.Embed.__call__, _Kind("embedding", _lookup)),
         (nn.Embed.attend, _Kind("embedding", _lookup, attends=True)),
     )
@@ -85,11 +78,12 @@ def _kinds(layers: tuple[Layer, ...]) -> dict[Callable, _Kind]:
 
 
 @contextlib.contextmanager
-def layouts() -> Iterator[dict[str, product.Layout]]:
+def layouts() -> Iterator[dict[str, geo.Layout]]:
     """Collects the layout of the weight, by path, of each adapted layer that runs inside."""
-    token = _seen.set({})
+    seen: dict[str, geo.Layout] = {}
+    token = _seen.set(seen)
     try:
-        yield _seen.get()
+        yield seen
     finally:
         _seen.reset(token)
 
@@ -129,10 +123,11 @@ class Adapted(nn.Module):
         how = "factored" if drops else self.lora.execution
         if how != "merged":
             return self._run_as(how, method, *args, **kwargs)
+        assert self.scope is not None
         counts = copy.deepcopy(self.scope.rng_counters)
         try:
             return self._run_as(how, method, *args, **kwargs)
-        except merging.Transformed:  # what that run wrote is lost with its scope, but not its draws
+        except Transformed:  # what that run wrote is lost with its scope, but not its draws
             self.scope.rng_counters.clear()
             self.scope.rng_counters.update(counts)
             return self._run_as("whole", method, *args, **kwargs)
@@ -142,8 +137,8 @@ class Adapted(nn.Module):
         if not self.is_initializing() and (how in ("merged", "whole") or self.lora.alpha_pattern):
             # Layers of one nn.jit share a trace, which therefore may not depend on their paths:
             # what alpha_pattern changes goes into the values of A.
-            prepare = functools.partial(merging.prepare, lora=self.lora, merges=how == "whole")
-            run = nn.map_variables(run, "params", trans_in_fn=prepare)
+            ready = functools.partial(_prepared, lora=self.lora, merges=how == "whole")
+            run = nn.map_variables(run, "params", trans_in_fn=ready)
         # Who wants to see the layouts cannot use a trace made before.
         with _running((self.lora, how, None if _seen.get() is None else object())):
             return run(self, method, *args, **kwargs)
@@ -210,24 +205,6 @@ def check_adapted(paths: Iterable[tuple[str, ...]], lora: LoRA) -> None:
             )
 
 
-def check_layout(path: str, weight, a, b, axes: product.Layout | None = None) -> None:
-    """Raises ValueError unless A, B are (*stack, *batch, in, r), (*stack, *batch, r, out) of the
-    weight: by its ``axes``, or else one whose axes stand in the order of the factors."""
-    if axes is None:
-        fits = merging.in_order(weight, a, b) or _is_marked(weight, a, b)
-    else:
-        stack = weight.ndim - len(axes.order)
-        one = product.factor_shapes(weight.shape[stack:], axes, a.shape[-1])
-        fits = (a.shape, b.shape) == tuple((*weight.shape[:stack], *shape) for shape in one)
-    if not fits:
-        raise ValueError(
-            f"the factors at {path!r}, lora_a {a.shape} and lora_b {b.shape}, do not fit the "
-            f"weight {weight.shape}: they must be (*stack, in, r) and (*stack, r, out) with the "
-            "stack axes first. nn.scan and nn.vmap must stack parameters on axis 0 "
-            '(variable_axes={"params": 0}); elsewhere leave the layer out with LoRA.exclude.'
-        )
-
-
 def unboxed(leaf):
     """What is in the box of a leaf, an array or a mere shape: as it is, constrained to no mesh."""
     boxed = isinstance(leaf, nn.Partitioned)
@@ -239,16 +216,30 @@ def reboxed(box, value):
     return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
 
 
-def _is_marked(weight, a, b) -> bool:
-    """Whether the factors carry the mark of ``product.factor_shapes`` and fit in size."""
-    stack = a.shape[:-2]
-    first = next((i for i, n in enumerate(stack) if n != weight.shape[i]), None)
-    return (
-        first is not None
-        and stack[first] == 1
-        and (*stack, a.shape[-1]) == b.shape[:-1]
-        and weight.size == a.size // a.shape[-1] * b.shape[-1]
-    )
+class Transformed(Exception):
+    """Something transforms a weight before its layer has it: it must have been merged before."""
+
+
+def _prepared(variables, lora: LoRA, merges: bool):
+    """The parameters that a Linen base runs on: merged, or with alpha_pattern's part in A."""
+    flat = traverse_util.flatten_dict(variables["params"])
+    modules = [path[:-1] for path in flat if path[-1] == FACTORS[0]]
+    if not modules:
+        raise missing_factors()
+    for module in modules:
+        name = "/".join(module)
+        factors = [meta.unbox(flat[(*module, leaf)]) for leaf in lora.factors]
+        path = next((*module, n) for n in lora.weights if (*module, n) in flat)
+        weight, scale = meta.unbox(flat[path]), lora.scale_of(name)
+        if merges and geo.in_order(weight, *factors[:2]):
+            value = lora.form.merged(weight, factors, scale)
+            for leaf in lora.factors:
+                del flat[(*module, leaf)]
+        else:
+            a, path = factors[0], (*module, FACTORS[0])
+            value = a * (scale / lora.common_scale(a.shape[-1]))
+        flat[path] = jax.tree.map(lambda _, value=value: value, flat[path])  # in its box
+    return {"params": traverse_util.unflatten_dict(flat)}
 
 
 def _bound_base(adapted: Adapted) -> nn.Module:
@@ -273,10 +264,11 @@ def _intercepted(adapted: Adapted, method, *args, how, **kwargs):
 def _forward(method):
     """The function of a bound ``Adapted`` that runs ``method`` of its base."""
     method = method or "__call__"
+    function = getattr(method, "__func__", method)
     if isinstance(getattr(method, "__self__", None), Adapted):
-        return method.__func__
+        return function
     if not isinstance(method, str):
-        method = getattr(method, "__func__", method)
+        method = function
     return lambda self, *args, **kwargs: self._run(method, *args, **kwargs)
 
 
@@ -309,7 +301,7 @@ class _Interceptor:
         if type(module).__name__.startswith("Map_variables"):  # the class nn.map_variables makes
             self.mapped.add(path)
         function = getattr(context.orig_method, "func", None)
-        kind = self.kinds.get(function)
+        kind = self.kinds.get(function) if function is not None else None
         if kind is None:
             return next_fun(*args, **kwargs)
         if self.lora.targets("/".join(path)):
@@ -324,36 +316,59 @@ class _Interceptor:
         if self.how == "whole" and not (initialising or module.has_variable("params", FACTORS[0])):
             return next_fun(*args, **kwargs)  # its factors are in the weight already
         self.check_layer(module, path, initialising)
-        arguments = inspect.signature(function).bind(module, *args, **kwargs).arguments
-        x, geometry = list(arguments.values())[1], kind.geometry(module, arguments)
-        # What else a class of one's own does with its weight is not known, nor what is masked.
-        thin = function in _FLAX and getattr(module, "mask", None) is None
-        merges = self.how == "merged" and not initialising
-        merges &= not thin or isinstance(geometry, product.Contraction)
-        y = None if merges else next_fun(*args, **kwargs)
+        bound = inspect.signature(function).bind(module, *args, **kwargs)
+        name_of_x, x = list(bound.arguments.items())[1]
+        geometry = kind.geometry(module, bound.arguments)
         # At init the layer makes its weight first: the factors follow its shape and its box.
+        made = next_fun(*args, **kwargs) if initialising else None
         weight = module.get_variable("params", kind.weight)
-        a, b, axes = _factors(module, lora, name, geometry, weight)
-        if _seen.get() is not None:
-            _seen.get()[name] = axes
-        scale, precision = lora.common_scale(a.shape[-1]), getattr(module, "precision", None)
-        if merges:
-            old, dtype = unboxed(weight), getattr(module, "dtype", None)
-            new = merging.merged_weight(old, a, b, scale, axes, dtype, frozen=thin)
-            swap = functools.partial(jax.tree.map, lambda leaf: new if leaf is old else leaf)
-            run = nn.map_variables(lambda m, *args, **kw: function(m, *args, **kw), "params", swap)
-            y = run(module, *args, **kwargs)
-            return merging.linked(y, geometry, x, a, b, scale, precision) if thin else y
-        self.paused = True  # the product runs Flax layers of its own
+        factors, axes = _factors(module, lora, name, geometry, weight)
+        if (seen := _seen.get()) is not None:
+            seen[name] = axes
+        old = unboxed(weight)
+
+        def plain(m, *args, **kwargs):
+            return function(m, *args, **kwargs)
+
+        def layer(x, new):
+            if made is not None:
+                return made
+            bound.arguments[name_of_x] = x
+            with self.pausing(False):
+                if new is None:
+                    return next_fun(*bound.args[1:], **bound.kwargs)
+                swap = functools.partial(jax.tree.map, lambda leaf: new if leaf is old else leaf)
+                return nn.map_variables(plain, "params", swap)(*bound.args, **bound.kwargs)
+
+        drops = lora.dropout > 0 and module.has_rng("dropout")
+        with self.pausing(True):  # the product runs Flax layers of its own
+            return product(
+                x,
+                old,
+                lora.form,
+                factors,
+                geometry,
+                layer=layer,
+                scale=lora.common_scale(factors[0].shape[-1]),
+                execution="merged" if self.how == "merged" and not initialising else "factored",
+                attends=kind.attends,
+                drop=functools.partial(_dropped, module, lora.dropout) if drops else None,
+                # What else a class of one's own does with its weight is not known, nor what a mask
+                # hides.
+                affine=function in _FLAX and getattr(module, "mask", None) is None,
+                bias=unboxed(module.get_variable("params", "bias")),
+                precision=getattr(module, "precision", None),
+                dtype=getattr(module, "dtype", None),
+            )
+
+    @contextlib.contextmanager
+    def pausing(self, paused: bool):
+        """Leaves the Flax layers that run inside alone, or adapts them again."""
+        before, self.paused = self.paused, paused
         try:
-            if kind.attends:
-                return y + product.low_rank_attend(x, y, a, b, scale)
-            drops = lora.dropout and module.has_rng("dropout")
-            if drops and jnp.issubdtype(x.dtype, jnp.inexact):
-                x = _dropout(module.make_rng("dropout"), x, lora.dropout)
-            return y + product.low_rank(geometry, x, y, a, b, scale, precision)
+            yield
         finally:
-            self.paused = False
+            self.paused = before
 
     def check_layer(self, module, path, initialising):
         what = None
@@ -369,7 +384,7 @@ class _Interceptor:
         if what is None or (initialising and self.how == "merged"):
             return
         if self.how == "merged":
-            raise merging.Transformed
+            raise Transformed
         raise ValueError(
             f"the layer {'/'.join(path)!r} {what}, so that nothing computed beside it could be "
             'merged into it: use LoRA(execution="merged", dropout=0), or leave the layer out '
@@ -377,17 +392,18 @@ class _Interceptor:
         )
 
 
-def _dropout(key, x, rate):
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+def _dropped(module, rate: float, x):
+    kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
-def _factors(module, lora, path, geometry, weight):
-    """A and B of the layer from its parameters, where at init they are made, and their layout."""
-    shape = jnp.shape(meta.unbox(weight))
+def _factors(module, lora: LoRA, path: str, geometry: geo.Geometry, weight):
+    """The leaves beside the layer's weight, which are made at init, and the weight's layout."""
+    form, value = lora.form, meta.unbox(weight)
+    shape = jnp.shape(value)
     try:
-        axes = product.layout(geometry, len(shape))
-        shapes = product.factor_shapes(shape, axes, lora.rank_of(path))
+        axes = geo.layout(geometry, len(shape))
+        shapes = form.shapes(shape, axes, lora.rank_of(path))
     except ValueError as e:
         raise ValueError(
             f"the layer {path!r} cannot be adapted, since {e} Leave it out with LoRA.exclude."
@@ -395,34 +411,31 @@ def _factors(module, lora, path, geometry, weight):
     if not module.has_variable("params", FACTORS[0]):
         if not module.is_mutable_collection("params"):
             raise missing_factors(f" at {path!r}")
-        key = module.make_rng("params")
-        values, _ = product.initial_factors(key, None, axes, shapes, 1.0, lora)
-        for name, value, names in zip(lora.factors, values, _names(weight, axes), strict=False):
-            if names is not None:
-                value = weight.replace(value=value, names=names)
-            module.put_variable("params", name, value)
+        key, scale = module.make_rng("params"), lora.scale_of(path)
+        values, _ = form.initial(key, value, axes, shapes, scale, lora.init, lora.dtype)
+        names = _names(weight, lora, axes)
+        for i, name in enumerate(form.leaves):
+            leaf = values[i] if names is None else weight.replace(value=values[i], names=names[i])
+            module.put_variable("params", name, leaf)
     a, b = (meta.unbox(module.get_variable("params", name)) for name in FACTORS)
-    if (a.shape, b.shape) != shapes:
+    if (a.shape, b.shape) != shapes[:2]:
         raise ValueError(
             f"the factors at {path!r} have shapes {a.shape} and {b.shape}, but the description "
             f"(rank {lora.rank_of(path)}) and the weight {shape} ask for {shapes[0]} and "
             f"{shapes[1]}: use the description that the factors were made with."
         )
-    found = tuple(n for n in (*FACTORS, DIAGONAL) if module.has_variable("params", n))
-    if found != lora.factors:
-        raise other_factors(lora, path, found)
-    e = meta.unbox(module.get_variable("params", DIAGONAL))
-    return product.effective_a(a, e), b, axes
+    check_leaves(lora, path, functools.partial(module.has_variable, "params"))
+    return tuple(meta.unbox(module.get_variable("params", name)) for name in form.leaves), axes
 
 
-def _names(weight, axes: product.Layout):
-    """Partition names of A, B and e, None where the weight has no box."""
+def _names(weight, lora: LoRA, axes: geo.Layout):
+    """The axes' names of the leaves, None where the weight has no box."""
     if not isinstance(weight, nn.Partitioned):
-        return None, None, None
+        return None
     names, ndim = weight.names, jnp.ndim(weight.unbox())
     if len(names) != ndim:
         # DenseGeneral hands its initialiser a flat matrix, so a box around a weight of more axes
         # may have two names only.
         first = {axes.inputs[0]: names[-2], axes.outputs[0]: names[-1]}
         names = tuple(first.get(i) for i in range(ndim))
-    return product.factor_names(names, axes)
+    return lora.form.axis_names(names, axes)

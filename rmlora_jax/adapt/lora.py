@@ -8,19 +8,19 @@ import numbers
 import operator
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+
+from rmlora_jax.adapt import geometry
+from rmlora_jax.adapt.forms import INITS, LEAVES, PLAIN, Form, is_factor
 
 __all__ = ["Layer", "LoRA"]
 
 Rule = str | tuple[str, ...]
 
-FACTORS = ("lora_a", "lora_b")
-DIAGONAL = "lora_e"  # between A and B, in AdaLoRA and SoRA
 WEIGHTS = ("kernel", "embedding")
-INITS = ("kaiming", "normal", "gaussian", "orthogonal", "pissa")
 EXECUTIONS = ("auto", "factored", "merged")
 
 
@@ -63,9 +63,7 @@ class Layer:
                 raise TypeError(f"Layer.{name} is {getattr(self, name)!r}; allowed: a string.")
         if not callable(getattr(self.cls, self.method, None)):
             raise ValueError(f"Layer.method: {self.cls.__name__} has no method {self.method!r}.")
-        from rmlora_jax.adapt import product  # it imports flax.linen, and this module is below it
-
-        product.layout(product.Contraction(self.equation), None)
+        geometry.layout(geometry.Contraction(self.equation), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +151,8 @@ class LoRA:
     execution: str = "auto"
     layers: tuple[Layer, ...] = ()
 
-    # What ``lora_e`` begins with ("zeros", "normal") in a description that has it: A diag(e) B.
-    diagonal: ClassVar[str | None] = None
+    # Which leaves stand beside a weight and what they do with it; AdaLoRA and SoRA have another.
+    form: ClassVar[Form] = PLAIN
 
     def __post_init__(self):
         put = functools.partial(object.__setattr__, self)
@@ -174,7 +172,7 @@ class LoRA:
         for name, allowed in (("init", INITS), ("execution", EXECUTIONS)):
             if getattr(self, name) not in allowed:
                 raise _error(name, getattr(self, name), "one of " + ", ".join(map(repr, allowed)))
-        if self.init == "pissa" and self.diagonal is not None:
+        if self.init not in self.form.inits:
             name = type(self).__name__
             raise ValueError(
                 f'{name}.init is "pissa", which takes W_0 apart for plain factors: use LoRA for '
@@ -198,8 +196,8 @@ class LoRA:
 
     @property
     def factors(self) -> tuple[str, ...]:
-        """The names of the leaves beside an adapted weight."""
-        return FACTORS if self.diagonal is None else (*FACTORS, DIAGONAL)
+        """The names of the leaves beside an adapted weight, A and B first."""
+        return self.form.leaves
 
     def targets(self, path: str) -> bool:
         """Whether the layer at module ``path`` gets factors (if its kind can be adapted)."""
@@ -264,11 +262,6 @@ class LoRA:
                 raise _unmatched(field, rule, paths, "module or parameter")
 
 
-def is_factor(path) -> bool:
-    """Whether a parameter, given by the names on its path, is A, B or the diagonal between."""
-    return path[-1] in (*FACTORS, DIAGONAL)
-
-
 def unselected_factors(lora: LoRA, path: str) -> ValueError:
     """The error for parameters that were made with another description than ``lora``."""
     return ValueError(
@@ -277,12 +270,14 @@ def unselected_factors(lora: LoRA, path: str) -> ValueError:
     )
 
 
-def other_factors(lora: LoRA, path: str, found) -> ValueError:
-    """The error for factors of another kind than ``lora`` describes."""
-    return ValueError(
-        f"{path!r} holds {', '.join(found)}, but {type(lora).__name__} has "
-        f"{', '.join(lora.factors)}: use the description that the factors were made with."
-    )
+def check_leaves(lora: LoRA, path: str, has: Callable[[str], bool]) -> None:
+    """Raises ValueError unless ``has`` holds for the leaves of the form of ``lora`` alone."""
+    found = tuple(filter(has, LEAVES))
+    if found != lora.factors:
+        raise ValueError(
+            f"{path!r} holds {', '.join(found)}, but {type(lora).__name__} has "
+            f"{', '.join(lora.factors)}: use the description that the factors were made with."
+        )
 
 
 def missing_factors(where: str = "") -> ValueError:

@@ -8,15 +8,17 @@ import inspect
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
+from jax.core import Tracer
 
-from rmlora_jax.adapt import merging, product
-from rmlora_jax.adapt.lora import DIAGONAL, FACTORS, LoRA
+from rmlora_jax.adapt import geometry as geo
+from rmlora_jax.adapt.forms import product
+from rmlora_jax.adapt.lora import LoRA
 
 __all__ = ["adapt_nnx", "merge_nnx", "pure_params"]
 
@@ -39,6 +41,8 @@ _RULES = (
 _WRAPPERS = tuple(
     _Rule(kind, "layer_instance", ("__call__",)) for kind in (nnx.WeightNorm, nnx.SpectralNorm)
 )
+# What an adapted layer has beside its leaves.
+_OWN = ("lora_form", "lora_scale", "lora_execution", "lora_dropout")
 
 
 def adapt_nnx(module: nnx.Module, lora: LoRA, rngs: nnx.Rngs | None = None) -> nnx.Module:
@@ -63,7 +67,9 @@ def adapt_nnx(module: nnx.Module, lora: LoRA, rngs: nnx.Rngs | None = None) -> n
     keys = [rngs.params(), rngs.dropout()] if lora.dropout else [rngs.params()]
     for path in targeted:
         own = [jax.random.fold_in(key, zlib.crc32(path.encode())) for key in keys]
-        _adapt_layer(modules[path], rules[path], lora, path, stacks[path], *own)
+        rule = rules[path]
+        assert rule is not None  # _check_layers refuses the others
+        _adapt_layer(modules[path], rule, lora, path, stacks[path], *own)
     for path, rule in _wrappers(modules).items():
         if any(_is_below(layer, path) for layer in targeted):
             _swap_class(modules[path], rule)
@@ -76,9 +82,10 @@ def merge_nnx(module: nnx.Module, lora: LoRA) -> nnx.Module:
     layers = {p: n for p, n in _modules(model).items() if hasattr(n, "lora_scale")}
     what = "it has no adapted layers" if lora.target is not None and not layers else None
     for path, layer in layers.items():
-        described = (lora.rank_of(path), lora.scale_of(path))
+        described = (lora.rank_of(path), lora.scale_of(path), lora.form)
         dtype = getattr(layer, type(layer).lora_recipe[1].weight).dtype
-        if not lora.targets(path) or described != (layer.lora_a.shape[-1], layer.lora_scale):
+        found = (layer.lora_a.shape[-1], layer.lora_scale, layer.lora_form)
+        if not lora.targets(path) or described != found:
             what = f"its layer {path!r} was adapted with another description"
         elif not jnp.issubdtype(dtype, jnp.inexact):
             what = f"its layer {path!r} has a {dtype} weight, which cannot hold W_0 + s A B"
@@ -120,7 +127,7 @@ def _is_variable(value) -> bool:
     return isinstance(value, nnx.Variable)
 
 
-def _modules(model: nnx.Module) -> dict[str, nnx.Module]:
+def _modules(model: nnx.Module) -> dict[str, Any]:
     """Every module once, by the path that ``nnx.state`` gives it."""
     nodes = nnx.iter_graph(model, graph=True)
     return {"/".join(map(str, p)): node for p, node in nodes if isinstance(node, nnx.Module)}
@@ -136,7 +143,7 @@ def _rule_of(node: nnx.Module, lora: LoRA) -> _Rule | None:
 def _axes(layer, rule: _Rule) -> Sequence:
     """The axes of one layer's weight: their sizes by its fields, or the letters of an equation."""
     if rule.equation is not None:
-        return product.terms(rule.equation)[1]
+        return geo.terms(rule.equation)[1]
     if rule.kind is nnx.Linear:
         return layer.in_features, layer.out_features
     if rule.kind is nnx.LinearGeneral:
@@ -149,16 +156,16 @@ def _axes(layer, rule: _Rule) -> Sequence:
 def _geometry(layer, rule: _Rule, ndim: int = 20, equation: str | None = None):
     """How the layer's weight meets an input of ``ndim`` axes."""
     if rule.equation is not None or rule.kind is nnx.Einsum:
-        return product.Contraction(equation or rule.equation or layer.einsum_str)
+        return geo.Contraction(equation or rule.equation or layer.einsum_str)
     if rule.kind is nnx.Linear:
-        return product.DENSE
+        return geo.DENSE
     if rule.kind is nnx.LinearGeneral:
         # Flax sorts the axes: the first of in_features belongs to the foremost.
         axis = sorted(i % ndim for i in layer.axis)
-        return product.general(axis, sorted(layer.batch_axis), layer.out_features, ndim)
+        return geo.general(axis, sorted(layer.batch_axis), layer.out_features, ndim)
     if rule.kind is nnx.Embed:
-        return product.Lookup(layer.num_embeddings)
-    return product.convolution(layer)
+        return geo.Lookup(layer.num_embeddings)
+    return geo.convolution(layer)
 
 
 def _stack(layer, rule: _Rule) -> tuple[int, ...]:
@@ -218,7 +225,7 @@ def _check_layers(targeted, modules, rules, stacks, lora):
                 "with target='.+'), say how it uses the weight with LoRA.layers="
                 f"(Layer(cls, equation, weight={name!r}),), or build it of nnx.Linear."
             )
-        weight = getattr(layer, rule.weight, None)
+        weight: Any = getattr(layer, rule.weight, None)
         what = None
         if not _is_variable(weight) or not hasattr(weight, "shape"):
             what = f"has no nnx.Param {rule.weight!r} that holds one array"
@@ -244,27 +251,34 @@ def _check_layers(targeted, modules, rules, stacks, lora):
 # One layer
 
 
-def _adapt_layer(layer, rule: _Rule, lora: LoRA, path: str, stack, key, dropout_key=None):
+def _adapt_layer(layer, rule: _Rule, lora: LoRA, path: str, stack, key, *dropout_key):
     weight, rank, scale = getattr(layer, rule.weight), lora.rank_of(path), lora.scale_of(path)
     plain = weight.shape[len(stack) :]
     try:
-        axes = product.layout(_geometry(layer, rule), len(plain))
-        shapes = [(*stack, *shape) for shape in product.factor_shapes(plain, axes, rank)]
+        axes = geo.layout(_geometry(layer, rule), len(plain))
+        shapes = [(*stack, *shape) for shape in lora.form.shapes(plain, axes, rank)]
     except ValueError as error:
         raise ValueError(
             f"the layer {path!r} cannot be adapted: {error} Leave it out with LoRA.exclude."
         ) from None
     value = weight.get_value()
-    values, rest = product.initial_factors(key, value, axes, shapes, scale, lora)
+    values, rest = lora.form.initial(key, value, axes, shapes, scale, lora.init, lora.dtype)
     weight.set_value(rest)
     _swap_class(layer, rule)
-    for side, (name, value) in enumerate(zip(lora.factors, values, strict=True)):
-        setattr(layer, name, _factor(value, weight, side, axes, len(stack)))
+
+    def names_of(i, names):
+        names = (*names, *[None] * (weight.ndim - len(names)))
+        return lora.form.axis_names(names, axes, len(stack))[i]
+
+    for i, (name, value) in enumerate(zip(lora.factors, values, strict=True)):
+        setattr(layer, name, _leaf(value, weight, functools.partial(names_of, i)))
+    layer.lora_form = lora.form
     layer.lora_scale = scale
     layer.lora_execution = lora.execution
     if lora.dropout:
         layer.lora_dropout = nnx.Dropout(lora.dropout)
-        keys = jax.random.split(dropout_key, stack) if stack else dropout_key
+        (own,) = dropout_key
+        keys = jax.random.split(own, stack) if stack else own
         layer.lora_dropout.rngs = nnx.RngStream(keys, tag="dropout")
 
 
@@ -273,14 +287,12 @@ def _swap_class(node, rule: _Rule):
     object.__setattr__(node, "__class__", _adapted_class(type(node), rule, pytree))
 
 
-def _factor(value, weight: nnx.Variable, side: int, axes: product.Layout, stack: int):
-    """The Variable of a factor, placed and named as the weight's axes are."""
+def _leaf(value, weight: nnx.Variable, inherited):
+    """The Variable of a leaf, placed and named as the weight's axes are.
 
-    def inherited(names):
-        names = (*names, *[None] * (weight.ndim - len(names)))
-        return product.factor_names(names, axes, stack)[side]
-
-    concrete = not isinstance(value, jax.core.Tracer)
+    ``inherited`` takes the names of the weight's axes to those of the leaf's.
+    """
+    concrete = not isinstance(value, Tracer)
     placement = getattr(weight.get_value(), "sharding", None) if concrete else None
     if isinstance(placement, jax.sharding.NamedSharding):
         spec = jax.sharding.PartitionSpec(*inherited(placement.spec))
@@ -305,24 +317,21 @@ def _folded(model: nnx.Module) -> nnx.Module:
         cls, rule, _ = type(node).lora_recipe
         if rule not in _WRAPPERS:
             setattr(node, rule.weight, getattr(node, rule.weight).copy(_merged(node, rule)))
-        for name in (*FACTORS, DIAGONAL, "lora_scale", "lora_execution", "lora_dropout"):
-            if hasattr(node, name):
-                delattr(node, name)
+            for name in (*node.lora_form.leaves, *_OWN):
+                if hasattr(node, name):
+                    delattr(node, name)
         object.__setattr__(node, "__class__", cls)
     return model
 
 
-def _merged(layer, rule: _Rule, dtype=None, frozen: bool = False):
+def _merged(layer, rule: _Rule):
+    axes = geo.layout(_geometry(layer, rule), len(_axes(layer, rule)))
     weight = getattr(layer, rule.weight).get_value()
-    a, b = _pair(layer)
-    axes = product.layout(_geometry(layer, rule), len(_axes(layer, rule)))
-    return merging.merged_weight(weight, a, b, layer.lora_scale, axes, dtype, frozen)
+    return layer.lora_form.merged(weight, _leaves(layer), layer.lora_scale, axes)
 
 
-def _pair(layer):
-    """A, or A diag(e), and B of an adapted layer."""
-    e = layer.lora_e.get_value() if hasattr(layer, DIAGONAL) else None
-    return product.effective_a(layer.lora_a.get_value(), e), layer.lora_b.get_value()
+def _leaves(layer):
+    return tuple(getattr(layer, name).get_value() for name in layer.lora_form.leaves)
 
 
 # The adapted classes
@@ -335,38 +344,52 @@ def _run(plain, rule: _Rule, layer, *args, **kwargs):
         inner = nnx.merge(*nnx.split(layer.layer_instance, graph=True))  # with the same Variables
         vars(twin)["layer_instance"] = _folded(inner)
         return plain(twin, *args, **kwargs)
-    bound = inspect.signature(plain).bind(layer, *args, **kwargs).arguments
-    x = list(bound.values())[1]
+    bound = inspect.signature(plain).bind(layer, *args, **kwargs)
+    name_of_self, name_of_x = list(bound.arguments)[:2]
+    x = bound.arguments[name_of_x]
     dropout = getattr(layer, "lora_dropout", None)
-    drops = dropout is not None and not dropout.deterministic
-    drops = drops and plain.__name__ != "attend" and jnp.issubdtype(x.dtype, jnp.inexact)
-    equation = _equation(layer, bound) if rule.kind is nnx.Einsum else None
-    geometry = _geometry(layer, rule, jnp.ndim(x), equation)
-    # What else a class of one's own does with its weight is not known, nor what is masked.
-    thin = not rule.equation and getattr(layer, "mask", None) is None
-    merges = layer.lora_execution == "merged" and not drops
-    merges &= not thin or isinstance(geometry, product.Contraction)
-    twin = copy.copy(layer)  # the same Variables, but for the weight
-    if merges:
-        weight, dtype = getattr(layer, rule.weight), getattr(layer, "dtype", None)
-        vars(twin)[rule.weight] = weight.copy(_merged(layer, rule, dtype, frozen=thin))
-    y = plain(twin if merges else layer, *args, **kwargs)
-    if merges and not thin:
-        return y
-    (a, b), scale, precision = _pair(layer), layer.lora_scale, getattr(layer, "precision", None)
-    if plain.__name__ == "attend":
-        return y + product.low_rank_attend(x, y, a, b, scale)
-    if merges:
-        return merging.linked(y, geometry, x, a, b, scale, precision)
-    x = dropout(x) if drops else x
-    return y + product.low_rank(geometry, x, y, a, b, scale, precision)
+    if dropout is not None and (
+        dropout.deterministic
+        or plain.__name__ == "attend"
+        or not jnp.issubdtype(x.dtype, jnp.inexact)
+    ):
+        dropout = None
+    equation = _equation(layer, bound.arguments) if rule.kind is nnx.Einsum else None
+    weight, bias = getattr(layer, rule.weight), getattr(layer, "bias", None)
+    bias = bias.get_value() if isinstance(bias, nnx.Variable) else None
+
+    def on(x, value):
+        twin = layer
+        if value is not None:
+            twin = copy.copy(layer)  # the same Variables, but for the weight
+            vars(twin)[rule.weight] = weight.copy(value)
+        bound.arguments |= {name_of_self: twin, name_of_x: x}
+        return plain(*bound.args, **bound.kwargs)
+
+    return product(
+        x,
+        weight.get_value(),
+        layer.lora_form,
+        _leaves(layer),
+        _geometry(layer, rule, jnp.ndim(x), equation),
+        layer=on,
+        scale=layer.lora_scale,
+        execution="factored" if dropout is not None else layer.lora_execution,
+        attends=plain.__name__ == "attend",
+        drop=dropout,
+        # What else a class of one's own does with its weight is not known, nor what a mask hides.
+        affine=not rule.equation and getattr(layer, "mask", None) is None,
+        bias=bias,
+        precision=getattr(layer, "precision", None),
+        dtype=getattr(layer, "dtype", None),
+    )
 
 
 def _equation(layer, bound):
     """An equation given at the call, which must use the weight as the layer's own does."""
     equation = bound.get("einsum_str") or layer.einsum_str
     found, own = (
-        product.layout(product.Contraction(e), None) for e in (equation, layer.einsum_str)
+        geo.layout(geo.Contraction(e), None) for e in (equation, layer.einsum_str)
     )
     if found != own:
         raise ValueError(
@@ -377,7 +400,9 @@ def _equation(layer, bound):
 
 
 # The adapted classes whose own arithmetic the running call has reached.
-_reached = contextvars.ContextVar("rmlora_jax_reached", default=None)
+_reached: contextvars.ContextVar[set[type] | None] = contextvars.ContextVar(
+    "rmlora_jax_reached", default=None
+)
 
 
 @functools.cache
@@ -389,8 +414,8 @@ def _mixin(rule: _Rule) -> type[nnx.Module]:
 
         @functools.wraps(plain)
         def method(self, *args, **kwargs):
-            if _reached.get() is not None:
-                _reached.get().add(type(self))
+            if (reached := _reached.get()) is not None:
+                reached.add(type(self))
             return _run(plain, rule, self, *args, **kwargs)
 
         return method
@@ -402,7 +427,7 @@ def _mixin(rule: _Rule) -> type[nnx.Module]:
 def _adapted_class(cls: type[nnx.Module], rule: _Rule, pytree: bool = True) -> type[nnx.Module]:
     """``cls`` with the product added where it runs the ``rule.methods`` of ``rule.kind``."""
     mixin = _mixin(rule)
-    namespace = {"lora_recipe": (cls, rule, pytree)}
+    namespace: dict[str, Any] = {"lora_recipe": (cls, rule, pytree)}
 
     def guarded(name):
         def method(self, *args, **kwargs):
@@ -438,5 +463,9 @@ def _new_class(base, bases, namespace, **kwargs):
 def _metaclass(base: type) -> type:
     """A metaclass whose classes pickle as the call that makes them: no module holds them."""
     metaclass = type(base.__name__, (base,), {})
-    copyreg.pickle(metaclass, lambda cls: (_adapted_class, cls.lora_recipe))
+
+    def call(cls) -> tuple[Any, ...]:
+        return _adapted_class, cls.lora_recipe
+
+    copyreg.pickle(metaclass, call)
     return metaclass

@@ -18,18 +18,12 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from rmlora_jax.adapt.forms import FACTORS, is_factor
 from rmlora_jax.adapt.linen import reboxed, unboxed
-from rmlora_jax.adapt.lora import (
-    DIAGONAL,
-    FACTORS,
-    LoRA,
-    is_factor,
-    missing_factors,
-    other_factors,
-    unselected_factors,
-)
+from rmlora_jax.adapt.lora import LoRA, check_leaves, missing_factors, unselected_factors
+from rmlora_jax.adapt.tree import adapted_weights
 
-__all__ = ["pad_rank", "reduce_rank"]
+__all__ = ["pad_rank", "reduce_rank", "to_lora"]
 
 
 class Adapter(NamedTuple):
@@ -128,6 +122,50 @@ def reduce_rank(params: Mapping[str, Any], lora: LoRA, rank: int) -> tuple[dict,
     return unflatten_dict(one.flat), described(lora, kept, dtype=jnp.float32)
 
 
+def to_lora(params: Mapping[str, Any], lora: LoRA) -> tuple[dict, LoRA]:
+    """What AdaLoRA or SoRA trained as plain LoRA factors, of the rank that is left.
+
+    e is multiplied into A, which is what the adapted model does with it anyway, and the directions
+    whose e is 0 are dropped. A stack of layers keeps the rank of its fullest layer, the others
+    with zeros for what they dropped; a layer that dropped all keeps one direction of zeros. Scales
+    stay as they are, through ``alpha_pattern`` where ranks came to differ. So the model adapted by
+    the result computes what it did, up to the rounding of sums of fewer terms.
+
+    Args:
+        params: adapted parameters, base weights included; concrete arrays, since shapes follow
+            from values.
+        lora: their description, ``AdaLoRA`` or ``SoRA``.
+
+    Returns:
+        ``(params, lora)``: without diagonals, and the plain ``LoRA`` that describes them.
+
+    Raises:
+        ValueError: ``lora`` has no diagonal, or as ``merge``.
+
+    Example:
+        >>> from rmlora_jax import SoRA
+        >>> layer = {"kernel": jnp.zeros((5, 4)), "lora_a": jnp.ones((5, 3))}
+        >>> layer |= {"lora_b": jnp.ones((3, 4)), "lora_e": jnp.array([0.0, 2.0, 0.0])}
+        >>> params, plain = to_lora({"fc": layer}, SoRA(rank=3, alpha=6))
+        >>> params["fc"]["lora_a"].shape, plain.rank, plain.scale_of("fc")
+        ((5, 1), 1, 2.0)
+
+    References:
+        Ding et al. 2023, arXiv:2311.11696, section 3.2 (pruning after training).
+    """
+    if not lora.form.folds:
+        raise ValueError(f"to_lora: {type(lora).__name__} has no diagonal to fold; merge takes it.")
+    flat: dict[tuple[str, ...], Any] = dict(flatten_dict(params))
+    kept = {}
+    for (*module, _), _, factors in adapted_weights(params, lora):
+        boxes = {name: flat.pop((*module, name)) for name in lora.factors}
+        pair = lora.form.folded(factors)
+        for name, value in zip(FACTORS, pair, strict=True):
+            flat[(*module, name)] = reboxed(boxes[name], value)
+        kept["/".join(module)] = (pair[0].shape[-1], lora.scale_of("/".join(module)))
+    return unflatten_dict(flat), described(lora, kept)
+
+
 def described(lora: LoRA, kept: Mapping[str, tuple[int, float]], **fields) -> LoRA:
     """A plain description of modules with the given (rank, scale), the most frequent as default.
 
@@ -156,17 +194,12 @@ def read_adapter(params, lora) -> Adapter:
             "an adapter is a pair (nested dicts of parameters, LoRA), not "
             f"({type(params).__name__}, {type(lora).__name__})."
         )
-    if lora.diagonal is not None:
-        raise ValueError(
-            f"{type(lora).__name__} has a diagonal between A and B: fold it in first, params, lora "
-            "= rm.to_lora(params, lora)."
-        )
+    if lora.form.obstacle is not None:
+        raise ValueError(f"{type(lora).__name__} {lora.form.obstacle}")
     flat, pairs = dict(flatten_dict(params)), {}
     for module in sorted({path[:-1] for path in flat if is_factor(path)}):
         path = "/".join(module)
-        found = tuple(name for name in (*FACTORS, DIAGONAL) if (*module, name) in flat)
-        if found != FACTORS:
-            raise other_factors(lora, path, found)
+        check_leaves(lora, path, lambda name, module=module: (*module, name) in flat)
         if not lora.targets(path):
             raise unselected_factors(lora, path)
         a, b = pairs[module] = tuple(unboxed(flat[*module, name]) for name in FACTORS)

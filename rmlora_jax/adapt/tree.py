@@ -1,27 +1,21 @@
 """Adapters and base as plain parameter trees: ``attach``, ``split``, ``join``, ``merge``."""
 
 import dataclasses
+import importlib
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rmlora_jax.adapt import Adapted, is_nnx, nnx_functions, product
-from rmlora_jax.adapt.linen import check_adapted, check_layout, layouts, reboxed, unboxed
-from rmlora_jax.adapt.lora import (
-    DIAGONAL,
-    FACTORS,
-    LoRA,
-    is_factor,
-    missing_factors,
-    other_factors,
-    unselected_factors,
-)
-from rmlora_jax.adapt.merging import in_order
+from rmlora_jax.adapt.forms import FACTORS, is_factor
+from rmlora_jax.adapt.geometry import check_layout, in_order
+from rmlora_jax.adapt.linen import Adapted, check_adapted, layouts, reboxed, unboxed
+from rmlora_jax.adapt.lora import LoRA, check_leaves, missing_factors, unselected_factors
 
 __all__ = ["attach", "join", "merge", "split"]
 
@@ -79,7 +73,7 @@ def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) 
         raise ValueError("base_params is a dict of collections: pass variables['params'].")
     lora.check_train(map("/".join, base))
     if lora.target is None:
-        return base_params
+        return cast(dict, base_params)  # as it is, a FrozenDict too
     shapes, axes = _trace(adapted, key, example_args, kwargs)
     check_adapted(shapes, lora)
     _check_base(base, shapes)
@@ -90,10 +84,12 @@ def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) 
         boxes = [shapes[(*module, name)] for name in lora.factors]
         weight_path = next((*module, n) for n in lora.weights if (*module, n) in shapes)
         weight, found = params[weight_path], axes.get(path)
-        check_layout(path, unboxed(weight), *map(unboxed, boxes[:2]), found)
+        check_layout(path, unboxed(weight), unboxed(boxes[0]), unboxed(boxes[1]), found)
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        both, scale = [unboxed(box).shape for box in boxes[:2]], lora.scale_of(path)
-        values, rest = product.initial_factors(own, unboxed(weight), found, both, scale, lora)
+        leaf_shapes, scale = [unboxed(box).shape for box in boxes], lora.scale_of(path)
+        values, rest = lora.form.initial(
+            own, unboxed(weight), found, leaf_shapes, scale, lora.init, lora.dtype
+        )
         if lora.init == "pissa":
             params[weight_path] = reboxed(weight, rest)
         boxed = isinstance(weight, meta.AxisMetadata)  # boxes only where the base has them
@@ -186,8 +182,8 @@ def merge(params, lora, *example_args, **kwargs):
             _, axes = _trace(lora, jax.random.key(0), example_args, kwargs)
         lora = lora.lora
     flat = {path: leaf for path, leaf in _flatten(params).items() if not is_factor(path)}
-    for path, weight, a, b in adapted_weights(params, lora):
-        box, name = flat[path], "/".join(path[:-1])
+    for path, weight, factors in adapted_weights(params, lora):
+        box, name, (a, b) = flat[path], "/".join(path[:-1]), factors[:2]
         if name in axes:
             check_layout(name, weight, a, b, axes[name])
         elif not in_order(weight, a, b):
@@ -200,14 +196,14 @@ def merge(params, lora, *example_args, **kwargs):
                 f"the weight at {name!r} is {weight.dtype}: factors cannot be merged into a "
                 "quantised weight; dequantise it first, or keep the factors beside it."
             )
-        value = product.merged(weight, a, b, lora.scale_of(name), axes.get(name))
+        value = lora.form.merged(weight, factors, lora.scale_of(name), axes.get(name))
         flat[path] = reboxed(box, value)
     return unflatten_dict(flat)
 
 
 def adapted_weights(params: Params, lora: LoRA) -> Iterator[tuple]:
-    """(path of the weight, weight, A, B), unboxed, of every weight that has factors, in the order
-    of paths, checked against each other; A is A diag(e) where there is a diagonal.
+    """(path of the weight, weight, leaves), unboxed, of every weight that has factors, in the order
+    of paths, checked against each other; the leaves in the order of ``lora.form.leaves``.
 
     Raises:
         ValueError: as ``merge``.
@@ -227,17 +223,16 @@ def adapted_weights(params: Params, lora: LoRA) -> Iterator[tuple]:
             )
         if not lora.targets(path):
             raise unselected_factors(lora, path)
-        found = tuple(name for name in (*FACTORS, DIAGONAL) if (*module, name) in flat)
-        if found != lora.factors:
-            raise other_factors(lora, path, found)
-        weight, a, b = (flat[(*module, name)] for name in (names[0], *FACTORS))
+        check_leaves(lora, path, lambda name, module=module: (*module, name) in flat)
+        weight, *factors = (flat[(*module, name)] for name in (names[0], *lora.factors))
+        a, b = factors[:2]
         check_layout(path, weight, a, b)
         if a.shape[-1] != lora.rank_of(path):
             raise ValueError(
                 f"the factors at {path!r} have rank {a.shape[-1]}, the description says "
                 f"{lora.rank_of(path)}: use the description that the factors were made with."
             )
-        yield (*module, names[0]), weight, product.effective_a(a, flat.get((*module, DIAGONAL))), b
+        yield (*module, names[0]), weight, tuple(factors)
 
 
 def _trace(adapted, key, args, kwargs):
@@ -301,3 +296,14 @@ def _flatten(params: Params) -> dict[tuple[str, ...], Any]:
     if not isinstance(params, dict | FrozenDict):
         raise TypeError(f"expected nested dicts of parameters, not a {type(params).__name__}.")
     return flatten_dict(params)
+
+
+def is_nnx(value, *kinds: str) -> bool:
+    """Whether ``value`` is one of the NNX classes ``kinds`` ("Module", "State")."""
+    nnx = sys.modules.get("flax.nnx")  # none of them can exist before flax.nnx is imported
+    return nnx is not None and isinstance(value, tuple(getattr(nnx, kind) for kind in kinds))
+
+
+def nnx_functions():
+    """The functions for NNX, imported when first needed: flax.nnx costs most of a second."""
+    return importlib.import_module("rmlora_jax.adapt.nnx")

@@ -8,20 +8,21 @@ import re
 import time
 
 import jax
-import ml_collections
 
-from rmlora_jax.aot.collectives import Collective, collectives, total_bytes
-from rmlora_jax.aot.flops import flops
+from rmlora_jax import methods
+from rmlora_jax.aot.counts import Collective, collectives, flops, total_bytes
 from rmlora_jax.aot.shapes import RunShapes, open_shapes
 from rmlora_jax.aot.topology import chip_of, tpu_devices
 from rmlora_jax.errors import UserError
-from rmlora_jax.models.parts import REMAT
+from rmlora_jax.fields import Run
+from rmlora_jax.models.blocks import REMAT
 from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.mesh import Devices, all_devices
+from rmlora_jax.report.records import amount
 from rmlora_jax.train import loop, terminal
 
 
-def compile_only(config: ml_collections.ConfigDict, topology: str | None = None) -> None:
+def compile_only(config: Run, topology: str | None = None) -> None:
     """Compiles the training step, prints what it needs, and writes nothing.
 
     Args:
@@ -57,7 +58,7 @@ def compile_only(config: ml_collections.ConfigDict, topology: str | None = None)
         ("parameters", terminal.parameters(run.trainable_parameters, run.total_parameters)),
         ("runs", f"{run.runs} at once" if run.runs > 1 else None),
         ("devices", device_row(devices, topology)),
-        ("batch", batch_row(config, devices)),
+        ("batch", batch_row(config, devices) + run.batch_words),
         ("compiled in", terminal.duration(time.monotonic() - began)),
         ("memory", memory_row(program, limit)),
         ("flops", f"{flops(traced) / 1e12:.4g} TFLOP a device and step, products alone"),
@@ -77,26 +78,21 @@ def device_row(devices: Devices, topology: str | None) -> str:
     return f"{row} ({topology})" if topology else row
 
 
-def batch_row(config: ml_collections.ConfigDict, devices: Devices) -> str:
+def batch_row(config: Run, devices: Devices) -> str:
     row = f"{config.batch_size}, {config.batch_size // devices.count} a device"
     if config.accumulate > 1:
         row += f" in {config.accumulate} micro-batches"
-    return f"{row}, of {config.text.max_length} tokens" if config.task.startswith("text") else row
+    return row
 
 
 def memory_row(program, limit: int) -> str:
     """Bytes of the compiled program on one device."""
-    found, need = program.memory_analysis(), memory.needed(program)
-    if found is None:
+    plan, need = memory.planned(program), memory.needed(program)
+    if not plan:
         return "not told by the compiler"
-    parts = {
-        "arguments": found.argument_size_in_bytes,
-        "temporary": found.temp_size_in_bytes,
-        "results": found.output_size_in_bytes - found.alias_size_in_bytes,
-    }
-    listed = ", ".join(f"{name} {amount(size)}" for name, size in parts.items())
-    return (f"{amount(need)} a device of {amount(limit)} "
-            f"({100 * need / limit:.1f} %): {listed}")
+    return (f"{amount(need)} a device of {amount(limit)} ({100 * need / limit:.1f} %): "
+            f"arguments {amount(plan['argument'])}, temporary {amount(plan['temp'])}, "
+            f"results {amount(plan['output'] - plan['alias'])}")
 
 
 def collective_rows(found: list[Collective], run: RunShapes) -> list[tuple[str, str]]:
@@ -123,17 +119,6 @@ def turns(times: int | None) -> str:
     return f" in a loop of {times} turns" if times > 1 else ""
 
 
-def amount(size: int) -> str:
-    """
-    >>> amount(123), amount(1536), amount(2 * 2**20), amount(3 * 2**30)
-    ('123 bytes', '1.5 KiB', '2.0 MiB', '3.0 GiB')
-    """
-    for power, name in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size >= 1024**power:
-            return f"{size / 1024**power:.1f} {name}"
-    return f"{size} bytes"
-
-
 def refused(error: Exception) -> tuple[int, int] | None:
     """Bytes that were needed and that there are, where the TPU compiler gave up and says so.
 
@@ -151,7 +136,7 @@ def refused(error: Exception) -> tuple[int, int] | None:
 
 
 def too_large(
-    need: int | None, limit: int, where: str, config: ml_collections.ConfigDict, devices: Devices
+    need: int | None, limit: int, where: str, config: Run, devices: Devices
 ) -> str:
     """What to say of a step that does not fit."""
     needs = "more" if need is None else amount(need)
@@ -164,7 +149,7 @@ def too_large(
     )
 
 
-def smaller(config: ml_collections.ConfigDict, devices: Devices) -> list[str]:
+def smaller(config: Run, devices: Devices) -> list[str]:
     """Overrides that make a step smaller, those that leave its numbers as they are first."""
     words = []
     policies = list(REMAT)
@@ -175,7 +160,7 @@ def smaller(config: ml_collections.ConfigDict, devices: Devices) -> list[str]:
         words.append(f"--config.accumulate={2 * config.accumulate}")
     if config.batch_size % (2 * devices.count * config.accumulate) == 0:
         words.append(f"--config.batch_size={config.batch_size // 2}")
-    if config.model.base_dtype == "float32" and config.method != "full":
+    if config.model.base_dtype == "float32" and methods.description(config).train != ".*":
         words.append("--config.model.base_dtype=bfloat16")
     if max(config.sweep.at_once, config.sweep.seeds) > 1:
         words.append("a smaller --config.sweep.at_once")

@@ -10,16 +10,16 @@ def main(arguments: list[str]) -> int:
     if "--peft" in arguments:
         # JAX would take most of a GPU before PyTorch sees it.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from rmlora_jax.bench import options, report, run, sweep
+    from rmlora_jax.bench import options, run
 
     try:
         given = options.parse(arguments)
-        report.check_folder(given.out)
-        print(report.header(given), flush=True)
+        options.check_folder(given.out)
+        print(options.header(given), flush=True)
         if given.sweep:
-            print(report.write_sweep(sweep.sweep(given, say), given.out))
+            print(run.write_sweep(run.sweep(given, say), given.out))
         else:
-            print(report.write(run.bench(given, say), given.out))
+            print(run.write(run.bench(given, say), given.out))
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 1

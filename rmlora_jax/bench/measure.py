@@ -1,18 +1,39 @@
-"""Programs timed against each other: in turns, in stretches that a clock can tell apart."""
+"""Programs timed: against each other, in turns; and kernel by kernel, from a profiler's trace."""
 
+import collections
 import gc
+import gzip
+import json
 import math
+import re
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rmlora_jax.bench.compiled import Program
+from rmlora_jax.parallel import memory
 
 LEAST_SECONDS = 0.2  # of a stretch
 OUT_OF_MEMORY = "out of memory"
+TRACED_STEPS = 3
+
+
+class Program(NamedTuple):
+    """Something that takes steps, of JAX or of another framework.
+
+    Attributes:
+      name: of its row.
+      stretch: a number of steps -> the seconds they took.
+      facts: what else is known of it, for ``bench.json``.
+    """
+
+    name: str
+    stretch: Callable[[int], float]
+    facts: dict[str, Any]
 
 
 def measure(
@@ -80,8 +101,7 @@ def with_memory(row: dict, action: Callable[[], Any]) -> None:
 
 def is_short(error: Exception) -> bool:
     """Whether an error of XLA or of torch says that memory is exhausted."""
-    words = str(error)
-    return "RESOURCE_EXHAUSTED" in words or "CUDA out of memory" in words
+    return memory.is_short(error) or "CUDA out of memory" in str(error)
 
 
 def product_program(dtype: Any) -> tuple[Program, int]:
@@ -103,3 +123,53 @@ def product_program(dtype: Any) -> tuple[Program, int]:
         return time.perf_counter() - began
 
     return Program("product", stretch, {"side": side}), 2 * side**3
+
+
+def profile(program: Program, steps: int = TRACED_STEPS) -> list[dict[str, Any]]:
+    """What the device did in a step: ``[{"kernel", "ms", "calls"}, ...]``, the longest first.
+
+    The trace is of ``steps`` timed steps and of the one before them; the making of the first state,
+    which is in it, too, is small beside them. Empty where the platform traces no kernels (CPU).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            program.stretch(steps)
+        events = []
+        for file in Path(folder).rglob("*.trace.json.gz"):
+            events += json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    return kernels(events, steps + 1)
+
+
+def kernels(events: Iterable[Mapping[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """The kernels among the events of a trace in Chrome's format, summed by name.
+
+    >>> lane = {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "/device:GPU:0"}}
+    >>> stream = {"ph": "M", "name": "thread_name", "pid": 1, "tid": 2, "args": {"name": "Stream"}}
+    >>> one = {"ph": "X", "pid": 1, "tid": 2, "name": "gemm_3", "dur": 500.0}
+    >>> kernels([lane, stream, one, one | {"name": "gemm_7"}], steps=2)
+    [{'kernel': 'gemm', 'ms': 0.5, 'calls': 1.0}]
+    """
+    events = list(events)
+    named = {}
+    for e in events:
+        if e.get("ph") == "M" and "name" in e.get("args", {}):
+            place = (e["pid"], e.get("tid") if e["name"] == "thread_name" else None)
+            named[place] = str(e["args"]["name"])
+    found = collections.defaultdict(lambda: [0.0, 0])
+    for e in events:
+        on_device = "/device:" in named.get((e.get("pid"), None), "")
+        if e.get("ph") != "X" or not on_device:
+            continue
+        if not named.get((e["pid"], e.get("tid")), "").startswith("Stream"):
+            continue  # the same again by module and by operation
+        total = found[_plain(e["name"])]
+        total[0] += e.get("dur", 0.0)
+        total[1] += 1
+    rows = [{"kernel": k, "ms": us / 1000 / steps, "calls": n / steps} for k, (us, n) in
+            found.items()]
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def _plain(name: str) -> str:
+    """Without the number by which XLA tells equal fusions apart."""
+    return re.sub(r"(_\d+)+$", "", name)

@@ -1,6 +1,11 @@
-"""The models that can be timed, by name: sizes as published, weights at random, no network."""
+"""The models that can be timed, by name, and the operations that a step of each needs.
+
+Sizes are as published, weights are drawn at random; nothing is downloaded.
+"""
 
 import dataclasses
+import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,13 +13,20 @@ import jax
 import jax.numpy as jnp
 
 from rmlora_jax.errors import UserError, did_you_mean
+from rmlora_jax.hub import find_architecture
 from rmlora_jax.models import Bert, BertConfig, Deberta, DebertaConfig, ViT, ViTConfig
-from rmlora_jax.models.attention import IMPLEMENTATIONS
-from rmlora_jax.models.parts import REMAT
 
 CLASSES = 10  # outputs of the head, of every model
 
-Config = ViTConfig | BertConfig | DebertaConfig
+ATTENTION = ("query", "key", "value", "out")
+LINEARS = (*ATTENTION, "fc1", "fc2")
+# Which of them are adapted, what --sweep=modules goes through: name -> target of the adapters.
+MODULES = {
+    "query+value": r"encoder/layers/attention/(query|value)",
+    "attention": r"encoder/layers/attention/.*",
+    "mlp": r"encoder/layers/mlp/.*",
+    "all": r"encoder/layers/.*",
+}
 
 # Dropout needs the weights of attention, which fused kernels do not have; nothing here has it.
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -37,36 +49,21 @@ def _bert(*sizes, **fields) -> BertConfig:
     return BertConfig(**_sizes(*sizes), **_NO_DROPOUT, **fields)
 
 
-_ROBERTA = {
-    "model_type": "roberta",
-    "vocab_size": 50265,
-    "max_position_embeddings": 514,
-    "type_vocab_size": 1,
-    "layer_norm_eps": 1e-5,
-    "pad_token_id": 1,
-}
-_DEBERTA_V3 = {
-    "vocab_size": 128100,
-    "relative_attention": True,
-    "pos_att_type": ("c2p", "p2c"),
-    "position_buckets": 256,
-    "share_att_key": True,
-    "norm_rel_ebd": "layer_norm",
-    "position_biased_input": False,
-}
+def _published(name: str) -> Any:
+    return dataclasses.replace(find_architecture(name)[1], **_NO_DROPOUT)
 
 
 class Entry(NamedTuple):
     """A model that can be timed.
 
     Attributes:
-      config: its architecture.
+      config: its architecture, a ViTConfig, BertConfig or DebertaConfig.
       batch: examples a step, unless the command says otherwise.
       length: tokens of an example, unless the command says otherwise; None for images, whose size
         is the config's.
     """
 
-    config: Config
+    config: Any
     batch: int
     length: int | None = None
 
@@ -74,13 +71,11 @@ class Entry(NamedTuple):
 MODELS: dict[str, Entry] = {
     "tiny": Entry(_vit(32, 2, 2, image_size=16, patch_size=8), 8),  # to try the command out
     "vit-tiny": Entry(_vit(192, 12, 3, image_size=32, patch_size=8), 32),  # the quickstart's
-    "vit-base": Entry(_vit(768, 12, 12), 256),
+    "vit-base": Entry(_published("google/vit-base-patch16-224-in21k"), 256),
     "vit-large": Entry(_vit(1024, 24, 16), 128),
     "bert-base": Entry(_bert(768, 12, 12), 32, 128),
-    "roberta-base": Entry(_bert(768, 12, 12, **_ROBERTA), 32, 128),
-    "deberta-v3-base": Entry(
-        DebertaConfig(**_sizes(768, 12, 12), **_NO_DROPOUT, **_DEBERTA_V3), 32, 128
-    ),
+    "roberta-base": Entry(_published("FacebookAI/roberta-base"), 32, 128),
+    "deberta-v3-base": Entry(_published("microsoft/deberta-v3-base"), 32, 128),
     "minilm": Entry(_bert(384, 6, 12), 32, 128),
     # As wide as a decoder of 7 billion parameters and as long; attention looks both ways.
     "decoder": Entry(_bert(4096, 4, 32, vocab_size=32000, max_position_embeddings=2048), 4, 2048),
@@ -108,15 +103,10 @@ def find_model(name: str, image_size: int | None = None, length: int | None = No
         return entry if image_size is None else _resized(name, entry, image_size)
     if image_size is not None:
         raise UserError(f"{name} reads texts, which have no --image_size; type --length")
-    longest = longest_text(entry.config)
+    longest = entry.config.longest  # None: positions are relative
     if length is not None and longest is not None and length > longest:
         raise UserError(f"{name} has positions for {longest} tokens; type --length={longest}")
     return entry if length is None else entry._replace(length=length)
-
-
-def longest_text(config: Config) -> int | None:
-    """How many tokens have positions; None where they are relative."""
-    return config.longest
 
 
 def _resized(name: str, entry: Entry, image_size: int) -> Entry:
@@ -186,5 +176,91 @@ def tokens(entry: Entry) -> int:
     return 1 + entry.config.grid**2 if entry.length is None else entry.length
 
 
-__all__ = ["CLASSES", "IMPLEMENTATIONS", "MODELS", "REMAT", "Entry", "build", "find_model",
-           "longest_text", "random_batches", "random_params", "tokens"]
+def step_flops(entry: Entry, batch: int, variant: str, rank: int = 4, modules: str = "all") -> int:
+    r"""Floating-point operations of one step, a multiplication and an addition being 2.
+
+    The forward pass of B examples of N tokens, with width D, MLP width F and L layers, is
+
+    * linears: :math:`2 B N (4 D^2 + 2 D F)` a layer; the factors of one of in x out features
+      :math:`2 B N r (\mathrm{in} + \mathrm{out})` more;
+    * attention: :math:`4 B N^2 D` a layer, for :math:`Q K^T` and the mixing of V;
+    * for each of DeBERTa's terms c2p and p2c :math:`4 B N^2 D` more a layer, and
+      :math:`4 N D^2` for the projection of the 2 N relative positions;
+    * ViT's patches :math:`2 B g^2 p^2 c D`, the pooler of texts :math:`2 B D^2`, the head
+      :math:`2 B D \cdot \mathrm{classes}`.
+
+    The backward pass of a product takes as much again for each of its two sides that a gradient
+    must reach. On the floor it must reach the encoder's input, and no weight; with factors the
+    lowest of them; for ``head`` nothing in the encoder; in full fine-tuning every weight. So a
+    linear costs 2, about 2, 1 and 3 times its forward pass.
+
+    It is what the method needs and not what a program does: rematerialisation and the products of
+    ``execution="merged"`` are not counted, nor is anything but matrix products.
+
+    Args:
+      entry: the model and the length of its texts.
+      batch: B.
+      variant: one of ``rmlora_jax.bench.variants.VARIANTS``.
+      rank: r.
+      modules: a key of ``MODULES``, for the variants with factors.
+
+    >>> [f"{step_flops(MODELS['vit-base'], 256, v) / 1e12:.1f}" for v in ("floor", "lora", "full")]
+    ['18.3', '18.3', '26.9']
+    """
+    c = entry.config
+    full, floor, head = (variant == name for name in ("full", "floor", "head"))
+    adapted = set() if full or floor or head else {n for n in LINEARS if _is_adapted(n, modules)}
+    moved = set(LINEARS) if full else adapted
+    later = c.num_hidden_layers - 1
+    products = [*_layer(entry, batch, moved, adapted, rank, full, reached=full or floor)]
+    products += later * [*_layer(entry, batch, moved, adapted, rank, full, reached=not head)]
+    rows = batch * 2 * c.hidden_size
+    if entry.length is None:
+        patch = rows * c.grid**2 * c.patch_size**2 * c.num_channels
+        products.append((patch, full))
+    else:
+        products.append((rows * c.hidden_size, 1 + (not floor)))
+    products.append((rows * CLASSES, 1 + (not floor)))
+    return sum(flops * (1 + sides) for flops, sides in products)
+
+
+def _is_adapted(name: str, modules: str) -> bool:
+    group = "attention" if name in ATTENTION else "mlp"
+    return re.fullmatch(MODULES[modules], f"encoder/layers/{group}/{name}") is not None
+
+
+def _layer(
+    entry: Entry, batch: int, moved: set, adapted: set, rank: int, full: bool, *, reached: bool
+) -> Iterator[tuple[int, int]]:
+    """(flops forward, sides that a gradient must reach) of each product of a layer.
+
+    ``moved`` are the linears with anything to train, ``reached`` says whether the layer's input
+    needs a gradient.
+    """
+    c, n = entry.config, tokens(entry)
+    d, f = c.hidden_size, c.intermediate_size
+    sizes = dict.fromkeys(ATTENTION, (d, d)) | {"fc1": (d, f), "fc2": (f, d)}
+    query, key, value = (reached or name in moved for name in ATTENTION[:3])
+    mixed = query or key or value
+    after = mixed or "out" in moved
+    reach = {"query": reached, "key": reached, "value": reached}
+    reach |= {"out": mixed, "fc1": after, "fc2": after or "fc1" in moved}
+
+    def linear(name: str, rows: int, reached: bool) -> Iterator[tuple[int, int]]:
+        wide, narrow = sizes[name]
+        yield 2 * rows * wide * narrow, reached + full
+        if name in adapted:
+            yield 2 * rows * wide * rank, reached + 1
+            yield 2 * rows * rank * narrow, 2
+
+    for name in LINEARS:
+        yield from linear(name, batch * n, reach[name])
+    core = 2 * batch * n * n * d
+    yield core, query + key
+    yield core, (query or key) + value
+    if isinstance(c, DebertaConfig):
+        # The relative positions go through the projections of the content (share_att_key).
+        for term, content, position in (("c2p", query, "key"), ("p2c", key, "query")):
+            if term in c.terms:
+                yield 2 * core, content + (position in moved)
+                yield from linear(position, 2 * n, full)

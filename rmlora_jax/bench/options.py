@@ -2,17 +2,21 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 
 from rmlora_jax.adapt.lora import EXECUTIONS
-from rmlora_jax.bench import models
-from rmlora_jax.bench.variants import MODULES, USUAL, VARIANTS
+from rmlora_jax.bench.models import MODELS, MODULES, Entry, find_model
+from rmlora_jax.bench.variants import USUAL, VARIANTS
 from rmlora_jax.errors import UserError, did_you_mean
+from rmlora_jax.models.attention import IMPLEMENTATIONS
+from rmlora_jax.models.blocks import REMAT
+from rmlora_jax.train.terminal import format_table
 
 DTYPES = ("bfloat16", "float16", "float32")
 SWEEPS = {
@@ -22,39 +26,49 @@ SWEEPS = {
     "modules": tuple(MODULES),
 }
 # Flags that a variant can have for itself, and their values.
-OWN = {"unroll": "all, or a number of layers", "remat": models.REMAT, "execution": EXECUTIONS,
-       "attention": models.IMPLEMENTATIONS}
+OWN = {"unroll": "all, or a number of layers", "remat": REMAT, "execution": EXECUTIONS,
+       "attention": IMPLEMENTATIONS}
 SWEEP_VARIANTS = ("floor", "lora", "rm_lora")
+
+
+def flag(default: Any, help: str, known: Iterable[str] = (), **more: Any) -> Any:
+    """A field of `Options` and its flag: the values it may have, and what else argparse takes."""
+    metadata = {"known": known, "argument": {"default": default, "help": help} | more}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """One call of the command, its defaults filled in.
+    """One call of the command; `parse` fills in what a flag leaves open.
 
-    Attributes: the flags of the same names; ``unroll`` is a number of layers, ``sweep`` is "" where
-    nothing is swept and ``values`` are then empty.
+    ``unroll`` is then a number of layers, ``variants`` and ``values`` are tuples; ``sweep`` is ""
+    where nothing is swept.
     """
 
-    model: str
-    batch: int
-    image_size: int | None
-    length: int | None
-    rank: int
-    modules: str
-    dtype: str
-    base_dtype: str
-    unroll: int
-    remat: str
-    execution: str
-    attention: str
-    repeats: int
-    steps: int | None
-    variants: tuple[str, ...]
-    peft: bool
-    profile: bool
-    sweep: str
-    values: tuple
-    out: str
+    model: str = flag("vit-base", ", ".join(MODELS))
+    batch: int = flag(None, "examples a step; None: the model's own", type=int)
+    image_size: int | None = flag(None, "pixels, for images", type=int)
+    length: int | None = flag(None, "tokens, for texts", type=int)
+    rank: int = flag(4, "of the adapters", type=int)
+    modules: str = flag("all", f"what is adapted: {', '.join(MODULES)}", MODULES)
+    dtype: str = flag(None, "of the computation; None: bfloat16, on a CPU float32", DTYPES)
+    base_dtype: str = flag(None, "in which the frozen weights are held; None: as --dtype", DTYPES)
+    unroll: int = flag("all", "layers a turn of the scan, or all")
+    remat: str = flag("none", ", ".join(REMAT), REMAT)
+    execution: str = flag("auto", ", ".join(EXECUTIONS), EXECUTIONS)
+    attention: str = flag("auto", ", ".join(IMPLEMENTATIONS), IMPLEMENTATIONS)
+    repeats: int = flag(10, "turns of all variants", type=int)
+    steps: int | None = flag(None, "of a stretch; None: as many as take 0.2 s", type=int)
+    variants: tuple[str, ...] = flag(
+        None, f"any of {','.join(VARIANTS)}, each with flags of its own behind a colon, as in "
+              f"lora:execution=merged:unroll=1 ({', '.join(OWN)}); None: {','.join(USUAL)}, in a "
+              f"sweep {','.join(SWEEP_VARIANTS)}")
+    peft: bool = flag(False, "time PyTorch's PEFT beside them", action="store_true")
+    profile: bool = flag(False, "also list the kernels that a step consists of",
+                         action="store_true")
+    sweep: str = flag("", f"one of {', '.join(SWEEPS)}: a plot of the cost against it", SWEEPS)
+    values: tuple = flag(None, "of the sweep, with commas between")
+    out: str = flag(None, "folder of the results; None: a new one under runs/")
 
     def of(self, variant: str) -> tuple[str, "Options"]:
         """The method of one of ``variants``, such as ``"lora:unroll=1"``, and its own options."""
@@ -62,8 +76,8 @@ class Options:
         return method, dataclasses.replace(self, **own)
 
     @property
-    def entry(self) -> models.Entry:
-        return models.find_model(self.model, self.image_size, self.length)
+    def entry(self) -> Entry:
+        return find_model(self.model, self.image_size, self.length)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,29 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    flag = parser.add_argument
-    flag("--model", default="vit-base", help=", ".join(models.MODELS))
-    flag("--batch", type=int, help="examples a step; None: the model's own")
-    flag("--image_size", type=int, help="pixels, for images")
-    flag("--length", type=int, help="tokens, for texts")
-    flag("--rank", type=int, default=4, help="of the adapters")
-    flag("--modules", default="all", help=f"what is adapted: {', '.join(MODULES)}")
-    flag("--dtype", help="of the computation; None: bfloat16, on a CPU float32")
-    flag("--base_dtype", help="in which the frozen weights are held; None: as --dtype")
-    flag("--unroll", default="all", help="layers a turn of the scan, or all")
-    flag("--remat", default="none", help=", ".join(models.REMAT))
-    flag("--execution", default="auto", help=", ".join(EXECUTIONS))
-    flag("--attention", default="auto", help=", ".join(models.IMPLEMENTATIONS))
-    flag("--repeats", type=int, default=10, help="turns of all variants")
-    flag("--steps", type=int, help="of a stretch; None: as many as take 0.2 s")
-    flag("--variants", help=f"any of {','.join(VARIANTS)}, each with flags of its own behind a "
-                            f"colon, as in lora:execution=merged:unroll=1 ({', '.join(OWN)}); "
-                            f"None: {','.join(USUAL)}, in a sweep {','.join(SWEEP_VARIANTS)}")
-    flag("--peft", action="store_true", help="time PyTorch's PEFT beside them")
-    flag("--profile", action="store_true", help="also list the kernels that a step consists of")
-    flag("--sweep", default="", help=f"one of {', '.join(SWEEPS)}: a plot of the cost against it")
-    flag("--values", help="of the sweep, with commas between")
-    flag("--out", help="folder of the results; None: a new one under runs/")
+    for field in dataclasses.fields(Options):
+        parser.add_argument(f"--{field.name}", **field.metadata["argument"])
     return parser
 
 
@@ -119,20 +112,17 @@ def parse(arguments: Sequence[str]) -> Options:
         raise UserError(
             f"there is no argument {word}{did_you_mean(word, flags)}\n--help lists the flags"
         )
-    entry = models.find_model(given.model, given.image_size, given.length)
-    for name, known in (("modules", MODULES), ("remat", models.REMAT), ("execution", EXECUTIONS),
-                        ("attention", models.IMPLEMENTATIONS)):
-        _among(f"--{name}", getattr(given, name), known)
-    dtype = given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    for name, value in (("--dtype", dtype), ("--base_dtype", given.base_dtype or dtype)):
-        _among(name, value, DTYPES)
-    if given.sweep:
-        _among("--sweep", given.sweep, SWEEPS)
-    elif given.values is not None:
+    entry = find_model(given.model, given.image_size, given.length)
+    for field in dataclasses.fields(Options):
+        value = getattr(given, field.name)
+        if value and field.metadata["known"]:
+            _among(f"--{field.name}", value, field.metadata["known"])
+    if given.values is not None and not given.sweep:
         raise UserError("--values belong to a sweep; type --sweep=rank, or leave them out")
     for name in ("peft", "profile"):
         if given.sweep and getattr(given, name):
             raise UserError(f"--{name} does not go with --sweep; leave one of them out")
+    dtype = given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     fields = vars(given) | {
         "batch": entry.batch if given.batch is None else given.batch,
         "length": entry.length,
@@ -149,10 +139,41 @@ def parse(arguments: Sequence[str]) -> Options:
     return options
 
 
+def check_folder(out: str) -> None:
+    """Raises a UserError where the results could not be written, before anything is timed."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(13, "no permission to write")
+    except OSError as error:
+        raise UserError(f"--out={out}: {error.strerror}; type another folder") from None
+
+
+def header(options: Options) -> str:
+    """The table that the command begins with."""
+    devices = jax.devices()
+    others = f", the first of {len(devices)}" if len(devices) > 1 else ""
+    dtypes = options.dtype
+    if options.base_dtype != options.dtype:
+        dtypes += f", base in {options.base_dtype}"
+    swept = ", ".join(map(str, options.values))
+    return format_table("rmlora_jax.bench", [
+        ("device", devices[0].device_kind + others),
+        ("model", options.model),
+        ("batch", options.batch),
+        ("rank", f"{options.rank}, on {options.modules}"),
+        ("dtype", dtypes),
+        ("layers", f"unroll {options.unroll}, remat {options.remat}"),
+        (options.sweep or "sweep", swept or None),
+        ("variants", ", ".join(options.variants) + (", PEFT" if options.peft else "")),
+        ("out", options.out),
+    ])
+
+
 def _among(flag: str, value: str, known) -> None:
     if value not in known:
         raise UserError(
-            f"{flag}={value} is none of {', '.join(known)}{did_you_mean(value, known)}"
+            f"{flag}={value} must be one of {', '.join(known)}{did_you_mean(value, known)}"
         )
 
 
@@ -198,7 +219,7 @@ def _parsed(variant: str, layers: int) -> tuple[str, dict[str, str | int]]:
     return method, own
 
 
-def _values(sweep: str, text: str | None, model: str, entry: models.Entry) -> tuple:
+def _values(sweep: str, text: str | None, model: str, entry: Entry) -> tuple:
     """What a sweep goes through."""
     if not sweep:
         return ()
@@ -208,7 +229,7 @@ def _values(sweep: str, text: str | None, model: str, entry: models.Entry) -> tu
                 f"{model} reads images, which have no length to sweep; type another --model, or "
                 "--sweep=batch"
             )
-        longest = models.longest_text(entry.config)
+        longest = entry.config.longest
         if text is None:
             return tuple(v for v in SWEEPS[sweep] if longest is None or v <= longest)
     if text is None:
@@ -222,7 +243,7 @@ def _values(sweep: str, text: str | None, model: str, entry: models.Entry) -> tu
         raise UserError(f"--values={text} must be whole numbers of at least 1, with commas between")
     if sweep == "length":
         for value in values:
-            models.find_model(model, length=int(value))
+            find_model(model, length=int(value))
     return tuple(map(int, values))
 
 

@@ -1,13 +1,12 @@
 """The pictures: bars of time and memory for one bench, lines of cost for a sweep."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rmlora_jax.bench import table
-from rmlora_jax.bench.table import Row
-from rmlora_jax.report.panels import GRID, INK, MUTED
-from rmlora_jax.study import style
+from rmlora_jax.bench.table import Row, footer, number, table_rows, what
+from rmlora_jax.report import style
+from rmlora_jax.report.records import amount
+from rmlora_jax.report.style import GRID, INK, MUTED
 
 FLOOR = "#9aa1ad"
 TORCH = "#b8a100"
@@ -35,7 +34,7 @@ def bench_figure(results: Mapping[str, Any], rows: Sequence[Row]):
             time.plot([row.ms.low, row.ms.high], [y, y], color=tint, lw=width, zorder=4)
             for end in (row.ms.low, row.ms.high):
                 time.plot([end, end], [y - 0.11, y + 0.11], color=tint, lw=width, zorder=4)
-        words = f"{table.number(row.ms.median)} ms"
+        words = f"{number(row.ms.median)} ms"
         ratio = row.ratios.get("floor")
         time.annotate(words, (row.ms.high, y), xytext=(7, 0), textcoords="offset points",
                       va="center", fontsize=10.5, color=INK, fontweight="bold")
@@ -58,7 +57,7 @@ def bench_figure(results: Mapping[str, Any], rows: Sequence[Row]):
         _bars(memory, rows, sizes)
         for y, row in enumerate(rows):
             if row.memory:
-                memory.annotate(table.size(row.memory), (sizes[y], y), xytext=(6, 0),
+                memory.annotate(amount(row.memory), (sizes[y], y), xytext=(6, 0),
                                 textcoords="offset points", va="center", fontsize=10, color=INK)
         memory.set_xlim(0, 1.4 * max(sizes))
         style.finish(memory, "Memory", unit, grid="x")
@@ -66,7 +65,7 @@ def bench_figure(results: Mapping[str, Any], rows: Sequence[Row]):
         memory.tick_params(axis="y", labelleft=False)
     figure.tight_layout(w_pad=2)
     _title(figure, results)
-    words = table.footer(results)
+    words = footer(results)
     share = [f"{_name(row)} {100 * row.share:.0f} %" for row in rows if row.share]
     if share:
         words += f"; of it: {', '.join(share)}"
@@ -79,7 +78,7 @@ def sweep_figure(found: Mapping[str, Any]):
     from matplotlib.ticker import LogLocator
 
     values, benches = found["values"], found["benches"]
-    tables = [{row.name: row for row in table.table_rows(results)} for results in benches]
+    tables = [{row.name: row for row in table_rows(results)} for results in benches]
     names = list(dict.fromkeys(name for rows in tables for name in rows))
     figure = style.new_figure(11.5, 4.4)
     time, ratio = figure.subplots(1, 2)
@@ -138,14 +137,6 @@ def _line(ax, places, found, name: str, stroke: str) -> None:
             mec="white", mew=1, label=name)
 
 
-def png(figure) -> bytes:
-    """The picture's file."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120, facecolor="white", metadata={"Software": None},
-                   bbox_inches="tight", pad_inches=0.2)
-    return file.getvalue()
-
-
 def method_of(name: str) -> str:
     """The method of a row, such as ``"lora"`` of ``"lora:execution=merged"``."""
     return name.partition(":")[0]
@@ -181,7 +172,7 @@ def _quiet(ax) -> None:
 
 def _title(figure, results: Mapping[str, Any]) -> None:
     width, height = figure.get_size_inches()
-    figure.text(0.1 / width, 1 + 0.34 / height, f"{table.what(results)}", fontsize=13, color=INK,
+    figure.text(0.1 / width, 1 + 0.34 / height, f"{what(results)}", fontsize=13, color=INK,
                 fontweight="bold", va="bottom")
     figure.text(0.1 / width, 1 + 0.06 / height, f"on {results['device']}, jax "
                 f"{results['versions']['jax']}", fontsize=10, color=MUTED, va="bottom")

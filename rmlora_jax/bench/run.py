@@ -1,24 +1,34 @@
-"""One bench from its options to its results: everything timed in turns on the first device."""
+"""A bench from its options to its files: everything is timed in turns on the first device."""
 
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rmlora_jax.bench import models
-from rmlora_jax.bench.compiled import Program, compile_variant
-from rmlora_jax.bench.flops import step_flops
-from rmlora_jax.bench.measure import is_short, measure, product_program, with_memory
+from rmlora_jax.bench import models, torch_peft
+from rmlora_jax.bench.measure import (
+    Program,
+    is_short,
+    measure,
+    product_program,
+    profile,
+    with_memory,
+)
 from rmlora_jax.bench.options import Options
-from rmlora_jax.bench.profile import profile
-from rmlora_jax.bench.table import size
-from rmlora_jax.bench.variants import make_variant
+from rmlora_jax.bench.picture import bench_figure, sweep_figure
+from rmlora_jax.bench.table import cells, footer, markdown, table_rows, what
+from rmlora_jax.bench.variants import compile_variant, make_variant
 from rmlora_jax.errors import UserError
+from rmlora_jax.files import write_bytes_atomic, write_text_atomic
+from rmlora_jax.report.records import amount
+from rmlora_jax.report.style import markdown_table, png, text_table
 
 BATCHES = 4  # that the steps of a stretch go through in a circle
 
@@ -35,16 +45,14 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
       UserError: options that do not fit together, or what ``--peft`` needs is not installed.
     """
     if options.peft:
-        from rmlora_jax.bench import peft
-
-        peft.check_installed()
+        torch_peft.check_installed()
     entry = options.entry
     base, batches = _data(options, entry)
     rows, programs = {}, []
     for name in options.variants:
         say(f"compiling {name}")
         method, own = options.of(name)
-        flops = step_flops(entry, options.batch, method, options.rank, options.modules)
+        flops = models.step_flops(entry, options.batch, method, options.rank, options.modules)
         row = {"name": name, "framework": "jax", "flops": flops, "error": None}
         rows[name] = row
 
@@ -57,7 +65,7 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
         if row["error"]:
             say(f"  {row['error']}")
     if options.peft:
-        for program in peft.programs(options, say):
+        for program in torch_peft.programs(options, say):
             rows[program.name] = {"name": program.name}
             programs.append(program)
     product, product_flops = product_program(jnp.dtype(options.dtype))
@@ -81,6 +89,51 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
         "product": {**product.facts, "flops": product_flops, **times["product"]},
         "programs": list(rows.values()),
     }
+
+
+def sweep(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """``{"sweep": name, "values": [...], "benches": [what ``bench`` returned for each]}``.
+
+    The floor is measured anew at every value, in turns with the others, although rank and modules
+    do not change it: only so the ratios are of times under the same conditions.
+    """
+    found = []
+    for value in options.values:
+        say(f"{options.sweep} {value}")
+        found.append(bench(dataclasses.replace(options, **{options.sweep: value}), say))
+    return {"sweep": options.sweep, "values": list(options.values), "benches": found}
+
+
+def write(results: Mapping[str, Any], out: str) -> str:
+    """Writes ``bench.json``, ``bench.md`` and ``bench.png``; returns what the terminal shows."""
+    rows = table_rows(results)
+    paths = _write(out, "bench", results, markdown(results), bench_figure(results, rows))
+    parts = [text_table(cells(rows)), footer(results), *paths]
+    return "\n".join(["", *(part for part in parts if part)])
+
+
+def write_sweep(found: Mapping[str, Any], out: str) -> str:
+    """The same of a sweep: ``bench_sweep.json``, ``bench_sweep.md`` and ``bench_sweep.png``."""
+    benches = found["benches"]
+    rows = [table_rows(results) for results in benches]
+    head, *body = cells([row for own in rows for row in own])
+    values = [v for v, own in zip(found["values"], rows, strict=True) for _ in own]
+    lines = [(found["sweep"], *head)]
+    lines += [(str(value), *line) for value, line in zip(values, body, strict=True)]
+    about = f"{what(benches[0])}, on {benches[0]['device']}"
+    text = f"{about}\n\n{markdown_table(lines, names=2)}\n"
+    paths = _write(out, "bench_sweep", found, text, sweep_figure(found))
+    return "\n".join(["", text_table(lines, names=2), *paths])
+
+
+def _write(out: str, name: str, results, text: str, figure) -> list[str]:
+    folder = Path(out)
+    paths = [
+        write_text_atomic(folder / f"{name}.json", json.dumps(results, indent=1) + "\n"),
+        write_text_atomic(folder / f"{name}.md", text),
+        write_bytes_atomic(folder / f"{name}.png", png(figure, crop=True)),
+    ]
+    return list(map(str, paths))
 
 
 def _module(options: Options, entry: models.Entry):
@@ -148,7 +201,7 @@ def _told(program: Program) -> str:
     facts = program.facts
     parts = [f"{facts['compile_seconds']:.1f} s"]
     if "memory_bytes" in facts:
-        parts.append(size(facts["memory_bytes"]))
+        parts.append(amount(facts["memory_bytes"]))
     if facts.get("execution"):
         parts.append(facts["execution"])
     return ", ".join(parts)

@@ -1,14 +1,30 @@
-"""The table: every figure of a row follows from the repeats that ``bench.json`` stores."""
+"""The results of a bench in figures and words.
 
+Every figure of a row follows from the repeats that ``bench.json`` stores.
+"""
+
+import collections
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmlora_jax.parallel.memory import gibibytes
+from rmlora_jax.report.records import amount
+from rmlora_jax.report.style import markdown_table
 
 RATIOS = ("floor", "lora")
+SHOWN = 12  # kernels of a profile
+
+# What a kernel does, by its name; the first that matches.
+KINDS = (
+    ("attention", r"fmha|flash|sdpa|attention|cudnn_generated"),
+    ("matrix products", r"gemm|cutlass|cublas|nvjet|xmma|splitk|dot"),
+    ("copies", r"memcpy|memset|copy|transpose|dynamic.update.slice|concatenate"),
+    ("sums", r"reduc"),
+    ("element by element", r"fusion|wrapped|loop|triton"),
+)
 
 
 class Spread(NamedTuple):
@@ -93,7 +109,7 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def _figures(row: Row) -> tuple[str, ...]:
     compiled = "" if row.compile_seconds is None else f"{row.compile_seconds:.1f} s"
-    memory = "" if row.memory is None else size(row.memory)
+    memory = "" if row.memory is None else amount(row.memory)
     if row.ms is None:
         return row.note, "", "", "", "", memory, "", compiled
     ratios = [_ratio(row.ratios.get(name)) for name in RATIOS]
@@ -118,38 +134,12 @@ def number(value: float) -> str:
     return f"{value:,.{max(0, digits)}f}"
 
 
-def size(count: int) -> str:
-    """
-    >>> size(460_000), size(14_500_000), size(14_500_000_000)
-    ('0.4 MiB', '13.8 MiB', '13.5 GiB')
-    """
-    return gibibytes(count) if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
 def rate(flops: float) -> str:
     """
     >>> rate(39e9), rate(707e12)
     ('39 GFLOP/s', '707 TFLOP/s')
     """
     return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"
-
-
-def text_table(lines: Sequence[Sequence[str]], names: int = 1) -> str:
-    """Columns under each other: the first ``names`` to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-
-    def text(line: Sequence[str]) -> str:
-        cells = [cell.ljust(width) for cell, width in zip(line[:names], widths, strict=False)]
-        cells += [f.rjust(w) for f, w in zip(line[names:], widths[names:], strict=True)]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join(map(text, lines))
-
-
-def markdown_table(lines: Sequence[Sequence[str]], names: int = 1) -> str:
-    """The same as Markdown."""
-    rule = [*["---"] * names, *["---:"] * (len(lines[0]) - names)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
 def what(results: Mapping[str, Any]) -> str:
@@ -185,4 +175,28 @@ def markdown(results: Mapping[str, Any]) -> str:
     notes = [footer(results), f"factors ran {' and '.join(ran)}" if ran else "", versions]
     head = f"{what(results)}, on {results['device']}"
     table = markdown_table(cells(table_rows(results)))
-    return "\n\n".join([head, table, *(note for note in notes if note)]) + "\n"
+    kernels = "".join(f"\n{p['name']}:\n\n{kernel_table(p['profile'])}\n"
+                      for p in results["programs"] if p.get("profile"))
+    return "\n\n".join([head, table, *(note for note in notes if note)]) + "\n" + kernels
+
+
+def kind(kernel: str) -> str:
+    """
+    >>> kind("nvjet_tst_128x256"), kind("input_reduce_fusion"), kind("loop_add_fusion")
+    ('matrix products', 'sums', 'element by element')
+    """
+    return next((name for name, words in KINDS if re.search(words, kernel, re.I)), "other")
+
+
+def kernel_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table in Markdown: the sums by kind, then the longest kernels."""
+    whole = sum(row["ms"] for row in rows)
+    kinds = collections.Counter()
+    for row in rows:
+        kinds[kind(row["kernel"])] += row["ms"]
+    lines = [("kernel", "ms a step", "share", "calls a step")]
+    lines += [(f"**{k}**", number(ms), f"{100 * ms / whole:.0f} %", "")
+              for k, ms in kinds.most_common()]
+    lines += [(f"`{row['kernel'][:70]}`", number(row["ms"]), f"{100 * row['ms'] / whole:.0f} %",
+               f"{row['calls']:.0f}") for row in rows[:SHOWN]]
+    return markdown_table(lines)

@@ -1,11 +1,11 @@
-"""One training step of each method, and the floor below them, with one and the same signature.
+"""One training step of each method, and the floor below them, ready to be timed.
 
-    (state, frozen, batch) -> (state, output)
-
-``state`` is donated; ``frozen`` is an argument and never changes; a batch is (inputs, labels).
+All have one signature: (state, frozen, batch) -> (state, output). ``state`` is donated; ``frozen``
+is an argument and never changes; a batch is (inputs, labels).
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,19 +14,15 @@ import jax.numpy as jnp
 import optax
 
 import rmlora_jax as rm
-from rmlora_jax.bench.models import Entry, tokens
+from rmlora_jax.aot.counts import inner_programs
+from rmlora_jax.bench.measure import Program
+from rmlora_jax.bench.models import MODULES, Entry, tokens
 from rmlora_jax.optim.precision import clip_by_norm
+from rmlora_jax.parallel import memory
 
 VARIANTS = ("floor", "head", "lora", "reg_only", "mask_only", "rm_lora", "adalora", "sora", "full")
 USUAL = ("floor", "lora", "rm_lora", "adalora", "sora", "full")
 
-# What --sweep=modules goes through: name -> target of the adapters.
-MODULES = {
-    "query+value": r"encoder/layers/attention/(query|value)",
-    "attention": r"encoder/layers/attention/.*",
-    "mlp": r"encoder/layers/mlp/.*",
-    "all": r"encoder/layers/.*",
-}
 HEAD = r"head|pooler"
 HALVES = {"rm_lora": (0.1, 0.5), "reg_only": (0.1, 1.0), "mask_only": (0.0, 0.5)}  # penalty, keep
 LEARNING_RATE = 1e-3
@@ -66,7 +62,7 @@ def make_variant(
     return _trained(name, model, lora, tx)
 
 
-def task_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def task_loss(logits, labels) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
@@ -140,3 +136,97 @@ def _trained(name, model, lora: rm.LoRA, tx) -> Variant:
         return (optax.apply_updates(trainable, updates), opt_state), value
 
     return Variant(name, start, lambda base: rm.split(base, rest)[1], step, lora)
+
+
+def compile_variant(variant: Variant, base: dict, batches: Sequence[tuple]) -> Program:
+    """Compiles the step for these shapes.
+
+    Each stretch begins with a new state and a step that is not timed, so that the states of several
+    variants are never on the device together. It goes through ``batches`` in a circle, and ends
+    when the last state and output are there.
+    """
+    start, frozen = jax.jit(variant.start), variant.frozen(base)
+    state = jax.eval_shape(start, base, batches[0][0])
+    began = time.perf_counter()
+    traced = jax.jit(variant.step, donate_argnums=0).trace(state, frozen, batches[0])
+    program = traced.lower().compile()
+    seconds = time.perf_counter() - began
+
+    def stretch(steps: int) -> float:
+        state = start(base, batches[0][0])
+        state, out = jax.block_until_ready(program(state, frozen, batches[-1]))
+        began = time.perf_counter()
+        for i in range(steps):
+            state, out = program(state, frozen, batches[i % len(batches)])
+        jax.block_until_ready((state, out))
+        return time.perf_counter() - began
+
+    facts = {
+        "framework": "jax",
+        "compile_seconds": seconds,
+        "execution": execution_of(traced.jaxpr, variant.lora, frozen),
+        "trained_parameters": 0 if variant.lora is None else _count(state[0]),
+        **_memory(program),
+    }
+    return Program(variant.name, stretch, facts)
+
+
+def _count(trainable) -> int:
+    return sum(x.size for x in jax.tree.leaves(trainable))
+
+
+def _memory(program) -> dict[str, Any]:
+    """What XLA plans, in bytes: ``memory_bytes`` and its parts; nothing where it does not tell."""
+    plan = memory.planned(program)
+    if not plan:
+        return {}
+    parts = {"arguments" if kind == "argument" else kind: size for kind, size in plan.items()}
+    return {"memory_bytes": memory.needed(program), "memory_parts": parts}
+
+
+def execution_of(jaxpr, lora: rm.LoRA | None, frozen: dict) -> str | None:
+    """"merged" where W + s A B is formed for any adapted weight, else "factored".
+
+    Args:
+      jaxpr: the step's, as ``jax.jit(step).trace(...).jaxpr`` has it.
+      lora: what the step adapts; None, or a description without targets, for one without factors.
+      frozen: the base, arrays or ``jax.ShapeDtypeStruct``.
+
+    Returns:
+      None for a step without factors.
+    """
+    if lora is None or lora.target is None:
+        return None
+    # A weight has no axis of the rank's size; stacks of so many biases, and what the penalty
+    # multiplies, have one.
+    shapes = {leaf.shape[-2:] for leaf in jax.tree.leaves(frozen)}
+    weights = {shape for shape in shapes if len(shape) == 2 and lora.rank not in shape}
+    merges = any(_forms_weight(e, lora.rank, weights) for e in _equations(jaxpr.jaxpr))
+    return "merged" if merges else "factored"
+
+
+def _forms_weight(equation, rank: int, weights: set) -> bool:
+    """Whether an equation is A @ B, of one layer or of a stack of layers, in the shape of W.
+
+    The last axis of one meets the last but one of the other: x^T g, the gradient of a weight, which
+    has the same shapes where the batch is as large as the rank, contracts the same axis of both.
+    """
+    if equation.primitive.name != "dot_general":
+        return False
+    left, right = (v.aval.shape for v in equation.invars)
+    (of_left, of_right), (stacked, _) = equation.params["dimension_numbers"]
+    out = equation.outvars[0].aval.shape
+    return (
+        [left[i] for i in of_left] == [rank]
+        and {len(left) - of_left[0], len(right) - of_right[0]} == {1, 2}
+        and out[-2:] in weights
+        and len(out) == 2 + len(stacked)
+        and len(right) == 2 + len(stacked)
+    )
+
+
+def _equations(jaxpr) -> Iterator:
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in inner_programs(equation.params):
+            yield from _equations(inner)

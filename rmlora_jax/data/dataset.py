@@ -1,13 +1,127 @@
-"""What every image source gives the trainer: random access, and three fixed splits."""
+"""What a data source is asked for, and what it gives.
+
+A data source is one file with a `Source` in it and one line in ``sources.SOURCES``. It finds whole
+splits. ``sources.py`` then does the same for all of them: it leaves out records that cannot be
+used, holds out validation examples, and keeps some classes or the first few examples.
+"""
 
 import dataclasses
-import hashlib
-from collections.abc import Sequence
-from typing import Protocol
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from rmlora_jax.data.vision import resize_square
 from rmlora_jax.errors import UserError
+
+# The kinds of data; each is the name of the function of a `Source` that opens it.
+Kind = Literal["images", "texts", "utterances"]
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The data set that a run wants.
+
+    The fields are the arguments of `load_images`, `load_texts` and `packaged.load_speech`, which
+    explain them. Images have one reported split: ``test_splits={"test": split}``.
+    """
+
+    name: str
+    data_dir: str | os.PathLike | None = None
+    validation: float = 0.1
+    seed: int = 0
+    train_split: str = "train"
+    test_splits: Mapping[str, str | None] | None = None
+    unlabelled_splits: Mapping[str, str] | None = None
+    image_key: str = "image"
+    label_key: str = "label"
+    columns: Sequence[str] = ()
+    regression: bool = False
+    classes: int = 0
+    per_class: int = 0
+    limit: int | None = None
+    train_file: str | os.PathLike | None = None
+    test_file: str | os.PathLike | None = None
+    predict_file: str | os.PathLike | None = None
+    speakers: Sequence[int] = ()
+    clusters: int = 0
+    download: bool = True
+    base_url: str | None = None
+    bad_records: int = 0
+    cache: str | os.PathLike | None = None
+    threads: int = 8
+
+
+class Source(NamedTuple):
+    """One place that data comes from.
+
+    Attributes:
+      handles: whether a request is for this source. The first in ``sources.SOURCES`` serves it.
+      missing: what the request needs and is neither here nor fetched on first use, one line for
+        each mistake: "config.FIELD=VALUE: what is wrong and what to type". It opens nothing. A
+        `UserError` that it raises is about the name.
+      images: opens the images of a request. None: the source has no images.
+      texts: opens the texts of a request. It gives the records that cannot be used to `Skipped`.
+      utterances: opens the speech of a request, a `packaged.SpeechDataset`.
+      known: what is known without the data, for ``--compile_only``.
+      prepare: fetches the data and prepares its folder; ``python -m rmlora_jax.data.prepare``.
+
+    Raises:
+      UserError: ``images``, ``texts``, ``utterances`` and ``prepare``, with what to type.
+    """
+
+    handles: Callable[[Request], bool]
+    missing: Callable[[Request], list[str]]
+    images: Callable[[Request], "FoundImages"] | None = None
+    texts: Callable[[Request, "Skipped"], "FoundTexts"] | None = None
+    utterances: Callable[[Request], Any] | None = None
+    known: Callable[[Request], "Known | None"] = lambda request: None
+    prepare: Callable[[Request], Path] | None = None
+
+
+class Known(NamedTuple):
+    """What is known of a data set without opening it.
+
+    Attributes:
+      classes: how many there are.
+      train, test: examples of each split, before any is held out; 0 where not known.
+      image_shape: (H, W, C), or None where not known.
+    """
+
+    classes: int
+    train: int = 0
+    test: int = 0
+    image_shape: tuple[int, int, int] | None = None
+
+
+def default_test(
+    place: object, splits: Iterable[str], opened: Callable[[str], T], labelled: Callable[[T], bool]
+) -> T:
+    """The test split, opened by ``opened``. Where it has no labels (some data sets publish it with
+    -1), "validation" stands in.
+
+    Raises:
+      UserError: neither has labels.
+    """
+    for which in ("test", "validation"):
+        if which in splits and labelled(split := opened(which)):
+            return split
+    raise UserError(
+        f"{place} has no labelled test or validation split, only {shown(sorted(splits))}\n"
+        "Name parts of one, such as "
+        "--config.data.train_split='train[:80%]' --config.data.test_split='train[80%:]'"
+    )
+
+
+def shown(names: Iterable[str]) -> str:
+    """Names out of a data set's files, cut: there may be many of them, of any length."""
+    return ", ".join(names)[:300]
+
+
+# Images
 
 
 class ImageSource(Protocol):
@@ -16,13 +130,63 @@ class ImageSource(Protocol):
     ``source[i]`` is ``{"image": uint8 (H, W, C), "label": int}``. ``source.load(i, size)`` is the
     pair ``(image, label)``; with a ``size`` the image is the centred square whose side is the
     shorter side, resized to (size, size, C).
+
+    A source may also have ``label(i)``, the label without decoding the image; ``check(i)``, which
+    raises `BadRecord` for an example that cannot be used; and ``identity()``, words that name the
+    data and change when it changes, or None. Decoded images are cached under ``identity()``.
     """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict: ...
+    def __getitem__(self, index: int) -> dict:
+        image, label = self.load(index)
+        return {"image": image, "label": label}
 
     def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArraySource(ImageSource):
+    """Images (N, H, W, C) uint8 and labels (N,) held in memory.
+
+    >>> source = ArraySource(np.zeros((2, 8, 8, 3), np.uint8), np.array([3, 1]))
+    >>> len(source), source[1]["image"].shape, source[1]["label"]
+    (2, (8, 8, 3), 1)
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
+        image = self.images[index]
+        if size is not None and image.shape[:2] != (size, size):
+            image = resize_square(image, size)
+        return image, int(self.labels[index])
+
+
+class FoundImages(NamedTuple):
+    """The images of a source, all of them.
+
+    Attributes:
+      train: every training image.
+      test: None where the source has no test split; a part of ``train`` is then held out.
+      class_names: labels are places in it.
+      image_shape: (H, W, C), or None where images differ in size.
+      channels: 3, or 1 for grayscale.
+      place: what error messages call the data, such as its folder.
+      by_class: whether each class gives its share of what is held out.
+    """
+
+    train: ImageSource
+    test: ImageSource | None
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int] | None
+    channels: int = 3
+    place: object = "the data set"
+    by_class: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,143 +215,129 @@ class Dataset:
     skipped: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ArraySource:
-    """Images (N, H, W, C) uint8 and labels (N,) held in memory.
+# Texts
 
-    >>> source = ArraySource(np.zeros((2, 8, 8, 3), np.uint8), np.array([3, 1]))
-    >>> len(source), source[1]["image"].shape, source[1]["label"]
-    (2, (8, 8, 3), 1)
+
+class TextSplit(NamedTuple):
+    """Texts and labels in memory.
+
+    Attributes:
+      texts: one list of n strings for each column.
+      labels: int32 (n,) classes, or float32 (n,) values; -1 or nan where a row has no label.
+      ids: int64 (n,), the rows' numbers in the published files.
     """
 
-    images: np.ndarray
+    texts: tuple[list[str], ...]
     labels: np.ndarray
+    ids: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def at(self, rows: Sequence[int] | np.ndarray) -> "TextSplit":
+        """The given rows, in that order."""
+        texts = tuple([column[i] for i in rows] for column in self.texts)
+        return TextSplit(texts, self.labels[rows], self.ids[rows])
 
-    def __getitem__(self, index: int) -> dict:
-        image, label = self.load(index)
-        return {"image": image, "label": label}
-
-    def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
-        image = self.images[index]
-        if size is not None and image.shape[:2] != (size, size):
-            from rmlora_jax.data.decode import resize_square
-
-            image = resize_square(image, size)
-        return image, int(self.labels[index])
+    def is_labelled(self) -> bool:
+        """False for a split that is published without labels."""
+        return bool(len(self.ids)) and not (np.isnan(self.labels) | (self.labels == -1)).all()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Subset:
-    """The elements of ``source`` at ``ids``, in that order.
+class FoundTexts(NamedTuple):
+    """The texts of a source, without the records that cannot be used.
 
-    >>> source = ArraySource(np.zeros((3, 8, 8, 3), np.uint8), np.array([3, 1, 4]))
-    >>> Subset(source, (2, 0))[0]["label"]
-    4
+    Attributes:
+      columns: names of the one or two features with text.
+      label_names: of the classes; None for regression.
+      train: every training text.
+      tests: the splits that are reported; {}: a part of ``train`` is held out as "test".
+      unlabelled: the splits that are predicted only.
+      place: what error messages call the data, such as its folder.
     """
 
-    source: ImageSource
-    ids: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.source[int(self.ids[index])]
-
-    def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
-        return self.source.load(int(self.ids[index]), size)
-
-    def identity(self) -> str | None:
-        return identity_of(self.source, self.ids)
+    columns: tuple[str, ...]
+    label_names: tuple[str, ...] | None
+    train: TextSplit
+    tests: dict[str, TextSplit]
+    unlabelled: dict[str, TextSplit]
+    place: object = "the data set"
 
 
-def identity_of(source: ImageSource, chosen: Sequence[int]) -> str | None:
-    """What is read of ``source`` through these numbers, in words that tell it from all else; None
-    where ``source`` has no ``identity()`` or does not know."""
-    own = source.identity() if hasattr(source, "identity") else None
-    return own and f"{own} {hashlib.sha256(np.asarray(chosen, np.int64).tobytes()).hexdigest()}"
+@dataclasses.dataclass(frozen=True)
+class TextDataset:
+    """Labelled texts, split for training, choosing and reporting.
 
-
-def held_out_count(n: int, amount: float, of: object = "the data set") -> int:
-    """How many of the ``n`` examples ``of`` a data set ``amount`` stands for: a fraction below 1, a
-    number from 1 on.
-
-    >>> held_out_count(1437, 0.1), held_out_count(1437, 200)
-    (144, 200)
-
-    Raises:
-      UserError: if nothing would be left to train on, or ``amount`` is no such number.
+    Attributes:
+      name: as the user typed it.
+      columns: names of the one or two features with text.
+      train, validation: no text is in both.
+      tests: the splits that are reported; "test" first.
+      unlabelled: the splits that are predicted only.
+      label_names: of the classes; None for regression.
+      skipped: the records that were left out because they cannot be used, and why.
     """
-    if amount < 0 or (amount >= 1 and amount != int(amount)):
-        raise UserError(
-            f"validation={amount!r}: must be a fraction of the training examples below 1, "
-            "or a whole number of them"
-        )
-    if n < 2 and amount > 0:
-        raise UserError(
-            f"{of} has {n} training example{'s' * (n != 1)}; two are needed, one of them to "
-            "choose the best step on"
-        )
-    count = round(n * amount) if amount < 1 else int(amount)
-    if amount > 0:
-        count = max(count, 1)
-    if count >= n:
-        raise UserError(
-            f"validation={amount!r} would hold out {count} of the {n} training examples of "
-            f"{of}; give a smaller one, such as 0.1"
-        )
-    return count
+
+    name: str
+    columns: tuple[str, ...]
+    train: TextSplit
+    validation: TextSplit
+    tests: dict[str, TextSplit]
+    unlabelled: dict[str, TextSplit]
+    label_names: tuple[str, ...] | None
+    skipped: tuple[str, ...] = ()
 
 
-def hold_out(
-    n: int, count: int, *, seed: int, labels: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Indices kept and held out, both ascending: ``count`` of ``n`` are held out at random.
+# Records that cannot be used
 
-    With ``labels`` (n,) each class gives its share, rounded by largest remainder so that the total
-    is exact. The draw is numpy's RandomState, whose stream never changes between versions: the
-    same seed holds out the same images for ever.
+SHOWN = 5  # records that an error or a note names
+FIELD = "config.data.bad_records"
+# What to type where a record cannot be used and none may be left out.
+LEAVE_OUT = f"--{FIELD}=10 to leave out up to 10 such records (0, the default: none)"
 
-    >>> kept, held = hold_out(6, 2, seed=0, labels=np.array([0, 0, 0, 1, 1, 1]))
-    >>> len(kept), sorted(np.array([0, 0, 0, 1, 1, 1])[held])
-    (4, [np.int64(0), np.int64(1)])
+
+class BadRecord(UserError):
+    """One record cannot be used; the first line names it and says why."""
+
+
+class Skipped:
+    """The records that are left out of a data set, at most ``limit`` over all its splits.
+
+    They are left out before anything else, as if the data set had been made without them. Hold-out,
+    limits and the order of examples follow from what is left, so that every process, which reads
+    the same files, gets the same.
+
+    >>> skipped = Skipped(1)
+    >>> skipped.add(BadRecord("a.csv, line 3: 'text' is empty"))
+    >>> skipped.records
+    ["a.csv, line 3: 'text' is empty"]
     """
-    order = np.random.RandomState(seed).permutation(n)
-    if labels is None:
-        held = order[:count]
-    else:
-        labels = np.asarray(labels)
-        classes, sizes = np.unique(labels, return_counts=True)
-        quota = _largest_remainder(sizes, count)
-        shuffled = labels[order]
-        held = np.concatenate(
-            [order[shuffled == c][:q] for c, q in zip(classes, quota, strict=True)]
-        )
-    return np.setdiff1d(np.arange(n), held), np.sort(held)
+
+    def __init__(self, limit: int = 0):
+        self.limit = limit
+        self.records: list[str] = []
+
+    def add(self, *errors: BadRecord) -> None:
+        """Leaves out these records.
+
+        Raises:
+          UserError: there are now more of them than may be left out.
+        """
+        self.records += [str(error).partition("\n")[0] for error in errors]
+        if len(self.records) <= self.limit:
+            return
+        if self.limit == 0:
+            first = str(errors[0])
+            end = "" if LEAVE_OUT in first else f"\nCorrect it, or type {LEAVE_OUT}"
+            raise UserError(f"{first}{end}") from errors[0]
+        raise UserError(
+            f"{len(self.records)} records cannot be used, where {FIELD}={self.limit}: "
+            f"{listed(self.records)}\nCorrect them, or type a larger --{FIELD}"
+        ) from errors[-1]
 
 
-def _largest_remainder(sizes: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers that sum to ``total``, in proportion to ``sizes``."""
-    # Integers only: a float share could round differently on another machine.
-    whole, remainder = np.divmod(sizes * total, sizes.sum())
-    whole[np.argsort(-remainder, kind="stable")[: total - whole.sum()]] += 1
-    return whole
+def listed(records: list[str] | tuple[str, ...]) -> str:
+    """The first few records.
 
-
-def with_validation(
-    train: ImageSource,
-    amount: float,
-    *,
-    seed: int,
-    labels: np.ndarray | None = None,
-    of: object = "the data set",
-) -> tuple[ImageSource, ImageSource | None]:
-    """``train`` without the held out images, and those (None where ``amount`` is 0)."""
-    count = held_out_count(len(train), amount, of)
-    if count == 0:
-        return train, None
-    kept, held = hold_out(len(train), count, seed=seed, labels=labels)
-    return Subset(train, kept), Subset(train, held)
+    >>> listed([f"record {i}" for i in range(7)])
+    'record 0; record 1; record 2; record 3; record 4; and 2 more'
+    """
+    more = [f"and {len(records) - SHOWN} more"] if len(records) > SHOWN else []
+    return "; ".join([*records[:SHOWN], *more])

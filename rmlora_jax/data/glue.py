@@ -1,17 +1,33 @@
-"""The nine tasks of GLUE: their texts, metrics, splits, and the leaderboard's files.
+"""The nine tasks of GLUE: their texts, metrics, splits, preparation, and the leaderboard's files.
+
+TFDS's own code reads the published files and writes the data set. It needs TensorFlow to fetch and
+unpack them, which is done here instead.
 
 Source: Wang et al. 2019, https://arxiv.org/abs/1804.07461, and the submission format at
 https://gluebenchmark.com.
 """
 
+import functools
+import os
+import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from rmlora_jax.data.dataset import Known, Request, Source
+from rmlora_jax.data.download import built, prepared_folder, published_file
+from rmlora_jax.data.tfds import tfds_texts
+from rmlora_jax.data.tfds_folder import Name, data_dir_of, import_tfds, tfds_missing
+from rmlora_jax.errors import UserError
 from rmlora_jax.files import write_text_atomic
+
+VERSION = "2.0.0"
+# A member of an archive that is this many times larger than the archive is not a text.
+_INFLATION = 60
 
 
 class GlueTask(NamedTuple):
@@ -65,7 +81,7 @@ TASKS = {
 
 
 def glue_task(name: str) -> GlueTask | None:
-    """The task of a TFDS name; None where that is no GLUE task.
+    """The task of a TFDS name, or None.
 
     >>> glue_task("glue/rte:2.0.0").metrics
     ('accuracy',)
@@ -108,7 +124,111 @@ def write_predictions(
     elif task is not None:
         found = [task.words[value] if task.words else str(int(value)) for value in predictions]
     else:
+        assert label_names is not None
         found = [label_names[value] for value in predictions]
     rows = [f"{ids[i]}\t{found[i]}\n" for i in np.argsort(ids, kind="stable")]
     name = task.files.get(split, f"{split}.tsv") if task else f"{split}.tsv"
     return write_text_atomic(Path(folder) / name, "".join(["index\tprediction\n", *rows]))
+
+
+# Preparation
+
+
+def is_glue(name: Name) -> bool:
+    return name.name == "glue" and name.config in TASKS and name.version in (None, VERSION)
+
+
+def prepare_glue(config: str, data_dir: str | os.PathLike) -> Path:
+    """Makes ``data_dir/glue/<config>/2.0.0`` and returns it; see :func:`download.prepared_folder`.
+
+    Published files are taken from ``data_dir/downloads`` if they lie there, and fetched otherwise,
+    with the checksums that TFDS knows.
+
+    Raises:
+      UserError: no network, a damaged file, or a folder that cannot be written.
+    """
+    make = functools.partial(_build, config, Path(data_dir).expanduser())
+    return prepared_folder(f"glue/{config}", VERSION, data_dir, make)
+
+
+def _build(config: str, data_dir: Path, work: Path) -> Path:
+    import tensorflow_datasets.text  # noqa: F401  (registers glue)
+
+    published: Any = import_tfds().builder_cls("glue")
+    files = _Files(config, data_dir, work, published.url_infos)
+
+    # The type checker cannot know the keyword, since the base class is known only at run time.
+    class Builder(  # pyright: ignore[reportGeneralTypeIssues]
+        published,
+        skip_registration=True,  # pyright: ignore[reportCallIssue]
+    ):
+        name = "glue"
+
+        def _split_generators(self, dl_manager):
+            return super()._split_generators(files)
+
+    return built(Builder, work, config=config)
+
+
+class _Files:
+    """What TFDS's builder asks for: published files, and archives unpacked."""
+
+    def __init__(self, config: str, data_dir: Path, work: Path, known):
+        self.config, self.data_dir, self.work, self.known = config, data_dir, work, known
+
+    def download(self, urls):
+        if isinstance(urls, dict):
+            return {key: self._file(url) for key, url in urls.items()}
+        return self._file(urls)
+
+    def _file(self, url: str) -> str:
+        facts = self.known[url]
+        file = published_file(
+            url,
+            facts.filename,
+            data_dir=self.data_dir,
+            work=self.work,
+            sha256=facts.checksum,
+            size=int(facts.size),
+            name=f"glue/{self.config}",
+        )
+        return str(file)
+
+    def download_and_extract(self, url: str) -> str:
+        """The folder with the archive's text files; links and paths that lead out are refused."""
+        archive, folder = Path(self._file(url)), self.work / "unpacked"
+        most = _INFLATION * os.path.getsize(archive) + (1 << 20)
+        try:
+            with zipfile.ZipFile(archive) as members:
+                for member in members.infolist():
+                    path = (folder / member.filename).resolve()
+                    if member.is_dir() or path.suffix != ".tsv":
+                        continue
+                    if not path.is_relative_to(folder.resolve()) or member.file_size > most:
+                        raise UserError(f"{archive}: {member.filename!r} is no file of GLUE")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with members.open(member) as source, open(path, "wb") as copy:
+                        shutil.copyfileobj(source, copy)
+        except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+            raise UserError(f"{archive} cannot be read as a zip archive: {error}") from error
+        return str(folder)
+
+
+def _prepare(request: Request) -> Path:
+    config = Name.parse(request.name).config
+    assert config is not None
+    return prepare_glue(config, data_dir_of(request))
+
+
+def _known(request: Request) -> Known | None:
+    task = glue_task(request.name)
+    return Known(len(task.words or (0, 1))) if task and not task.regression else None
+
+
+SOURCE = Source(
+    handles=lambda request: is_glue(Name.parse(request.name)),
+    missing=functools.partial(tfds_missing, prepare=_prepare),
+    texts=functools.partial(tfds_texts, prepare=_prepare),
+    known=_known,
+    prepare=_prepare,
+)

@@ -8,18 +8,22 @@ step.
 """
 
 import math
+import os
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from rmlora_jax.data.dataset import ArraySource, Dataset, ImageSource
-from rmlora_jax.data.progress import progress
+from rmlora_jax.data.subsets import fingerprint, in_chunks
 from rmlora_jax.errors import UserError
+from rmlora_jax.files import read_arrays, write_arrays
 
 RESIDENT_LIMIT = 2 << 30
+
+Arrays = tuple[np.ndarray, np.ndarray]  # images and labels
 
 
 class Storage(NamedTuple):
@@ -30,7 +34,7 @@ class Storage(NamedTuple):
       size: side to which the host brings every image; None where they stay as they are.
       shape: (H, W, C) of a held image.
       center: the middle part of a held image that evaluation uses, for ``vision.augment``.
-      nbytes: of the images of all splits so held.
+      nbytes: of the held images of all splits.
     """
 
     resident: bool
@@ -54,21 +58,36 @@ def plan_storage(
     ``storage_size`` (default ``image_size * 256 / 224``, the common margin for random crops), of
     which evaluation uses the middle ``image_size``.
 
-    >>> from rmlora_jax.data.digits import load_digits
-    >>> plan_storage(load_digits(), 32)
+    >>> from rmlora_jax.data import load_images
+    >>> plan_storage(load_images("digits"), 32)
     Storage(resident=True, size=None, shape=(8, 8, 3), center=1.0, nbytes=345024)
 
     Raises:
       UserError: on an unknown ``mode``.
     """
+    splits = (data.train, data.validation, data.test)
+    n, shape = sum(len(split) for split in splits if split is not None), data.image_shape
+    return storage_of(shape, data.channels, n, image_size, mode, resident_limit, storage_size)
+
+
+def storage_of(
+    shape: tuple[int, int, int] | None,
+    channels: int,
+    examples: int,
+    image_size: int,
+    mode: str = "auto",
+    resident_limit: int = RESIDENT_LIMIT,
+    storage_size: int | None = None,
+) -> Storage:
+    """`plan_storage` for this many images of this shape, None where they differ in shape."""
     if mode not in ("auto", "resident", "stream"):
         raise UserError(f"data.mode={mode!r}: must be auto, resident or stream")
-    side, center = stored_as(data.image_shape, image_size, storage_size)
-    shape = data.image_shape if side is None else (side, side, data.channels)
-    splits = (data.train, data.validation, data.test)
-    nbytes = math.prod(shape) * sum(len(s) for s in splits if s is not None)
+    side, center = stored_as(shape, image_size, storage_size)
+    held = shape if side is None else (side, side, channels)
+    assert held is not None  # images that differ in shape are always brought to one size
+    nbytes = math.prod(held) * examples
     resident = mode == "resident" or (mode == "auto" and nbytes <= resident_limit)
-    return Storage(resident, side, shape, center, nbytes)
+    return Storage(resident, side, held, center, nbytes)
 
 
 def stored_as(
@@ -87,7 +106,7 @@ def stored_as(
 
 def load_resident(
     source: ImageSource, size: int | None = None, *, threads: int = 8, desc: str = "decoding"
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Arrays:
     """All of ``source`` as uint8 (N, H, W, C) and int32 labels (N,), with a progress bar.
 
     Args:
@@ -103,21 +122,42 @@ def load_resident(
     first, _ = source.load(0, size)
     images = np.empty((n, *first.shape), np.uint8)
 
-    def fill(start: int) -> int:
-        stop = min(start + 256, n)
-        for i in range(start, stop):
+    def fill(chunk: range) -> None:
+        for i in chunk:
             images[i], labels[i] = source.load(i, size)
-        return stop - start
 
-    pool = ThreadPoolExecutor(threads)
-    try:
-        # A small set is there before a bar could be read.
-        with progress(n, desc, " images", disable=n < 2000) as bar:
-            for done in pool.map(fill, range(0, n, 256)):
-                bar.update(done)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for _ in in_chunks(n, fill, threads=threads, desc=desc):
+        pass
     return images, labels
+
+
+def cached(
+    source: ImageSource, size: int | None, folder: str | os.PathLike, make: Callable[[], Arrays]
+) -> Arrays:
+    """The images and labels that ``make`` returns, from ``folder`` if they were kept there.
+
+    The file's name is a hash of what ``source`` is: the files it reads, their sizes and times, the
+    split, the examples chosen from it, and ``size``. A source that cannot tell, a damaged file and
+    a folder that cannot be written only cost time.
+    """
+    name = fingerprint(source, size)
+    if name is None:
+        return make()
+    path = Path(folder).expanduser() / f"{name}.npz"
+    found = _kept(path, len(source))
+    if found is None:
+        found = make()
+        write_arrays(path, dict(zip(("images", "labels"), found, strict=True)))
+    return found
+
+
+def _kept(path: Path, n: int) -> Arrays | None:
+    arrays = read_arrays(path, ("images", "labels"))
+    if arrays is None:
+        return None
+    images, labels = arrays
+    whole = images.dtype == np.uint8 and images.ndim == 4 and len(images) == len(labels) == n
+    return (images, labels) if whole and labels.dtype == np.int32 else None
 
 
 def local_size(global_batch: int, process_count: int) -> int:
@@ -178,7 +218,9 @@ class _Share:
 
     def __call__(self, k: int) -> int:
         step, j = divmod(int(k), self.local)
-        return self.ids[step * self.global_batch + self.offset + j]
+        example = self.ids[step * self.global_batch + self.offset + j]
+        assert example is not None
+        return example
 
 
 class _Load:

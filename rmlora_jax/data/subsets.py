@@ -1,21 +1,63 @@
-"""Smaller versions of an image data set: some of its classes, some images of each class.
+"""Parts of data sets: usable records, held-out examples, some classes, some images of each class.
 
-Both draws are numpy's RandomState, whose stream never changes between versions: the same classes
-and images for ever, whatever the seed of a run.
+All draws are numpy's RandomState, whose stream never changes between versions: a seed chooses the
+same examples for ever.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import PIL
 
-from rmlora_jax.data.dataset import ArraySource, Dataset, ImageSource, Subset, identity_of
-from rmlora_jax.errors import UserError
+from rmlora_jax.data.dataset import (
+    ArraySource,
+    BadRecord,
+    Dataset,
+    ImageSource,
+    Skipped,
+    TextSplit,
+)
+from rmlora_jax.errors import UserError, progress
+from rmlora_jax.files import read_json, write_json
 
-SEED = 0
+SEED = 0  # of the classes and of each class's images: never a run's seed
+CHUNK = 256  # images that a thread takes at a time
+FORMAT = "1"  # of what is cached
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Relabelled:
+class Subset(ImageSource):
+    """The elements of ``source`` at ``ids``, in that order.
+
+    >>> source = ArraySource(np.zeros((3, 8, 8, 3), np.uint8), np.array([3, 1, 4]))
+    >>> Subset(source, (2, 0))[0]["label"]
+    4
+    """
+
+    source: ImageSource
+    ids: Sequence[int] | np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
+        return self.source.load(int(self.ids[index]), size)
+
+    def identity(self) -> str | None:
+        return _identity(self.source, self.ids)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Relabelled(ImageSource):
     """``source`` with the label ``l`` read as ``labels[l]``.
 
     >>> source = ArraySource(np.zeros((1, 8, 8, 3), np.uint8), np.array([2]))
@@ -29,33 +71,275 @@ class Relabelled:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> dict:
-        image, label = self.load(index)
-        return {"image": image, "label": label}
-
     def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
         image, label = self.source.load(index, size)
         return image, int(self.labels[label])
 
     def identity(self) -> str | None:
-        own = identity_of(self.source, self.labels)
+        own = _identity(self.source, self.labels)
         return own and f"relabelled {own}"
+
+
+def _identity(source: ImageSource, chosen: Sequence[int] | np.ndarray) -> str | None:
+    """The identity of ``source`` with these numbers chosen from it; None where it has none."""
+    own = identity_of(source)
+    return own and f"{own} {hashlib.sha256(np.asarray(chosen, np.int64).tobytes()).hexdigest()}"
+
+
+def identity_of(source: ImageSource) -> str | None:
+    """``source.identity()``, or None where it has no such method."""
+    identity = getattr(source, "identity", None)
+    return identity() if identity else None
+
+
+def fingerprint(source: ImageSource, size: int | None) -> str | None:
+    """Hexadecimal SHA-256 of all that decides the decoded images; None where it is not known."""
+    identity = identity_of(source)
+    if identity is None:
+        return None
+    return hashlib.sha256(f"{FORMAT} {PIL.__version__} {size} {identity}".encode()).hexdigest()
 
 
 def labels_of(source: ImageSource) -> np.ndarray:
     """Every label of a source, int (n,), without decoding an image where that can be helped."""
     if isinstance(source, ArraySource):
         return np.asarray(source.labels)
-    if isinstance(source, Subset):
-        ids = np.asarray(source.ids, np.int64)
-        if len(ids) < len(source.source) and hasattr(source.source, "label"):
-            return np.array([source.source.label(int(i)) for i in ids])
-        return labels_of(source.source)[ids]
     if isinstance(source, Relabelled):
         return source.labels[labels_of(source.source)]
-    if hasattr(source, "label"):
-        return np.array([source.label(i) for i in range(len(source))])
-    return np.array([source[i]["label"] for i in range(len(source))])
+    if isinstance(source, Subset):
+        ids = np.asarray(source.ids, np.int64)
+        label = getattr(source.source, "label", None)
+        if label and len(ids) < len(source.source):
+            return np.array([label(int(i)) for i in ids])
+        return labels_of(source.source)[ids]
+    label = getattr(source, "label", None) or (lambda i: source[i]["label"])
+    return np.array([label(i) for i in range(len(source))])
+
+
+def in_chunks(
+    n: int, work: Callable[[range], T], *, threads: int, desc: str
+) -> Generator[T, None, None]:
+    """What ``work`` returns for each chunk of the numbers below ``n``, in order.
+
+    Threads work ahead, and a progress bar counts the images of a larger set.
+    """
+    pool = ThreadPoolExecutor(threads)
+    chunks = [range(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)]
+    try:
+        with progress(n, desc, " images", disable=n < 2000) as bar:
+            for chunk, done in zip(chunks, pool.map(work, chunks), strict=True):
+                yield done
+                bar.update(len(chunk))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# Usable records
+
+
+def usable(
+    source: ImageSource,
+    skipped: Skipped,
+    *,
+    cache: str | os.PathLike | None = None,
+    threads: int = 8,
+    desc: str = "checking",
+) -> ImageSource:
+    """The records of ``source`` that can be used; ``source`` itself where all can, or all must.
+
+    A stream meets a damaged image at some step of a run, too late to agree on how many there are.
+    So where records may be left out, each is read, decoded and compared with the declared features
+    before the run. What was found is kept for the next run of the same files.
+
+    Args:
+      source: with ``check(index)``, which raises `BadRecord`; all records of another can be used.
+      skipped: takes those that cannot.
+      cache: folder in which what was found is kept, or None.
+      threads: that read and decode.
+      desc: of the progress bar.
+
+    Raises:
+      UserError: more records cannot be used than may be left out.
+    """
+    check = getattr(source, "check", None)
+    if not skipped.limit or not check:
+        return source
+    name = fingerprint(source, None) if cache else None
+    path = Path(cache, f"{name}.bad.json").expanduser() if cache and name else None
+    found = _remembered(path, len(source)) if path else None
+    if found is None:
+        found = _bad_records(len(source), check, skipped.limit, threads, desc)
+        if path and len(found) <= skipped.limit:
+            with contextlib.suppress(OSError):
+                write_json(path, found)
+    skipped.add(*(BadRecord(why) for _, why in found))
+    if not found:
+        return source
+    return Subset(source, np.setdiff1d(np.arange(len(source)), [index for index, _ in found]))
+
+
+def _bad_records(
+    n: int, check: Callable[[int], Any], limit: int, threads: int, desc: str
+) -> list[tuple[int, str]]:
+    """(index, why) of the records that cannot be used, in order. The search ends soon after
+    ``limit`` of them."""
+
+    def bad_of(chunk: range) -> list[tuple[int, str]]:
+        bad = []
+        for index in chunk:
+            try:
+                check(index)
+            except BadRecord as error:
+                bad.append((index, str(error).partition("\n")[0]))
+        return bad
+
+    found = []
+    with contextlib.closing(in_chunks(n, bad_of, threads=threads, desc=desc)) as parts:
+        for bad in parts:
+            found += bad
+            if len(found) > limit:
+                break
+    return found
+
+
+def usable_texts(
+    split: TextSplit,
+    names: Sequence[str] | None,
+    skipped: Skipped,
+    unread: Mapping[int, str],
+    error: Callable[[int, str], BadRecord],
+) -> TextSplit:
+    """The rows of ``split`` that can be used. No row is left out of a split without labels.
+
+    Args:
+      split: as it was read; of two texts in a row, one may be empty.
+      names: of the classes; None for regression.
+      skipped: takes the rows that cannot be used.
+      unread: rows that could not be read, and why.
+      error: makes the error from a row and why it cannot be used.
+
+    Raises:
+      UserError: more rows cannot be used than may be left out.
+    """
+    bad, labelled = dict(unread), split.is_labelled()
+    few = len(bad) <= skipped.limit
+    if labelled and few:
+        rows = (i for i in range(len(split.ids)) if i not in bad)
+        bad |= {i: why for i in rows if (why := _unusable(split, i, names))}
+    for i in sorted(bad):
+        if not labelled and few:
+            raise error(i, bad[i])
+        skipped.add(error(i, bad[i]))
+    return split.at([i for i in range(len(split.ids)) if i not in bad]) if bad else split
+
+
+def _unusable(split: TextSplit, i: int, names: Sequence[str] | None) -> str | None:
+    """Why a row that was read cannot be used, or None."""
+    label = split.labels[i]
+    if not any(column[i].strip() for column in split.texts):
+        return "its text is empty"
+    if names is None:
+        return None if np.isfinite(label) else f"its label is {label}, not a number"
+    if 0 <= label < len(names):
+        return None
+    return f"its label is {label}, the declared classes are 0 to {len(names) - 1}"
+
+
+def _remembered(path: Path, n: int) -> list[tuple[int, str]] | None:
+    try:
+        found = read_json(path)
+        whole = all(type(i) is int and 0 <= i < n and isinstance(why, str) for i, why in found)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    return [(index, why) for index, why in found] if whole else None
+
+
+# Held-out examples
+
+
+def held_out_count(n: int, amount: float, of: object = "the data set") -> int:
+    """How many of ``n`` examples ``amount`` stands for: a fraction if below 1, else a number.
+
+    ``of`` names the data set in errors.
+
+    >>> held_out_count(1437, 0.1), held_out_count(1437, 200)
+    (144, 200)
+
+    Raises:
+      UserError: if nothing would be left to train on, or ``amount`` is neither.
+    """
+    if amount < 0 or (amount >= 1 and amount != int(amount)):
+        raise UserError(
+            f"validation={amount!r}: must be a fraction of the training examples below 1, "
+            "or a whole number of them"
+        )
+    if n < 2 and amount > 0:
+        raise UserError(
+            f"{of} has {n} training example{'s' * (n != 1)}; two are needed, one of them to "
+            "choose the best step on"
+        )
+    count = round(n * amount) if amount < 1 else int(amount)
+    if amount > 0:
+        count = max(count, 1)
+    if count >= n:
+        raise UserError(
+            f"validation={amount!r} would hold out {count} of the {n} training examples of "
+            f"{of}; give a smaller one, such as 0.1"
+        )
+    return count
+
+
+def hold_out(
+    n: int, count: int, *, seed: int, labels: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices kept and held out, both ascending: ``count`` of ``n`` are held out at random.
+
+    With ``labels`` (n,) each class gives its share, rounded by largest remainder so that the total
+    is exact.
+
+    >>> kept, held = hold_out(6, 2, seed=0, labels=np.array([0, 0, 0, 1, 1, 1]))
+    >>> len(kept), sorted(np.array([0, 0, 0, 1, 1, 1])[held])
+    (4, [np.int64(0), np.int64(1)])
+    """
+    order = np.random.RandomState(seed).permutation(n)
+    if labels is None:
+        held = order[:count]
+    else:
+        labels = np.asarray(labels)
+        classes, sizes = np.unique(labels, return_counts=True)
+        quota = _largest_remainder(sizes, count)
+        shuffled = labels[order]
+        held = np.concatenate(
+            [order[shuffled == c][:q] for c, q in zip(classes, quota, strict=True)]
+        )
+    return np.setdiff1d(np.arange(n), held), np.sort(held)
+
+
+def _largest_remainder(sizes: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers that sum to ``total``, in proportion to ``sizes``."""
+    # Integers only: a float share could round differently on another machine.
+    whole, remainder = np.divmod(sizes * total, sizes.sum())
+    whole[np.argsort(-remainder, kind="stable")[: total - whole.sum()]] += 1
+    return whole
+
+
+def with_validation(
+    train: ImageSource,
+    amount: float,
+    *,
+    seed: int,
+    labels: np.ndarray | None = None,
+    of: object = "the data set",
+) -> tuple[ImageSource, ImageSource | None]:
+    """``train`` without the held out images, and those (None where ``amount`` is 0)."""
+    count = held_out_count(len(train), amount, of)
+    if count == 0:
+        return train, None
+    kept, held = hold_out(len(train), count, seed=seed, labels=labels)
+    return Subset(train, kept), Subset(train, held)
+
+
+# Some of the training examples
 
 
 def with_classes(data: Dataset, count: int, *, seed: int = SEED) -> Dataset:

@@ -1,14 +1,22 @@
-"""Rows of texts and labels from CSV, TSV and JSON-lines files, each known by its line."""
+"""Texts and labels from CSV, TSV and JSON-lines files, each row known by its line."""
 
 import csv
+import functools
 import json
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rmlora_jax.data.bad import BadRecord, Skipped
+import numpy as np
+
+from rmlora_jax.data.dataset import BadRecord, FoundTexts, Request, Skipped, Source, TextSplit
 from rmlora_jax.errors import UserError
+from rmlora_jax.files import near
+
+SUFFIXES = (".csv", ".tsv", ".jsonl")
+CONVERT = "files of texts end in .csv, .tsv or .jsonl; convert it to one"
 
 
 class Rows(NamedTuple):
@@ -16,9 +24,9 @@ class Rows(NamedTuple):
 
     Attributes:
       texts: one list of n strings for each column.
-      labels: n words, or none where no label was asked for.
+      labels: n words; [] where no label was asked for.
       lines: where each row ends in the file, from 1 on.
-      numbers: of the rows in the file, from 0 on; those that are left out are counted.
+      numbers: of the rows in the file, from 0 on; rows that are left out are counted.
     """
 
     texts: tuple[list[str], ...]
@@ -35,7 +43,7 @@ def read_rows(
     Args:
       path: of the file, in UTF-8.
       columns: names of the texts.
-      label_key: name of the label; None: there is none, and no row may be left out.
+      label_key: name of the label. None: the rows are to be predicted, and none may be left out.
       skipped: takes the rows that cannot be used.
 
     Raises:
@@ -47,7 +55,7 @@ def read_rows(
         try:
             row = _checked(path, line, raw)
             texts = [_cell(path, line, row, name) for name in columns]
-            label = label_key and _cell(path, line, row, label_key)
+            label = _cell(path, line, row, label_key) if label_key is not None else None
         except BadRecord as error:
             if label_key is None:
                 raise
@@ -55,7 +63,8 @@ def read_rows(
             continue
         for column, text in zip(rows.texts, texts, strict=True):
             column.append(text)
-        rows.labels.append(label)
+        if label is not None:
+            rows.labels.append(label)
         rows.lines.append(line)
         rows.numbers.append(number)
     if not rows.lines:
@@ -64,25 +73,27 @@ def read_rows(
 
 
 def _raw_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
-    """(line number, row) of a file; a row of JSON lines is still text."""
+    """(line number, row) of a file; a row of JSON lines is not parsed yet."""
     kind = path.suffix.lower()
-    if kind not in (".csv", ".tsv", ".jsonl"):
-        raise UserError(f"{path}: files of texts end in .csv, .tsv or .jsonl; convert it to one")
+    if kind not in SUFFIXES:
+        raise UserError(f"{path}: {CONVERT}")
     try:
-        # Bytes that are no UTF-8 become surrogates, by which a row that has some is known.
+        # Bytes that are not UTF-8 become surrogates; a row with surrogates is refused later.
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             if kind == ".jsonl":
                 yield from ((n, line) for n, line in enumerate(file, 1) if line.strip())
                 return
             reader = csv.DictReader(file, delimiter="," if kind == ".csv" else "\t", strict=True)
-            if not all(map(_is_unicode, reader.fieldnames or ())):
-                raise UserError(f"{path}, line 1: the heading is not UTF-8; convert the file")
-            for row in reader:
-                yield reader.line_num, row
+            try:
+                if not all(map(_is_unicode, reader.fieldnames or ())):
+                    raise UserError(f"{path}, line 1: the heading is not UTF-8; convert the file")
+                for row in reader:
+                    yield reader.line_num, row
+            except csv.Error as error:
+                where = f"{path}, line {reader.line_num}"
+                raise UserError(f"{where}: {error}; check its quotes") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; check its quotes") from error
 
 
 def _checked(path: Path, line: int, raw: dict | str) -> dict:
@@ -112,7 +123,7 @@ def _object(path: Path, number: int, line: str) -> dict:
 
 def _cell(path: Path, line: int, row: dict, name: str) -> str:
     if name not in row:
-        # Of a file with a heading all rows lack it.
+        # In a file with a heading, every row lacks it.
         kind = BadRecord if path.suffix.lower() == ".jsonl" else UserError
         raise kind(
             f"{path}, line {line}: no {name!r}; it has {', '.join(map(repr, row))[:200]}\n"
@@ -127,7 +138,7 @@ def _cell(path: Path, line: int, row: dict, name: str) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it has no half of a surrogate pair, which no tokenizer takes."""
+    """Whether it is free of surrogates, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -172,3 +183,66 @@ def value_of(word: str, label_key: str) -> float:
     if not math.isfinite(value):
         raise BadRecord(f"{label_key!r} is {word[:80]!r}, not a number")
     return value
+
+
+def _texts(request: Request, skipped: Skipped) -> FoundTexts:
+    columns, label_key, names = tuple(request.columns), request.label_key, None
+    if not columns:
+        raise UserError("name the columns with text: --config.text.columns=\"('text',)\"")
+
+    def labelled(file: str | os.PathLike) -> TextSplit:
+        nonlocal names
+        path = Path(file).expanduser()
+        rows = read_rows(path, columns, label_key, skipped)
+        if request.regression:
+            value = functools.partial(value_of, label_key=label_key)
+            return _with_labels(path, rows, value, np.float32, skipped)
+        names = names or class_names(path, rows.labels, label_key)  # those of the training file
+        number = functools.partial(class_of, numbers={word: i for i, word in enumerate(names)})
+        return _with_labels(path, rows, number, np.int32, skipped)
+
+    def unlabelled(file: str | os.PathLike) -> TextSplit:
+        rows = read_rows(Path(file).expanduser(), columns, None, skipped)
+        none, dtype = (np.nan, np.float32) if request.regression else (-1, np.int32)
+        return TextSplit(
+            rows.texts, np.full(len(rows.lines), none, dtype), np.array(rows.numbers)
+        )
+
+    assert request.train_file
+    train = labelled(request.train_file)
+    tests = {"test": labelled(request.test_file)} if request.test_file else {}
+    predicted = {"predict": unlabelled(request.predict_file)} if request.predict_file else {}
+    return FoundTexts(columns, names, train, tests, predicted, place=request.train_file)
+
+
+def _with_labels(
+    path: Path, rows: Rows, number_of: Callable[[str], float], dtype, skipped: Skipped
+) -> TextSplit:
+    """The rows whose label ``number_of`` can turn into a number."""
+    kept, labels = [], []
+    for i, (line, word) in enumerate(zip(rows.lines, rows.labels, strict=True)):
+        try:
+            labels.append(number_of(word))
+            kept.append(i)
+        except BadRecord as error:
+            skipped.add(BadRecord(f"{path}, line {line}: {error}"))
+    if not kept:
+        raise UserError(f"{path} has no row that can be used")
+    texts = tuple([column[i] for i in kept] for column in rows.texts)
+    return TextSplit(texts, np.array(labels, dtype), np.array(rows.numbers)[kept])
+
+
+def _missing(request: Request) -> list[str]:
+    wrong = []
+    for name in ("train_file", "test_file", "predict_file"):
+        file = getattr(request, name)
+        path = Path(file or "").expanduser()
+        if not file or (path.is_file() and path.suffix.lower() in SUFFIXES):
+            continue
+        absent = f"there is no such file{near(path)}"
+        why = absent if path.suffix.lower() in SUFFIXES else CONVERT
+        wrong.append(f"config.text.{name}={file!r}: {why}")
+    return wrong
+
+
+SOURCE = Source(handles=lambda request: bool(request.train_file), missing=_missing, texts=_texts)

@@ -1,20 +1,26 @@
-"""Texts as numbers: tokenised once, and kept on disk under a hash of all that they depend on."""
+"""Texts as numbers: tokenised once and cached, then batched.
 
-import contextlib
+A batch is padded to the shortest of a few lengths that holds its longest text. The order is that of
+``pipeline.batch_ids``: any number of processes sees the same global batches, and a run starts at
+any step. The length is that of the global batch, so that all processes run the same program.
+"""
+
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from rmlora_jax.data.progress import progress
+from rmlora_jax.data.pipeline import batch_ids, local_size
+from rmlora_jax.errors import progress
+from rmlora_jax.files import read_arrays, write_arrays
 
 FORMAT = 1  # of the cached files
 CHUNK = 2048  # texts between two steps of the progress bar
+WINDOW = 64  # batches that are sorted by length together
 
 
 class Tokens(NamedTuple):
@@ -22,7 +28,7 @@ class Tokens(NamedTuple):
 
     Attributes:
       ids: int32 (total,).
-      types: uint8 (total,): which of two texts a token belongs to.
+      types: uint8 (total,): 0 or 1, the text of a pair that a token belongs to.
       offsets: int64 (n + 1,): example i has the tokens from ``offsets[i]`` to ``offsets[i + 1]``.
     """
 
@@ -49,8 +55,8 @@ def tokenise(
       texts: one list of strings, or two of equal length.
       tokenizer: a fast tokenizer of transformers.
       max_length: tokens of an example; a longer one is cut, of a pair the longer text first.
-      cache_dir: folder of tokenised splits, made if missing; None for none. A damaged file in it
-        is made anew, and two processes at once each leave a whole one.
+      cache_dir: folder of tokenised splits, made if missing, or None. A damaged file in it is made
+        anew, and two processes at once each leave a whole one.
       desc: of the progress bar.
     """
     path = cache_dir and cache_dir / f"{fingerprint(texts, tokenizer, max_length)}.npz"
@@ -72,7 +78,7 @@ def tokenise(
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = Tokens(np.concatenate(ids), np.concatenate(types), offsets)
     if path:
-        _keep(path, tokens)
+        write_arrays(path, tokens._asdict())
     return tokens
 
 
@@ -84,7 +90,7 @@ def fingerprint(texts: Sequence[Sequence[str]], tokenizer, max_length: int) -> s
     facts = [FORMAT, tokenizers.__version__, max_length, len(texts), len(texts[0])]
     digest.update(json.dumps(facts).encode())
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # The state of earlier calls, which each call sets anew.
+    # Each call of the tokenizer sets these anew.
     backend |= {"truncation": None, "padding": None}
     digest.update(json.dumps(backend, sort_keys=True).encode())
     digest.update(f"{type(tokenizer).__name__} {tokenizer.truncation_side}".encode())
@@ -97,23 +103,133 @@ def fingerprint(texts: Sequence[Sequence[str]], tokenizer, max_length: int) -> s
 
 
 def _cached(path: Path, n: int) -> Tokens | None:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = Tokens(*(file[name] for name in Tokens._fields))
-    except Exception:  # numpy, zipfile and zlib raise many kinds for a damaged file
+    arrays = read_arrays(path, Tokens._fields)
+    if arrays is None:
         return None
+    found = Tokens(*arrays)
     whole = len(found.offsets) == n + 1 and found.offsets[-1] == len(found.ids) == len(found.types)
     return found if whole else None
 
 
-def _keep(path: Path, tokens: Tokens) -> None:
-    """Writes the cache; a folder that cannot be written only costs the next start its time."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **tokens._asdict())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+# Batches
+
+
+def buckets(max_length: int) -> tuple[int, ...]:
+    """The lengths that batches are padded to: steps of 16 up to 64, of 32 to 128, of 64 beyond.
+
+    >>> buckets(100)
+    (16, 32, 48, 64, 96, 100)
+    """
+    lengths = [*range(16, 64, 16), *range(64, 128, 32), *range(128, max_length, 64)]
+    return (*(n for n in lengths if n < max_length), max_length)
+
+
+def text_batches(
+    tokens: Tokens,
+    labels: np.ndarray,
+    global_batch: int,
+    *,
+    seed: int,
+    pad_id: int,
+    max_length: int,
+    start_step: int = 0,
+    group_by_length: bool = False,
+    one_length: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict]:
+    """Endless training batches of this process, from ``start_step`` on.
+
+    Args:
+      tokens, labels: of n examples; labels (n,).
+      global_batch: examples of all processes.
+      seed: of the order.
+      pad_id: token that stands for padding.
+      max_length: the largest of the lengths, see :func:`buckets`.
+      start_step: steps that are already done.
+      group_by_length: put examples of similar length together, within a window of 64 batches. Each
+        window has the same examples as without.
+      one_length: pad every batch to ``max_length``.
+      process_index, process_count: which part of each global batch is yielded.
+
+    Yields:
+      ``{"input_ids": int32 (b, L), "attention_mask": bool (b, L), "token_type_ids": int32 (b, L),
+      "label": (b,), "id": int32 (b,)}`` with ``b = global_batch / process_count``.
+    """
+    local = local_size(global_batch, process_count)
+    mine = slice(process_index * local, (process_index + 1) * local)
+    lengths = (max_length,) if one_length else buckets(max_length)
+    if not group_by_length:
+        orders = batch_ids(len(labels), global_batch, seed=seed, start_step=start_step)
+    else:
+        orders = _grouped(tokens.lengths, global_batch, seed, start_step)
+    for ids in orders:
+        length = _bucket(tokens, ids, lengths)
+        yield padded(tokens, ids[mine], length, pad_id) | {"label": labels[ids[mine]]}
+
+
+def _grouped(lengths: np.ndarray, global_batch: int, seed: int, step: int) -> Iterator[np.ndarray]:
+    while True:
+        window, first = divmod(step, WINDOW)
+        source = batch_ids(len(lengths), global_batch, seed=seed, start_step=window * WINDOW)
+        ids = np.concatenate([next(source) for _ in range(WINDOW)])
+        batches = ids[np.argsort(lengths[ids], kind="stable")].reshape(WINDOW, global_batch)
+        yield from np.random.RandomState([seed, window]).permutation(batches)[first:]
+        step = (window + 1) * WINDOW
+
+
+def eval_text_batches(
+    tokens: Tokens,
+    labels: np.ndarray,
+    global_batch: int,
+    *,
+    pad_id: int,
+    max_length: int,
+    one_length: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict]:
+    """Each example once, by length, padded to whole global batches; see :func:`text_batches`.
+
+    The lengths are 32, 64, 128 and so on: few, since each costs a compilation.
+
+    "id" is the example's number from 0 to n - 1. Rows that fill the last batch repeat an example
+    with "mask" False.
+    """
+    local = local_size(global_batch, process_count)
+    mine = slice(process_index * local, (process_index + 1) * local)
+    lengths, n = (max_length,) if one_length else _doubling(max_length), len(labels)
+    order = np.argsort(tokens.lengths, kind="stable").astype(np.int32)
+    rows = np.full(math.ceil(n / global_batch) * global_batch, order[-1])
+    rows[:n] = order
+    real = np.arange(len(rows)) < n
+    for start in range(0, len(rows), global_batch):
+        ids = rows[start : start + global_batch]
+        batch = padded(tokens, ids[mine], _bucket(tokens, ids, lengths), pad_id)
+        mask = real[start : start + global_batch][mine]
+        yield batch | {"label": labels[ids[mine]], "mask": mask}
+
+
+def _doubling(max_length: int) -> tuple[int, ...]:
+    lengths = [32]
+    while lengths[-1] < max_length:
+        lengths.append(2 * lengths[-1])
+    return (*lengths[:-1], max_length) if lengths[-1] > max_length else tuple(lengths)
+
+
+def _bucket(tokens: Tokens, ids: np.ndarray, lengths: tuple[int, ...]) -> int:
+    longest = (tokens.offsets[ids + 1] - tokens.offsets[ids]).max()
+    return next(length for length in lengths if length >= longest)
+
+
+def padded(tokens: Tokens, ids: np.ndarray, length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """The tokens of the examples ``ids`` (b,), padded on the right to ``length``."""
+    starts, ends = tokens.offsets[ids], tokens.offsets[ids + 1]
+    mask = np.arange(length) < (ends - starts)[:, None]
+    places = np.where(mask, starts[:, None] + np.arange(length), 0)
+    return {
+        "input_ids": np.where(mask, tokens.ids[places], np.int32(pad_id)),
+        "attention_mask": mask,
+        "token_type_ids": np.where(mask, tokens.types[places], 0).astype(np.int32),
+        "id": ids.astype(np.int32),
+    }

@@ -4,14 +4,24 @@ from rmlora_jax.hub.export import save_model
 from rmlora_jax.hub.info import Info, read_info, write_info
 from rmlora_jax.hub.peft_read import load_peft, stored_labels
 from rmlora_jax.hub.peft_write import save_peft
-from rmlora_jax.hub.pretrained import load_pretrained
+from rmlora_jax.hub.pretrained import (
+    Pretrained,
+    find_architecture,
+    load_pretrained,
+    load_text,
+    load_vit,
+    new_head,
+)
 from rmlora_jax.hub.source import bundled, find_folder
-from rmlora_jax.hub.text import PretrainedText, load_text, new_text_head
 from rmlora_jax.hub.tokenizer import load_tokenizer
-from rmlora_jax.hub.vit import Pretrained, load_vit, new_vit_head
+
+# Older names.
+PretrainedText = Pretrained
+new_vit_head = new_text_head = new_head
 
 
-def __getattr__(name):  # a trained model in use stands above this room, and is found when asked for
+def __getattr__(name):
+    # A trained model in use is in a room above this one; it is imported when somebody asks for it.
     if name in ("Classifier", "Prediction", "load"):
         from rmlora_jax.inference import classifier
 
@@ -26,6 +36,7 @@ __all__ = [
     "Pretrained",
     "PretrainedText",
     "bundled",
+    "find_architecture",
     "find_folder",
     "load",
     "load_peft",
@@ -33,6 +44,7 @@ __all__ = [
     "load_text",
     "load_tokenizer",
     "load_vit",
+    "new_head",
     "new_text_head",
     "new_vit_head",
     "read_info",

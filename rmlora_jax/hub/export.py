@@ -6,17 +6,16 @@ from typing import Any
 
 import numpy as np
 from flax.core import meta
-from flax.traverse_util import flatten_dict
 
 from rmlora_jax.adapt.lora import is_factor
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import new_folder, write_json, write_text_atomic
 from rmlora_jax.hub.info import Info, write_info
-from rmlora_jax.hub.pretrained import Pretrained, PretrainedText
+from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import CONFIG, EXTRAS, KINDS, PREPROCESSOR, read_json
 from rmlora_jax.hub.tokenizer import FILES
 from rmlora_jax.hub.weights import some, stored_tensors
-from rmlora_jax.models.family import param_shapes
+from rmlora_jax.models.family import flat_params, param_shapes
 
 CARD = "README.md"
 
@@ -29,19 +28,13 @@ CODE = (
     "quantization_config",
 )
 
-# Classes of the families that share RoBERTa's table.
-CLASSIFIERS = {
-    "xlm-roberta": "XLMRobertaForSequenceClassification",
-    "camembert": "CamembertForSequenceClassification",
-}
-
 BILINEAR = 2  # pillow's number
 
 
 def save_model(
     folder: str | Path,
     params: Any,
-    base: Pretrained | PretrainedText,
+    base: Pretrained,
     *,
     info: Info,
     old_names: bool = True,
@@ -94,21 +87,21 @@ def save_model(
         write_json(new / CONFIG, config)
         save_file(tensors, new / KINDS[0][0], metadata={"format": "pt"})
         (new / KINDS[0][0]).chmod(0o644)  # it would be the writer's alone
-        if info.is_image:
-            write_json(new / PREPROCESSOR, preprocessor(base, info))
-        else:
+        if base.image_mean is None:
             copy_tokenizer(base.folder, new)
+        else:
+            write_json(new / PREPROCESSOR, preprocessor(base, info))
         write_info(new, info)
         if isinstance(card := info.about.get("card"), str):
             write_text_atomic(new / CARD, card)
     return folder
 
 
-def hf_config(base: Pretrained | PretrainedText, info: Info) -> dict[str, Any]:
+def hf_config(base: Pretrained, info: Info) -> dict[str, Any]:
     """The base's config.json for the trained classifier.
 
-    Without what would run code, without private fields (the writer's paths, for one), and in
-    float32: transformers 5 otherwise computes in the dtype that the base was published in.
+    Left out are fields that would run code and private ones, such as the writer's paths. The dtype
+    is float32: transformers 5 would otherwise compute in the dtype of the published base.
     """
     raw = _without_code(read_json(base.folder / CONFIG))
     raw = {name: value for name, value in raw.items() if not name.startswith("_")}
@@ -116,13 +109,14 @@ def hf_config(base: Pretrained | PretrainedText, info: Info) -> dict[str, Any]:
         raw.pop(name, None)
     labels = info.labels or [f"LABEL_{i}" for i in range(base.num_labels)]
     config = raw | {
-        "architectures": [CLASSIFIERS.get(raw.get("model_type"), base.family.classifier)],
+        "architectures": [base.family.classifier],
         "id2label": {str(i): name for i, name in enumerate(labels)},
         "label2id": {name: i for i, name in enumerate(labels)},
         "dtype": "float32",
     }
-    if info.is_image:
-        config |= {"model_type": "vit", "image_size": base.config.image_size}
+    config.setdefault("model_type", base.family.config.model_types[0])
+    if base.image_size is not None:
+        config["image_size"] = base.image_size
     if info.is_regression:
         config["problem_type"] = "regression"
     elif base.num_labels > 1:  # transformers refuses it for a single class
@@ -139,7 +133,8 @@ def preprocessor(base: Pretrained, info: Info) -> dict[str, Any]:
     middle, and ``info.channels`` 1 is not made of colours; gray images are repeated to three
     channels, as here.
     """
-    side = base.config.image_size
+    side = base.image_size
+    assert side is not None
     square = {"height": side, "width": side}
     config = {
         "image_processor_type": "ViTImageProcessor",
@@ -165,7 +160,7 @@ def preprocessor(base: Pretrained, info: Info) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer's files that there are from one folder to another; never code."""
+    """Copies the tokenizer's files from one folder to another; never code."""
     for name in TOKENIZER:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -179,9 +174,9 @@ def _without_code(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in CODE}
 
 
-def _check_info(info: Info, base: Pretrained | PretrainedText) -> None:
-    side = getattr(base.config, "image_size", None)
-    if info.is_image != (side is not None):
+def _check_info(info: Info, base: Pretrained) -> None:
+    side = base.image_size
+    if info.inputs is not base.family.inputs:
         raise UserError(f"info.task is {info.task!r}, but {base.source} is a "
                         f"{base.family.classifier}; give the base that was trained")
     if info.labels is not None and len(info.labels) != base.num_labels:
@@ -192,9 +187,9 @@ def _check_info(info: Info, base: Pretrained | PretrainedText) -> None:
                         f"{side}; load it with image_size={info.image_size}")
 
 
-def _checked(params: Any, base: Pretrained | PretrainedText) -> dict[str, np.ndarray]:
+def _checked(params: Any, base: Pretrained) -> dict[str, np.ndarray]:
     """'/'-joined path -> value of exactly the parameters that the model's files hold."""
-    flat = flatten_dict(meta.unbox(params), sep="/")
+    flat = flat_params(meta.unbox(params))
     if factors := [path for path in flat if is_factor(path.split("/"))]:
         raise UserError(f"params: {some(factors)} are low-rank factors; save what "
                         "rm.merge(params, lora) returns")

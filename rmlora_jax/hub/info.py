@@ -1,32 +1,48 @@
-"""What a trained model is for: its classes, and how its inputs are made. Kept beside adapters."""
+"""What a trained model is for: ``rmlora.json`` for programs, README.md for people.
+
+Both lie beside its weights.
+"""
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import write_json
-from rmlora_jax.hub.source import read_json
+from rmlora_jax.hub.pretrained import Pretrained
+from rmlora_jax.hub.source import CONFIG, PACKAGED, bundled, read_json
+from rmlora_jax.models.family import IMAGES, TEXTS, Inputs
 
 FILE = "rmlora.json"
-TASKS = ("image_classification", "text_classification", "text_regression")
+TASKS = {  # what a model of each is called with
+    "image_classification": IMAGES,
+    "text_classification": TEXTS,
+    "text_regression": TEXTS,
+}
+
+PIPELINES = {
+    "image_classification": "image-classification",
+    "text_classification": "text-classification",
+    "text_regression": "text-classification",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """What PEFT's own files do not say of a trained model.
+    """What PEFT's own files do not say about a trained model.
 
     Attributes:
       task: "image_classification", "text_classification" or "text_regression".
       labels: names of the classes; None where they are numbers, or for regression.
       image_size: side of the images in pixels; None is the base's own.
-      stored_size: side to which the middle square of an image is brought first; None leaves an
-        image as it is.
-      center: part of the side of such an image whose middle is taken, then resized to image_size.
+      stored_size: the middle square of an image is first resized to this side; None skips this.
+      center: the part of the side that is then kept, in the middle, and resized to image_size.
       channels: 3, or 1 for images that are made gray.
-      max_length: tokens of a text.
+      max_length: the most tokens that a text keeps.
       columns: names of the one or two texts of an example.
-      dtype: in which the model was computed: "float32", "bfloat16", "float16".
+      dtype: the compute dtype of the model: "float32", "bfloat16" or "float16".
       about: what else a model card says: data, method, metrics, config. Any JSON.
     """
 
@@ -42,15 +58,27 @@ class Info:
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def inputs(self) -> Inputs:
+        """What the model is called with."""
+        return TASKS[self.task]
+
+    @property
     def is_image(self) -> bool:
-        return self.task == TASKS[0]
+        return self.inputs is IMAGES
 
     @property
     def is_regression(self) -> bool:
-        return self.task == TASKS[2]
+        return self.task == "text_regression"
+
+    @property
+    def outputs(self) -> int | None:
+        """Outputs of the model; None where they are not known."""
+        if self.is_regression:
+            return 1
+        return len(self.labels) if self.labels else None
 
     def label(self, index: int) -> str:
-        """The name of a class, its number where it has none."""
+        """The name of a class; its number where classes have no names."""
         return self.labels[index] if self.labels else str(index)
 
 
@@ -60,17 +88,17 @@ def write_info(folder: Path, info: Info) -> Path:
 
 
 def read_info(folder: Path) -> Info | None:
-    """The `Info` of a folder, None where it has none.
+    """The `Info` in a folder; None where there is no rmlora.json.
 
     Raises:
-      UserError: the file is damaged, or a field has a value that it cannot have.
+      UserError: the file is damaged, or a field has a value that is not allowed.
     """
     path = folder / FILE
     if not path.exists():
         return None
-    raw = read_json(path)
+    raw: dict[str, Any] = read_json(path)
     checks = {
-        "task": lambda x: x in TASKS,
+        "task": lambda x: isinstance(x, str) and x in TASKS,
         "labels": lambda x: x is None or _strings(x, 1, 100_000),
         "image_size": lambda x: x is None or _count(x),
         "stored_size": lambda x: x is None or _count(x),
@@ -85,8 +113,8 @@ def read_info(folder: Path) -> Info | None:
     if "task" not in raw or wrong:
         raise UserError(f"{path}: {wrong[0] if wrong else 'task'} is missing, unknown or wrong; "
                         "copy the folder again")
-    tuples = {k: tuple(raw[k]) for k in ("labels", "columns") if raw.get(k) is not None}
-    return Info(**raw | tuples)
+    raw |= {k: tuple(raw[k]) for k in ("labels", "columns") if raw.get(k) is not None}
+    return Info(**raw)
 
 
 def _count(value: Any) -> bool:
@@ -96,3 +124,114 @@ def _count(value: Any) -> bool:
 def _strings(value: Any, least: int, most: int) -> bool:
     return (isinstance(value, list) and least <= len(value) <= most
             and all(isinstance(text, str) for text in value))
+
+
+def adapter_card(
+    config: Mapping[str, Any], base: Pretrained, info: Info | None, old_names: bool
+) -> str:
+    """The card of an adapter with this adapter_config.json."""
+    auto = f"AutoModelFor{base.family.purpose}"
+    torch = f"""from peft import PeftModel
+from transformers import {auto}
+base = {auto}.from_pretrained(
+    "{base.source}", num_labels={base.num_labels}, ignore_mismatched_sizes=True, dtype="float32"
+)
+model = PeftModel.from_pretrained(base, "FOLDER").eval()"""
+    notes = ""
+    if base.family.spellings > 1:
+        which = "up to 5.8" if old_names else "5.9 or later"
+        notes = (
+            f"\n\nThe names in it are those of transformers {which}; other releases may find no "
+            "layer of that name. `save_peft(..., old_names=...)` writes either."
+        )
+    if base.family.config.from_hf(read_json(base.folder / CONFIG)) != base.config:
+        notes += (
+            f"\n\nIt was trained on images of {base.image_size} pixels: call the model with "
+            "`interpolate_pos_encoding=True`."
+        )
+    text = [
+        _front({"library_name": "peft", "base_model": base.source,
+                **({"pipeline_tag": PIPELINES[info.task]} if info else {})}),
+        f"# Adapter of {base.source}",
+        f"Low-rank factors (rank {config['r']}, alpha {config['lora_alpha']}) for "
+        f"{', '.join(config['target_modules'])}"
+        + (f"; trained as a whole: {', '.join(config['modules_to_save'])}."
+           if config["modules_to_save"] else "."),
+        *_about(info),
+        "## Use",
+        "In JAX, with `rmlora_jax`:",
+        _code("import rmlora_jax.hub\n\nmodel = rmlora_jax.hub.load(\"FOLDER\")\n"
+              f"print(model([{_example(info)}]))"),
+        "In PyTorch, with `peft`:",
+        _code(torch) + _where(base) + notes,
+        *_config(info),
+    ]
+    return "\n\n".join(text) + "\n"
+
+
+def model_card(base: Pretrained, info: Info) -> str:
+    """The card of a whole model."""
+    auto = f"AutoModelFor{base.family.purpose}"
+    text = [
+        _front({"library_name": "transformers", "base_model": base.source,
+                "pipeline_tag": PIPELINES[info.task]}),
+        f"# {base.source}, fine-tuned",
+        *_about(info),
+        "## Use",
+        "In PyTorch, with `transformers`:",
+        _code(f"from transformers import {auto}\n\n"
+              f"model = {auto}.from_pretrained(\"FOLDER\").eval()"),
+        "In JAX, with `rmlora_jax`:",
+        _code("import rmlora_jax.hub\n\nmodel = rmlora_jax.hub.load(\"FOLDER\")\n"
+              f"print(model([{_example(info)}]))"),
+        *_config(info),
+    ]
+    return "\n\n".join(text) + "\n"
+
+
+def _where(base: Pretrained) -> str:
+    """How to find a base that no hub has."""
+    if base.source not in (*bundled(), *PACKAGED):
+        return ""
+    find = f"from rmlora_jax.hub import find_folder; print(find_folder('{base.source}'))"
+    return (
+        "\n\nNo hub knows the base by this name: give the folder that "
+        f"`python -c \"{find}\"` prints."
+    )
+
+
+def _about(info: Info | None) -> list[str]:
+    """Data, method, classes and figures, as far as they are known."""
+    if info is None:
+        return []
+    facts = [f"* {name}: {info.about[name]}" for name in ("data", "method", "step")
+             if name in info.about]
+    if info.labels:
+        shown = ", ".join(info.labels[:20])
+        facts.append(f"* classes: {shown}" + (", ..." if len(info.labels) > 20 else ""))
+    figures = info.about.get("metrics") or {}
+    rows = [f"| {name} | {value:.4f} |" for name, value in figures.items()
+            if isinstance(value, float)]
+    table = ["| on test data | |\n|---|---|\n" + "\n".join(rows)] if rows else []
+    return ["\n".join(facts), *table]
+
+
+def _config(info: Info | None) -> list[str]:
+    if info is None or "config" not in info.about:
+        return []
+    return ["## Config of the run", _code(json.dumps(info.about["config"], indent=1), "json")]
+
+
+def _example(info: Info | None) -> str:
+    if info is None or info.is_image:
+        return '"photo.jpg"'
+    return '"a text"' if len(info.columns) == 1 else '("a text", "another")'
+
+
+def _front(fields: Mapping[str, str]) -> str:
+    """What model hubs read, in YAML; JSON's strings are strings there."""
+    return "\n".join(["---", *(f"{k}: {json.dumps(v)}" for k, v in fields.items()), "---"])
+
+
+def _code(text: str, language: str = "python") -> str:
+    return f"```{language}\n{text}\n```"

@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of Hugging Face PEFT: what is read of it, and what patterns mean."""
+"""PEFT's ``adapter_config.json``, what its patterns mean, and PyTorch's names of the modules."""
 
 import math
 import re
@@ -6,10 +6,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from rmlora_jax.adapt import DESCRIPTIONS
+from rmlora_jax.adapt.lora import LoRA
 from rmlora_jax.errors import UserError
+from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import read_json
+from rmlora_jax.models.family import flat_params
 
 CONFIG_FILE = "adapter_config.json"
+PREFIX = "base_model.model."  # what PEFT puts in front of the names of modules
 
 # What changes the forward pass in a way that factors and saved modules do not tell.
 UNSUPPORTED = (
@@ -33,6 +40,7 @@ class PeftConfig(NamedTuple):
       saved: names of modules that are kept as a whole, or their endings.
       rank_pattern, alpha_pattern: regular expression of a module's name or its ending -> value;
         the first that matches wins.
+      description: the class that describes the adapter's form, such as ``LoRA``.
     """
 
     base: str | None
@@ -44,6 +52,7 @@ class PeftConfig(NamedTuple):
     saved: tuple[str, ...]
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    description: type[LoRA]
 
     def rank_of(self, module: str) -> int:
         """r of the module of this name."""
@@ -71,7 +80,9 @@ def read_config(folder: Path) -> PeftConfig:
 
     if raw.get("peft_type") != "LORA":
         raise wrong("peft_type", "'LORA': no other kind can be read")
-    used = [field for field in UNSUPPORTED if raw.get(field)]
+    description = _description(raw)
+    known = description.form.peft_fields
+    used = [field for field in UNSUPPORTED if raw.get(field) and field not in known]
     if used:
         raise UserError(
             f"{path}: {used[0]} is {_short(raw[used[0]])}, which is more than low-rank factors; "
@@ -115,7 +126,17 @@ def read_config(folder: Path) -> PeftConfig:
         saved=tuple(saved),
         rank_pattern=raw.get("rank_pattern") or {},
         alpha_pattern=raw.get("alpha_pattern") or {},
+        description=description,
     )
+
+
+def _description(raw: Mapping[str, Any]) -> type[LoRA]:
+    """The description of the form that the fields of a config tell; plain LoRA has none."""
+    for description in DESCRIPTIONS:
+        fields = description.form.peft_fields
+        if fields and all(raw.get(name) == value for name, value in fields.items()):
+            return description
+    return LoRA
 
 
 def ends_with(module: str, ending: str) -> bool:
@@ -200,3 +221,52 @@ def _names(value: Any) -> bool:
 
 def _short(value: Any) -> str:
     return repr(value)[:80]
+
+
+class Names:
+    """PyTorch's names of a model's modules in one spelling.
+
+    Attributes:
+      entries: path of each parameter that the model has -> its line in the family's table.
+      modules: the modules that hold them, and all that those are in.
+    """
+
+    def __init__(self, base: Pretrained, old_names: bool):
+        self.base, self.which = base, 0 if old_names else -1
+        shapes = {path: np.shape(x) for path, x in flat_params(base.params).items()}
+        self.entries = {e.path: e for e in base.family.table if e.path in shapes}
+        self.layers = max((shapes[p][0] for p, e in self.entries.items() if e.stacked), default=1)
+        self.modules = {
+            module
+            for path in self.entries
+            for name in self.of_layers(self.module(path))
+            for module in _upwards(name)
+        }
+
+    def module(self, path: str) -> str:
+        """The module of a parameter; "vit.layers.{}.mlp.fc1" where it is of every layer."""
+        return self.entries[path].names[self.which].rpartition(".")[0]
+
+    def of_layers(self, module: str) -> list[str]:
+        """The names that "{}" stands for."""
+        if "{}" not in module:
+            return [module]
+        return [module.format(layer) for layer in range(self.layers)]
+
+    def root(self, path: str) -> str:
+        """The module to keep if this parameter is trained: of what is new for the task, the
+        uppermost (RoBERTa's "classifier" has two linear layers), else its own."""
+        module, prefix = self.module(path), self.base.family.prefix
+        if any(re.fullmatch(pattern, path) for pattern in self.base.family.new):
+            inside = module.removeprefix(prefix)
+            return module[: len(module) - len(inside)] + inside.partition(".")[0]
+        return module
+
+    def below(self, root: str) -> list[str]:
+        """Paths of the parameters of a module and of all modules in it."""
+        return [path for path in self.entries if root in _upwards(self.module(path))]
+
+
+def _upwards(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -7,22 +7,26 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
-from rmlora_jax.adapt.lora import FACTORS, WEIGHTS, LoRA
+from rmlora_jax.adapt import DESCRIPTIONS
+from rmlora_jax.adapt.geometry import Layout
+from rmlora_jax.adapt.lora import WEIGHTS, LoRA
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub.peft_config import CONFIG_FILE, PeftConfig, ends_with, read_config
-from rmlora_jax.hub.peft_names import PREFIX, Base
-from rmlora_jax.hub.peft_write import EMBEDDING, LAYER, WEIGHTS_FILE, alpha_of
+from rmlora_jax.hub.peft_config import CONFIG_FILE, PREFIX, PeftConfig, ends_with, read_config
+from rmlora_jax.hub.peft_write import WEIGHTS_FILE, alpha_of, peft_leaves
 from rmlora_jax.hub.pickled import PickledTensors
+from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.safetensors_file import SafetensorsFile
-from rmlora_jax.hub.weights import Entry, some, stored_shape
+from rmlora_jax.hub.weights import some, stored_shape
+from rmlora_jax.models.family import Entry, flat_params
 
 OLD_WEIGHTS_FILE = "adapter_model.bin"
-FACTOR = re.compile(r"(.+)\.({})".format("|".join(map(re.escape, (*LAYER, *EMBEDDING)))))
+NAMES = {name for d in DESCRIPTIONS for names in d.form.peft or () for name in names}
+LEAF = re.compile(r"(.+)\.({})".format("|".join(map(re.escape, sorted(NAMES)))))
 
 
-def load_peft(folder: str | Path, base: Base, *, saved: bool = True) -> tuple[dict, LoRA]:
+def load_peft(folder: str | Path, base: Pretrained, *, saved: bool = True) -> tuple[dict, LoRA]:
     """The adapter in a folder, as parameters of the adapted model and their description.
 
     Reads what `save_peft` and PEFT (in PyTorch) write, for every family of models that can be
@@ -50,17 +54,18 @@ def load_peft(folder: str | Path, base: Base, *, saved: bool = True) -> tuple[di
     """
     folder = Path(folder)
     config, tensors = read_config(folder), _open(folder)
-    params = dict(flatten_dict(base.params, sep="/"))
+    params = flat_params(base.params)
     shapes = {path: np.shape(x) for path, x in params.items()}
-    found = _sorted_out(folder, tensors, base, shapes)
+    found = _sorted_out(folder, config, tensors, base, shapes)
     _check_complete(folder, config, found, shapes)
     if not saved:
         found = found._replace(saved={})
     described = {}
     for path, layers in found.factors.items():
         module = path.rpartition("/")[0]
-        factors, scale = _stack(folder, config, layers, found.entries[path], shapes[path])
-        params |= {f"{module}/{name}": x for name, x in zip(FACTORS, factors, strict=True)}
+        factors, scale = _stack(folder, config, layers, found.entries[path], params[path])
+        names = config.description.form.leaves
+        params |= {f"{module}/{name}": x for name, x in zip(names, factors, strict=True)}
         rank = factors[0].shape[-1]
         described[module] = (rank, alpha_of(scale, rank, config.rs))
     if not described:
@@ -75,7 +80,7 @@ def _description(config: PeftConfig, described: dict[str, tuple[int, float]], tr
     """The LoRA of modules with these ranks and alphas, the most frequent as default."""
     common = Counter(described.values()).most_common(1)[0][0]
     others = [(re.escape(m), pair) for m, pair in sorted(described.items()) if pair != common]
-    return LoRA(
+    return config.description(
         rank=common[0],
         alpha=common[1],
         target=tuple(sorted(described)),
@@ -116,17 +121,19 @@ class _Found(NamedTuple):
     """The tensors of a file by what they are here; a layer without a stack is layer 0."""
 
     entries: dict[str, Entry]
-    factors: dict[str, dict[int, tuple[str, np.ndarray, np.ndarray]]]  # (module's name, A, B)
+    factors: dict[str, dict[int, tuple[str, list[np.ndarray]]]]  # (module's name, leaves)
     saved: dict[tuple[str, int], str]  # (path, layer) -> name in the file
 
 
-def _sorted_out(folder: Path, tensors, base: Base, shapes) -> _Found:
+def _sorted_out(folder: Path, config: PeftConfig, tensors, base: Pretrained, shapes) -> _Found:
     """Every tensor of the file, found in the family's table.
 
     Raises:
       UserError: one is not in it, is there twice, or is a factor without its partner.
     """
     file, prefix = folder / WEIGHTS_FILE, base.family.prefix
+    spelt = config.description.form.peft
+    assert spelt is not None  # only forms that PEFT has are read
     entries = {e.path: e for e in base.family.table if e.path in shapes}
     slots = {
         name: (entry.path, layer)
@@ -143,13 +150,13 @@ def _sorted_out(folder: Path, tensors, base: Base, shapes) -> _Found:
     found: dict[Any, str] = {}
     modules, unexpected = {}, []
     for key in tensors:
-        factor = FACTOR.fullmatch(_plain(key))
+        factor = LEAF.fullmatch(_plain(key))
         slot = weights.get(factor[1]) if factor else slots.get(_plain(key))
         if slot is None or not key.startswith(PREFIX):
             unexpected.append(key)
             continue
         if factor:
-            kinds = EMBEDDING if slot[0].endswith("/embedding") else LAYER
+            kinds = spelt[slot[0].endswith("/embedding")]
             if factor[2] not in kinds:
                 unexpected.append(key)
                 continue
@@ -157,8 +164,9 @@ def _sorted_out(folder: Path, tensors, base: Base, shapes) -> _Found:
             slot = (*slot, kinds.index(factor[2]))
         if found.setdefault(slot, key) != key:
             raise UserError(f"{file}: {found[slot]!r} and {key!r} are the same tensor")
-    halves = [(slot, side) for slot in modules for side in (0, 1) if (*slot, side) not in found]
-    lonely = [f"{PREFIX}{modules[slot]}.{LAYER[side]}" for slot, side in halves]
+    sides = range(len(spelt[0]))
+    halves = [(slot, side) for slot in modules for side in sides if (*slot, side) not in found]
+    lonely = [f"{PREFIX}{modules[slot]}.{spelt[0][side]}" for slot, side in halves]
     if unexpected or lonely:
         parts = [("lacks", lonely), ("has unexpected", unexpected)]
         what = "; ".join(f"{verb} {some(names)}" for verb, names in parts if names)
@@ -166,8 +174,8 @@ def _sorted_out(folder: Path, tensors, base: Base, shapes) -> _Found:
         raise UserError(f"{file} {what}. Is it an adapter of {base.source}, a {kind}?")
     factors = {}
     for (path, layer), module in modules.items():
-        a, b = (_floating(folder, tensors, found[path, layer, side]) for side in (0, 1))
-        factors.setdefault(path, {})[layer] = (module, a, b)
+        leaves = [_floating(folder, tensors, found[path, layer, side]) for side in sides]
+        factors.setdefault(path, {})[layer] = (module, leaves)
     saved = {slot: key for slot, key in found.items() if len(slot) == 2}
     return _Found(entries, factors, saved)
 
@@ -213,45 +221,47 @@ def _is_inside(module: str, root: str) -> bool:
     return f".{root}." in f".{module}."
 
 
-def _stack(folder: Path, config: PeftConfig, layers: dict, entry: Entry, shape):
-    """(A (*stack, in, r), B (*stack, r, out)), s of one weight from the factors of its layers."""
-    inner = shape[entry.stacked :]
+def _stack(folder: Path, config: PeftConfig, layers: dict, entry: Entry, weight):
+    """(leaves, such as A (*stack, in, r) and B (*stack, r, out)), s of one weight from the leaves
+    of its layers."""
+    weight = weight if entry.stacked else np.asarray(weight)[None]
     ready, scales = {}, {}
-    for layer, (name, a, b) in layers.items():
-        ready[layer] = _factors(folder, config, name, a, b, entry, inner)
+    for layer, (name, leaves) in layers.items():
+        ready[layer] = _leaves(folder, config, name, leaves, entry, weight.shape[1:])
         scales[layer] = config.scale_of(name, ready[layer][0].shape[1])
     common = Counter(scales.values()).most_common(1)[0][0]
-    rank = max(a.shape[1] for a, _ in ready.values())
-    first_a, first_b = next(iter(ready.values()))
-    count = shape[0] if entry.stacked else 1
-    whole_a = np.zeros((count, first_a.shape[0], rank), np.float32)
-    whole_b = np.zeros((count, rank, first_b.shape[1]), np.float32)
-    for layer, (a, b) in ready.items():
+    rank, count = max(a.shape[1] for a, *_ in ready.values()), len(weight)
+    a, b, *others = next(iter(ready.values()))
+    shapes = [(count, len(a), rank), (count, rank, b.shape[1])]
+    whole = config.description.form.idle(weight, [*shapes, *((count, *x.shape) for x in others)])
+    for layer, (a, b, *others) in ready.items():
         ratio = scales[layer] / common
-        whole_a[layer, :, : a.shape[1]] = a
-        whole_b[layer, : len(b)] = b if ratio == 1 else (ratio * b.astype(np.float64))
-    return (whole_a, whole_b) if entry.stacked else (whole_a[0], whole_b[0]), common
+        whole[0][layer, :, : a.shape[1]] = a
+        whole[1][layer, : len(b)] = b if ratio == 1 else (ratio * b.astype(np.float64))
+        for rest, x in zip(whole[2:], others, strict=True):
+            rest[layer] = x
+    return whole if entry.stacked else tuple(x[0] for x in whole), common
 
 
-def _factors(folder: Path, config: PeftConfig, name: str, a, b, entry: Entry, inner):
-    """A (in, r) and B (r, out) of one module, whose weight has the shape ``inner`` here.
+def _leaves(folder: Path, config: PeftConfig, name: str, leaves, entry: Entry, inner):
+    """The leaves of one module, whose weight has the shape ``inner`` here: A (in, r), B (r, out).
 
     Raises:
       UserError: they do not fit the weight, or the rank that the config gives the module.
     """
-    rank, axes = config.rank_of(name), entry.axes
-    if entry.path.endswith("/embedding"):
-        wanted, axes = [(rank, inner[0]), (inner[1], rank)], (1, 0)
-    else:
-        ones = (1,) * (len(inner) - 2)
-        wanted = [(*inner[:-1], rank), (*ones, rank, inner[-1])]
-        wanted = [stored_shape(shape, axes) for shape in wanted]
-    if [a.shape, b.shape] != wanted:
+    rank, form = config.rank_of(name), config.description.form
+    _, ours, axes = zip(*peft_leaves(form, entry, inner, rank), strict=True)
+    wanted = list(map(stored_shape, ours, axes))
+    if [x.shape for x in leaves] != wanted:
+        found = " and ".join(str(x.shape) for x in leaves)
         raise UserError(
-            f"{folder / WEIGHTS_FILE}: the factors of {name!r} have shapes {a.shape} and {b.shape};"
-            f" the base, and rank {rank} of {CONFIG_FILE}, ask for {wanted[0]} and {wanted[1]}"
+            f"{folder / WEIGHTS_FILE}: the factors of {name!r} have shapes {found};"
+            f" the base, and rank {rank} of {CONFIG_FILE}, ask for "
+            + " and ".join(map(str, wanted))
         )
-    return a.transpose(axes).reshape(-1, rank), b.transpose(axes).reshape(rank, -1)
+    shapes = form.shapes(inner, Layout((), tuple(range(len(inner) - 1)), (len(inner) - 1,)), rank)
+    unfolded = [x if own is None else x.transpose(own) for x, own in zip(leaves, axes, strict=True)]
+    return [x.reshape(shape) for x, shape in zip(unfolded, shapes, strict=True)]
 
 
 def _replaced(folder: Path, tensors, name: str, old, layer: int, entry: Entry) -> np.ndarray:

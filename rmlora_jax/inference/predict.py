@@ -1,7 +1,6 @@
 """``python run.py --workdir=DIR --predict ...``: a table on the terminal, and a CSV file."""
 
 import csv
-import glob
 import io
 import os
 import sys
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import write_bytes_atomic
 from rmlora_jax.inference.classifier import Prediction, load
-from rmlora_jax.inference.inputs import find_images, images_below, is_image
+from rmlora_jax.inference.inputs import is_image
 
 FILE = "predictions.csv"
 CACHE = "~/.cache/rmlora_jax/xla"  # of compiled programs; the trainer's, unless it was told another
@@ -30,7 +29,7 @@ def predict(
 
     Args:
       workdir: what `load` accepts.
-      values: as given to ``--predict``, see `images_of` and `texts_of`.
+      values: as given to ``--predict``, see `inputs.images_of` and `inputs.texts_of`.
       top: classes of each input.
       out: CSV file with the columns input, label and probability, or input and value; a pair of
         texts is joined by a tab. Default: ``predictions.csv`` in ``workdir``.
@@ -48,7 +47,7 @@ def predict(
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     model = load(workdir)
     file = _writable(Path(out).expanduser() if out else Path(workdir).expanduser() / FILE)
-    inputs = images_of(values) if model.info.is_image else texts_of(values, model.info.columns)
+    inputs = model.read.from_arguments(values)
 
     failures = []
 
@@ -68,87 +67,6 @@ def predict(
     if failures:
         print(f"error: {len(failures)} of {len(inputs)} images cannot be read", file=sys.stderr)
     return 1 if failures else 0
-
-
-def images_of(values: Sequence[str]) -> list[str]:
-    """Paths of the images that files, folders and patterns name, with commas between several.
-
-    Raises:
-      UserError: one of them names no image.
-    """
-    found = []
-    for value in values:
-        # A comma, or a bracket of a pattern, may be part of a file's name.
-        parts = [value] if os.path.exists(value) else value.split(",")
-        for part in filter(None, map(str.strip, parts)):
-            found += _matching(part) if glob.has_magic(part) else find_images(part)
-    if not found:
-        raise UserError(f"{', '.join(values)!r} names no image; give files, folders or patterns")
-    return found
-
-
-def _matching(pattern: str) -> list[str]:
-    if os.path.exists(pattern):
-        return find_images(pattern)
-    paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-    found = [path for path in paths if is_image(Path(path)) and os.path.isfile(path)]
-    for folder in filter(os.path.isdir, paths):
-        found += images_below(Path(folder))
-    if not found:
-        raise UserError(f"no image is called {pattern!r}; put the pattern between quotes")
-    return list(dict.fromkeys(found))  # "**" names what is in a folder, and the folder
-
-
-def texts_of(values: Sequence[str], columns: Sequence[str]) -> list[str | tuple[str, ...]]:
-    """Texts, or pairs with a tab between them: given as they are, or a line each of a file.
-
-    ``@FILE``, the name of a file and ``-`` (standard input) stand for the lines in them; empty ones
-    are left out. A text that begins with @ must therefore be put into a file.
-
-    Raises:
-      UserError: a file cannot be read, or a line is no pair where the model takes pairs.
-    """
-    texts = []
-    for value in values:
-        if value == "-":
-            lines, where = _lines("standard input", sys.stdin.buffer.read()), "standard input"
-        elif value.startswith("@") or os.path.isfile(value):
-            where = os.path.expanduser(value.removeprefix("@"))
-            lines = _lines(where, _contents(where))
-        else:
-            lines, where = [(1, value)], "--predict"
-        for number, line in lines:
-            parts = tuple(line.split("\t")) if len(columns) > 1 else (line,)
-            if len(parts) != len(columns):
-                raise UserError(
-                    f"{where}, line {number}: this model takes {len(columns)} texts "
-                    f"({', '.join(columns)}) with a tab between them, not {len(parts)}"
-                )
-            texts.append(parts if len(columns) > 1 else line)
-    if not texts:
-        raise UserError(f"there is no text in {', '.join(values)}")
-    return texts
-
-
-def _contents(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); a text that begins with @ must be in a file"
-        ) from None
-
-
-def _lines(where: str, data: bytes) -> list[tuple[int, str]]:
-    """The lines with something in them, and their numbers."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{where}, line {line}: is no UTF-8; save it as UTF-8") from None
-    # Not splitlines, which ends a line at many a control character too.
-    lines = enumerate(text.replace("\r\n", "\n").split("\n"), 1)
-    return [(number, line) for number, line in lines if line.strip()]
 
 
 def to_csv(rows: Sequence[Prediction]) -> str:
@@ -192,7 +110,7 @@ def _cells(rows: Sequence[Prediction], number: str) -> tuple[list[str], list[lis
     if rows[0].label is None:
         return ["input", "value"], [[name, number.format(row.value)] for name, row in pairs]
     heading = ["input", "label", "probability"]
-    return heading, [[name, row.label, number.format(row.probability)] for name, row in pairs]
+    return heading, [[name, str(row.label), number.format(row.probability)] for name, row in pairs]
 
 
 def _short(text: str) -> str:

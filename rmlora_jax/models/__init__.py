@@ -1,10 +1,29 @@
-"""Bundled models: Flax Linen, layers scanned, plain parameter trees."""
+"""Bundled models: Flax Linen, layers scanned, plain parameter trees.
 
-from rmlora_jax.models.bert import Bert
-from rmlora_jax.models.bert_config import BertConfig
-from rmlora_jax.models.deberta import Deberta
-from rmlora_jax.models.deberta_config import DebertaConfig
-from rmlora_jax.models.vit import ViT
-from rmlora_jax.models.vit_config import ViTConfig
+``FAMILIES`` is the registry: the ``model_type`` of a config.json -> the `Family` that reads it.
+"""
 
-__all__ = ["Bert", "BertConfig", "Deberta", "DebertaConfig", "ViT", "ViTConfig"]
+from rmlora_jax.models.bert import BERT, CAMEMBERT, ROBERTA, XLM_ROBERTA, Bert, BertConfig
+from rmlora_jax.models.deberta import DEBERTA, Deberta, DebertaConfig
+from rmlora_jax.models.family import Family
+from rmlora_jax.models.vit import VIT, ViT, ViTConfig
+
+FAMILIES: dict[str, Family] = {
+    "vit": VIT,
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": XLM_ROBERTA,
+    "camembert": CAMEMBERT,
+    "deberta-v2": DEBERTA,  # v3 too
+}
+
+__all__ = [
+    "FAMILIES",
+    "Bert",
+    "BertConfig",
+    "Deberta",
+    "DebertaConfig",
+    "Family",
+    "ViT",
+    "ViTConfig",
+]

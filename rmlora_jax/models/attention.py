@@ -1,11 +1,13 @@
 """Scaled dot-product attention: which kernel runs it, and the padding that cuDNN's kernel needs."""
 
 from collections.abc import Callable
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+Kernel = Literal["xla", "cudnn"]
 
 # cuDNN's flash kernel wants sequence lengths and head sizes that are multiples of this.
 CUDNN_MULTIPLE = 8
@@ -42,15 +44,13 @@ def attend(
     """
     if mask is not None:
         implementation = "xla"
-    implementation = chosen(implementation, query.dtype, query.shape[-1])
-    if implementation == "cudnn":
+    kernel = chosen(implementation, query.dtype, query.shape[-1])
+    if kernel == "cudnn":
         return padded_attention(query, key, value, "cudnn", keys)
     if keys is not None:
         mask = (jnp.arange(key.shape[1]) < keys)[None]
     pairs = None if mask is None else mask[:, None, None, :]
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=pairs, implementation=implementation
-    )
+    return jax.nn.dot_product_attention(query, key, value, mask=pairs, implementation=kernel)
 
 
 def attend_with_dropout(query, key, value, drop: Callable, mask: jax.Array | None = None):
@@ -76,7 +76,7 @@ def masked_softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jax.nn.softmax(scores)
 
 
-def padded_attention(query, key, value, implementation: str, keys: int | None = None):
+def padded_attention(query, key, value, implementation: Kernel, keys: int | None = None):
     """Attention with the lengths padded to multiples of 8; padded keys get no weight.
 
     cuDNN refuses odd lengths such as ViT's 197. Arguments and result as in ``attend``.
@@ -110,11 +110,11 @@ def batched_alike(*arrays):
     return *(x + zero.astype(x.dtype)[:, None, None, None] for x in arrays), zero
 
 
-def chosen(implementation: str, dtype, head_dim: int) -> str:
-    """``"xla"`` or ``"cudnn"``: what ``"auto"`` is on this device; the others are themselves."""
+def chosen(implementation: str, dtype, head_dim: int) -> Kernel:
+    """The kernel that ``"auto"`` means on this device; another name means itself."""
     if implementation == "auto":
         return "cudnn" if cudnn_can_run(dtype, head_dim) else "xla"
-    return implementation
+    return cast(Kernel, implementation)
 
 
 def filled_length(length: int, implementation: str, dtype, head_dim: int) -> int:

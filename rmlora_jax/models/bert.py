@@ -1,5 +1,6 @@
-"""BERT and RoBERTa as classifiers of texts (Flax Linen, layers scanned)."""
+"""BERT and RoBERTa as classifiers of texts: their config, model, and names in files."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -8,17 +9,111 @@ import jax
 import jax.numpy as jnp
 
 from rmlora_jax.models.attention import attend, attend_with_dropout
-from rmlora_jax.models.bert_config import BertConfig
-from rmlora_jax.models.encoder import MLP, checked_tokens, normal_dense, normal_embed
-from rmlora_jax.models.inserts import bottleneck, prefixed
-from rmlora_jax.models.parts import (
+from rmlora_jax.models.blocks import (
+    MLP,
     REMAT,
+    bottleneck,
     check_choices,
     check_counts,
+    checked_tokens,
+    dense_layer,
+    embed_layer,
     kept_with_attention,
     layer_norm,
+    prefixed,
     scan_layers,
 )
+from rmlora_jax.models.config import EncoderConfig, check_fields, refuse
+from rmlora_jax.models.family import (
+    AS_IS,
+    NEW_CLASSIFIER,
+    TEXTS,
+    Entry,
+    Family,
+    linear_entries,
+    norm_entries,
+)
+
+# Families that compute what RoBERTa does, over other vocabularies.
+ROBERTAS = ("roberta", "xlm-roberta", "camembert")
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig(EncoderConfig):
+    """The architecture of a BERT or RoBERTa encoder; names and defaults are Hugging Face's.
+
+    Attributes: those of `EncoderConfig`, and
+
+      model_type: bert, or roberta, xlm-roberta, camembert, which number positions from
+        ``pad_token_id + 1`` on and have another classification head.
+      vocab_size: rows of the word embedding.
+      classifier_dropout: dropout before the head (training); None: as ``hidden_dropout_prob``.
+      max_position_embeddings: rows of the position table.
+      type_vocab_size: rows of the token-type table.
+      pad_token_id: the token that stands for padding.
+      prefix_length: trained keys and values in front of every layer's own; 0: none.
+
+    Raises:
+      ValueError: naming the field, its value and what is allowed.
+
+    Source: Devlin et al. 2019, https://arxiv.org/abs/1810.04805; Liu et al. 2019,
+    https://arxiv.org/abs/1907.11692.
+
+    >>> BertConfig(model_type="roberta", max_position_embeddings=514, pad_token_id=1).longest
+    512
+    """
+
+    model_type: str = "bert"
+    vocab_size: int = 30522
+    classifier_dropout: float | None = None
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    pad_token_id: int = 0
+    prefix_length: int = 0
+
+    model_types = ("bert", *ROBERTAS)
+    # Token numbers that only a tokenizer reads; position_embedding_type is checked apart.
+    inert = ("bos_token_id", "eos_token_id", "position_embedding_type")
+
+    def __post_init__(self):
+        check_fields(self, minimum={"pad_token_id": 0})
+        if self.model_type not in self.model_types:
+            refuse("model_type", self.model_type, f"one of {', '.join(self.model_types)}")
+        drop = self.classifier_dropout
+        if drop is not None and not (isinstance(drop, (int, float)) and 0 <= drop < 1):
+            refuse("classifier_dropout", drop, "a probability below 1, or null")
+
+    @property
+    def is_roberta(self) -> bool:
+        return self.model_type in ROBERTAS
+
+    @property
+    def head_dropout(self) -> float:
+        """The dropout before the head."""
+        drop = self.classifier_dropout
+        return self.hidden_dropout_prob if drop is None else drop
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens that have positions."""
+        return self.max_position_embeddings - self.is_roberta * (self.pad_token_id + 1)
+
+    @classmethod
+    def from_hf(cls, config):
+        """See `ModelConfig.from_hf`.
+
+        >>> BertConfig.from_hf({"model_type": "bert", "hidden_size": 384}).head_dropout
+        0.1
+        """
+        kind = config.get("position_embedding_type") or "absolute"
+        if kind != "absolute":
+            refuse("position_embedding_type", kind, "'absolute'")
+        known = cls.known_fields(config)
+        if known.get("pad_token_id", 0) is None:
+            del known["pad_token_id"]
+        if known.get("model_type") in ROBERTAS:  # whose defaults differ in these
+            known = {"vocab_size": 50265, "pad_token_id": 1, "layer_norm_eps": 1e-12} | known
+        return cls(**known)
 
 
 class Embed(nn.Module):
@@ -32,7 +127,7 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, input_ids, token_type_ids):
         c = self.config
-        table = normal_embed(c.initializer_range, self.param_dtype, self.dtype)
+        table = embed_layer(c, self.param_dtype, self.dtype)
         x = table(c.vocab_size, c.hidden_size, name="word")(input_ids)
         x += table(c.type_vocab_size, c.hidden_size, name="token_type")(token_type_ids)
         position = table(c.max_position_embeddings, c.hidden_size, name="position")
@@ -60,7 +155,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, mask):
         c = self.config
-        dense = normal_dense(c.initializer_range, self.param_dtype, self.dtype)
+        dense = dense_layer(c, self.param_dtype, self.dtype)
         heads = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         query, key, value = (
             kept_with_attention(dense(c.hidden_size, name=name)(x)).reshape(heads)
@@ -102,7 +197,7 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """All layers: (B, N, D) -> (B, N, D), and every hidden state where ``collect``."""
 
-    config: BertConfig
+    config: Any  # BertConfig, or another with its fields of the layers
     dtype: Any
     param_dtype: Any
     deterministic: bool
@@ -213,10 +308,82 @@ class Bert(nn.Module):
             name="encoder",
         )(x, mask)
         drop = nn.Dropout(c.head_dropout, deterministic=not train)
-        dense = normal_dense(c.initializer_range, self.param_dtype)
+        dense = dense_layer(c, self.param_dtype)
         first = x[:, 0].astype(jnp.float32)
         if c.is_roberta:
             first = drop(first)
         pooled = jnp.tanh(dense(c.hidden_size, name="pooler")(first))
         logits = dense(self.num_labels, name="head")(drop(pooled))
         return (logits, states) if hidden_states else logits
+
+
+# Modules of a layer: path here, name there, whether it is a norm.
+_LAYER = (
+    ("attention/query", "attention.self.query", False),
+    ("attention/key", "attention.self.key", False),
+    ("attention/value", "attention.self.value", False),
+    ("attention/out", "attention.output.dense", False),
+    ("norm1", "attention.output.LayerNorm", True),
+    ("mlp/fc1", "intermediate.dense", False),
+    ("mlp/fc2", "output.dense", False),
+    ("norm2", "output.LayerNorm", True),
+)
+
+
+def _encoder_table(prefix: str) -> tuple[Entry, ...]:
+    """Embeddings and layers, whose names families of BERT's lineage share."""
+    embeddings = f"{prefix}embeddings"
+    return (
+        *(
+            Entry(f"embed/{path}/embedding", AS_IS, (f"{embeddings}.{path}_embeddings.weight",))
+            for path in ("word", "position", "token_type")
+        ),
+        *norm_entries("embed/norm", f"{embeddings}.LayerNorm"),
+        *(
+            entry
+            for path, name, is_norm in _LAYER
+            for entry in (norm_entries if is_norm else linear_entries)(
+                f"encoder/layers/{path}", f"{prefix}encoder.layer.{{}}.{name}"
+            )
+        ),
+    )
+
+
+BERT = Family(
+    config=BertConfig,
+    model=Bert,
+    inputs=TEXTS,
+    classifier="BertForSequenceClassification",
+    prefix="bert.",
+    table=(
+        *_encoder_table("bert."),
+        *linear_entries("pooler", "bert.pooler.dense"),
+        *linear_entries("head", "classifier"),
+    ),
+    new=NEW_CLASSIFIER,
+    leftovers=(r"cls\..*", r"(bert\.)?embeddings\.position_ids"),
+)
+
+ROBERTA = Family(
+    config=BertConfig,
+    model=Bert,
+    inputs=TEXTS,
+    classifier="RobertaForSequenceClassification",
+    prefix="roberta.",
+    table=(
+        *_encoder_table("roberta."),
+        *linear_entries("pooler", "classifier.dense"),
+        *linear_entries("head", "classifier.out_proj"),
+    ),
+    new=NEW_CLASSIFIER,
+    # The pooler of the bare encoder is not what the classifier runs.
+    leftovers=(
+        r"lm_head\..*",
+        r"(roberta\.)?pooler\.dense\.(weight|bias)",
+        r"(roberta\.)?embeddings\.position_ids",
+    ),
+)
+
+# They compute what RoBERTa does, over other vocabularies.
+XLM_ROBERTA = ROBERTA._replace(classifier="XLMRobertaForSequenceClassification")
+CAMEMBERT = ROBERTA._replace(classifier="CamembertForSequenceClassification")

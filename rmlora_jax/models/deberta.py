@@ -1,5 +1,6 @@
-"""DeBERTa-v2 and v3 as a classifier of texts (Flax Linen, layers scanned)."""
+"""DeBERTa-v2 and v3 as classifiers of texts: their config, model, and names in files."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -7,19 +8,188 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rmlora_jax.models.deberta_config import DebertaConfig
-from rmlora_jax.models.disentangled import disentangled_scores, drop_rows, relative_rows
-from rmlora_jax.models.encoder import MLP, checked_tokens, normal_dense, normal_embed
-from rmlora_jax.models.inserts import bottleneck
-from rmlora_jax.models.parts import (
+from rmlora_jax.models.blocks import (
     ACTIVATIONS,
+    MLP,
     REMAT,
+    bottleneck,
     check_choices,
     check_counts,
+    checked_tokens,
+    dense_layer,
+    embed_layer,
     kept_with_attention,
     layer_norm,
     scan_layers,
 )
+from rmlora_jax.models.config import EncoderConfig, check_fields, refuse
+from rmlora_jax.models.family import (
+    AS_IS,
+    LINEAR,
+    NEW_CLASSIFIER,
+    TEXTS,
+    Entry,
+    Family,
+    linear_entries,
+    norm_entries,
+)
+from rmlora_jax.models.positions import disentangled_scores, drop_rows, relative_rows
+
+TERMS = ("c2p", "p2c")
+
+
+@dataclasses.dataclass(frozen=True)
+class DebertaConfig(EncoderConfig):
+    """The architecture of a DeBERTa-v2 or v3 encoder; names and defaults are Hugging Face's.
+
+    Attributes: those of `EncoderConfig`, whose dropout is here that of relative embeddings and of
+    the convolution too, and
+
+      vocab_size: rows of the word embedding.
+      embedding_size: width of the embeddings, projected to D where it is another; 0: D.
+      max_position_embeddings: rows of the table of absolute positions.
+      type_vocab_size: rows of the token-type table; 0: there is none.
+      relative_attention: whether attention looks at relative positions.
+      pos_att_type: the terms it adds, any of ``"c2p"`` (content to position) and ``"p2c"``.
+      position_buckets: distances beyond half of it share logarithmic buckets; below 1: each
+        distance has its own row.
+      max_relative_positions: the longest distance told apart; below 1: as
+        ``max_position_embeddings``.
+      share_att_key: whether relative embeddings go through the projections of the content.
+      norm_rel_ebd: ``"layer_norm"`` normalises the relative embeddings, ``"none"`` does not.
+      position_biased_input: whether absolute positions are added to the embeddings.
+      conv_kernel_size: width of the convolution beside the first layer, odd; 0: there is none.
+      conv_groups: its groups; must divide ``hidden_size``.
+      conv_act: its activation.
+      pooler_hidden_act: activation of the pooler.
+      pooler_dropout: dropout before the pooler (training).
+      cls_dropout: dropout before the head (training); None: as ``hidden_dropout_prob``.
+
+    Raises:
+      ValueError: naming the field, its value and what is allowed.
+
+    Source: He et al. 2021, https://arxiv.org/abs/2006.03654; https://arxiv.org/abs/2111.09543.
+
+    >>> DebertaConfig(position_buckets=256).span
+    256
+    """
+
+    vocab_size: int = 128100
+    hidden_size: int = 1536
+    embedding_size: int = 0
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 24
+    intermediate_size: int = 6144
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 0
+    layer_norm_eps: float = 1e-7
+    relative_attention: bool = False
+    pos_att_type: tuple[str, ...] = ()
+    position_buckets: int = -1
+    max_relative_positions: int = -1
+    share_att_key: bool = False
+    norm_rel_ebd: str = "none"
+    position_biased_input: bool = True
+    conv_kernel_size: int = 0
+    conv_groups: int = 1
+    conv_act: str = "tanh"
+    pooler_hidden_act: str = "gelu"
+    pooler_dropout: float = 0.0
+    cls_dropout: float | None = None
+
+    model_types = ("deberta-v2",)  # v3 has the same
+    # The masked-language head (legacy) and the number of the padding token, whose embedding is
+    # masked out anyway. attention_head_size and pooler_hidden_size are checked apart.
+    inert = (
+        *("legacy", "pad_token_id", "padding_idx", "bos_token_id", "eos_token_id"),
+        *("attention_head_size", "pooler_hidden_size"),
+    )
+    no_prefix = "DeBERTa's attention goes by relative positions, which prefix vectors do not have"
+
+    def __post_init__(self):
+        least = {"embedding_size": 0, "type_vocab_size": 0, "conv_kernel_size": 0}
+        any_number = dict.fromkeys(("position_buckets", "max_relative_positions"), -(2**31))
+        check_fields(self, minimum=least | any_number)
+        if not isinstance(self.pos_att_type, tuple) or set(self.pos_att_type) - set(TERMS):
+            refuse("pos_att_type", self.pos_att_type, "any of c2p and p2c, as 'p2c|c2p'")
+        if self.norm_rel_ebd not in ("none", "layer_norm"):
+            refuse("norm_rel_ebd", self.norm_rel_ebd, "'none' or 'layer_norm'")
+        if self.conv_kernel_size and not self.conv_kernel_size % 2:
+            refuse("conv_kernel_size", self.conv_kernel_size, "odd, or 0 for no convolution")
+        if self.hidden_size % self.conv_groups:
+            refuse(
+                "conv_groups", self.conv_groups, f"a divisor of hidden_size = {self.hidden_size}"
+            )
+        if self.relative_attention and self.position_buckets > 0:
+            # The logarithm runs from half the buckets to the longest distance.
+            most = self.longest_distance - 2
+            if self.position_buckets < 2 or self.position_buckets // 2 > most:
+                refuse(
+                    "position_buckets",
+                    self.position_buckets,
+                    f"below 1 for none, or from 2 to {2 * most + 1}, so that half of it is below "
+                    f"max_relative_positions - 1 = {most + 1}",
+                )
+        drop = self.cls_dropout
+        if drop is not None and not (isinstance(drop, (int, float)) and 0 <= drop < 1):
+            refuse("cls_dropout", drop, "a probability below 1, or null")
+
+    @property
+    def longest_distance(self) -> int:
+        """The longest distance that is told apart."""
+        if self.max_relative_positions < 1:
+            return self.max_position_embeddings
+        return self.max_relative_positions
+
+    @property
+    def span(self) -> int:
+        """Half the rows of the table of relative positions."""
+        return self.position_buckets if self.position_buckets > 0 else self.longest_distance
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The terms that attention adds for relative positions."""
+        return self.pos_att_type if self.relative_attention else ()
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the embeddings."""
+        return self.embedding_size or self.hidden_size
+
+    @property
+    def head_dropout(self) -> float:
+        """The dropout before the head."""
+        return self.hidden_dropout_prob if self.cls_dropout is None else self.cls_dropout
+
+    @property
+    def longest(self) -> int | None:
+        """The number of tokens that have positions; None: any number."""
+        return self.max_position_embeddings if self.position_biased_input else None
+
+    @classmethod
+    def from_hf(cls, config):
+        """See `ModelConfig.from_hf`.
+
+        >>> DebertaConfig.from_hf({"model_type": "deberta-v2", "pos_att_type": "p2c|c2p"}).terms
+        ()
+        """
+        known = cls.known_fields(config)
+        known = {name: value for name, value in known.items() if value is not None}
+        terms = known.get("pos_att_type", ())
+        if isinstance(terms, str):
+            terms = [term.strip() for term in terms.lower().split("|") if term.strip()]
+        known["pos_att_type"] = tuple(sorted(set(terms)))
+        if isinstance(known.get("norm_rel_ebd"), str):
+            known["norm_rel_ebd"] = known["norm_rel_ebd"].strip().lower()
+        built = cls(**known)
+        head = built.hidden_size // built.num_attention_heads
+        for name, value in (
+            ("attention_head_size", head),
+            ("pooler_hidden_size", built.hidden_size),
+        ):
+            if config.get(name) not in (None, value):
+                refuse(name, config[name], f"{value}, as hidden_size asks for")
+        return built
 
 
 class Embed(nn.Module):
@@ -33,7 +203,7 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, input_ids, token_type_ids, mask):
         c = self.config
-        table = normal_embed(c.initializer_range, self.param_dtype, self.dtype)
+        table = embed_layer(c, self.param_dtype, self.dtype)
         width = c.embedding_width
         x = table(c.vocab_size, width, name="word")(input_ids)
         if c.position_biased_input:
@@ -42,7 +212,7 @@ class Embed(nn.Module):
         if c.type_vocab_size:
             x += table(c.type_vocab_size, width, name="token_type")(token_type_ids)
         if width != c.hidden_size:
-            dense = normal_dense(c.initializer_range, self.param_dtype, self.dtype)
+            dense = dense_layer(c, self.param_dtype, self.dtype)
             x = dense(c.hidden_size, use_bias=False, name="project")(x)
         x = layer_norm(c.layer_norm_eps, self.dtype, self.param_dtype, "norm")(x)
         x = jnp.where(mask[..., None], x, 0)
@@ -60,7 +230,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, mask, relative):
         c = self.config
-        dense = normal_dense(c.initializer_range, self.param_dtype, self.dtype)
+        dense = dense_layer(c, self.param_dtype, self.dtype)
         heads = (c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         content = {name: dense(c.hidden_size, name=name) for name in ("query", "key", "value")}
         query, key, value = (
@@ -200,7 +370,7 @@ class Encoder(nn.Module):
         c = self.config
         if not c.relative_attention:
             return None
-        table = normal_embed(c.initializer_range, self.param_dtype, self.dtype)
+        table = embed_layer(c, self.param_dtype, self.dtype)
         x = table(2 * c.span, c.hidden_size, name="relative")(distance_rows(c, length))
         if c.norm_rel_ebd == "none":
             return x
@@ -222,13 +392,7 @@ class Deberta(nn.Module):
     Attributes:
       config: the architecture.
       num_labels: outputs of the head; 1 for regression.
-      dtype: compute dtype of everything but layer-norm statistics, softmax, pooler and head, which
-        are float32.
-      param_dtype: dtype of new parameters; loaded ones keep their own.
-      unroll: layers per iteration of the scan; a larger value compiles longer and runs faster.
-      remat: what the backward pass recomputes: ``"none"`` nothing, ``"dots"`` everything but
-        the outputs of the linear layers, ``"attention"`` everything but those in attention,
-        ``"full"`` each layer from its input.
+      dtype, param_dtype, unroll, remat: as in `Bert`.
 
     Source: He et al. 2021, https://arxiv.org/abs/2006.03654, section 3; He et al. 2023,
     https://arxiv.org/abs/2111.09543.
@@ -299,7 +463,7 @@ class Deberta(nn.Module):
             self.remat,
             name="encoder",
         )(x, mask)
-        dense = normal_dense(c.initializer_range, self.param_dtype)
+        dense = dense_layer(c, self.param_dtype)
         first = x[:, 0].astype(jnp.float32)
         first = nn.Dropout(c.pooler_dropout, deterministic=not train)(first)
         pooled = ACTIVATIONS[c.pooler_hidden_act](dense(c.hidden_size, name="pooler")(first))
@@ -319,3 +483,54 @@ def normalised(x, scale, bias, epsilon: float):
     y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)
     return (y * scale + bias).astype(x.dtype)
+
+
+_EMBEDDINGS = "deberta.embeddings"
+_ENCODER = "deberta.encoder"
+_LAYER = "deberta.encoder.layer.{}"
+
+# PyTorch's Conv1d keeps (out, in, width).
+_CONV1D = (2, 1, 0)
+
+DEBERTA = Family(
+    config=DebertaConfig,
+    model=Deberta,
+    inputs=TEXTS,
+    classifier="DebertaV2ForSequenceClassification",
+    prefix="deberta.",
+    table=(
+        *(
+            Entry(f"embed/{path}/embedding", AS_IS, (f"{_EMBEDDINGS}.{path}_embeddings.weight",))
+            for path in ("word", "position", "token_type")
+        ),
+        Entry("embed/project/kernel", LINEAR, (f"{_EMBEDDINGS}.embed_proj.weight",)),
+        *norm_entries("embed/norm", f"{_EMBEDDINGS}.LayerNorm"),
+        Entry("encoder/relative/embedding", AS_IS, (f"{_ENCODER}.rel_embeddings.weight",)),
+        *norm_entries("encoder/relative_norm", f"{_ENCODER}.LayerNorm"),
+        Entry("encoder/conv/conv/kernel", _CONV1D, (f"{_ENCODER}.conv.conv.weight",)),
+        Entry("encoder/conv/conv/bias", AS_IS, (f"{_ENCODER}.conv.conv.bias",)),
+        *norm_entries("encoder/conv/norm", f"{_ENCODER}.conv.LayerNorm"),
+        *(
+            entry
+            for name in ("query", "key", "value", "pos_key", "pos_query")
+            for entry in linear_entries(
+                f"encoder/layers/attention/{name}", f"{_LAYER}.attention.self.{name}_proj"
+            )
+        ),
+        *linear_entries("encoder/layers/attention/out", f"{_LAYER}.attention.output.dense"),
+        *norm_entries("encoder/layers/norm1", f"{_LAYER}.attention.output.LayerNorm"),
+        *linear_entries("encoder/layers/mlp/fc1", f"{_LAYER}.intermediate.dense"),
+        *linear_entries("encoder/layers/mlp/fc2", f"{_LAYER}.output.dense"),
+        *norm_entries("encoder/layers/norm2", f"{_LAYER}.output.LayerNorm"),
+        *linear_entries("pooler", "pooler.dense"),
+        *linear_entries("head", "classifier"),
+    ),
+    new=NEW_CLASSIFIER,
+    # Masked-language and replaced-token heads, the absolute positions that only the former's
+    # decoder saw, and what mDeBERTa added to the words while it was pre-trained.
+    leftovers=(
+        r"(lm_predictions|mask_predictions|cls)\..*",
+        r"(deberta\.)?embeddings\.(position_ids|position_embeddings\.weight)",
+        r"(deberta\.)?embeddings\.word_embeddings\._weight",
+    ),
+)

@@ -1,62 +1,199 @@
-"""What differs between families of models, as data."""
+"""What differs between families of models, as data.
 
-from pathlib import Path
-from typing import NamedTuple
+A family is its model file (config, Linen module and one `Family`) and one line in
+`rmlora_jax.models.FAMILIES`. Who loads, saves, adapts or predicts asks the `Family`, never which
+family it is.
+"""
 
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
-from rmlora_jax.errors import UserError, first_line
-from rmlora_jax.hub.source import CONFIG
-from rmlora_jax.hub.weights import Entry
+from rmlora_jax.models.config import LARGEST, ModelConfig
+
+# How a stored tensor becomes a parameter: the axes for numpy.transpose. PyTorch's Linear keeps
+# (out, in), its Conv2d (out, in, height, width). The inverse permutation leads back.
+AS_IS = None
+LINEAR = (1, 0)
+CONV = (2, 3, 1, 0)
+
+
+class Entry(NamedTuple):
+    """One parameter and its names in published files.
+
+    Attributes:
+      path: '/'-joined path in the parameter tree.
+      axes: axes for ``numpy.transpose`` from file to parameter (of one layer), None to leave it.
+      names: its spellings in files, the oldest generation first; ``{}`` stands for the layer's
+        number, and then the parameter is stacked over the layers on axis 0.
+    """
+
+    path: str
+    axes: tuple[int, ...] | None
+    names: tuple[str, ...]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter is stacked over the layers."""
+        return "{}" in self.names[0]
+
+
+def linear_entries(path: str, *names: str) -> tuple[Entry, Entry]:
+    """Kernel and bias of a linear layer with these spellings."""
+    return (
+        Entry(f"{path}/kernel", LINEAR, tuple(f"{name}.weight" for name in names)),
+        Entry(f"{path}/bias", AS_IS, tuple(f"{name}.bias" for name in names)),
+    )
+
+
+def norm_entries(path: str, *names: str) -> tuple[Entry, Entry]:
+    """Scale and bias of a layer norm with these spellings."""
+    return (
+        Entry(f"{path}/scale", AS_IS, tuple(f"{name}.weight" for name in names)),
+        Entry(f"{path}/bias", AS_IS, tuple(f"{name}.bias" for name in names)),
+    )
+
+
+class Inputs(NamedTuple):
+    """What a model is called with.
+
+    Attributes:
+      name: for messages, such as "images".
+      example: config -> shapes and dtypes of arguments that the model can be initialised with.
+      resized: (config, image size in pixels) -> the config for images of that size; raises a
+        ValueError. None: the inputs are not images.
+      normalisation: (content of preprocessor_config.json, config) -> mean and standard deviation
+        of each channel, for pixels in [0, 1]; raises a ValueError. None: the inputs are not images.
+    """
+
+    name: str
+    example: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]]
+    resized: Callable[[Any, int], Any] | None = None
+    normalisation: Callable[[Mapping, Any], tuple[tuple, tuple]] | None = None
+
+
+def _image(config) -> tuple[jax.ShapeDtypeStruct, ...]:
+    side = config.image_size
+    return (jax.ShapeDtypeStruct((1, side, side, config.num_channels), jnp.float32),)
+
+
+def _tokens(config) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
+
+
+def _with_image_size(config, image_size: int):
+    try:
+        return dataclasses.replace(config, image_size=image_size)
+    except ValueError:
+        raise ValueError(
+            f"image_size is {image_size!r}; it must be a whole number of pixels, "
+            f"at least the patch size {config.patch_size}"
+        ) from None
+
+
+def _normalisation(raw: Mapping[str, Any], config) -> tuple[tuple, tuple]:
+    """Mean and standard deviation for pixels in [0, 1]; ViTImageProcessor's defaults are 0.5."""
+    channels = config.num_channels
+    mean = std = [0.5] * channels
+    if not raw.get("do_normalize", True):
+        mean, std = [0.0] * channels, [1.0] * channels
+    else:
+        mean, std = raw.get("image_mean") or mean, raw.get("image_std") or std
+    # The processor normalises pixel * rescale_factor, where we normalise pixel / 255.
+    factor = raw.get("rescale_factor", 1 / 255) if raw.get("do_rescale", True) else 1.0
+    if not (_are_numbers(mean, channels, -LARGEST) and _are_numbers(std, channels, 1 / LARGEST)):
+        raise ValueError(
+            f"image_mean and image_std need {channels} numbers each, those of image_std above 0"
+        )
+    if not _are_numbers([factor], 1, 1 / LARGEST):
+        raise ValueError(f"rescale_factor is {repr(factor)[:80]}; it must be above 0")
+    mean, std = tuple(mean), tuple(std)
+    if abs(255 * factor - 1) > 1e-6:
+        mean, std = (tuple(x / (255 * factor) for x in values) for values in (mean, std))
+    return mean, std
+
+
+def _are_numbers(values, count: int, least: float) -> bool:
+    """Whether ``values`` is a list of ``count`` numbers between ``least`` and 2**24."""
+    fine = isinstance(values, list) and len(values) == count
+    return fine and all(type(x) in (int, float) and least <= x <= LARGEST for x in values)
+
+
+IMAGES = Inputs("images", _image, _with_image_size, _normalisation)
+TEXTS = Inputs("texts", _tokens)
+
+# Parameters of a classifier of texts that a file may lack.
+NEW_CLASSIFIER = (r"pooler/.*", r"head/.*")
+
+
+def normal_kernel(config, key: jax.Array, number: int, shape: tuple[int, ...]) -> np.ndarray:
+    """N(0, ``initializer_range``^2) from a key of its own for each number."""
+    # Not config.kernel_init: jax.nn.initializers round the product in another way.
+    unit = jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32)
+    return config.initializer_range * np.asarray(unit)
 
 
 class Family(NamedTuple):
     """How the files of one family become a model.
 
     Attributes:
-      config: dataclass with ``from_hf(dict)``.
+      config: the class of its configs.
       model: Linen module ``model(config, num_labels, dtype=..., unroll=..., remat=...)`` that is
         called with images, or with ``(input_ids, attention_mask, token_type_ids)``.
+      inputs: what the model is called with.
       classifier: transformers' class of the same model with a classification head.
       prefix: the part of the names that a file of the bare encoder leaves out, such as ``"bert."``.
-      table: one entry a parameter.
+      table: one entry for each parameter.
       new: regular expressions (full match) of the parameters' paths that a file may lack, since
         they are made for the task: pooler and head.
       leftovers: regular expressions (full match) of tensors that belong to pre-training.
+      draw: (config, key, number, shape) -> the new kernel of this number, float32.
+      resized: (params, config) -> the parameters for the image size of ``config``; None where
+        there is no image size.
     """
 
-    config: type
-    model: type
+    config: type[ModelConfig]
+    model: Callable[..., nn.Module]
+    inputs: Inputs
     classifier: str
     prefix: str
     table: tuple[Entry, ...]
     new: tuple[str, ...]
     leftovers: tuple[str, ...]
+    draw: Callable[[Any, jax.Array, int, tuple[int, ...]], np.ndarray] = normal_kernel
+    resized: Callable[[dict, Any], dict] | None = None
+
+    @property
+    def purpose(self) -> str:
+        """What transformers calls the model's use, such as ``"SequenceClassification"``.
+
+        ``AutoModelFor`` and this name is the class that opens the model there.
+        """
+        return self.classifier.partition("For")[2]
+
+    @property
+    def spellings(self) -> int:
+        """In how many generations of names its files are found."""
+        return max(len(entry.names) for entry in self.table)
 
 
-def shapes_of(
-    folder: Path, family: Family, config, num_labels: int
-) -> dict[str, tuple[int, ...]]:
-    """`param_shapes` for the config.json of a folder.
-
-    Raises:
-      UserError: its sizes do not go together.
-    """
-    try:
-        return param_shapes(family, config, num_labels)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{folder / CONFIG}: {first_line(error)[:300]}") from None
-
-
-def param_shapes(family: Family, config, num_labels: int) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(256)
+def param_shapes(family: Family, config, num_labels: int) -> Mapping[str, tuple[int, ...]]:
     """'/'-joined path -> shape of every parameter of ``family.model(config, num_labels)``."""
-    if hasattr(config, "image_size"):
-        side = config.image_size
-        inputs = jax.ShapeDtypeStruct((1, side, side, config.num_channels), jnp.float32)
-    else:
-        inputs = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     model = family.model(config, num_labels)
-    params = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
-    return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+    example = family.inputs.example(config)
+    params = jax.eval_shape(model.init, jax.random.key(0), *example)["params"]
+    return MappingProxyType({path: leaf.shape for path, leaf in flat_params(params).items()})
+
+
+def flat_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """'/'-joined path -> parameter."""
+    return cast(dict[str, Any], flatten_dict(params, sep="/"))

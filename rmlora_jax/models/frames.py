@@ -8,18 +8,19 @@ import jax
 import jax.numpy as jnp
 
 from rmlora_jax.models.bert import Encoder
-from rmlora_jax.models.encoder import normal_dense
-from rmlora_jax.models.hf_config import check_fields
-from rmlora_jax.models.parts import REMAT, check_choices, check_counts, layer_norm
+from rmlora_jax.models.blocks import REMAT, check_choices, check_counts, dense_layer, layer_norm
+from rmlora_jax.models.config import EncoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class FramesConfig:
-    """The architecture; names mean what they mean in ``BertConfig``.
+class FramesConfig(EncoderConfig):
+    """The architecture.
 
-    Attributes:
+    Attributes: those of `EncoderConfig`, and
+
       num_channels: values C of a frame.
       longest: frames that have positions.
+      prefix_length: trained keys and values in front of every layer's own; 0: none.
 
     Raises:
       ValueError: naming the field, its value and what is allowed.
@@ -31,16 +32,10 @@ class FramesConfig:
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     intermediate_size: int = 256
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.0
     initializer_range: float = 0.1
     layer_norm_eps: float = 1e-6
-    bottleneck_width: int = 0
     prefix_length: int = 0
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 class Embed(nn.Module):
@@ -54,9 +49,9 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, frames):
         c = self.config
-        dense = normal_dense(c.initializer_range, self.param_dtype, self.dtype)
+        dense = dense_layer(c, self.param_dtype, self.dtype)
         x = dense(c.hidden_size, name="frame")(frames)
-        init = nn.initializers.normal(c.initializer_range)
+        init = c.kernel_init
         token = self.param("cls_token", init, (1, 1, c.hidden_size), self.param_dtype)
         shape = (1, 1 + c.longest, c.hidden_size)
         position = self.param("position", init, shape, self.param_dtype)
@@ -121,5 +116,5 @@ class Frames(nn.Module):
             name="encoder",
         )(x, mask)
         drop = nn.Dropout(c.hidden_dropout_prob, deterministic=not train)
-        dense = normal_dense(c.initializer_range, self.param_dtype)
+        dense = dense_layer(c, self.param_dtype)
         return dense(self.num_labels, name="head")(drop(x[:, 0].astype(jnp.float32)))

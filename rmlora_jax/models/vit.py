@@ -1,11 +1,13 @@
-"""The Vision Transformer as an image classifier (Flax Linen, layers scanned)."""
+"""The Vision Transformer as an image classifier: its config, model, and names in files."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rmlora_jax.models.attention import (
     IMPLEMENTATIONS,
@@ -13,18 +15,106 @@ from rmlora_jax.models.attention import (
     attend_with_dropout,
     filled_length,
 )
-from rmlora_jax.models.inserts import bottleneck, prefixed
-from rmlora_jax.models.parts import (
-    ACTIVATIONS,
+from rmlora_jax.models.blocks import (
+    MLP,
     REMAT,
+    bottleneck,
     check_choices,
     check_counts,
+    dense_layer,
     kept_with_attention,
     layer_norm,
+    prefixed,
     scan_layers,
-    truncated_normal,
 )
-from rmlora_jax.models.vit_config import ViTConfig
+from rmlora_jax.models.config import EncoderConfig, refuse
+from rmlora_jax.models.family import (
+    AS_IS,
+    CONV,
+    IMAGES,
+    Entry,
+    Family,
+    linear_entries,
+    norm_entries,
+)
+from rmlora_jax.models.positions import resize_positions
+
+# Standard deviation of a unit normal cut at two standard deviations.
+TRUNCATED_STD = 0.87962566103423978
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig(EncoderConfig):
+    """The architecture of a ViT; field names, meanings and defaults are Hugging Face's.
+
+    Attributes: those of `EncoderConfig`, and
+
+      image_size: side of the square image, in pixels.
+      patch_size: side of a square patch, in pixels.
+      num_channels: image channels C.
+      qkv_bias: whether query, key and value have biases.
+      prefix_length: trained keys and values in front of every layer's own; 0: none.
+
+    Raises:
+      ValueError: naming the field, its value and what is allowed.
+
+    Source: Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, section 3.1.
+
+    >>> ViTConfig(image_size=64, patch_size=8).grid
+    8
+    """
+
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    prefix_length: int = 0
+
+    model_types = ("vit",)
+    # The pooler and the decoder, which the classifier does not run.
+    inert = ("pooler_act", "pooler_output_size", "encoder_stride")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.patch_size > self.image_size:
+            refuse("patch_size", self.patch_size, f"at most image_size = {self.image_size}")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image; a remainder of pixels is left out, as in PyTorch."""
+        return self.image_size // self.patch_size
+
+    @property
+    def kernel_init(self):
+        return truncated_normal(self.initializer_range)
+
+    @classmethod
+    def from_hf(cls, config):
+        """See `ModelConfig.from_hf`.
+
+        >>> ViTConfig.from_hf({"model_type": "vit", "image_size": 384}).image_size
+        384
+        """
+        known = cls.known_fields(config)
+        for name in ("image_size", "patch_size"):
+            if name in known:
+                known[name] = _side(name, known[name])
+        return cls(**known)
+
+
+def _side(name: str, value) -> int:
+    if not isinstance(value, (list, tuple)):
+        return value
+    if len(set(value)) != 1:
+        refuse(name, value, "one number, or two that are equal (square)")
+    return value[0]
+
+
+def truncated_normal(std: float):
+    """Initialiser: a normal cut at 2 sigma, scaled so that its standard deviation is ``std``."""
+    return nn.initializers.truncated_normal(std / TRUNCATED_STD)
 
 
 class Embed(nn.Module):
@@ -38,7 +128,7 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, images):
         c = self.config
-        init = truncated_normal(c.initializer_range)
+        init = c.kernel_init
         patch = (c.patch_size, c.patch_size)
         x = nn.Conv(
             c.hidden_size,
@@ -91,11 +181,7 @@ class Attention(nn.Module):
     def __call__(self, x):
         c = self.config
         dense = functools.partial(
-            nn.Dense,
-            c.hidden_size,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=truncated_normal(c.initializer_range),
+            dense_layer(c, self.param_dtype, self.dtype), c.hidden_size
         )
         heads = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         query, key, value = (
@@ -111,26 +197,6 @@ class Attention(nn.Module):
             keys = key.shape[1] - padding if padding else None
             mixed = attend(query, key, value, self.attention, keys=keys)
         return kept_with_attention(dense(name="out")(mixed.reshape(x.shape)))
-
-
-class MLP(nn.Module):
-    """fc2(act(fc1(x))): (B, N, D) -> (B, N, D)."""
-
-    config: ViTConfig
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        dense = functools.partial(
-            nn.Dense,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=truncated_normal(c.initializer_range),
-        )
-        x = ACTIVATIONS[c.hidden_act](dense(c.intermediate_size, name="fc1")(x))
-        return dense(c.hidden_size, name="fc2")(x)
 
 
 class Layer(nn.Module):
@@ -225,8 +291,6 @@ class ViT(nn.Module):
 
     Source: Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, equations 1 to 4.
 
-    >>> import jax
-    >>> import jax.numpy as jnp
     >>> config = ViTConfig(hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
     ...                    intermediate_size=16, image_size=8, patch_size=4)
     >>> model = ViT(config, num_classes=5)
@@ -277,13 +341,7 @@ class ViT(nn.Module):
             self.remat,
             name="encoder",
         )(x)
-        logits = nn.Dense(
-            self.num_classes,
-            dtype=jnp.float32,
-            param_dtype=self.param_dtype,
-            kernel_init=truncated_normal(c.initializer_range),
-            name="head",
-        )(token)
+        logits = dense_layer(c, self.param_dtype)(self.num_classes, name="head")(token)
         return (logits, states) if hidden_states else logits
 
     def check(self, images):
@@ -302,3 +360,67 @@ class ViT(nn.Module):
                 f"ViT: images have shape {images.shape}; expected (batch, {expected[0]}, "
                 f"{expected[1]}, {expected[2]}). Resize them, or load the model with image_size=..."
             )
+
+
+# Modules of a layer: path here, name up to transformers 5.8, name since 5.9.
+_LINEARS = (
+    ("attention/query", "attention.attention.query", "attention.q_proj"),
+    ("attention/key", "attention.attention.key", "attention.k_proj"),
+    ("attention/value", "attention.attention.value", "attention.v_proj"),
+    ("attention/out", "attention.output.dense", "attention.o_proj"),
+    ("mlp/fc1", "intermediate.dense", "mlp.fc1"),
+    ("mlp/fc2", "output.dense", "mlp.fc2"),
+)
+_NORMS = (("norm1", "layernorm_before"), ("norm2", "layernorm_after"))
+_OLD, _NEW = "vit.encoder.layer.{}", "vit.layers.{}"
+_PATCH = "vit.embeddings.patch_embeddings.projection"
+
+_TABLE = (
+    Entry("embed/cls_token", AS_IS, ("vit.embeddings.cls_token",)),
+    Entry("embed/position", AS_IS, ("vit.embeddings.position_embeddings",)),
+    Entry("embed/patch/kernel", CONV, (f"{_PATCH}.weight",)),
+    Entry("embed/patch/bias", AS_IS, (f"{_PATCH}.bias",)),
+    *(
+        entry
+        for path, old, new in _LINEARS
+        for entry in linear_entries(f"encoder/layers/{path}", f"{_OLD}.{old}", f"{_NEW}.{new}")
+    ),
+    *(
+        entry
+        for path, name in _NORMS
+        for entry in norm_entries(f"encoder/layers/{path}", f"{_OLD}.{name}", f"{_NEW}.{name}")
+    ),
+    *norm_entries("encoder/norm", "vit.layernorm"),
+    *linear_entries("head", "classifier"),
+)
+
+
+def _head_kernel(config: ViTConfig, key, number: int, shape) -> np.ndarray:
+    """The only new kernel, hence drawn from ``key`` itself."""
+    return np.asarray(config.kernel_init(key, shape, jnp.float32))
+
+
+def _resized(params: dict, config: ViTConfig) -> dict:
+    """The parameters with the position embeddings for another image size."""
+    position = resize_positions(params["embed"]["position"], config.grid)
+    return params | {"embed": params["embed"] | {"position": position}}
+
+
+VIT = Family(
+    config=ViTConfig,
+    model=ViT,
+    inputs=IMAGES,
+    classifier="ViTForImageClassification",
+    prefix="vit.",
+    table=_TABLE,
+    new=(r"head/.*",),
+    # What other ViT classes leave in a file and a classifier does not use: the pooler of ViTModel,
+    # the mask token and the decoder of masked-image modelling.
+    leftovers=(
+        r"(vit\.)?pooler\.dense\.(weight|bias)",
+        r"(vit\.)?embeddings\.mask_token",
+        r"decoder\..*",
+    ),
+    draw=_head_kernel,
+    resized=_resized,
+)

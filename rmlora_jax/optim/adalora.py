@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmlora_jax.optim.diagonal import Diagonal, find_diagonals
-from rmlora_jax.optim.factors import flatten, is_absent
+from rmlora_jax.optim.factors import Diagonal, find_diagonals, flatten, is_absent
 from rmlora_jax.optim.orthogonality import add_orthogonality
-from rmlora_jax.optim.precision import check_params, clip_by_norm, in_float32
+from rmlora_jax.optim.precision import check_params, clip_by_norm, in_float32, next_count
 
 
 class AllocationState(NamedTuple):
@@ -28,7 +27,7 @@ class AllocationState(NamedTuple):
       inner_state: state of the wrapped transformation.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     sensitivity: Any
     uncertainty: Any
     budget: jax.Array
@@ -37,21 +36,21 @@ class AllocationState(NamedTuple):
 
 
 def adalora(
-    learning_rate: float | jax.Array | Callable[[jax.Array], Any],
+    learning_rate: optax.ScalarOrSchedule,
     *,
     total_steps: int,
     target: float,
     initial_steps: int,
     final_steps: int,
     every: int,
-    orthogonal: float | jax.Array | Callable[[jax.Array], Any] = 0.1,
+    orthogonal: optax.ScalarOrSchedule = 0.1,
     clip: float | None = 1.0,
     beta1: float = 0.85,
     beta2: float = 0.85,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    weight_decay: float | jax.Array | Callable[[jax.Array], Any] = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaLoRA: low-rank adaptation that moves its rank to the modules that need it.
 
@@ -236,7 +235,7 @@ def allocate_rank(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        check_params(params)
+        params = check_params(params)
         gradients, found, step = updates, find_diagonals(params), state.count
         updates, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
         sensitivity, uncertainty = _smoothed(
@@ -263,7 +262,7 @@ def allocate_rank(
             outputs[i] = jnp.where(allocates & ~keep, -values[i], outputs[i])
             kept[i] = jnp.where(allocates, keep, kept[i])
         return treedef.unflatten(outputs), AllocationState(
-            count=optax.safe_increment(step),
+            count=next_count(step),
             sensitivity=sensitivity,
             uncertainty=uncertainty,
             budget=allowed,

@@ -66,19 +66,19 @@ def _integer(name: str, value: Any, least: int, note: str = "") -> None:
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={value!r} must be an integer{note}")
-    if value < least:
+    if int(value) < least:
         raise ValueError(f"{name}={value!r} must be at least {least}{note}")
 
 
 def _check_keep(keep: Any, draw: str) -> None:
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
         raise TypeError(f"keep={keep!r} must be a number or a schedule (step -> number)")
-    if draw == "exact" and not (isinstance(keep, numbers.Integral) and keep >= 0):
+    if draw == "exact" and not (isinstance(keep, numbers.Integral) and int(keep) >= 0):
         raise ValueError(
             f"keep={keep!r} with draw='exact' must be a count of rank directions, an integer of "
             "at least 0; for a probability use draw='bernoulli'"
         )
-    if draw == "bernoulli" and not 0 <= keep <= 1:
+    if draw == "bernoulli" and not 0 <= float(keep) <= 1:
         raise ValueError(
             f"keep={keep!r} with draw='bernoulli' must be a probability in [0, 1]; for a count "
             "of rank directions use draw='exact'"
@@ -90,7 +90,7 @@ def check_count(rule: MaskRule, found: list[Factor]) -> None:
     if rule.draw != "exact" or not isinstance(rule.keep, numbers.Integral) or not found:
         return
     largest = max(factor.rank for factor in found)
-    if rule.keep > largest:
+    if int(rule.keep) > largest:
         raise ValueError(
             f"keep={rule.keep} with draw='exact' exceeds the rank of every module (the largest "
             f"is {largest}): keep at most {largest}"
@@ -174,7 +174,7 @@ def _random_bits(key: jax.Array, shapes: dict[str, tuple[int, ...]]) -> dict[str
     return bits
 
 
-def _counter_bits(key: jax.Array, name_hash: jax.Array, size: int) -> jax.Array:
+def _counter_bits(key: jax.Array, name_hash: jax.typing.ArrayLike, size: int) -> jax.Array:
     key = jax.random.fold_in(key, name_hash)
     counters = jnp.arange(size, dtype=jnp.uint32)
     words = jax.random.key_data(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, counters))

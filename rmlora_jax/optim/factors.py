@@ -6,6 +6,7 @@ Linen dictionaries, ``nnx.State``, Equinox modules, Gemma's and Qwix's trees, op
 gradients.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ class Factor(NamedTuple):
       depth: number of leading axes over which nn.scan or nn.vmap stacked the layers.
     """
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     path: str
     module: str
     side: str | None
@@ -277,3 +278,83 @@ def _depth(module: str, pair: dict[str, Factor], stated: int | None) -> int:
         f"for example factors=({DEFAULT_FACTORS[0]!r}, {DEFAULT_FACTORS[1]!r}, {fits[-1]}), or "
         "flatten the in axes and the out axes into one each."
     )
+
+
+class Diagonal(NamedTuple):
+    """One adapted module, Delta W = s A diag(e) B; all layers of a stack together.
+
+    Attributes:
+      module: what precedes the factors' names in their paths.
+      e: index of the leaf of the diagonal, of shape (*stack, r), as :func:`flatten` counts.
+      a: the :class:`rmlora_jax.optim.factors.Factor` A, of shape (*stack, in, r).
+      b: the :class:`rmlora_jax.optim.factors.Factor` B, of shape (*stack, r, out).
+    """
+
+    module: str
+    e: int
+    a: Factor
+    b: Factor
+
+    @property
+    def layers(self) -> int:
+        """How many modules this is: the number of layers stacked, 1 without a stack."""
+        return math.prod(self.a.stack)
+
+    @property
+    def rank(self) -> int:
+        """Number of rank directions of each layer."""
+        return self.a.rank
+
+    @property
+    def cost(self) -> int:
+        """Parameters in one rank direction: a column of A and a row of B."""
+        return (math.prod(self.a.shape) + math.prod(self.b.shape)) // (self.layers * self.rank)
+
+
+def find_diagonals(tree: Any) -> list[Diagonal]:
+    """The modules of a tree that have a diagonal between their factors, in the tree's order.
+
+    The diagonal of ``q/lora_a`` and ``q/lora_b`` is ``q/lora_e``; of ``w_lora_a``, ``w_lora_e``;
+    of ``lora/a``, ``lora/e``.
+
+    Args:
+      tree: any pytree of arrays, or of anything with a ``shape``.
+
+    Returns:
+      A list of :class:`Diagonal`, empty where the tree has no arrays at all.
+
+    Raises:
+      ValueError: the tree has no factors; one of A, B and the diagonal is missing; or the diagonal
+        is not of shape (*stack, r).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> q = {"lora_a": jnp.ones((5, 3, 2)), "lora_b": jnp.ones((5, 2, 4))}
+      >>> q["lora_e"] = jnp.ones((5, 2))
+      >>> [(d.module, d.e, d.layers, d.rank, d.cost) for d in find_diagonals({"q": q})]
+      [('q', 2, 5, 2, 7)]
+    """
+    leaves, _, paths = flatten(tree)
+    places = {path: i for i, path in enumerate(paths) if not is_absent(leaves[i])}
+    sides = {}
+    for factor in find_factors(tree):
+        sides.setdefault(factor.module, {})[factor.side] = factor
+    found = []
+    for module, pair in sides.items():
+        factor = next(iter(pair.values()))
+        wanted = [f"{factor.path[:-1]}{side}" for side in "abe"]
+        missing = [path for path in wanted if path not in places]
+        if missing:
+            raise ValueError(
+                f"{factor.path!r} has no {' and no '.join(map(repr, missing))} beside it: this "
+                "optimizer needs lora_a, lora_b and lora_e of every module; adapt the model with "
+                "the AdaLoRA or SoRA description, or use optax.adamw or rm_lora for plain LoRA"
+            )
+        e, shape = places[wanted[2]], (*factor.stack, factor.rank)
+        if tuple(leaves[e].shape) != shape:
+            raise ValueError(
+                f"{wanted[2]!r} has shape {tuple(leaves[e].shape)}, but {factor.path!r} of shape "
+                f"{factor.shape} needs a diagonal of shape (*stack, rank) = {shape}"
+            )
+        found.append(Diagonal(module, e, **pair))
+    return found

@@ -8,6 +8,7 @@ import optax
 
 from rmlora_jax.optim.draws import Keep, MaskRule, check_count, draw_masks
 from rmlora_jax.optim.factors import FactorNames, find_factors, flatten, is_absent
+from rmlora_jax.optim.precision import next_count
 
 
 class MaskState(NamedTuple):
@@ -20,7 +21,7 @@ class MaskState(NamedTuple):
         entries. Zeros before the first update. :func:`kept_fraction` reads it.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     key: jax.Array
     kept: jax.Array
 
@@ -285,7 +286,7 @@ def _advance(state: MaskState, masks: dict[int, jax.Array], updates: Any) -> Mas
         kept += jnp.mean(mask, dtype=jnp.float32) * leaves[i].size
         entries += leaves[i].size
     return MaskState(
-        count=optax.safe_increment(state.count),
+        count=next_count(state.count),
         key=state.key,
         kept=jnp.stack([kept, jnp.float32(entries)]),
     )

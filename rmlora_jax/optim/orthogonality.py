@@ -1,13 +1,13 @@
 """The orthogonality penalty on LoRA factors, as a loss term and as an optax transformation."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from rmlora_jax.optim.factors import Factor, FactorNames, find_factors, flatten, is_absent
+from rmlora_jax.optim.precision import next_count
 
 _COSINE_EPS = 1e-8
 
@@ -76,11 +76,11 @@ class AddOrthogonalityState(NamedTuple):
       count: updates made so far, int32 scalar; what a schedule of the weight is called with.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def add_orthogonality(
-    weight: float | jax.Array | Callable[[jax.Array], Any],
+    weight: optax.ScalarOrSchedule,
     *,
     kind: str = "norm",
     reduction: str = "mean",
@@ -129,7 +129,7 @@ def add_orthogonality(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        new_state = AddOrthogonalityState(count=optax.safe_increment(state.count))
+        new_state = AddOrthogonalityState(count=next_count(state.count))
         if is_identity:
             return updates, new_state
         if params is None:
@@ -168,7 +168,7 @@ def _check_arguments(kind: str, reduction: str, factors: FactorNames) -> None:
 def _penalty(values: list[jax.Array], found: list[Factor], kind: str, reduction: str) -> jax.Array:
     """The penalty of the factor leaves ``values``, aligned with ``found``."""
     per_leaf = [_KINDS[kind](_gram(v, f)) for v, f in zip(values, found, strict=True)]
-    total = sum(jnp.sum(value) for value in per_leaf)
+    total = cast(jax.Array, sum(jnp.sum(value) for value in per_leaf))  # of at least one leaf
     return total / sum(value.size for value in per_leaf) if reduction == "mean" else total
 
 

@@ -1,6 +1,6 @@
-"""What optimizers share: float32 whatever the dtype of the parameters, clipping or none."""
+"""What optimizers share: float32 whatever the dtype of the parameters, clipping, counters."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +39,20 @@ def clip_by_norm(max_norm: float | None) -> optax.GradientTransformation:
     return optax.identity() if max_norm is None else optax.clip_by_global_norm(max_norm)
 
 
-def check_params(params: Any) -> None:
-    """Raises ValueError where an update was called without the parameters."""
+def check_params(params: Any) -> Any:
+    """``params``; raises ValueError where an update was called without them."""
     if params is None:
         raise ValueError("an update needs the parameters: call tx.update(updates, state, params)")
+    return params
+
+
+def next_count(count: jax.Array) -> jax.Array:
+    """The counter of a state one step later; it stays at the largest int32 (optax.safe_increment).
+
+    >>> int(next_count(jnp.array(2**31 - 1, jnp.int32)))
+    2147483647
+    """
+    return cast(jax.Array, optax.safe_increment(count))  # optax says ArrayLike
 
 
 def _widen(tree: Any) -> Any:

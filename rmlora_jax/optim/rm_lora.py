@@ -1,7 +1,6 @@
 """RM-LoRA as one optax transformation: penalty gradient, clipping, mask, AdamW."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +9,13 @@ import optax
 from rmlora_jax.optim.factors import FactorNames, find_factors, flatten, is_absent
 from rmlora_jax.optim.masking import Keep, lazily_masked, mask_gradients
 from rmlora_jax.optim.orthogonality import add_orthogonality
-from rmlora_jax.optim.precision import clip_by_norm, in_float32
+from rmlora_jax.optim.precision import clip_by_norm, in_float32, next_count
 
 
 def rm_lora(
-    learning_rate: float | jax.Array | Callable[[jax.Array], Any],
+    learning_rate: optax.ScalarOrSchedule,
     *,
-    penalty: float | jax.Array | Callable[[jax.Array], Any] = 0.1,
+    penalty: optax.ScalarOrSchedule = 0.1,
     keep: Keep = 0.5,
     clip: float | None = 1.0,
     b1: float = 0.9,
@@ -119,7 +118,7 @@ def rm_lora(
 
 
 def authors_exact(
-    learning_rate: float | jax.Array | Callable[[jax.Array], Any],
+    learning_rate: optax.ScalarOrSchedule,
     *,
     rank: int,
     k: int,
@@ -198,7 +197,7 @@ class FactorsOnlyState(NamedTuple):
       count: updates made so far, int32 scalar.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def _factors_only(rank: int, factors: FactorNames) -> optax.GradientTransformation:
@@ -223,6 +222,6 @@ def _factors_only(rank: int, factors: FactorNames) -> optax.GradientTransformati
             else jnp.where(state.count == 0, leaf, jnp.zeros_like(leaf))
             for i, leaf in enumerate(leaves)
         ]
-        return treedef.unflatten(leaves), FactorsOnlyState(optax.safe_increment(state.count))
+        return treedef.unflatten(leaves), FactorsOnlyState(next_count(state.count))
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -1,17 +1,16 @@
 """SoRA's training: AdamW, and a proximal step that closes the gates of directions not needed."""
 
 import numbers
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmlora_jax.optim.diagonal import find_diagonals
-from rmlora_jax.optim.factors import flatten, is_absent
-from rmlora_jax.optim.precision import check_params, clip_by_norm, in_float32
+from rmlora_jax.optim.factors import find_diagonals, flatten, is_absent
+from rmlora_jax.optim.precision import check_params, clip_by_norm, in_float32, next_count
 
 # SparseAdamW is built without an eps, which leaves it that of Transformers' AdamW.
 GATE_EPS = 1e-6
@@ -24,20 +23,20 @@ class ProximalState(NamedTuple):
       count: updates made so far, int32 scalar; what schedules are called with.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def sora(
-    learning_rate: float | jax.Array | Callable[[jax.Array], Any],
+    learning_rate: optax.ScalarOrSchedule,
     *,
-    sparsity: float | jax.Array | Callable[[jax.Array], Any],
-    gate_learning_rate: float | jax.Array | Callable[[jax.Array], Any] | None = None,
+    sparsity: optax.ScalarOrSchedule,
+    gate_learning_rate: optax.ScalarOrSchedule | None = None,
     l1: float | jax.Array = 0.0,
     clip: float | None = 1.0,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    weight_decay: float | jax.Array | Callable[[jax.Array], Any] = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     proximal: str = "paper",
 ) -> optax.GradientTransformationExtraArgs:
     r"""SoRA: low-rank adaptation whose gates close, and so choose the rank of each module.
@@ -98,14 +97,14 @@ def sora(
     """
     if proximal not in ("paper", "authors_exact"):
         raise ValueError(f"proximal={proximal!r} must be 'paper' or 'authors_exact'")
-    if isinstance(sparsity, numbers.Real) and not sparsity >= 0:
+    if isinstance(sparsity, numbers.Real) and not float(sparsity) >= 0:
         raise ValueError(f"sparsity={sparsity} must be at least 0 (0 closes no gate)")
     rate = learning_rate if gate_learning_rate is None else gate_learning_rate
     if proximal == "paper":
         adam, step = optax.scale_by_adam(b1, b2, GATE_EPS), _shrink(sparsity, rate)
     else:
         adam, step = _transformers_adam(b1, b2), _shrink_as_released(sparsity)
-    groups = {
+    groups: dict[Hashable, optax.GradientTransformation] = {
         "gate": optax.chain(adam, optax.scale_by_learning_rate(rate), step),
         "rest": optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
     }
@@ -129,7 +128,7 @@ def surviving(params: Any) -> dict[str, jax.Array]:
       of gates that are not}``, float32 scalars. Works under ``jax.jit`` and ``jax.vmap``.
 
     Raises:
-      ValueError: as :func:`rmlora_jax.optim.diagonal.find_diagonals`.
+      ValueError: as :func:`rmlora_jax.optim.factors.find_diagonals`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -140,7 +139,7 @@ def surviving(params: Any) -> dict[str, jax.Array]:
     """
     leaves, _, _ = flatten(params)
     gates = [leaves[module.e] for module in find_diagonals(params)]
-    left = sum(jnp.sum(gate != 0, dtype=jnp.float32) for gate in gates)
+    left = cast(jax.Array, sum(jnp.sum(gate != 0, dtype=jnp.float32) for gate in gates))
     return {
         "gate_sparsity": 1 - left / sum(gate.size for gate in gates),
         "surviving_directions": left,
@@ -151,7 +150,7 @@ def surviving_parameters(params: Any) -> int:
     """How many parameters the factors have once directions with a zero gate are cut off.
 
     A direction costs in + out; its gate is folded into B and costs nothing. For the host, not for
-    ``jax.jit``. Raises ValueError as :func:`rmlora_jax.optim.diagonal.find_diagonals`.
+    ``jax.jit``. Raises ValueError as :func:`rmlora_jax.optim.factors.find_diagonals`.
 
     >>> import jax.numpy as jnp
     >>> params = {"lora_a": jnp.ones((3, 4)), "lora_b": jnp.ones((4, 2))}
@@ -222,7 +221,7 @@ def _then(function: Callable[[jax.Array, jax.Array], jax.Array]) -> optax.Gradie
     def update_fn(updates, state, params=None):
         check_params(params)
         updates = jax.tree.map(lambda u, p: function(p + u, state.count) - p, updates, params)
-        return updates, ProximalState(count=optax.safe_increment(state.count))
+        return updates, ProximalState(count=next_count(state.count))
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -8,10 +8,11 @@ as one device: along ``GROUP`` the compiler splits the group's part of the batch
 layer's weights when it comes to them, and adds up.
 """
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,8 @@ GROUP = "model"  # the devices that share a copy of the base
 SMALL = 2**16  # parameters with fewer numbers are on every device all the same
 
 
-class Devices(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Devices:
     """Every device of every process in one row, and the map that uses them."""
 
     mesh: Mesh  # of one axis, or with fsdp of groups and the devices of each
@@ -151,7 +153,7 @@ def in_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(GROUP))
 
 
-def spread(fn: Callable, devices: Devices, *, donate: bool = False) -> Callable:
+def spread(fn: Callable, devices: Devices, *, donate: bool = False) -> Any:
     """Maps ``fn(state, constants, batch) -> tree`` over the devices.
 
     ``state``, ``constants`` and the result are the same on every device, ``batch`` is split on its

@@ -1,6 +1,5 @@
 """The table and the picture of a sweep, ``sweep.md`` and ``sweep.png``, from its runs' folders."""
 
-import io
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,12 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rmlora_jax.files import read_json, write_bytes_atomic, write_text_atomic
-from rmlora_jax.report import panels
-from rmlora_jax.report.verdict import bin_means, series
-from rmlora_jax.sweep.grid import number
+from rmlora_jax.report import style
+from rmlora_jax.report.records import (
+    bin_means,
+    duration,
+    finite,
+    read_metrics,
+    series,
+    smooth,
+)
 from rmlora_jax.tasks.scores import describe, higher_is_better, shown
-from rmlora_jax.train.metrics import read_metrics
-from rmlora_jax.train.terminal import duration
 
 WIDTH = 16.0  # inches at 100 dots each
 NAMED = 24  # settings whose names are written large
@@ -23,29 +26,26 @@ MOST = 40  # characters of such a name
 class Finished(NamedTuple):
     """A run of the sweep, read from its folder."""
 
-    setting: dict[str, float]  # what is swept, without the seed
-    seed: int
+    seed: str
+    setting: dict[str, str]  # what else is swept, in the words of the folder's name
     history: list[dict[str, float]]
     summary: dict[str, Any]
 
     @property
     def label(self) -> str:
-        return ", ".join(f"{name} {number(value)}" for name, value in self.setting.items())
+        return ", ".join(f"{name} {value}" for name, value in self.setting.items())
 
 
 def write_sweep_report(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
     """Writes ``sweep.md`` and ``sweep.png`` of the runs that ``summary`` names."""
     runs = []
-    for name, values in summary["runs"].items():
-        setting = {k: v for k, v in values.items() if k != "seed"}
+    for name in summary["runs"]:  # such as seed=3,penalty=0.1
+        setting = dict(part.split("=", 1) for part in name.split(","))
         folder = workdir / name
-        runs.append(Finished(setting, values["seed"], read_metrics(folder),
+        runs.append(Finished(setting.pop("seed"), setting, read_metrics(folder),
                              read_json(folder / "summary.json")))
     write_text_atomic(workdir / "sweep.md", table(runs, summary))
-    picture = io.BytesIO()
-    figure = draw(runs, summary["metric"])
-    figure.savefig(picture, format="png", dpi=100, facecolor="white", metadata={"Software": None})
-    write_bytes_atomic(workdir / "sweep.png", picture.getvalue())
+    write_bytes_atomic(workdir / "sweep.png", style.png(draw(runs, summary["metric"])))
 
 
 def table(runs: Sequence[Finished], summary: dict[str, Any]) -> str:
@@ -57,8 +57,8 @@ def table(runs: Sequence[Finished], summary: dict[str, Any]) -> str:
             "effective rank"]
     rows = [
         [
-            str(run.seed),
-            *(number(value) for value in run.setting.values()),
+            run.seed,
+            *run.setting.values(),
             shown(metric, figure(run, "eval", metric)),
             shown(metric, figure(run, "best_eval", metric)),
             f"{run.summary['best_eval']['step']:,}",
@@ -75,43 +75,26 @@ def table(runs: Sequence[Finished], summary: dict[str, Any]) -> str:
         "is its value at the step that is best on validation. Train loss is the mean of the "
         "last twentieth of the steps, effective rank that of \u0394W over all layers.",
         "",
-        *markdown(head, rows),
+        style.markdown_table([head, *rows], 0, aligned=True),
     ]
     groups = by_setting(runs)
     if len(groups) < len(runs):
-        text += ["", "Mean and standard deviation over seeds:", ""]
-        text += markdown(
-            [*swept, "seeds", f"{name}, last", f"{name}, best", "loss"],
+        head = [*swept, "seeds", f"{name}, last", f"{name}, best", "loss"]
+        rows = [
             [
-                [
-                    *(number(value) for value in group[0].setting.values()),
-                    str(len(group)),
-                    *(spread([figure(run, when, metric) for run in group], metric)
-                      for when in ("eval", "best_eval")),
-                    spread([figure(run, "eval", "loss") for run in group], "loss"),
-                ]
-                for group in groups
-            ],
-        )
+                *group[0].setting.values(),
+                str(len(group)),
+                *(spread([figure(run, when, metric) for run in group], metric)
+                  for when in ("eval", "best_eval")),
+                spread([figure(run, "eval", "loss") for run in group], "loss"),
+            ]
+            for group in groups
+        ]
+        text += ["", "Mean and standard deviation over seeds:", "",
+                 style.markdown_table([head, *rows], 0, aligned=True)]
     took = duration(summary["wall_seconds"])
     return "\n".join([*text, "", f"Time: {took}, of which "
                       f"{duration(summary['compile_seconds'])} compilation.", ""])
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table, its columns aligned for those who read it as text.
-
-    >>> print("\\n".join(markdown(["seed", "loss"], [["0", "1.250"], ["11", "0.5"]])))
-    | seed |  loss |
-    |-----:|------:|
-    |    0 | 1.250 |
-    |   11 |   0.5 |
-    """
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    line = lambda cells: "| " + " | ".join(  # noqa: E731
-        cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
-    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
-    return [line(head), rule, *map(line, rows)]
 
 
 def figure(run: Finished, when: str, metric: str) -> float:
@@ -149,22 +132,18 @@ def by_setting(runs: Sequence[Finished]) -> list[list[Finished]]:
 
 def draw(runs: Sequence[Finished], metric: str):
     """The matplotlib Figure: losses, the metric on validation, and each setting's test results."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     groups = by_setting(runs)
     if len(groups) == 1:  # seeds alone: each has its colour
         groups = [[run] for run in runs]
     labels = [g[0].label if len(by_setting(runs)) > 1 else f"seed {g[0].seed}" for g in groups]
     colours = palette(len(groups))
     height = 6.4 if len(groups) <= 16 else min(6.4 + 0.2 * (len(groups) - 16), 14.0)
-    figure = Figure(figsize=(WIDTH, height))
-    FigureCanvasAgg(figure)
+    figure = style.new_figure(WIDTH, height)
     first = runs[0].summary
     figure.text(0.05, 1 - 0.30 / height, f"{len(runs)} runs of {first['method']} on "
-                f"{first['dataset']}", fontsize=20, fontweight="bold", color=panels.INK, va="top")
+                f"{first['dataset']}", fontsize=20, fontweight="bold", color=style.INK, va="top")
     figure.text(0.05, 1 - 0.78 / height, best_in_words(groups, labels, metric), fontsize=12.5,
-                color=panels.INK, va="top")
+                color=style.INK, va="top")
     bottom, tall = 0.62 / height, 1 - 2.37 / height
     names = 0.0058 * min(max(map(len, labels)), MOST)  # as wide as the names of the settings
     wide = (0.98 - 0.05 - 0.045 - 0.035 - names) / 2.75
@@ -179,10 +158,9 @@ def draw(runs: Sequence[Finished], metric: str):
 
 def palette(count: int) -> list:
     """Colours that tell few settings apart, or a scale for many."""
-    if count <= len(panels.KINDS):
-        own = (panels.TRAIN, panels.VALIDATION, panels.KINDS[2], panels.KINDS[1], panels.KINDS[0],
-               *panels.KINDS[3:])
-        return list(own[:count])
+    if count <= len(style.PALETTE):
+        first, second, third, *rest = style.PALETTE
+        return [style.TRAIN, style.VALIDATION, third, second, first, *rest][:count]
     from matplotlib import colormaps
 
     return [colormaps["turbo"](x) for x in np.linspace(0.05, 0.95, count)]
@@ -204,17 +182,17 @@ def loss_panel(ax, groups, colours) -> None:
     tops, last = [1e-3], 1
     for group, colour in zip(groups, colours, strict=True):
         for run in group:
-            steps, train = panels.finite(*series(run.history, "train/loss"))
-            ax.plot(steps, panels.smooth(train), color=colour, lw=1.0, alpha=0.25)
-            _, validation = panels.finite(*series(run.history, "eval/loss"))
+            steps, train = finite(*series(run.history, "train/loss"))
+            ax.plot(steps, smooth(train), color=colour, lw=1.0, alpha=0.25)
+            _, validation = finite(*series(run.history, "eval/loss"))
             start = max(train[:1].max(initial=0), validation[:1].max(initial=0))
-            reached = max(panels.smooth(train).max(initial=0), validation.max(initial=0))
+            reached = max(smooth(train).max(initial=0), validation.max(initial=0))
             tops.append(min(reached, 2 * start))  # a run that diverges must not flatten the others
             last = run.history[-1]["step"]
         curves(ax, group, colour, "eval/loss")
     ax.set_ylim(0, 1.06 * max(tops))
-    panels.finish(ax, "Loss", "step", "loss", last=last,
-                  caption="strong: validation, faint: train" + bold_words(groups))
+    style.finish_panel(ax, "Loss", "step", "loss", last=last,
+                       caption="strong: validation, faint: train" + bold_words(groups))
 
 
 def metric_panel(ax, groups, colours, metric: str) -> None:
@@ -222,9 +200,9 @@ def metric_panel(ax, groups, colours, metric: str) -> None:
     for group, colour in zip(groups, colours, strict=True):
         curves(ax, group, colour, f"eval/{metric}")
     named, _ = describe(metric)
-    panels.finish(ax, f"{named.long[0].upper()}{named.long[1:]} on validation", "step", named.axis,
-                  last=groups[0][0].history[-1]["step"],
-                  caption="coloured as on the right" + bold_words(groups))
+    title = f"{named.long[0].upper()}{named.long[1:]} on validation"
+    style.finish_panel(ax, title, "step", named.axis, last=groups[0][0].history[-1]["step"],
+                       caption="coloured as on the right" + bold_words(groups))
 
 
 def bold_words(groups) -> str:
@@ -236,11 +214,11 @@ def curves(ax, group, colour, key: str) -> None:
     found = [series(run.history, key) for run in group]
     alone = len(group) == 1
     for steps, values in found:
-        ax.plot(*panels.finite(steps, values), color=colour, lw=2.0 if alone else 0.9,
+        ax.plot(*finite(steps, values), color=colour, lw=2.0 if alone else 0.9,
                 alpha=0.9 if alone else 0.55)
     if not alone:
         mean = np.mean([values for _, values in found], axis=0)
-        ax.plot(*panels.finite(found[0][0], mean), color=colour, lw=2.6)
+        ax.plot(*finite(found[0][0], mean), color=colour, lw=2.6)
 
 
 def results_panel(ax, groups, colours, labels, metric: str) -> None:
@@ -254,11 +232,10 @@ def results_panel(ax, groups, colours, labels, metric: str) -> None:
         ax.plot(found, [y] * len(found), "o", color=colour, ms=7, mec="white", mew=1.0, zorder=3)
     ax.set_ylim(len(groups) - 0.4, -0.6)
     size = 10.5 if len(groups) <= NAMED else 8
-    ax.set_yticks(range(len(labels)), [panels.shorten(label, MOST) for label in labels])
-    panels.finish(ax, f"Test {describe(metric)[0].long}", describe(metric)[0].axis, "",
-                  caption="at the best step" + ("; bar: mean" if max(map(len, groups)) > 1 else ""))
-    ax.grid(axis="x", color=panels.GRID, lw=0.8)
-    ax.set_axisbelow(True)
+    ax.set_yticks(range(len(labels)), [style.shorten(label, MOST) for label in labels])
+    named, several = describe(metric)[0], max(map(len, groups)) > 1
+    style.finish_panel(ax, f"Test {named.long}", named.axis, "", grid="x",
+                       caption="at the best step" + "; bar: mean" * several)
     for label, colour in zip(ax.get_yticklabels(), colours, strict=True):
         label.set(color=colour, fontsize=size, fontweight="bold")
     ax.spines[["left"]].set_visible(False)

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rmlora_jax.report.records import bin_means, series
 from rmlora_jax.tasks.scores import METRICS
 
 FEWEST = 5  # lines: with fewer no rule means anything
@@ -46,7 +47,7 @@ def verdict(history: Sequence[Mapping[str, float]]) -> str:
     """One sentence or two on how a run went, first word first, from the lines of its metrics.
 
     Args:
-      history: the lines of metrics.jsonl (`rmlora_jax.train.metrics.read_metrics`), of which
+      history: the lines of metrics.jsonl (`rmlora_jax.report.records.read_metrics`), of which
         "step", "train/loss", "train/accuracy", "eval/loss", "eval/accuracy" and the correlations
         "eval/matthews", "eval/pearson" and "eval/spearman" are read; losses in nats or squared
         units, accuracies in [0, 1]. Each but "step" may be absent from any line.
@@ -62,9 +63,9 @@ def verdict(history: Sequence[Mapping[str, float]]) -> str:
     """
     steps, loss = series(history, "train/loss")
     eval_steps, eval_loss = series(history, "eval/loss")
-    broken = [*steps[~np.isfinite(loss)], *eval_steps[~np.isfinite(eval_loss)]]
-    if broken:
-        return (f"Diverged: the loss is not finite from step {int(min(broken)):,} on. "
+    broken = first_broken(history)
+    if broken is not None:
+        return (f"Diverged: the loss is not finite from step {broken:,} on. "
                 "Lower the learning rate, warm up, or clip the gradient.")
     if len(loss) < FEWEST:
         return (f"Too early to tell: {len(loss)} lines of training loss, "
@@ -82,17 +83,11 @@ def verdict(history: Sequence[Mapping[str, float]]) -> str:
     )
 
 
-def series(history: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of the lines that have ``key``, as float64 arrays."""
-    pairs = [(row["step"], row[key]) for row in history if row.get(key) is not None]
-    return tuple(np.array(pairs, np.float64).reshape(-1, 2).T)
-
-
-def bin_means(x: np.ndarray, y: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means of neighbouring points, cut into at most ``bins`` groups of near equal size."""
-    bins = max(min(bins, len(x)), 1)
-    return (np.array([p.mean() for p in np.array_split(x, bins)]),
-            np.array([p.mean() for p in np.array_split(y, bins)]))
+def first_broken(history: Sequence[Mapping[str, float]]) -> int | None:
+    """The first step whose training or validation loss is not finite."""
+    steps = [int(row["step"]) for row in history for key in ("train/loss", "eval/loss")
+             if row.get(key) is not None and not math.isfinite(row[key])]
+    return min(steps, default=None)
 
 
 def _trend(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

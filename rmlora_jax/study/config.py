@@ -1,119 +1,195 @@
-"""Every field of a study, with its meaning, and the checks made before anything runs."""
+"""Every field of a study, with its meaning; its tasks, and the checks made before anything runs.
 
+A task is a config file of runs, with fields that are set on top.
+"""
+
+import ast
+import copy
+import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import ml_collections
 
+from rmlora_jax import config as fields
+from rmlora_jax.config import ConfigDict, is_names, is_number
 from rmlora_jax.errors import UserError, did_you_mean
-from rmlora_jax.study import plan, tasks
+from rmlora_jax.fields import Run
+from rmlora_jax.methods import METHODS, readers
+from rmlora_jax.study import plan
 from rmlora_jax.study.pictures import PICTURES
-from rmlora_jax.study.program import program
-from rmlora_jax.train.check import check_config
-from rmlora_jax.train.config import METHODS, SWEEPABLE
-from rmlora_jax.train.kinds import is_names, is_number, mistakes_of_kind, with_defaults
+from rmlora_jax.study.plan import Study
+from rmlora_jax.study.program import ROOT, program
+from rmlora_jax.sweep.grid import check_config
+from rmlora_jax.train.config import SWEEPABLE, flatten, resolve
 
 
-def default_study() -> ml_collections.ConfigDict:
+def default_study() -> ConfigDict:
     """The fields of a study. A file in ``configs/`` starts from these and changes what it needs."""
-    c = ml_collections.ConfigDict()
-    c.study = ""  # its name; its folder and its rows bear it
-    # Config files of runs, each with fields of its own and, where two would be called the same, a
-    # name: "configs/minilm_glue.py:rte epochs=20 as rte_long"
-    c.tasks = ()
-    c.methods = ()  # of --config.method
-    c.fields = ()  # fields of every run that make the study what it is, such as ("steps=2000",)
-    c.set = ()  # the same, set on top by who starts it, such as ("data.data_dir=/data",)
-    c.method_set = ml_collections.ConfigDict()  # method -> fields of its runs
-    c.variants = ((),)  # fields of runs that are compared, such as (("lora.rank=2",), ())
-    c.grid = ml_collections.ConfigDict()  # values that are compared: penalty, keep, alpha, ...
-    # Learning rates to choose from, by validation at the last step; with one there is no choice
-    c.rates = (3e-4, 1e-3, 3e-3, 1e-2)
-    c.full_rates = (2e-5, 5e-5, 1e-4, 2e-4)  # of method full
-    c.head_rates = (1e-3, 3e-3, 1e-2, 3e-2)  # of method head
-    c.choose_seeds = 2  # runs for each of them: seeds 100, 101, ...
-    c.seeds = 5  # runs that are reported, on test at the last step: seeds 0, 1, ...
-    c.at_once = 0  # runs that are trained at once; 0: as many of a program as fit in memory
-    # Train lora and the halves of rm_lora as rm_lora with penalty 0 or keep 1, which they equal bit
-    # for bit: the four then compile alike, and three find their program in the compilation cache.
-    c.shared = False
-    c.processes = True  # each program in a process of its own, so that its peak memory is its own
-    c.along = "method"  # what pictures compare: method, task, or a name of grid or variants
-    c.pictures = ("table",)  # table, heat, frequency, gap, layers, dimension
-    c.dry_run = False  # print the plan and what it costs, and stop
-    return c
+    return fields.default(Study)
 
 
-def check_study(c: ml_collections.ConfigDict) -> dict[tuple, ml_collections.ConfigDict]:
-    """The config that the runs of every place share (`plan.place`), tasks in their order.
+def check_study(given: ConfigDict | Study) -> tuple[Study, dict[tuple, Run]]:
+    """The study, and the config that the runs of every place share (`plan.place`), tasks in their
+    order.
 
     Raises one UserError that lists every mistake.
     """
-    default = default_study()
-    kinds = mistakes_of_kind(c, default)
-    wrong, given, c = [*kinds.values()], c, with_defaults(c, kinds, default)
+    c, wrong = fields.read(Study, given)
+    stated = fields.flatten(given)
+    lines: list[str] = []
 
     def need(ok: bool, field: str, allowed: str):
         if not ok:
-            value = repr(plan.field(given, field))[:200]
-            wrong.append(f"config.{field}={value}: must be {allowed}")
+            value = repr(stated.get(field))[:200]
+            wrong.setdefault(field, f"config.{field}={value}: must be {allowed}")
 
     def known(field: str, names, allowed, what: str):
         for name in names:
             if name not in allowed:
                 hint = did_you_mean(name, allowed)
-                wrong.append(
+                lines.append(
                     f"config.{field}: no {what} {name!r}: there are {', '.join(allowed)}{hint}"
                 )
 
-    name = re.fullmatch(r"\w[\w.-]{0,99}", c.study)
-    need("study" in kinds or name, "study", "the study's name, of letters, digits, -, _ and .")
-    need("tasks" in kinds or len(c.tasks) > 0, "tasks", "one config file or more")
-    need("methods" in kinds or len(c.methods) > 0, "methods", "one method or more")
+    named = re.fullmatch(r"\w[\w.-]{0,99}", c.study) is not None
+    need(named, "study", "the study's name, of letters, digits, -, _ and .")
+    need(len(c.tasks) > 0, "tasks", "one config file or more")
+    need(len(c.methods) > 0, "methods", "one method or more")
     need(len(set(c.methods)) == len(c.methods), "methods", "methods, each of them once")
     known("methods", c.methods, METHODS, "method")
     known("method_set", c.method_set, METHODS, "method")
     known("pictures", c.pictures, tuple(PICTURES), "picture")
     need(len(set(c.pictures)) == len(c.pictures), "pictures", "pictures, each of them once")
-    for field in ("rates", "full_rates", "head_rates"):
-        values = plan.field(c, field)
+    for name in ("rates", "full_rates", "head_rates"):
+        values = getattr(c, name)
         fine = len(values) > 0 and all(v > 0 for v in values)
-        need(fine and len(set(values)) == len(values), field, "numbers above 0, each once")
-    for field in ("choose_seeds", "seeds"):
-        need(plan.field(c, field) >= 1, field, "at least 1")
-    need(c.at_once >= 0, "at_once", "0 or more")
+        need(fine and len(set(values)) == len(values), name, "numbers above 0, each once")
     need(c.seeds <= plan.FIRST_CHOOSE_SEED, "seeds",
          f"at most {plan.FIRST_CHOOSE_SEED}: seeds from there on choose the rate")
     need(len(c.variants) > 0, "variants", "one tuple of fields or more; ((),) for none")
     known("grid", c.grid, tuple(SWEEPABLE), "name")
     for name, values in c.grid.items():
-        fine = isinstance(values, tuple | list) and values and all(map(is_number, values))
-        fine = fine and len(set(values)) == len(values)
+        fine = isinstance(values, tuple | list) and len(values) > 0
+        fine = fine and all(map(is_number, values)) and len(set(values)) == len(values)
         need(fine, f"grid.{name}", "a tuple of numbers, each once")
         if name == "learning_rate":
-            wrong.append("config.grid.learning_rate: give the rates as config.rates")
-        readers = SWEEPABLE.get(name, ("", c.methods))[1]
-        idle = [method for method in c.methods if method not in readers]
+            lines.append("config.grid.learning_rate: give the rates as config.rates")
+        idle = [m for m in c.methods if name in SWEEPABLE and m not in readers(name)]
         if idle:
-            wrong.append(f"config.grid.{name}: it changes nothing with {', '.join(idle)}")
-    for method, fields in c.method_set.items():
+            lines.append(f"config.grid.{name}: it changes nothing with {', '.join(idle)}")
+    for method, values in c.method_set.items():
         allowed = "a tuple of fields, such as ('lora.rank=2',)"
-        need(is_names(fields), f"method_set.{method}", allowed)
+        need(is_names(values), f"method_set.{method}", allowed)
     axes = ("method", "task", *c.grid, *plan.varied_fields(c.variants))
     known("along", (c.along,), axes, "axis")
-    if wrong:
-        raise UserError("\n".join(wrong))
+    if wrong or lines:
+        raise UserError("\n".join([*wrong.values(), *lines]))
 
-    opened, bases = tasks.open_tasks(c), {}
+    opened, bases = open_tasks(c), {}
     for cell in plan.cells(c, opened):
         try:
-            base = tasks.configured(c, opened[cell.task], cell.method, cell.variant)
+            base = resolve(configured(c, opened[cell.task], cell.method, cell.variant))
             bases[plan.place(cell)] = base
-            whole = program(cell, base, Path(), at_once=c.at_once, shared=c.shared)
-            check_config(ml_collections.ConfigDict(whole.config))
+            trained = program(cell, base, Path(), at_once=c.at_once, shared=c.shared)
+            check_config(trained.config)
         except UserError as e:
             where = " ".join([cell.task, cell.method, *cell.variant])
-            wrong += [f"{where}: {line}" for line in str(e).splitlines()]
-    if wrong:
-        raise UserError("\n".join(dict.fromkeys(wrong)))
-    return bases
+            lines += [f"{where}: {line}" for line in str(e).splitlines()]
+    if lines:
+        raise UserError("\n".join(dict.fromkeys(lines)))
+    return c, bases
+
+
+def open_tasks(study: Study) -> dict[str, ConfigDict]:
+    """The config of every task by its name, with the fields of the study, of the task, and
+    ``study.set`` on top.
+
+    A task is called what stands behind its ``as``, or else as its data: "cola" for "glue/cola".
+
+    Raises:
+      UserError: a file cannot be had, a field does not exist, or two tasks have one name.
+    """
+    opened = {}
+    for text in study.tasks:
+        file, own, name = parse(text)
+        config = load(file)
+        for field in (*study.fields, *own, *study.set):
+            override(config, field)
+        name = name or config.data.name.rsplit("/", 1)[-1].partition(":")[0]
+        if name in opened:
+            raise UserError(
+                f"config.tasks: two are called {name!r}; name one of them, such as "
+                f"{text + ' as OTHER'!r}"
+            )
+        opened[name] = config
+    return opened
+
+
+def parse(text: str) -> tuple[str, tuple[str, ...], str]:
+    """The file, the fields and the name of a task ("" without one).
+
+    >>> parse("configs/minilm_glue.py:rte epochs=20 as long")
+    ('configs/minilm_glue.py:rte', ('epochs=20',), 'long')
+    """
+    file, *fields = text.split() or [""]
+    name = ""
+    if len(fields) >= 2 and fields[-2] == "as":
+        *fields, _, name = fields
+    return file, tuple(fields), name
+
+
+def load(text: str) -> ConfigDict:
+    """The config of ``FILE`` or ``FILE:ARGUMENT``, looked for here and then beside the package."""
+    name, _, argument = text.partition(":")
+    file = next((p for p in (Path(name), ROOT / name) if p.is_file()), None)
+    if file is None:
+        raise UserError(f"config.tasks: there is no config file {name!r}")
+    spec = importlib.util.spec_from_file_location(f"task_{file.stem}", file)
+    assert spec is not None and spec.loader is not None  # every name of Python code has both
+    module = importlib.util.module_from_spec(spec)
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))  # a config may build on another: from configs import ...
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever is wrong in a file that someone wrote
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise UserError(f"config.tasks: {file} cannot be read as a config ({why})") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"config.tasks: get_config of {file} gives no ConfigDict of a run")
+    return config
+
+
+def configured(study: Study, base: ConfigDict, method: str, variant=()):
+    """The config of the runs of a method on a task: a copy, with the fields of both and the
+    variant's."""
+    config = copy.deepcopy(base)
+    config.method = method
+    for field in (*study.method_set.get(method, ()), *variant):
+        override(config, field)
+    return config
+
+
+def override(config: ConfigDict, text: str) -> None:
+    """Sets ``"a.b=value"``; a value is a Python literal, where the field is no text.
+
+    Raises:
+      UserError: there is no such field, or the value is of another type.
+    """
+    path, equals, value = text.partition("=")
+    flat = flatten(config)
+    if not equals or path not in flat:
+        hint = did_you_mean(path, flat)
+        raise UserError(f"{text!r}: must be a field and its value, such as epochs=4{hint}")
+    *parents, name = path.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    try:
+        node[name] = value if node.get_type(name) is str else ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError) as e:
+        raise UserError(f"{text!r}: must be like {flat[path]!r}") from e

@@ -3,22 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ml_collections
-
-from rmlora_jax import data
 from rmlora_jax.errors import UserError
+from rmlora_jax.fields import Run
+from rmlora_jax.report.records import duration
+from rmlora_jax.report.style import text_table
 from rmlora_jax.study import plan
 from rmlora_jax.study.plan import Cell
-from rmlora_jax.tasks import images, speech, text
-from rmlora_jax.train.config import KINDS, SPEECH
-from rmlora_jax.train.terminal import duration
+from rmlora_jax.tasks import SECTIONS, TASKS
+from rmlora_jax.train.config import flatten
 
 HEADS = ("program", "runs", "left", "steps a run", "examples left", "time left")
 
 
 def cost_table(
     cells: Sequence[Cell],
-    bases: Mapping[tuple, ml_collections.ConfigDict],
+    bases: Mapping[tuple, Run],
     rows: Sequence[Mapping[str, Any]],
     program_of: Callable,
 ) -> str:
@@ -53,14 +52,15 @@ def cost_table(
     if unknown and totals[3]:
         end = f"{duration(totals[3])} and {unknown} unknown"
     lines.append((f"all {len(cells)}", *totals[:2], "", totals[2], end))
-    return _aligned([HEADS, *([_text(v) for v in line] for line in lines)])
+    return text_table([HEADS, *([_text(v) for v in line] for line in lines)])
 
 
-def steps_of(config: ml_collections.ConfigDict, sizes: dict) -> int | None:
+def steps_of(config: Run, sizes: dict) -> int | None:
     """The steps of a run; None where they depend on data that are not here. ``sizes`` is kept."""
     if config.steps:
         return config.steps
-    what = str(config.data) + str(config.text)
+    read = ("task", "data", *SECTIONS)
+    what = str({k: v for k, v in flatten(config).items() if k.partition(".")[0] in read})
     if what not in sizes:
         sizes[what] = training_examples(config)
     if sizes[what] is None:
@@ -68,15 +68,10 @@ def steps_of(config: ml_collections.ConfigDict, sizes: dict) -> int | None:
     return max(1, round(config.epochs * sizes[what] / config.batch_size))
 
 
-def training_examples(config: ml_collections.ConfigDict) -> int | None:
+def training_examples(config: Run) -> int | None:
     """How many there are, without fetching anything."""
     try:
-        if config.task == KINDS[0]:
-            return len(images.load(config, download=False).train)
-        if config.task == SPEECH:
-            return len(speech.load(config).train.labels)
-        glue = data.glue_task(config.data.name)
-        return len(text.load(config, glue, download=False).train.ids)
+        return TASKS[config.task].training_examples(config)
     except UserError:
         return None
 
@@ -93,12 +88,3 @@ def _text(value) -> str:
     if value is None:
         return "?"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _aligned(lines) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADS))]
-    return "\n".join(
-        "  ".join(v.ljust(w) if i == 0 else v.rjust(w)
-                  for i, (v, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-        for line in lines
-    )

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rmlora_jax.report.panels import MUTED
-from rmlora_jax.study import style
-from rmlora_jax.study.dots import CAPTION, strip
-from rmlora_jax.study.tables import Group, groups, scale, values
+from rmlora_jax.report import style
+from rmlora_jax.study.tables import Group, distinct, groups, scale, shown, unit, values
 
+CAPTION = "small: one seed.  large: mean; bar: sample standard deviation over seeds."
 SHARE = 0.9  # of the final gain
 FIELDS = ("rm.resample_every", "rm.start_step")
 DEFAULTS = {"rm.resample_every": "1", "rm.start_step": "1"}
@@ -22,13 +21,13 @@ def gap_picture(rows: Sequence[dict], along: str = "method"):
     The metric is that of the task where training measures it too, or else the loss. Held out is
     test where the run followed it, or else the validation split.
     """
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = style.new_figure(15, 3.9 * len(tasks))
+    tasks = distinct(rows, "task")
+    figure, tested = style.new_figure(15, 3.9 * len(tasks)), False
     axes = figure.subplots(len(tasks), 3, squeeze=False,
                            gridspec_kw={"width_ratios": (1, 1, 0.85)})
     for (left, middle, right), task in zip(axes, tasks, strict=True):
         found = [group for group in groups(rows) if group.task == task]
-        names = [_label(group) for group in found]
+        names = [group.label for group in found]
         by_loss = any(v is None for g in found for r in g.rows for v in r["curve"]["train"])
         metric = "loss" if by_loss else found[0].rows[0]["metric"]
         factor = 1.0 if by_loss else scale(metric)
@@ -47,8 +46,8 @@ def gap_picture(rows: Sequence[dict], along: str = "method"):
                     ax.fill_between(steps, mean - reach, mean + reach, color=tint, alpha=0.13, lw=0)
                 ends.append(curves[:, -1])
             gaps = (ends[1] - ends[0]) * (1 if by_loss else -1)
-            strip(right, i, [float(v) for v in gaps if np.isfinite(v)], tint, along="x")
-        what = "loss, nats" if by_loss else style.axis(metric)
+            style.strip(right, i, [float(v) for v in gaps if np.isfinite(v)], tint, along="x")
+        what = "loss, nats" if by_loss else unit(metric)
         limits = [ax.get_ylim() for ax in (left, middle)]
         for ax in (left, middle):
             ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
@@ -56,9 +55,9 @@ def gap_picture(rows: Sequence[dict], along: str = "method"):
         style.finish(middle, "test" if tested else "held out", "step", "")
         held = "test" if tested else "held out"
         words = f"loss, {held} less train, nats" if by_loss else (
-            f"{style.axis(metric).partition(',')[0]}, train less {held}, points")
+            f"{unit(metric).partition(',')[0]}, train less {held}, points")
         style.finish(right, "gap at the end", words, grid="x")
-        right.axvline(0, color=MUTED, lw=1)
+        right.axvline(0, color=style.MUTED, lw=1)
         right.set_ylim(len(names) - 0.5, -0.5)
         right.set_yticks(range(len(names)), names)
         right.tick_params(axis="y", labelsize=10.5)
@@ -88,14 +87,14 @@ def curves_of(group: Group, key: str, factor: float = 1.0) -> tuple[list[int], n
 def frequency_picture(rows: Sequence[dict], along: str = "rm.resample_every"):
     """How often the mask is drawn, and when it starts, against the metric and against the steps to
     90 % of the final gain: a row a task. A field that only some tasks vary is left out."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks = distinct(rows, "task")
     varied = [{f for row in rows if row["task"] == task for f in row["variant"]} for task in tasks]
     axes_of = [f for f in FIELDS if all(f in fields for fields in varied)]
     if not axes_of:
         return None
     figure = style.new_figure(7.2 * len(axes_of), 3.3 * len(tasks))
     axes = figure.subplots(len(tasks), 2 * len(axes_of), squeeze=False)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    methods = distinct(rows, "method")
     for line, task in zip(axes, tasks, strict=True):
         here = [row for row in rows if row["task"] == task]
         metric = here[0]["metric"]
@@ -113,12 +112,12 @@ def frequency_picture(rows: Sequence[dict], along: str = "rm.resample_every"):
                 soon = [[steps_to_gain(row) for row in r] for r in runs]
                 _series(right, [[s for s in steps if s is not None] for steps in soon], tint)
             for ax in (left, right):
-                ax.set_xticks(range(len(marks)), [style.shown(m) for m in marks])
+                ax.set_xticks(range(len(marks)), [shown(m) for m in marks])
                 ax.set_xlim(-0.4, len(marks) - 0.6)
             right.set_ylim(0, 1.08 * right.get_ylim()[1])
             words = {"rm.resample_every": "steps between draws of the mask",
                      "rm.start_step": "first masked step"}[field]
-            style.finish(left, f"{whose}: at the end", words, f"test {style.axis(metric)}")
+            style.finish(left, f"{whose}: at the end", words, f"test {unit(metric)}")
             style.finish(right, "how soon", words, f"steps to {SHARE:.0%} of the final gain")
     if len(methods) > 1:
         for method in methods:
@@ -167,13 +166,8 @@ def _series(ax, columns, tint):
     if means:
         ax.plot(*zip(*means, strict=True), "-", color=tint, lw=1.4, alpha=0.6, zorder=2)
     for x, numbers in enumerate(columns):
-        strip(ax, x, numbers, tint, along="y")
+        style.strip(ax, x, numbers, tint, along="y")
 
 
 def _value(row: dict, field: str) -> str:
     return row["variant"].get(field, DEFAULTS[field])
-
-
-def _label(group: Group) -> str:
-    return " ".join([group.method, *(f"{style.short(n)} {style.shown(v)}"
-                                     for n, v in group.varied)])

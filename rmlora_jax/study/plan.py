@@ -1,5 +1,6 @@
 """From a study to its runs: which there are, in which program, at which learning rate."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -8,16 +9,68 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import ml_collections
-
+from rmlora_jax.config import NUMBERS, Elements, field, is_names, leaves
 from rmlora_jax.tasks.scores import higher_is_better
-from rmlora_jax.train.config import FREE_ON_RESUME, SWEEPABLE, default_config, flatten
+from rmlora_jax.train.config import FREE_ON_RESUME, SWEEPABLE, RunConfig, flatten
 
 CHOOSE, FINAL = "choose", "final"
 FIRST_CHOOSE_SEED = 100
 
-Setting = Mapping[str, float]  # name of rmlora_jax.train.config.SWEEPABLE -> value
+Setting = dict[str, float]  # name of rmlora_jax.train.config.SWEEPABLE -> value
 
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Every field of a study."""
+
+    study: str = field("", "its name; its folder and its rows bear it")
+    tasks: tuple = field(
+        (),
+        "config files of runs, each with fields of its own and, where two would be called the "
+        "same, a name: 'configs/minilm_glue.py:rte epochs=20 as rte_long'",
+    )
+    methods: tuple = field((), "of --config.method")
+    fields: tuple = field(
+        (), "fields of every run that make the study what it is, such as ('steps=2000',)"
+    )
+    set: tuple = field(
+        (), "the same, set on top by who starts it, such as ('data.data_dir=/data',)"
+    )
+    method_set: dict = field({}, "method -> fields of its runs")
+    variants: tuple = field(
+        ((),), "fields of runs that are compared, such as (('lora.rank=2',), ())",
+        elements=Elements("tuples of fields, such as (('lora.rank=2',), ())", is_names),
+    )
+    grid: dict = field({}, "values that are compared: penalty, keep, alpha, ...")
+    rates: tuple = field(
+        (3e-4, 1e-3, 3e-3, 1e-2),
+        "learning rates to choose from, by validation at the last step; with one rate there is no "
+        "choice",
+        elements=NUMBERS,
+    )
+    full_rates: tuple = field((2e-5, 5e-5, 1e-4, 2e-4), "of method full", elements=NUMBERS)
+    head_rates: tuple = field((1e-3, 3e-3, 1e-2, 3e-2), "of method head", elements=NUMBERS)
+    choose_seeds: int = field(2, "runs for each rate: seeds 100, 101, ...", least=1)
+    seeds: int = field(
+        5, "runs that are reported, on test at the last step: seeds 0, 1, ...", least=1
+    )
+    at_once: int = field(
+        0, "runs that are trained at once; 0: as many of a program as fit in memory", least=0
+    )
+    shared: bool = field(
+        False,
+        "train lora and the halves of rm_lora as rm_lora with penalty 0 or keep 1, which they "
+        "equal bit for bit: the four then compile alike, and three find their program in the "
+        "compilation cache",
+    )
+    processes: bool = field(
+        True, "each program in a process of its own, so that its peak memory is its own"
+    )
+    along: str = field(
+        "method", "what pictures compare: method, task, or a name of grid or variants"
+    )
+    pictures: tuple = field(("table",), "table, heat, frequency, gap, layers, dimension")
+    dry_run: bool = field(False, "print the plan and what it costs, and stop")
 
 # rm_lora at special values of its own fields: bit for bit these methods.
 AS_RM_LORA = {
@@ -51,7 +104,7 @@ class Cell(NamedTuple):
         return " ".join([self.task, self.method, *self.variant, self.stage])
 
 
-def cells(study: ml_collections.ConfigDict, tasks: Iterable[str]) -> tuple[Cell, ...]:
+def cells(study: Study, tasks: Iterable[str]) -> tuple[Cell, ...]:
     """Everything that the study runs, in order: for each task and method first the choice of its
     rate, at the task's own fields, then every variant."""
     choose = tuple(range(FIRST_CHOOSE_SEED, FIRST_CHOOSE_SEED + study.choose_seeds))
@@ -69,13 +122,13 @@ def cells(study: ml_collections.ConfigDict, tasks: Iterable[str]) -> tuple[Cell,
     return tuple(found)
 
 
-def rates_of(study: ml_collections.ConfigDict, method: str) -> tuple[float, ...]:
+def rates_of(study: Study, method: str) -> tuple[float, ...]:
     """The learning rates that a method chooses from."""
     grids = {"full": study.full_rates, "head": study.head_rates}
     return tuple(float(rate) for rate in grids.get(method, study.rates))
 
 
-def grid_settings(study: ml_collections.ConfigDict) -> tuple[Setting, ...]:
+def grid_settings(study: Study) -> tuple[Setting, ...]:
     """The product of ``study.grid``: one empty setting where it is empty."""
     names = sorted(study.grid)
     products = itertools.product(*(study.grid[name] for name in names))
@@ -130,23 +183,17 @@ def place(cell: Cell) -> tuple:
 
 def setting_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
     """The values that a run's config has of these settings."""
-    return {name: field(config, SWEEPABLE[name][0]) for name in names}
+    flat = flatten(config)
+    return {name: flat[SWEEPABLE[name]] for name in names}
 
 
-def field(config: Mapping[str, Any], path: str) -> Any:
-    """``config["a"]["b"]`` for ``"a.b"``."""
-    for name in path.split("."):
-        config = config[name]
-    return config
-
-
-def identity(config: Mapping[str, Any], stage: str) -> str:
+def identity(config: Any, stage: str) -> str:
     """Twelve characters that tell a run from every other of its study.
 
     They stand for the fields that differ from the defaults, those left out that change no number:
     a new field of the trainer leaves the identity of runs that do not use it as it is.
     """
-    default = flatten(default_config())
+    default = {path: leaf.default for path, leaf in leaves(RunConfig).items()}
     own = {
         name: _canonical(value)
         for name, value in flatten(config).items()

@@ -14,19 +14,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 from absl import logging
 
+from rmlora_jax import config as fields
+from rmlora_jax import methods
 from rmlora_jax.errors import UserError
+from rmlora_jax.fields import Run
 from rmlora_jax.files import read_json, write_json
 from rmlora_jax.study import plan
 from rmlora_jax.study.plan import Cell
 from rmlora_jax.study.rows import finished, row_of
-from rmlora_jax.study.tasks import ROOT
 from rmlora_jax.sweep import train as sweep
+from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import loop
-from rmlora_jax.train.config import is_sweep, with_values
+from rmlora_jax.train.config import SWEEPABLE, flatten, with_values
 
+ROOT = Path(__file__).parent.parent.parent  # where configs/ lies in a checkout
 ROWS = ".rows.json"  # beside the program's folder
 
 
@@ -34,7 +37,7 @@ class Program(NamedTuple):
     """What is trained at once. ``runs`` has the identity, the setting and the seed of each."""
 
     cell: Cell
-    config: dict  # what the trainer takes, as plain values
+    config: Any  # what the trainer takes, as a dict of plain values
     runs: tuple[tuple[str, dict, int], ...]
     folder: str
 
@@ -45,7 +48,7 @@ class Program(NamedTuple):
 
 def program(
     cell: Cell,
-    base: ml_collections.ConfigDict,
+    base: Run,
     workdir: Path,
     *,
     at_once: int = 0,
@@ -57,28 +60,31 @@ def program(
     seed. With ``shared`` the relatives of rm_lora run as rm_lora, with penalty and keep among what
     is swept whatever they are, so that their programs differ in their inputs only.
     """
-    also = {}
-    if shared and cell.method in plan.AS_RM_LORA and base.rm.draw == "bernoulli":
-        base = with_values(base, {})
-        base.method = "rm_lora"
-        also = {"penalty": base.rm.penalty, "keep": base.rm.keep} | plan.AS_RM_LORA[cell.method]
-    config = with_values(base, also | cell.settings[0])
-    config.seed = cell.seeds[0]
+    own, also = base.own(methods.Rm), {}
+    if shared and cell.method in plan.AS_RM_LORA and own.draw == "bernoulli":
+        base = with_values(base, {"method": "rm_lora"})
+        also = {"penalty": own.penalty, "keep": own.keep} | plan.AS_RM_LORA[cell.method]
+    config = run_config(base, also | cell.settings[0], cell.seeds[0])
     if cell.runs > 1:
-        config.sweep.seeds = len(cell.seeds)
-        config.sweep.grid = swept([also | setting for setting in cell.settings], always=bool(also))
-        config.sweep.at_once = at_once
+        grid = swept([also | setting for setting in cell.settings], always=bool(also))
+        config = with_values(config, {
+            "sweep.seeds": len(cell.seeds), "sweep.grid": grid, "sweep.at_once": at_once
+        })
     runs = []
     for setting in cell.settings:
         for seed in cell.seeds:
-            one = with_values(base, also | setting)
-            one.seed = seed
-            runs.append((plan.identity(one.to_dict(), cell.stage), dict(setting), seed))
+            one = run_config(base, also | setting, seed)
+            runs.append((plan.identity(one, cell.stage), dict(setting), seed))
     words = [cell.task, cell.method, cell.stage, *(v.rpartition(".")[2] for v in cell.variant)]
     words = ["".join(c if c.isalnum() else "-" for c in word) for word in words]
     both = hashlib.sha256("".join(key for key, *_ in runs).encode()).hexdigest()[:8]
     folder = Path(workdir) / "runs" / "_".join([*words, both])
-    return Program(cell, config.to_dict(), tuple(runs), str(folder))
+    return Program(cell, fields.nested(flatten(config)), tuple(runs), str(folder))
+
+
+def run_config(base: Run, setting: Mapping[str, float], seed: int) -> Run:
+    """The config of a run with these values, by the names of ``sweep.grid``."""
+    return with_values(base, {SWEEPABLE[k]: v for k, v in setting.items()} | {"seed": seed})
 
 
 def swept(settings: Sequence[Mapping[str, float]], always: bool = False) -> str:
@@ -91,8 +97,8 @@ def swept(settings: Sequence[Mapping[str, float]], always: bool = False) -> str:
     return repr([dict(s) for s in settings]) if always or len(settings) > 1 else ""
 
 
-def trainer(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    (sweep.train if is_sweep(config) else loop.train)(config, workdir)
+def trainer(config: Run, workdir: Path) -> None:
+    (sweep.train if config.is_sweep else loop.train)(config, workdir)
 
 
 def train(program: Program, study: str, *, trainer: Callable = trainer) -> list[dict]:
@@ -101,7 +107,7 @@ def train(program: Program, study: str, *, trainer: Callable = trainer) -> list[
     The peak of the memory is the process's: a row has it only if this program raised it.
     """
     before = loop.peak_memory() or 0
-    trainer(ml_collections.ConfigDict(program.config), Path(program.folder))
+    trainer(check_config(program.config), Path(program.folder))
     device = jax.devices()[0].device_kind
     found = {}
     for folder in finished(program.folder):
@@ -168,14 +174,12 @@ def in_own_process(program: Program, study: str) -> list[dict]:
 def main(file: str) -> None:
     logging.set_verbosity(logging.WARNING)  # as in run.py
     stored = read_json(file)
-    cell = stored["cell"]
-    cell = Cell(**cell | {name: tuple(cell[name]) for name in ("settings", "seeds", "variant")})
-    runs = tuple((key, setting, seed) for key, setting, seed in stored["runs"])
-    whole = Program(cell, _tuples(stored["config"]), runs, stored["folder"])
+    cell = Cell(**_tuples(stored["cell"]))
+    whole = Program(cell, _tuples(stored["config"]), _tuples(stored["runs"]), stored["folder"])
     write_json(whole.folder + ROWS, train(whole, stored["study"]))
 
 
-def _tuples(value):
+def _tuples(value: Any) -> Any:
     """JSON has no tuples, a config no lists."""
     if isinstance(value, dict):
         return {name: _tuples(v) for name, v in value.items()}

@@ -4,6 +4,7 @@ A row is written once its run is finished, in one write; a last line that a kill
 half written is dropped, and its run's row written again.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -11,15 +12,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+import rmlora_jax as rm
 from rmlora_jax.files import plain, read_json, read_json_lines, write_text_atomic
-from rmlora_jax.report.panels import by_kind
-from rmlora_jax.study.trajectory import trajectory
-from rmlora_jax.train.metrics import read_intrinsic, read_metrics
+from rmlora_jax.methods import description
+from rmlora_jax.optim.factors import find_factors, flatten
+from rmlora_jax.report.records import by_kind, read_intrinsic, read_metrics
+from rmlora_jax.train import snapshots
+from rmlora_jax.train.finished import read_config
 
 ROWS = "rows.jsonl"
 MOST_TIMES = 12  # times at which a row keeps the effective rank of every layer
+MOST_SNAPSHOTS = 16  # of which the trajectory is computed, evenly over the run
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -105,7 +111,7 @@ def row_of(folder: Path, **known: Any) -> dict[str, Any]:
         "peak_memory_bytes": summary.get("peak_memory_bytes"),
         "curve": curve,
         "layers": layers_of(folder),
-        "trajectory": trajectory(folder, config),
+        "trajectory": trajectory(folder),
     }
 
 
@@ -146,15 +152,72 @@ def layers_of(folder: Path) -> dict[str, list] | None:
     records = [record for record in read_intrinsic(folder) if record["modules"]]
     if not records:
         return None
-    kept = np.unique(np.linspace(0, len(records) - 1, MOST_TIMES).round().astype(int))
     found = {"step": [], "effective_rank": []}
-    for record in (records[i] for i in kept):
+    for record in _evenly(records, MOST_TIMES):
         kinds = [kind["effective_rank"] for kind in by_kind(record["modules"]).values()]
         deepest = max(map(len, kinds), default=0)
         ranks = np.mean([ranks for ranks in kinds if len(ranks) == deepest], axis=0)
         found["step"].append(record["step"])
         found["effective_rank"].append([round(float(r), 4) for r in ranks])
     return found
+
+
+def trajectory(folder: Path) -> dict[str, list] | None:
+    """Of the snapshots up to each step, means over all modules and layers:
+
+    ``{"step": [K], "effective_rank": [K], "numerical_rank": [K], "bound": [K], "layers": [L]}``,
+    with ``bound`` the most that either could be and ``layers`` the effective rank of each layer at
+    the end. None where the run left fewer than two snapshots.
+    """
+    taken = snapshots.read(folder)
+    if len(taken) < 2:
+        return None
+    own = description(read_config(folder))
+    # A snapshot of AdaLoRA or SoRA has its diagonal in A: to plain factors a plain description.
+    lora = rm.LoRA(**{f.name: getattr(own, f.name) for f in dataclasses.fields(rm.LoRA)})
+    taken = _evenly(taken, MOST_SNAPSHOTS)
+    found = {"step": [], "effective_rank": [], "numerical_rank": [], "bound": []}
+    modules = {}
+    for count in range(2, len(taken) + 1):
+        modules = dimension([tree for _, tree in taken[:count]], lora)
+        found["step"].append(taken[count - 1][0])
+        for name in ("effective_rank", "numerical_rank"):
+            values = np.concatenate([np.ravel(m[name]) for m in modules.values()])
+            found[name].append(round(float(values.mean()), 4))
+        bounds = [m["singular_values"].shape[-1] for m in modules.values()]
+        found["bound"].append(round(float(np.mean(bounds)), 4))
+    ranks = [np.ravel(m["effective_rank"]) for m in modules.values()]
+    deepest = max(map(len, ranks))
+    layers = np.mean([r for r in ranks if len(r) == deepest], axis=0)
+    return found | {"layers": [round(float(r), 4) for r in layers]}
+
+
+def dimension(factors: list[dict], lora: rm.LoRA) -> dict[str, dict[str, jax.Array]]:
+    """`rmlora_jax.trajectory_dimension` of trees that hold factors alone."""
+    return rm.trajectory_dimension([_with_weights(tree, lora) for tree in factors], lora)
+
+
+def _with_weights(tree: dict, lora: rm.LoRA) -> dict:
+    """The tree with a weight of zeros, which takes no memory, beside every pair of factors."""
+    leaves, _, _ = flatten(tree)
+    pairs = {}
+    for factor in find_factors(tree):
+        pairs.setdefault(factor.module, {})[factor.side] = leaves[factor.index]
+    whole = {}
+    for module, pair in pairs.items():
+        a, b = pair["a"], pair["b"]
+        shape = (*a.shape[:-1], b.shape[-1])
+        node = whole
+        for name in filter(None, module.split("/")):
+            node = node.setdefault(name, {})
+        weight = np.broadcast_to(np.float32(0), shape)
+        node |= {"lora_a": a, "lora_b": b, lora.weights[0]: weight}
+    return whole
+
+
+def _evenly(items: list, most: int) -> list:
+    """At most ``most`` of the items, the first and the last among them."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, most).round().astype(int))]
 
 
 def _finite(value) -> float | None:

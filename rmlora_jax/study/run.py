@@ -3,33 +3,32 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import ml_collections
-
+from rmlora_jax.config import ConfigDict
 from rmlora_jax.files import write_text_atomic
 from rmlora_jax.study import plan, program, tables
 from rmlora_jax.study.config import check_study
 from rmlora_jax.study.cost import cost_table
 from rmlora_jax.study.pictures import write_pictures
-from rmlora_jax.study.plan import Cell
+from rmlora_jax.study.plan import Cell, Study
 from rmlora_jax.study.rows import ROWS, append_rows, read_rows
 from rmlora_jax.train.workdir import opened
 
 
 def run_study(
-    study: ml_collections.ConfigDict, workdir: Path, *, trainer: Callable | None = None
+    given: ConfigDict | Study, workdir: Path, *, trainer: Callable | None = None
 ) -> list[dict]:
     """Runs what of the study has no row yet in ``workdir/rows.jsonl``, writes its table and
     pictures, and returns its rows. With ``study.dry_run`` it prints the plan and its cost only.
 
     Args:
-      study: `rmlora_jax.study.config.default_study`.
+      given: the study, as `rmlora_jax.study.config.default_study` or resolved.
       workdir: the study's folder.
       trainer: in place of the library's, as `rmlora_jax.study.program.trainer`; in this process.
 
     Raises:
       UserError: what the person who started the study can put right.
     """
-    bases = check_study(study)
+    study, bases = check_study(given)
     cells = plan.cells(study, dict.fromkeys(task for task, *_ in bases))
     workdir = Path(workdir).absolute()
     file = workdir / ROWS
@@ -74,7 +73,7 @@ def runs(count: int) -> str:
     return f"{count} run" + "s" * (count != 1)
 
 
-def write_results(study: ml_collections.ConfigDict, workdir: Path, rows: list[dict]) -> None:
+def write_results(study: Study, workdir: Path, rows: list[dict]) -> None:
     """``table.md``, ``table.csv`` and the pictures that the study asks for."""
     markdown = tables.markdown(rows)
     written = [

@@ -12,6 +12,7 @@ from rmlora_jax.tasks.scores import describe, higher_is_better
 
 TOLERANCE = 0.02  # by which methods with factors may differ in the parameters they end with
 PARAMETERS = ("factor_parameters", "head_parameters")
+NEVER = 10**8  # steps between draws, or before the first, that no run reaches
 
 Row = Mapping[str, Any]
 
@@ -28,6 +29,15 @@ class Group(NamedTuple):
     def rate(self) -> float | None:
         return self.rows[0]["settings"].get("learning_rate")
 
+    def scaled(self, name: str) -> list[float]:
+        """The numbers under ``name``, in the unit of the metric."""
+        return [scale(self.rows[0]["metric"]) * v for v in values(self.rows, name)]
+
+    @property
+    def label(self) -> str:
+        """The method and what else the study varies: ``rm_lora keep 0.5``."""
+        return " ".join([self.method, *(f"{short(n)} {shown(v)}" for n, v in self.varied)])
+
 
 def groups(rows: Iterable[Row], stage: str = FINAL) -> list[Group]:
     """The rows of a stage, gathered, in the order in which each group first occurs.
@@ -38,7 +48,7 @@ def groups(rows: Iterable[Row], stage: str = FINAL) -> list[Group]:
     for row in rows:
         if row["stage"] == stage:
             found.setdefault((row["task"], row["method"], varied(row)), []).append(row)
-    return [Group(*key, tuple(values)) for key, values in found.items()]
+    return [Group(*key, rows=tuple(members)) for key, members in found.items()]
 
 
 def varied(row: Row) -> tuple[tuple[str, Any], ...]:
@@ -46,6 +56,11 @@ def varied(row: Row) -> tuple[tuple[str, Any], ...]:
     settings = {k: v for k, v in row["settings"].items()
                 if row["stage"] == CHOOSE or k != "learning_rate"}
     return tuple({**row["variant"], **settings}.items())
+
+
+def distinct(rows: Iterable[Row], name: str) -> list:
+    """The values under ``name``, each once, in the order in which they first occur."""
+    return list(dict.fromkeys(row[name] for row in rows))
 
 
 def values(rows: Iterable[Row], name: str) -> list[float]:
@@ -68,15 +83,16 @@ def scale(metric: str) -> float:
     return 100.0 if higher_is_better(metric) else 1.0
 
 
-def unit(metric: str) -> str:
+def unit(metric: str, name: str = "long") -> str:
+    """The metric with its unit, by one of its names in `rmlora_jax.tasks.scores.Metric`.
+
+    >>> unit("accuracy"), unit("matthews"), unit("matthews", "short")
+    ('accuracy, %', 'Matthews correlation x 100', 'Matthews x 100')
     """
-    >>> unit("accuracy"), unit("matthews")
-    ('accuracy, %', 'Matthews x 100')
-    """
-    short = describe(metric)[0].short
+    named = getattr(describe(metric)[0], name)
     if scale(metric) == 1:
-        return short
-    return f"{short}, %" if metric.startswith("accuracy") else f"{short} x 100"
+        return named
+    return f"{named}, %" if metric.startswith("accuracy") else f"{named} x 100"
 
 
 def parameters(rows: Sequence[Row]) -> tuple[int, int]:
@@ -89,7 +105,7 @@ def unequal(rows: Sequence[Row]) -> list[str]:
     """A sentence for each task whose methods with factors end with numbers of parameters that
     differ by more than 2 % of the smallest, the head left out."""
     found = []
-    for task in dict.fromkeys(row["task"] for row in rows):
+    for task in distinct(rows, "task"):
         counts = {}
         for group in groups(rows):
             count, _ = parameters(group.rows)
@@ -109,13 +125,13 @@ def markdown(rows: Sequence[Row]) -> str:
     """A table for each task: a line a method, and for every value that the study compares."""
     parts = []
     names = list(dict.fromkeys(name for g in groups(rows) for name, _ in g.varied))
-    for task in dict.fromkeys(row["task"] for row in rows):
+    for task in distinct(rows, "task"):
         found = [group for group in groups(rows) if group.task == task]
         if not found:
             continue
         first = found[0].rows[0]
-        heads = ["method", *(name.rpartition(".")[2].replace("_", " ") for name in names), "rate",
-                 "seeds", f"test {unit(first['metric'])}", "test loss", "train loss",
+        test = f"test {unit(first['metric'], 'short')}"
+        heads = ["method", *map(short, names), "rate", "seeds", test, "test loss", "train loss",
                  "effective rank", "parameters", "with head", "seconds", "GiB"]
         lines, edges = [heads], False
         for group in found:
@@ -150,8 +166,7 @@ def together(found: Sequence[Group], columns: Sequence[str]) -> str:
 
 
 def _figures(group: Group) -> list[str]:
-    metric = group.rows[0]["metric"]
-    test = [scale(metric) * v for v in values(group.rows, "test")]
+    test = group.scaled("test")
     without, whole = parameters(group.rows)
     # A row says so (alone: false) where other programs had a share of the device meanwhile.
     alone = [row for row in group.rows if row.get("alone", True)]
@@ -185,14 +200,13 @@ def spread(numbers: Sequence[float], digits: int = 2, *, alone: bool = False) ->
 def rates_table(rows: Sequence[Row]) -> str:
     """How the rates were chosen: for each method the mean on validation at each of its rates."""
     lines = []
-    for task in dict.fromkeys(row["task"] for row in rows):
+    for task in distinct(rows, "task"):
         for method in dict.fromkeys(row["method"] for row in rows if row["task"] == task):
             found = [g for g in groups(rows, CHOOSE) if (g.task, g.method) == (task, method)]
             chosen = chosen_rates(rows, task, method)
             cells = []
             for group in found:
-                factor = scale(group.rows[0]["metric"])
-                text = spread([factor * v for v in values(group.rows, "validation")], alone=True)
+                text = spread(group.scaled("validation"), alone=True)
                 text = f"{_number(group.rate)}: {text}"
                 cells.append(f"**{text}**" if group.rate in chosen else text)
             if cells:
@@ -203,7 +217,7 @@ def rates_table(rows: Sequence[Row]) -> str:
                       "|---|---|---|", *lines])
 
 
-def chosen_rates(rows: Iterable[Row], task: str, method: str) -> set[float]:
+def chosen_rates(rows: Iterable[Row], task: str, method: str) -> set[float | None]:
     return {group.rate for group in groups(rows) if (group.task, group.method) == (task, method)}
 
 
@@ -250,3 +264,35 @@ def _number(value: float | None) -> str:
 
 def _value(value: Any) -> str:
     return _number(value) if isinstance(value, int | float) or value is None else str(value)
+
+
+def short(field: str) -> str:
+    """
+    >>> short("rm.resample_every"), short("penalty")
+    ('resample every', 'penalty')
+    """
+    return field.rpartition(".")[2].replace("_", " ")
+
+
+def shown(value) -> str:
+    """A value of a setting or of a field, as a label.
+
+    >>> shown(0.5), shown("1000000000"), shown("10"), shown("cola")
+    ('0.5', 'never', '10', 'cola')
+    """
+    try:
+        number = float(value)
+    except ValueError:
+        return str(value)
+    return "never" if number >= NEVER else f"{number:g}"
+
+
+def thousands(count: int) -> str:
+    """
+    >>> thousands(165888), thousands(22713986), thousands(900), thousands(0)
+    ('166 k', '22.7 M', '900', '')
+    """
+    for size, letter in ((10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {letter}"
+    return str(count or "")

@@ -5,24 +5,25 @@ the batch and the number of the step are not, so that there is one of each, and 
 augmented once for all runs.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 import rmlora_jax as rm
-from rmlora_jax import methods as method
-from rmlora_jax.adapt.lora import FACTORS
+from rmlora_jax import methods
+from rmlora_jax.adapt.forms import FACTORS
 from rmlora_jax.errors import UserError
+from rmlora_jax.fields import Run as Config
 from rmlora_jax.parallel.mesh import Devices, replicate, spread
+from rmlora_jax.sweep.grid import Run
 from rmlora_jax.train import setup
-from rmlora_jax.train.config import Run, with_values
 from rmlora_jax.train.step import Constants, State
 
 MAPPED = State(step=None, trainable=0, opt_state=0)  # the axis of the runs in a state of many
@@ -36,55 +37,68 @@ class ManyConstants(NamedTuple):
     values: dict  # "seed" uint32 (K,), and what is swept, float32 (K,), by the names of SWEEPABLE
 
 
-def build(
-    config: ml_collections.ConfigDict, runs: Sequence[Run], base: setup.Base, devices: Devices
-) -> setup.Job:
-    """The job of ``runs``: the state is that of each run alone, stacked on a first axis.
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """The runs of a sweep, stacked on the first axis of what differs between them."""
 
-    ``state`` holds shapes only, `first_state` makes it. ``lora`` and ``schedule`` are tuples of
-    one for each run, and the metrics and outputs of the steps have the axis, too.
+    count: int
+
+    def pick(self, tree: Any, i: int) -> Any:
+        """What a tree holds of run ``i``."""
+        return pick(tree, i)
+
+    def apart(self, values: dict[str, Any]) -> list[dict[str, Any]]:
+        """Metrics of all runs, as one dict for each."""
+        return [{name: value[i] for name, value in values.items()} for i in range(self.count)]
+
+
+def build(config: Config, runs: Sequence[Run], base: setup.Base, devices: Devices) -> setup.Job:
+    """The job of ``runs``: its state is that of each run alone, stacked on a first axis.
+
+    ``state`` holds shapes only, `first_state` makes it. The metrics and outputs of the steps have
+    the axis, too.
     """
-    values = {"seed": np.array([run.config.seed for run in runs], np.uint32)}
+    values: dict[str, Any] = {
+        "seed": np.array([run.config.seed for run in runs], np.uint32)
+    }
     for name in runs[0].setting:
         values[name] = np.array([run.setting[name] for run in runs], np.float32)
     return setup.Job(
-        lora=tuple(method.description(run.config) for run in runs),
+        base=base,
+        runs=tuple(run.config for run in runs),
+        axis=Axis(len(runs)),
+        lora=tuple(methods.description(run.config) for run in runs),
         state=shapes(runs[0], len(runs), base, devices),
         constants=ManyConstants(base.constants, replicate(values, devices)),
         train_step=spread(train_step(config, base), devices, donate=True),
         eval_step=spread(eval_step(config, base), devices),
-        feed=base.feed,
-        schedule=tuple(method.learning_rate(run.config, base.steps) for run in runs),
-        steps=base.steps,
+        schedule=tuple(methods.learning_rate(run.config, base.steps) for run in runs),
         eval_every=setup.eval_every(config, base),
-        total_parameters=base.total_parameters,
-        trainable_parameters=base.trainable_parameters,
-        problem=base.problem,
         look=functools.partial(look, config, base),
     )
 
 
-def look(config, base: setup.Base, trainable, constants: ManyConstants, batch, step: int):
+def look(config: Config, base: setup.Base, trainable, constants: ManyConstants, batch, step: int):
     """`setup.look` of the first run."""
     values, trainable = pick((constants.values, trainable), 0)
-    own, prepare = _settings(config, base, values)
     shared = constants.shared._replace(seed=values["seed"])
-    return setup.look(own, base, prepare)(trainable, shared, batch, step)
+    prepare = _with_alpha(config, base, values)
+    return setup.look(config, base, prepare)(trainable, shared, batch, step)
 
 
-def train_step(config: ml_collections.ConfigDict, base: setup.Base) -> Callable:
+def train_step(config: Config, base: setup.Base) -> Callable:
     """``step(state, constants, batch) -> (state, metrics)`` of many runs, on one device."""
 
     def one(state, values, shared, batch):
-        own, prepare = _settings(config, base, values)
-        step = setup.train_step(own, base, prepare)
+        traced = {name: value for name, value in values.items() if name not in ("seed", "alpha")}
+        step = setup.train_step(config, base, traced, _with_alpha(config, base, values))
         return step(state, shared._replace(seed=values["seed"]), batch)
 
     mapped = jax.vmap(one, in_axes=(MAPPED, 0, None, None), out_axes=(MAPPED, 0))
     return lambda state, constants, batch: mapped(state, constants.values, constants.shared, batch)
 
 
-def eval_step(config: ml_collections.ConfigDict, base: setup.Base) -> Callable:
+def eval_step(config: Config, base: setup.Base) -> Callable:
     """``step(trainable, constants, batch) -> outputs`` of many runs, on one device.
 
     Run after run: a batch of an evaluation is large by itself, and memory is that of one run.
@@ -93,7 +107,7 @@ def eval_step(config: ml_collections.ConfigDict, base: setup.Base) -> Callable:
     def step(trainable, constants, batch):
         def one(run):
             trainable, values = run
-            _, prepare = _settings(config, base, values)
+            prepare = _with_alpha(config, base, values)
             return setup.eval_step(config, base, prepare)(trainable, constants.shared, batch)
 
         rows = jax.lax.map(one, (trainable, constants.values))
@@ -102,14 +116,12 @@ def eval_step(config: ml_collections.ConfigDict, base: setup.Base) -> Callable:
     return step
 
 
-def _settings(config, base, values: dict) -> tuple[ml_collections.ConfigDict, Callable | None]:
-    """The config of a run with its traced values, and what its alpha does to the parameters."""
-    swept = {name: value for name, value in values.items() if name not in ("seed", "alpha")}
-    prepare = None
-    if "alpha" in values:
-        ratio = values["alpha"] / config.lora.alpha
-        prepare = functools.partial(scale_a, ratio=ratio, lora=base.lora)
-    return with_values(config, swept), prepare
+def _with_alpha(config: Config, base: setup.Base, values: dict) -> Callable | None:
+    """What a run's own alpha does to the parameters, where alpha is swept."""
+    if "alpha" not in values:
+        return None
+    ratio = values["alpha"] / config.lora.alpha
+    return functools.partial(scale_a, ratio=ratio, lora=base.lora)
 
 
 def scale_a(params: dict, ratio: jax.Array, lora: rm.LoRA) -> dict:
@@ -117,7 +129,7 @@ def scale_a(params: dict, ratio: jax.Array, lora: rm.LoRA) -> dict:
 
     With the scale of ``lora`` this is the product for ``ratio * lora.alpha``.
     """
-    flat = flatten_dict(params)
+    flat = dict[tuple, Any](flatten_dict(params))
     for path, value in flat.items():
         module = "/".join(path[:-1])
         own = any(re.fullmatch(regex, module) for regex, _ in lora.alpha_pattern)
@@ -126,7 +138,7 @@ def scale_a(params: dict, ratio: jax.Array, lora: rm.LoRA) -> dict:
     return unflatten_dict(flat)
 
 
-def check_frozen(config: ml_collections.ConfigDict, base: setup.Base) -> None:
+def check_frozen(config: Config, base: setup.Base) -> None:
     """Raises a UserError where something that is drawn from the seed would be frozen."""
     frozen = [path for path in base.problem.new if not base.lora.trains(path)]
     if config.sweep.seeds > 1 and frozen:
@@ -158,7 +170,7 @@ def best_shapes(state: State) -> State:
 def first_state(runs: Sequence[Run], base: setup.Base, devices: Devices) -> State:
     """The states of the runs before their first step, each as a single run would have it."""
     # What is trained depends on the seed and the description alone, and is made once for each.
-    kinds = [(run.config.seed, method.description(run.config)) for run in runs]
+    kinds = [(run.config.seed, methods.description(run.config)) for run in runs]
     first = dict(zip(reversed(kinds), reversed(runs), strict=True))
     trainable = {kind: setup.reseeded(run.config, base) for kind, run in first.items()}
     states = [

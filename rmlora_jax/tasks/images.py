@@ -5,55 +5,78 @@ matter of memory alone.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
-from rmlora_jax import data
-from rmlora_jax import methods as method
+from rmlora_jax import data, methods
+from rmlora_jax.config import Mistake
 from rmlora_jax.errors import UserError
+from rmlora_jax.fields import Run
 from rmlora_jax.hub import Info, Pretrained, find_folder, load_vit, new_vit_head
-from rmlora_jax.models import ViT
-from rmlora_jax.models.vit_config import ViTConfig
+from rmlora_jax.models import ViT, ViTConfig
+from rmlora_jax.models.family import IMAGES
 from rmlora_jax.parallel.mesh import Devices, replicate
-from rmlora_jax.tasks.task import Feed, Problem, absent_classes, checkpoint_notes, numbered
-from rmlora_jax.train.config import data_seed
-from rmlora_jax.train.fields import fields
+from rmlora_jax.tasks import places
+from rmlora_jax.tasks.task import (
+    Feed,
+    Opening,
+    Problem,
+    Shapes,
+    Task,
+    absent_classes,
+    checkpoint_notes,
+    classification,
+    fields,
+    numbered,
+)
 
 COUNTED = 20_000  # streamed training examples whose labels are read before a run: seconds
 
 
-def open_problem(
-    config: ml_collections.ConfigDict, devices: Devices, head_key: jax.Array
-) -> Problem:
+def check(config: Run) -> Iterator[Mistake]:
+    """What is wrong with a config for images."""
+    if not config.model.source:
+        yield "model.source", "a folder, or a model's name"
+    yield from places.no_texts(config)
+
+
+def missing(config: Run) -> Iterator[str]:
+    yield from places.model(config)
+    yield from places.adapter(config)
+    yield from data.missing("images", request(config))
+
+
+def open_problem(config: Run, opening: Opening) -> Problem:
     """The data set and the ViT that the config names.
 
     Raises:
       UserError: one of them cannot be had.
     """
-    find_folder(config.model.source)  # a mistyped model is said before any data is fetched
+    find_folder(config.model.source)  # a mistyped model is reported before any data is fetched
     images = load(config)
     pretrained = load_vit(
         config.model.source,
         num_classes=images.num_classes,
         image_size=config.model.image_size or None,
-        key=head_key,
+        key=opening.key,
     )
     model = build_model(config, pretrained.config, images.num_classes)
     size = pretrained.image_size
+    assert size is not None  # of every model of images
     image = jax.ShapeDtypeStruct((1, size, size, pretrained.config.num_channels), jnp.float32)
     with fields("model.attention"):
-        jax.eval_shape(model.init, head_key, image)
+        jax.eval_shape(model.init, opening.key, image)
     return Problem(
         model=model,
         params=pretrained.params,
         new=pretrained.new,
         reseeded=lambda key: new_vit_head(pretrained, key).params,
         example=(image,),
-        open_feed=lambda: open_feed(config, images, pretrained, devices),
+        open_feed=lambda: open_feed(config, images, pretrained, opening.devices),
+        objective=classification(config.optimizer.label_smoothing),
         metrics=("accuracy",),
         notes=checkpoint_notes(pretrained),
         pretrained=pretrained,
@@ -62,12 +85,73 @@ def open_problem(
     )
 
 
-def build_model(
-    config: ml_collections.ConfigDict, architecture: ViTConfig, num_classes: int
-) -> ViT:
+def shapes(config: Run) -> Shapes:
+    """A run as shapes. The number of classes is that of CIFAR, of a data set that is on this
+    machine, or ``data.classes``.
+
+    Raises:
+      UserError: what of the config is not known without more than is here.
+    """
+    _, architecture = places.architecture(config, IMAGES)
+    classes, storage, examples = known(config, architecture.image_size)
+    b, struct = config.batch_size, jax.ShapeDtypeStruct
+    batch, resident = {"id": struct((b,), jnp.int32)}, {}
+
+    def held(n):
+        return {"image": struct((n, *storage.shape), jnp.uint8), "label": struct((n,), jnp.int32)}
+
+    if storage.resident:
+        resident = held(examples)
+    else:
+        batch |= held(b)
+    channels, size = architecture.num_channels, architecture.image_size
+    prepare_train, _ = preparation(
+        config,
+        image_size=size,
+        center=storage.center,
+        mean=(0.5,) * channels,
+        std=(0.5,) * channels,
+    )
+    return Shapes(
+        model=build_model(config, architecture, classes),
+        example=(struct((1, size, size, channels), jnp.float32),),
+        outputs=classes,
+        objective=classification(config.optimizer.label_smoothing),
+        prepare_train=prepare_train,
+        resident=resident,
+        batch=batch,
+    )
+
+
+def known(config: Run, image_size: int) -> tuple[int, data.Storage, int]:
+    """Classes, how the images are held, and how many there are."""
+    c = config.data
+    if found := data.known("images", request(config)):
+        classes = min(c.classes or found.classes, found.classes)
+        train, test = (n * classes // found.classes for n in (found.train, found.test))
+        train = min(train, c.per_class * classes or train, c.limit or train)
+        channels = found.image_shape[-1] if found.image_shape else 3
+        storage = data.storage_of(
+            found.image_shape, channels, train + test, image_size, mode=c.mode
+        )
+        return classes, storage, train + test
+    try:
+        images = load(config, download=False)
+    except UserError as e:
+        if not c.classes:
+            raise UserError(
+                f"{e}\nTo compile without it, say how many classes it has: --config.data.classes=N"
+            ) from e
+        return c.classes, data.storage_of(None, 3, 0, image_size, mode="stream"), 0
+    storage = data.plan_storage(images, image_size, mode=c.mode)
+    splits = images.train, images.validation, images.test
+    return images.num_classes, storage, sum(len(split) for split in splits if split is not None)
+
+
+def build_model(config: Run, architecture: ViTConfig, num_classes: int) -> ViT:
     """The ViT of a run, with what its method puts into the layers."""
     return ViT(
-        method.architecture(config, architecture),
+        methods.architecture(config, architecture),
         num_classes,
         dtype=jnp.dtype(config.model.dtype),
         attention=config.model.attention,
@@ -76,7 +160,7 @@ def build_model(
     )
 
 
-def info(config: ml_collections.ConfigDict, images: data.Dataset, size: int) -> Info:
+def info(config: Run, images: data.Dataset, size: int) -> Info:
     """What tells how to prepare an image as the evaluation does."""
     storage = data.plan_storage(images, size, mode=config.data.mode)
     return Info(
@@ -90,15 +174,20 @@ def info(config: ml_collections.ConfigDict, images: data.Dataset, size: int) -> 
     )
 
 
-def load(config: ml_collections.ConfigDict, *, download: bool = True) -> data.Dataset:
+def load(config: Run, *, download: bool = True) -> data.Dataset:
     """The data set that the config names, with a validation split carved from train."""
+    return data.open_images(request(config, download=download))
+
+
+def request(config: Run, *, download: bool = True) -> data.Request:
+    """The images that the config names."""
     c = config.data
-    return data.load_images(
+    return data.Request(
         c.name,
         data_dir=c.data_dir,
         validation=c.validation,
         train_split=c.train_split,
-        test_split=c.test_split,
+        test_splits={"test": c.test_split},
         image_key=c.image_key,
         label_key=c.label_key,
         classes=c.classes,
@@ -112,7 +201,7 @@ def load(config: ml_collections.ConfigDict, *, download: bool = True) -> data.Da
 
 
 def open_feed(
-    config: ml_collections.ConfigDict,
+    config: Run,
     images: data.Dataset,
     pretrained: Pretrained,
     devices: Devices,
@@ -121,6 +210,7 @@ def open_feed(
     c = config.data
     splits = {"train": images.train, "validation": images.validation, "test": images.test}
     sizes = {name: len(split) for name, split in splits.items()}
+    assert pretrained.image_size is not None
     storage = data.plan_storage(images, pretrained.image_size, mode=c.mode)
     if storage.resident:
         def decode(name):
@@ -162,7 +252,7 @@ def open_feed(
                 config.batch_size,
                 start_step=step,
                 workers=c.processes,
-                seed=data_seed(config),
+                seed=config.data_seed,
                 **process,
                 **reading,
             )
@@ -183,7 +273,7 @@ def open_feed(
     return Feed(sizes, train, evaluate, resident, prepare_train, prepare_eval, absent=absent)
 
 
-def preparation(config: ml_collections.ConfigDict, **image) -> tuple[Callable, Callable]:
+def preparation(config: Run, **image) -> tuple[Callable, Callable]:
     """``prepare_train`` and ``prepare_eval`` of a `Feed`; ``image`` are arguments of `augment`."""
     c = config.data
     augment = functools.partial(data.augment, dtype=jnp.dtype(config.model.dtype), **image)
@@ -217,3 +307,14 @@ def check_labels(labels: np.ndarray, num_classes: int, where: str, ids=None) -> 
             f"{where}: example {example} has label {labels[wrong[0]]}, but the data set declares "
             f"{num_classes} classes, 0 to {num_classes - 1}; correct the data set's features"
         )
+
+
+TASK = Task(
+    "image_classification",
+    "the class of an image",
+    check,
+    missing,
+    open_problem,
+    shapes,
+    lambda config: len(load(config, download=False).train),
+)

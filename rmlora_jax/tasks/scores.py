@@ -1,7 +1,7 @@
 """The metrics of a task over a whole split, by scikit-learn and scipy, and what they are called."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from rmlora_jax.errors import UserError
 class Metric(NamedTuple):
     """A metric and its names: beside a progress bar, in a sentence, along an axis."""
 
-    value: Callable | None  # (predictions, labels) -> float
+    value: Callable[..., Any] | None  # (predictions, labels) -> float; None: not a metric
     short: str
     long: str
     axis: str
@@ -44,7 +44,8 @@ def score(
     if predictions.shape != labels.shape or not labels.size or labels.ndim != 1:
         raise ValueError(
             f"predictions {predictions.shape} and labels {labels.shape} must both be (n,), n > 0")
-    return {name: float(METRICS[name].value(predictions, labels)) for name in names}
+    values = {name: METRICS[name].value for name in names}
+    return {name: float(value(predictions, labels)) for name, value in values.items() if value}
 
 
 def higher_is_better(name: str) -> bool:
@@ -94,13 +95,15 @@ def _f1(predictions, labels):
         raise UserError(
             f"f1 is of two classes, 0 and 1, but here is a class {largest}; "
             "use f1_macro, the mean over all classes")
-    return f1_score(labels, predictions, zero_division=0.0)
+    none: Any = 0.0  # scikit-learn's annotation knows texts alone
+    return f1_score(labels, predictions, zero_division=none)
 
 
 def _f1_macro(predictions, labels):
     from sklearn.metrics import f1_score
 
-    return f1_score(labels, predictions, average="macro", zero_division=0.0)
+    none: Any = 0.0  # as above
+    return f1_score(labels, predictions, average="macro", zero_division=none)
 
 
 def _correlation(name: str) -> Callable:

@@ -1,18 +1,58 @@
-"""What a run learns to do: its loss, its predictions, and the data and model it does it with."""
+"""What a task is: its checks, the data and the model it opens, its loss, its predictions.
 
-from collections.abc import Callable, Iterator
+A new task is one file of this room and one line of the registry in ``tasks/__init__.py``.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 
 from rmlora_jax import data
+from rmlora_jax.config import Mistake
+from rmlora_jax.errors import UserError
+from rmlora_jax.fields import Run
 from rmlora_jax.hub import Info, Pretrained, PretrainedText
-from rmlora_jax.train.config import data_seed
+from rmlora_jax.parallel.mesh import Devices
+from rmlora_jax.tasks.scores import score
+
+
+class Opening(NamedTuple):
+    """What a task gets beside its config when it opens its data and its model.
+
+    Attributes:
+      devices: that the run is on.
+      key: for the parameters that the pretrained model does not have, such as its head.
+      read_run: ``(folder, task, advice) -> (config, parameters)`` of a finished run of method full.
+    """
+
+    devices: Devices
+    key: jax.Array
+    read_run: Callable[[Path, str, str], tuple[Run, dict]]
+
+
+class Objective(NamedTuple):
+    """What a run minimises, and what it predicts.
+
+    Both functions get ``call``, which runs the model on the inputs of a micro-batch (keywords, such
+    as ``method``, are passed on to it), and the labels. A task whose logits are too large to exist
+    at once thus calls a method of the model that returns losses.
+
+    Attributes:
+      loss: -> (sum of losses, weight, {name: sum}). The step adds all of them up over micro-batches
+        and devices in float32 and divides by the weight once. Classification has weight 1 an
+        example: a Python number, since it is known before tracing.
+      predict: -> {"prediction": (B,), "loss": (B,) float32} of an evaluation.
+    """
+
+    loss: Callable[[Callable, Any], tuple[jax.Array, jax.Array | int, dict[str, jax.Array]]]
+    predict: Callable[[Callable, Any], dict[str, jax.Array]]
 
 
 class Feed(NamedTuple):
@@ -34,29 +74,11 @@ class Feed(NamedTuple):
     tests: tuple[str, ...] = ("test",)  # splits that are reported; the first without a suffix
     unlabelled: tuple[str, ...] = ()  # splits that are predicted only
     absent: tuple[str, ...] = ()  # classes of which there is no training example
+    varies: bool = False  # whether batches differ in their shape
 
     @property
     def train_size(self) -> int:
         return self.sizes["train"]
-
-
-def numbered(config: ml_collections.ConfigDict, sizes: dict[str, int]) -> tuple[Callable, Callable]:
-    """``train`` and ``evaluate`` of a `Feed` whose splits, of these sizes, lie on the device one
-    behind the other: a batch is numbers into them, so that the evaluation step compiles once."""
-    first = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
-    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-
-    def train(step):
-        ids = data.batch_ids(
-            sizes["train"], config.batch_size, seed=data_seed(config), start_step=step, **process
-        )
-        return ({"id": i} for i in ids)
-
-    def evaluate(split):
-        for batch in data.eval_batches(sizes[split], config.eval_batch_size, **process):
-            yield {"id": batch["id"] + np.int32(first[split]), "mask": batch["mask"]}
-
-    return train, evaluate
 
 
 class Problem(NamedTuple):
@@ -68,7 +90,8 @@ class Problem(NamedTuple):
     reseeded: Callable[[jax.Array], dict]  # key -> params with the new ones drawn from it
     example: tuple[jax.ShapeDtypeStruct, ...]  # the model's arguments for one example
     open_feed: Callable[[], Feed]  # what takes long (decoding, tokenising) happens here
-    metrics: tuple[str, ...]  # names of train/scores.py; the first picks the best step
+    objective: Objective
+    metrics: tuple[str, ...]  # names of tasks/scores.py; the first picks the best step
     notes: tuple[str, ...]  # what a person should know of the checkpoint that was read
     write_predictions: Callable[..., Any] | None = None  # (folder, split, ids, predictions)
     pretrained: Pretrained | PretrainedText | None = None  # None: a model that is only ours
@@ -76,25 +99,91 @@ class Problem(NamedTuple):
     skipped: tuple[str, ...] = ()  # records of the data that cannot be used, and why
 
 
-def example_losses(logits, labels, *, regression: bool, label_smoothing: float = 0.0):
-    """The loss of each example, float32 (B,).
+class Shapes(NamedTuple):
+    """A run without data and weights: what ``--compile_only`` compiles.
 
-    Classification: cross-entropy in nats of logits (B, classes) against int labels, which are
-    mixed with the uniform distribution by ``label_smoothing``. Regression: the square of the
-    difference between logits (B, 1) and float labels.
+    ``resident`` and ``batch`` are ``jax.ShapeDtypeStruct``; ``outputs`` are those of the head, and
+    ``words`` say what a batch holds beside its examples.
     """
-    logits = logits.astype(jnp.float32)
-    if regression:
-        return jnp.square(logits[:, 0] - labels)
-    targets = jax.nn.one_hot(labels, logits.shape[-1])
-    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
+
+    model: nn.Module
+    example: tuple[jax.ShapeDtypeStruct, ...]
+    outputs: int
+    objective: Objective
+    prepare_train: Callable
+    resident: dict
+    batch: dict
+    words: str = ""
 
 
-def predictions(logits, *, regression: bool):
-    """The class of the largest logit, int32 (B,), or the value, float32 (B,)."""
-    if regression:
-        return logits[:, 0].astype(jnp.float32)
-    return logits.argmax(-1).astype(jnp.int32)
+class Task(NamedTuple):
+    """A kind of run.
+
+    Attributes:
+      name: as ``--config.task`` has it.
+      help: what is learnt, in a few words.
+      check: config -> what is wrong with it for this task, as (field, what it must be).
+      missing: config -> a line for each file or folder that it names and that is not there.
+      open: (config, opening) -> the problem; raises UserError.
+      shapes: config -> the run as shapes; raises UserError.
+      training_examples: config -> how many there are, without a network; raises UserError.
+      section: the fields that it reads beside those of every run.
+      unit: of the loss, for an axis.
+      facts: config as ``config.json`` has it -> rows of the report beside those of all tasks.
+    """
+
+    name: str
+    help: str
+    check: Callable[[Run], Iterator[Mistake]]
+    missing: Callable[[Run], Iterator[str]]
+    open: Callable[[Run, Opening], Problem]
+    shapes: Callable[[Run], Shapes]
+    training_examples: Callable[[Run], int]
+    section: type | None = None
+    unit: str = "nats per example"
+    facts: Callable[[Mapping[str, Any]], dict[str, str]] = lambda config: {}
+
+
+def classification(label_smoothing: float = 0.0) -> Objective:
+    """Cross-entropy in nats of logits (B, classes) against int labels (B,), which training mixes
+    with the uniform distribution by ``label_smoothing``; the class of the largest logit, int32."""
+
+    def losses(logits, labels, smoothing=0.0):
+        targets = jax.nn.one_hot(labels, logits.shape[-1])
+        smooth = optax.smooth_labels(targets, smoothing)
+        return optax.softmax_cross_entropy(logits.astype(jnp.float32), smooth)
+
+    def loss(call, labels):
+        logits = call()
+        found = losses(logits, labels, label_smoothing)
+        right = (logits.argmax(-1) == labels).sum(dtype=jnp.float32)
+        return found.sum(), found.size, {"accuracy": right}
+
+    def predict(call, labels):
+        logits = call()
+        return {
+            "prediction": logits.argmax(-1).astype(jnp.int32), "loss": losses(logits, labels)
+        }
+
+    return Objective(loss, predict)
+
+
+def regression() -> Objective:
+    """The square of the difference between outputs (B, 1) and float labels (B,)."""
+
+    def run(call, labels):
+        values = call()[:, 0].astype(jnp.float32)
+        return values, jnp.square(values - labels)
+
+    def loss(call, labels):
+        _, found = run(call, labels)
+        return found.sum(), found.size, {}
+
+    def predict(call, labels):
+        values, found = run(call, labels)
+        return {"prediction": values, "loss": found}
+
+    return Objective(loss, predict)
 
 
 class Outputs(NamedTuple):
@@ -104,6 +193,31 @@ class Outputs(NamedTuple):
     predictions: np.ndarray
     labels: np.ndarray
     losses: np.ndarray
+
+
+def measured(outputs: Outputs, metrics: tuple[str, ...]) -> dict[str, float]:
+    """The metrics over a whole split, the first of them first, and the mean loss."""
+    found = score(outputs.predictions, outputs.labels, metrics)
+    return found | {"loss": float(outputs.losses.mean(dtype=np.float64))}
+
+
+def numbered(config: Run, sizes: dict[str, int]) -> tuple[Callable, Callable]:
+    """``train`` and ``evaluate`` of a `Feed` whose splits, of these sizes, lie on the device one
+    behind the other: a batch is numbers into them, so that the evaluation step compiles once."""
+    first = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+    def train(step):
+        ids = data.batch_ids(
+            sizes["train"], config.batch_size, seed=config.data_seed, start_step=step, **process
+        )
+        return ({"id": i} for i in ids)
+
+    def evaluate(split):
+        for batch in data.eval_batches(sizes[split], config.eval_batch_size, **process):
+            yield {"id": batch["id"] + np.int32(first[split]), "mask": batch["mask"]}
+
+    return train, evaluate
 
 
 def absent_classes(labels: np.ndarray, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -138,3 +252,15 @@ def checkpoint_notes(pretrained) -> tuple[str, ...]:
     if pretrained.new:
         notes.append(f"newly initialised: {', '.join(pretrained.new)}")
     return tuple(notes)
+
+
+@contextlib.contextmanager
+def fields(names: str) -> Iterator[None]:
+    """Turns a ValueError or RuntimeError of the library into a UserError that names the fields
+    ``names`` to correct."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, RuntimeError) as e:
+        raise UserError(f"{str(e).splitlines()[0]}\nCorrect --config.{names}") from e

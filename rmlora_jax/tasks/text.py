@@ -1,45 +1,120 @@
 """Text classification and regression: an encoder, and tokenised examples in batches by length."""
 
+import dataclasses
 import functools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 
-from rmlora_jax import data, hub
-from rmlora_jax import methods as method
-from rmlora_jax.data import text_batches
-from rmlora_jax.models.family import Family
-from rmlora_jax.parallel.mesh import Devices
-from rmlora_jax.tasks.task import Feed, Problem, absent_classes, checkpoint_notes
-from rmlora_jax.train.config import REGRESSION, data_seed
-from rmlora_jax.train.fields import fields
+from rmlora_jax import data, hub, methods
+from rmlora_jax.config import FREE, LARGE, Mistake, field
+from rmlora_jax.fields import Run
+from rmlora_jax.models.family import TEXTS, Family
+from rmlora_jax.tasks import places
+from rmlora_jax.tasks.scores import NAMES
+from rmlora_jax.tasks.task import (
+    Feed,
+    Objective,
+    Opening,
+    Problem,
+    Shapes,
+    Task,
+    absent_classes,
+    checkpoint_notes,
+    classification,
+    fields,
+    regression,
+)
+
+CLASSES, VALUES = "text_classification", "text_regression"
 
 
-def open_problem(
-    config: ml_collections.ConfigDict, devices: Devices, head_key: jax.Array
-) -> Problem:
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Read by the tasks of text alone."""
+
+    columns: tuple = field(
+        (), "one or two names of features with text; (): those of the GLUE task"
+    )
+    max_length: int = field(128, "tokens of an example; what is longer is cut", least=1, most=LARGE)
+    metrics: tuple = field(
+        (), "the first picks the best step; (): GLUE's, else accuracy, or pearson"
+    )
+    train_file: str | None = field(None, "CSV, TSV or JSON lines, in place of TFDS")
+    test_file: str | None = field(None, "None: a part of train_file is held out")
+    predict_file: str | None = field(None, "without labels; predicted at the end")
+    group_by_length: bool = field(
+        False, "batches of similar lengths: less padding, another order"
+    )
+    one_length: bool = field(
+        False, "pad all to max_length: more padding, but one program to compile"
+    )
+    cache: str = field(
+        "~/.cache/rmlora_jax/tokens", "folder of tokenised splits; '' for none",
+        resume=FREE, cache=True,
+    )
+
+
+def check(config: Run) -> Iterator[Mistake]:
+    """What is wrong with a config for texts."""
+    c, t = config.data, config.own(Text)
+    if not config.model.source:
+        yield "model.source", "a folder, or a model's name"
+    if config.model.image_size != 0:
+        yield "model.image_size", "0 for text"
+    if config.model.attention not in ("auto", "xla"):
+        yield "model.attention", "'auto' for text"
+    for name in ("classes", "per_class"):
+        if getattr(c, name) != 0:
+            yield f"data.{name}", "0 for text"
+    if len(t.columns) > 2:
+        yield "text.columns", "at most two names"
+    if t.train_file:
+        if not t.columns:
+            yield "text.columns", (
+                "the columns of text.train_file with text: "
+                "--config.text.columns=\"('text',)\""
+            )
+        for name in ("test_split", "unlabelled_split"):
+            if getattr(c, name) is not None:
+                yield f"data.{name}", "None with text.train_file"
+    else:
+        for name in ("test_file", "predict_file"):
+            if getattr(t, name):
+                yield f"text.{name}", "None without text.train_file"
+    if any(name not in NAMES for name in t.metrics):
+        yield "text.metrics", f"names among {', '.join(NAMES)}"
+
+
+def missing(config: Run) -> Iterator[str]:
+    yield from places.model(config)
+    yield from places.adapter(config)
+    yield from data.missing("texts", request(config))
+
+
+def open_problem(config: Run, opening: Opening) -> Problem:
     """The data set and the encoder that the config names.
 
     Raises:
       UserError: one of them cannot be had.
     """
-    folder = hub.find_folder(config.model.source)  # mistyped? Said before any data is fetched
+    folder = hub.find_folder(config.model.source)  # a mistyped name fails before data is fetched
     tokenizer = hub.load_tokenizer(folder)
     glue = data.glue_task(config.data.name)
-    texts = load(config, glue)
+    texts = load(config)
     pretrained = hub.load_text(
         config.model.source,
         num_labels=1 if texts.label_names is None else len(texts.label_names),
-        key=head_key,
+        key=opening.key,
     )
     model = build_model(config, pretrained.family, pretrained.config, pretrained.num_labels)
     example = example_of(config)
     with fields("text.max_length"):  # more tokens than the model has positions
-        jax.eval_shape(model.init, head_key, *example)
+        jax.eval_shape(model.init, opening.key, *example)
 
     def write_predictions(workdir: Path, split: str, ids, predictions) -> Path:
         rows = texts.unlabelled[split].ids[ids]
@@ -53,6 +128,7 @@ def open_problem(
         reseeded=lambda key: hub.new_text_head(pretrained, key).params,
         example=example,
         open_feed=lambda: open_feed(config, texts, tokenizer),
+        objective=objective(config),
         metrics=metrics(config, glue),
         notes=checkpoint_notes(pretrained),
         write_predictions=write_predictions,
@@ -60,7 +136,7 @@ def open_problem(
         info=hub.Info(
             task=config.task,
             labels=texts.label_names,
-            max_length=config.text.max_length,
+            max_length=config.own(Text).max_length,
             columns=tuple(texts.columns),
             dtype=config.model.dtype,
         ),
@@ -68,12 +144,51 @@ def open_problem(
     )
 
 
-def build_model(
-    config: ml_collections.ConfigDict, family: Family, architecture: Any, num_labels: int
-) -> nn.Module:
+def shapes(config: Run) -> Shapes:
+    """A run as shapes; texts have their greatest length.
+
+    Raises:
+      UserError: what of the config is not known without more than is here.
+    """
+    family, architecture = places.architecture(config, TEXTS)
+    outputs, example = count_labels(config), example_of(config)
+    b, length, struct = config.batch_size, config.own(Text).max_length, jax.ShapeDtypeStruct
+    batch = {n: struct((b, length), x.dtype) for n, x in zip(INPUTS, example, strict=True)}
+    kind = jnp.float32 if config.task == VALUES else jnp.int32
+    batch |= {"id": struct((b,), jnp.int32), "label": struct((b,), kind)}
+    return Shapes(
+        model=build_model(config, family, architecture, outputs),
+        example=example,
+        outputs=outputs,
+        objective=objective(config),
+        prepare_train=lambda key, positions, resident, batch: prepare(batch),
+        resident={},
+        batch=batch,
+        words=f", of {length} tokens",
+    )
+
+
+def count_labels(config: Run) -> int:
+    if config.task == VALUES:
+        return 1
+    if found := data.known("texts", request(config)):
+        return found.classes
+    return len(load(config, download=False).label_names or ())
+
+
+def objective(config: Run) -> Objective:
+    if config.task == VALUES:
+        return regression()
+    return classification(config.optimizer.label_smoothing)
+
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def build_model(config: Run, family: Family, architecture: Any, num_labels: int) -> nn.Module:
     """The encoder of a run, with what its method puts into the layers."""
     return family.model(
-        method.architecture(config, architecture),
+        methods.architecture(config, architecture),
         num_labels,
         dtype=jnp.dtype(config.model.dtype),
         unroll=min(config.model.unroll, architecture.num_hidden_layers),
@@ -81,32 +196,35 @@ def build_model(
     )
 
 
-def example_of(config: ml_collections.ConfigDict) -> tuple[jax.ShapeDtypeStruct, ...]:
+def example_of(config: Run) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The model's arguments for one text of the greatest length."""
-    tokens = functools.partial(jax.ShapeDtypeStruct, (1, config.text.max_length))
+    tokens = functools.partial(jax.ShapeDtypeStruct, (1, config.own(Text).max_length))
     return tokens(jnp.int32), tokens(jnp.bool_), tokens(jnp.int32)
 
 
 def prepare(batch: dict) -> tuple[tuple, jax.Array]:
     """The model's arguments and the labels of a batch."""
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    return tuple(batch[name] for name in names), batch["label"]
+    return tuple(batch[name] for name in INPUTS), batch["label"]
 
 
-def load(
-    config: ml_collections.ConfigDict, glue: data.GlueTask | None, *, download: bool = True
-) -> data.TextDataset:
+def load(config: Run, *, download: bool = True) -> data.TextDataset:
     """The data set that the config names, with a validation split carved from train."""
-    c, t = config.data, config.text
+    return data.open_texts(request(config, download=download))
+
+
+def request(config: Run, *, download: bool = True) -> data.Request:
+    """The texts that the config names."""
+    c, t = config.data, config.own(Text)
+    glue = data.glue_task(c.name)
     tests = {"test": c.test_split} if glue is None or c.test_split else glue.tests
     unlabelled = glue.unlabelled if glue else {}
     if c.unlabelled_split:
         unlabelled = {"predict": c.unlabelled_split}
-    return data.load_texts(
+    return data.Request(
         c.name,
         columns=tuple(t.columns) or (glue.columns if glue else ()),
         label_key=c.label_key,
-        regression=config.task == REGRESSION,
+        regression=config.task == VALUES,
         data_dir=c.data_dir,
         validation=c.validation,
         train_split=c.train_split,
@@ -121,17 +239,17 @@ def load(
     )
 
 
-def metrics(config: ml_collections.ConfigDict, glue: data.GlueTask | None) -> tuple[str, ...]:
-    if config.text.metrics:
-        return tuple(config.text.metrics)
+def metrics(config: Run, glue: data.GlueTask | None) -> tuple[str, ...]:
+    if config.own(Text).metrics:
+        return tuple(config.own(Text).metrics)
     if glue:
         return glue.metrics
-    return ("pearson", "spearman") if config.task == REGRESSION else ("accuracy",)
+    return ("pearson", "spearman") if config.task == VALUES else ("accuracy",)
 
 
-def open_feed(config: ml_collections.ConfigDict, texts: data.TextDataset, tokenizer) -> Feed:
+def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> Feed:
     """Tokenises every split, or reads its tokens from the cache."""
-    t = config.text
+    t = config.own(Text)
     splits = {"train": texts.train, "validation": texts.validation}
     splits |= texts.tests | texts.unlabelled
     tokens = {
@@ -153,18 +271,18 @@ def open_feed(config: ml_collections.ConfigDict, texts: data.TextDataset, tokeni
     }
 
     def train(step: int):
-        return text_batches.train_batches(
+        return data.text_batches(
             tokens["train"],
             texts.train.labels,
             config.batch_size,
-            seed=data_seed(config),
+            seed=config.data_seed,
             start_step=step,
             group_by_length=t.group_by_length,
             **options,
         )
 
     def evaluate(split: str):
-        return text_batches.eval_batches(
+        return data.eval_text_batches(
             tokens[split], splits[split].labels, config.eval_batch_size, **options
         )
 
@@ -178,4 +296,24 @@ def open_feed(config: ml_collections.ConfigDict, texts: data.TextDataset, tokeni
         tests=tuple(texts.tests),
         unlabelled=tuple(texts.unlabelled),
         absent=absent_classes(texts.train.labels, texts.label_names or ()),
+        varies=True,
     )
+
+
+def training_examples(config: Run) -> int:
+    return len(load(config, download=False).train.ids)
+
+
+def facts(config: Mapping[str, Any]) -> dict[str, str]:
+    length = config.get("text", {}).get("max_length")
+    return {} if length is None else {"text": f"at most {length} tokens"}
+
+
+def task(name: str, help: str, unit: str) -> Task:
+    return Task(
+        name, help, check, missing, open_problem, shapes, training_examples, Text, unit, facts
+    )
+
+
+CLASSIFICATION = task(CLASSES, "the class of one or two texts", "nats per example")
+REGRESSION = task(VALUES, "a number for one or two texts", "squared error")

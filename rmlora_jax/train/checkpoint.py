@@ -8,9 +8,9 @@ cannot be read. A checkpoint that cannot be read is never deleted but set aside,
 import math
 import os
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import jax
 import numpy as np
@@ -21,9 +21,10 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json
 from rmlora_jax.tasks.scores import higher_is_better
-from rmlora_jax.train.disk import without_late
 from rmlora_jax.train.step import State
+from rmlora_jax.train.workdir import without_late
 
+T = TypeVar("T")  # a NamedTuple of arrays: State, or the states of a sweep
 LATEST = 2  # checkpoints kept beside the best while a run trains
 DAMAGED = "damaged"  # the folder beside checkpoints/ for those that cannot be read
 
@@ -35,7 +36,7 @@ class Score(NamedTuple):
     negative_loss: float
 
 
-def score(metrics: dict) -> Score:
+def score(metrics: Any) -> Score:
     def finite(x):
         return x if math.isfinite(x) else -math.inf
 
@@ -56,7 +57,7 @@ def open_checkpoints(workdir: Path, *, keep_best: bool = True) -> ocp.Checkpoint
     options = ocp.CheckpointManagerOptions(
         save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),
         preservation_policy=policy.AnyPreservationPolicy(
-            [latest, policy.BestN(get_metric_fn=score, n=1)]
+            [latest, policy.BestN(get_metric_fn=cast(Any, score), n=1)]
         )
         if keep_best
         else latest,
@@ -102,7 +103,7 @@ def _wrong_figures(step: Path) -> str | None:
     return "has damaged metrics"
 
 
-def set_aside(step: Path, why: str) -> None:
+def set_aside(step: Any, why: str) -> None:
     """Moves the folder of a step into ``damaged/``, where a save cannot meet it, and says so."""
     place = step.parent.parent / DAMAGED / step.name
     while place.exists():
@@ -121,11 +122,55 @@ def none_left(folder: Path, why: dict[int, str]) -> UserError:
     )
 
 
-def save(
-    manager: ocp.CheckpointManager, state: State, validation: dict[str, float], metric: str
-) -> None:
-    """Starts to write a checkpoint; ``metric`` names the figure that best is chosen by."""
-    write(manager, int(state.step), state, scored(validation, metric))
+class Keeper(Protocol):
+    """What keeps the states of a program while it trains, and knows each run's best."""
+
+    def evaluated(self, state: State, figures: Sequence[dict[str, float]]) -> None:
+        """Saves after an evaluation with the validation figures of each run."""
+
+    def interrupted(self, state: State) -> None:
+        """Saves between two evaluations, for a run that stops."""
+
+    def wait(self) -> None:
+        """Waits until all is on the disk."""
+
+    def best(self, state: State) -> tuple[State, list[int]]:
+        """The states of the best evaluations, and their steps; ``state`` is the last."""
+        ...
+
+    def settle(self, i: int, folder: Path, state: State, best: State, job: Any) -> None:
+        """Leaves in the folder of run ``i`` the checkpoints that a finished run has."""
+
+
+class Each(NamedTuple):
+    """The `Keeper` of a single run: each evaluation is a checkpoint.
+
+    ``metric`` names the figure that best is chosen by.
+    """
+
+    manager: ocp.CheckpointManager
+    metric: str
+
+    def evaluated(self, state, figures):
+        write(self.manager, int(state.step), state, scored(figures[0], self.metric))
+
+    def interrupted(self, state):
+        # Without an evaluation it is never the best.
+        write(self.manager, int(state.step), state, scored({"loss": math.inf}, "loss"))
+
+    def wait(self):
+        self.manager.wait_until_finished()
+
+    def best(self, state):
+        step = by_score(self.manager)[0]
+        if step == int(state.step):
+            return state, [step]
+        found, step = first_intact(self.manager, state, by_score(self.manager))
+        return found, [step]
+
+    def settle(self, i, folder, state, best, job):
+        for step in set(self.manager.all_steps()) - {int(best.step), int(state.step)}:
+            self.manager.delete(step)
 
 
 def scored(validation: dict[str, float], metric: str) -> dict[str, float]:
@@ -139,7 +184,7 @@ def write(manager: ocp.CheckpointManager, step: int, state: NamedTuple, figures:
     manager.save(step, args=ocp.args.StandardSave(state._asdict()), metrics=figures)
 
 
-def newest(manager: ocp.CheckpointManager, like: NamedTuple) -> tuple[Any, int]:
+def newest(manager: ocp.CheckpointManager, like: T) -> tuple[T | None, int]:
     """The newest state that can be read, as `restore` gives it, and its step; None, 0 without any.
 
     Raises:
@@ -149,18 +194,7 @@ def newest(manager: ocp.CheckpointManager, like: NamedTuple) -> tuple[Any, int]:
     return first_intact(manager, like, steps) if steps else (None, 0)
 
 
-def best(manager: ocp.CheckpointManager, like: NamedTuple) -> tuple[NamedTuple, int]:
-    """The state with the best validation score that can be read, and its step.
-
-    Raises:
-      UserError: none can be read.
-    """
-    return first_intact(manager, like, by_score(manager))
-
-
-def first_intact(
-    manager: ocp.CheckpointManager, like: NamedTuple, steps: Iterable[int]
-) -> tuple[NamedTuple, int]:
+def first_intact(manager: ocp.CheckpointManager, like: T, steps: Iterable[int]) -> tuple[T, int]:
     """The first of ``steps`` that can be read; those before it are set aside.
 
     Raises:
@@ -172,9 +206,10 @@ def first_intact(
             state, why = restore(manager, like, step), None
         except UserError as e:
             state, why = None, str(e)
-        if not _all_processes(why is None):
+        if not _all_processes(state is not None):
             failed[step] = why or "cannot be read by another process"
             continue
+        assert state is not None
         if failed:
             if jax.process_index() == 0:
                 for other, words in failed.items():
@@ -192,13 +227,14 @@ def _all_processes(ok: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
 
 
-def restore(manager: ocp.CheckpointManager, like: NamedTuple, step: int) -> NamedTuple:
+def restore(manager: ocp.CheckpointManager, like: T, step: int) -> T:
     """Reads a step into the shapes, dtypes and shardings of ``like``.
 
     Raises:
       UserError: files of the checkpoint are missing or damaged.
     """
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+    own = cast(NamedTuple, like)._asdict()
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, own)
     hook, sys.unraisablehook = sys.unraisablehook, without_late(sys.unraisablehook)
     try:
         state = type(like)(**manager.restore(step, args=ocp.args.StandardRestore(target)))
@@ -225,12 +261,6 @@ def by_score(manager: ocp.CheckpointManager) -> list[int]:
     return sorted(steps, key=lambda s: (score(manager.metrics(s)), s), reverse=True)
 
 
-def keep_only(manager: ocp.CheckpointManager, steps: Collection[int]) -> None:
-    """Deletes all other steps: those that a run no longer needs once it is finished."""
-    for step in set(manager.all_steps()) - set(steps):
-        manager.delete(step)
-
-
 def best_trainable(workdir: Path) -> dict:
     """What a run trained, at its best step, on the host.
 
@@ -245,7 +275,7 @@ def best_trainable(workdir: Path) -> dict:
     try:
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            reader.metadata(folder).item_metadata.tree,
+            cast(Any, reader.metadata(folder)).item_metadata.tree,
         )
         return jax.device_get(reader.restore(folder, like)["trainable"])
     except Exception as e:  # orbax and tensorstore raise many kinds for damaged files

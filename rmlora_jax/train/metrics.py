@@ -17,33 +17,20 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
-from rmlora_jax.files import plain, read_json_lines, write_text_atomic
+from rmlora_jax.files import plain, write_text_atomic
+from rmlora_jax.report.records import INTRINSIC, METRICS, read_lines
+from rmlora_jax.report.records import read_intrinsic as read_intrinsic
+from rmlora_jax.report.records import read_metrics as read_metrics
 from rmlora_jax.train import snapshots
-from rmlora_jax.train.terminal import Progress
 
-METRICS = "metrics.jsonl"
-INTRINSIC = "intrinsic.jsonl"
 EVENTS = "tensorboard"
-
-
-def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
-    """The lines of ``metrics.jsonl`` by increasing step; [] if there is no such file.
-
-    Numbers that are not finite come back as float nan, inf and -inf.
-
-    Raises:
-      UserError: a line other than the last is not a JSON object with a step.
-    """
-    rows = []
-    for row in _read_lines(pathlib.Path(workdir) / METRICS):
-        nonfinite = row.pop("nonfinite", {})
-        rows.append(row | {key: float(text) for key, text in nonfinite.items()})
-    return rows
+FLUSH_SECONDS = 10.0  # how late TensorBoard may be
 
 
 def append_intrinsic(
@@ -59,22 +46,6 @@ def append_intrinsic(
     _append(pathlib.Path(workdir) / INTRINSIC, line)
 
 
-def read_intrinsic(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """What `append_intrinsic` wrote, as ``{"step": s, "modules": {path: {name: float64 array}}}``.
-
-    [] if there is no such file; null comes back as nan.
-
-    Raises:
-      UserError: as `read_metrics`.
-    """
-    return [
-        {"step": row["step"],
-         "modules": {path: {name: np.asarray(value, np.float64) for name, value in values.items()}
-                     for path, values in row.get("modules", {}).items()}}
-        for row in _read_lines(pathlib.Path(workdir) / INTRINSIC)
-    ]
-
-
 def drop_after(path: str | os.PathLike, step: int) -> None:
     """Keeps the lines of a JSON-lines file up to and including ``step``, atomically.
 
@@ -84,35 +55,29 @@ def drop_after(path: str | os.PathLike, step: int) -> None:
     path = pathlib.Path(path)
     if not path.exists():
         return
-    kept = [row for row in _read_lines(path) if step > 0 and row["step"] <= step]
+    kept = [row for row in read_lines(path) if step > 0 and row["step"] <= step]
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
     if text.encode() != path.read_bytes():
         write_text_atomic(path, text)
 
 
 class MetricWriter:
-    """Writes a run's metrics to its folder and shows its progress on the terminal.
+    """Writes a run's metrics to its folder.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with MetricWriter(folder, total_steps=2, tensorboard=False) as writer:
+    ...     with MetricWriter(folder, tensorboard=False) as writer:
     ...         writer.write(1, {"train/loss": 0.5})
     ...         writer.write(2, {"train/loss": 0.25, "eval/loss": 0.3})
     ...     read_metrics(folder)
-    step 1/2  loss 0.5000
-    step 2/2  loss 0.2500  ETA 0.0 s
     [{'step': 1, 'train/loss': 0.5}, {'step': 2, 'train/loss': 0.25, 'eval/loss': 0.3}]
 
     Args:
       workdir: the run's folder, made if missing.
-      total_steps: the run's last step.
       start_step: the step after which the run continues; lines and snapshots of later steps are
         dropped. At 0 the run begins anew and earlier lines are dropped too.
       enabled: False makes every method do nothing; pass ``jax.process_index() == 0``.
-      stream: where to show progress; standard output by default.
-      interval: seconds between lines of progress where ``stream`` is not a terminal.
       tensorboard: whether to write events to the folder ``tensorboard`` (by tensorboardX).
-      progress: False shows nothing: the runs of a sweep share a display.
 
     Raises:
       UserError: a file to be continued holds a line that is not one of this class's.
@@ -122,18 +87,13 @@ class MetricWriter:
         self,
         workdir: str | os.PathLike,
         *,
-        total_steps: int,
         start_step: int = 0,
         enabled: bool = True,
-        stream: TextIO | None = None,
-        interval: float = 5.0,
         tensorboard: bool = True,
-        progress: bool = True,
     ):
         self.workdir = pathlib.Path(workdir)
         self.enabled = enabled
-        self._events = self._progress = None
-        self._shown = {}
+        self._events = None
         self._last_step = start_step if start_step > 0 else -1
         if not enabled:
             return
@@ -142,14 +102,10 @@ class MetricWriter:
             drop_after(self.workdir / name, start_step)
         snapshots.drop_after(self.workdir, start_step)
         if tensorboard:
-            from rmlora_jax.train.events import Events
-
             self._events = Events(self.workdir / EVENTS, start_step)
-        if progress:
-            self._progress = Progress(total_steps, stream=stream, interval=interval)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records the metrics of ``step``, all of them at once, and shows them.
+        """Records the metrics of ``step``, all of them at once.
 
         ``metrics`` maps names to scalars (Python, numpy or jax; a jax scalar is waited for).
 
@@ -169,13 +125,6 @@ class MetricWriter:
         if self._events is not None:
             # tensorboardX warns on the terminal about each number that is not finite.
             self._events.add(step, {k: v for k, v in values.items() if math.isfinite(v)})
-        self._shown |= values
-        self.progress(step)
-
-    def progress(self, step: int) -> None:
-        """Moves the progress display to ``step`` without recording anything."""
-        if self._progress is not None:
-            self._progress.update(int(step), self._shown)
 
     def intrinsic(self, step: int, modules: Mapping[str, Mapping[str, Any]]) -> None:
         """`append_intrinsic` for this run, and the mean effective rank as a TensorBoard scalar."""
@@ -195,15 +144,8 @@ class MetricWriter:
         if self._events is not None:
             self._events.flush()
 
-    def print(self, text: str) -> None:
-        """Shows ``text`` on lines of its own without disturbing the progress bar."""
-        if self._progress is not None:
-            self._progress.print(text)
-
     def close(self) -> None:
-        """Ends the progress bar and flushes the events; a second call does nothing."""
-        if self._progress is not None:
-            self._progress.close()
+        """Flushes the events; a second call does nothing."""
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -213,6 +155,59 @@ class MetricWriter:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+
+class Events:
+    """The event file of one process in the folder ``folder`` of TensorBoard, written at once.
+
+    tensorboardX's SummaryWriter hands events to a thread: a killed process loses what is queued,
+    and on a full disk the thread dies and the run waits for it for ever. Here a write is a write,
+    and `flush` before a checkpoint makes sure that no scalar of a step before it can be lost.
+
+    Args:
+      folder: of TensorBoard; made if missing.
+      start_step: the step after which the run continues: TensorBoard is told to hide later events
+        of earlier processes.
+    """
+
+    def __init__(self, folder: str | os.PathLike, start_step: int = 0):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore (generated)
+
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = any(folder.iterdir())
+        # TensorBoard reads files in the order of their names, which have the second; this is what
+        # keeps a process that begins within the same one from writing over the file before.
+        fraction = f".{time.time_ns() % 10**9:09}"
+        self._writer = EventsWriter(str(folder / "events"), fraction)
+        self._flushed = time.monotonic()
+        if earlier:
+            first = start_step + 1 if start_step > 0 else 0
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=first, session_log=start))
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes the scalars of a step as one event."""
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore (generated)
+
+        # Without the metadata that tensorboardX adds to each: TensorBoard needs none for scalars,
+        # and the checksum of each byte is computed in Python.
+        event = Event(wall_time=time.time(), step=step)
+        for name, value in scalars.items():
+            event.summary.value.add(tag=name, simple_value=value)
+        self._writer.write_event(event)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """To the disk."""
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _scalar(key: str, value: Any) -> float | int:
@@ -237,9 +232,3 @@ def _append(path: pathlib.Path, line: str) -> None:
     """One line in one write, so that a kill can tear the last line only."""
     with open(path, "ab") as file:
         file.write(line.encode() + b"\n")
-
-
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    return read_json_lines(
-        path, "step", int, "is not a JSON object with a step.\n"
-        "Delete that line, or start again with another --workdir.")

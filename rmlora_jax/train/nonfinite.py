@@ -1,21 +1,22 @@
-"""Numbers that are none: which step, which examples, which layer; and losses far off the others.
+"""Non-finite values: which step, which examples, which layer; and losses far off the others.
 
 A step skips by itself what is not finite (`step.make_train_step`). Here, on the host and from
 numbers that are there anyway, it is counted; only where a run ends is the model run once more.
 """
 
 import collections
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
-from rmlora_jax.tasks.task import example_losses
 from rmlora_jax.train.step import Constants, keys_of
 
 WINDOW = 100  # steps that a loss is held against
@@ -77,12 +78,12 @@ class Spikes:
         >>> spikes.add(1, [1.0, 1.2] * 60), spikes.add(121, [1.1, 5.0])
         (None, 'step 122: the loss 5 is above 2.1, median + 10 MAD of the 100 steps before')
         """
-        losses = np.asarray(losses, np.float64)
-        every = np.concatenate([self.before, losses])
+        own = np.asarray(losses, np.float64)
+        every = np.concatenate([self.before, own])
         every = np.where(np.isfinite(every), every, np.nan)
-        self.before.extend(losses)
-        start = len(every) - len(losses)
-        if start + len(losses) <= WINDOW:
+        self.before.extend(own)
+        start = len(every) - len(own)
+        if start + len(own) <= WINDOW:
             return None
         judged = max(start, WINDOW)
         windows = np.lib.stride_tricks.sliding_window_view(every, WINDOW)[judged - WINDOW : -1]
@@ -114,7 +115,7 @@ def ended(watched: Watched, step: int, ids: np.ndarray, where: str) -> UserError
     )
 
 
-def make_look(apply: Callable, prepare: Callable, *, regression: bool) -> Callable:
+def make_look(apply: Callable, loss: Callable, prepare: Callable) -> Callable:
     """Builds ``look(trainable, constants, batch, step) -> str``: where in the forward pass of a
     training step the first number arises that is not finite.
 
@@ -150,11 +151,11 @@ def make_look(apply: Callable, prepare: Callable, *, regression: bool) -> Callab
                 return "the inputs are not finite"
             rngs = {"dropout": jax.random.fold_in(dropout_key, 0)}
             with nn.intercept_methods(check):
-                logits = apply(rm.join(trainable, constants.frozen), inputs, rngs)
-            losses = example_losses(logits, labels, regression=regression)
+                params = rm.join(trainable, constants.frozen)
+                total, *_ = loss(functools.partial(apply, params, inputs, rngs), labels)
         if found:
             return f"first not finite is {found[0]}"
-        if _any_nonfinite([losses]):
+        if _any_nonfinite([total]):
             return "every layer's output is finite, the loss of these labels is not"
         return "every layer's output and the loss are finite; the gradient is not"
 

@@ -1,4 +1,4 @@
-"""From a config to everything a run needs: data, model, method, compiled-to-be steps."""
+"""From a config to everything that a program of one run or many needs."""
 
 import dataclasses
 import functools
@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 
 import rmlora_jax as rm
-from rmlora_jax import hub
-from rmlora_jax import methods as method
+from rmlora_jax import hub, methods
 from rmlora_jax.errors import UserError
-from rmlora_jax.models.inserts import with_inserts
+from rmlora_jax.fields import Run
+from rmlora_jax.models.blocks import with_inserts
 from rmlora_jax.parallel.mesh import (
     Devices,
     check_divisible,
@@ -30,37 +29,27 @@ from rmlora_jax.parallel.mesh import (
     replicate,
     spread,
 )
-from rmlora_jax.tasks import images, speech, text
-from rmlora_jax.tasks.task import Feed, Problem, data_notes
-from rmlora_jax.train.config import INSERTED, KINDS, REGRESSION, SPEECH, data_seed
-from rmlora_jax.train.fields import fields
+from rmlora_jax.tasks import TASKS
+from rmlora_jax.tasks.task import Feed, Objective, Opening, Problem, data_notes, fields
+from rmlora_jax.train.config import swept
+from rmlora_jax.train.finished import read_base
 from rmlora_jax.train.nonfinite import make_look
-from rmlora_jax.train.step import Constants, State, init_state, make_eval_step, make_train_step
-
-
-class Job(NamedTuple):
-    """A run before its first step."""
-
-    lora: rm.LoRA
-    state: State
-    constants: Constants
-    train_step: Callable  # (state, constants, batch) -> (state, metrics); donates state
-    eval_step: Callable  # (trainable, constants, batch) -> outputs
-    feed: Feed
-    schedule: optax.Schedule
-    steps: int
-    eval_every: int
-    total_parameters: int
-    trainable_parameters: int
-    problem: Problem
-    look: Callable  # (trainable, constants, batch, step) -> where a number is first not finite
+from rmlora_jax.train.step import (
+    Constants,
+    State,
+    first_keys,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 
 
 class Base(NamedTuple):
     """What a run, or all runs of a sweep, starts from: data, pretrained weights, adapted model."""
 
-    problem: Problem
+    problem: Any  # Problem; there is none where nothing is run
     feed: Feed
+    objective: Objective
     lora: rm.LoRA
     adapted: nn.Module  # the model with its factors
     trainable: dict  # before the first step, of the config's own seed
@@ -70,47 +59,92 @@ class Base(NamedTuple):
     trainable_parameters: int
 
 
-def build(config: ml_collections.ConfigDict, devices: Devices) -> Job:
-    """Reads data and weights, adapts the model and makes the two steps.
+class Alone:
+    """The axis of the runs in a program of one run: there is none."""
+
+    count = 1
+
+    def pick(self, tree: Any, i: int) -> Any:
+        """What a tree holds of run ``i``."""
+        return tree
+
+    def apart(self, values: dict[str, Any]) -> list[dict[str, Any]]:
+        """Metrics or outputs of all runs, as one dict for each."""
+        return [values]
+
+
+class Job(NamedTuple):
+    """A program before its first step. One run is a program of one; more are stacked on ``axis``.
+
+    ``runs``, ``lora`` and ``schedule`` have an entry for each run.
+    """
+
+    base: Base
+    runs: tuple[Run, ...]
+    axis: Any  # Alone, or that of a sweep
+    lora: tuple[rm.LoRA, ...]
+    state: State
+    constants: Any  # Constants, or those of a sweep
+    train_step: Callable  # (state, constants, batch) -> (state, metrics); donates state
+    eval_step: Callable  # (trainable, constants, batch) -> outputs
+    schedule: tuple[optax.Schedule, ...]
+    eval_every: int
+    look: Callable  # (trainable, constants, batch, step) -> where a number is first not finite
+
+    @property
+    def feed(self) -> Feed:
+        return self.base.feed
+
+    @property
+    def problem(self) -> Problem:
+        return self.base.problem
+
+    @property
+    def steps(self) -> int:
+        return self.base.steps
+
+    @property
+    def frozen(self) -> dict:
+        return self.base.constants.frozen
+
+
+def build(config: Run, devices: Devices) -> Job:
+    """Reads data and weights, adapts the model and makes the two steps of a single run.
 
     Raises:
       UserError: whatever of the config cannot be had, with what to type.
     """
     base = open_base(config, devices)
     return Job(
-        lora=base.lora,
+        base=base,
+        runs=(config,),
+        axis=Alone(),
+        lora=(base.lora,),
         state=replicate(start(config, base, base.trainable), devices),
         constants=base.constants,
         train_step=spread(train_step(config, base), devices, donate=True),
         eval_step=spread(eval_step(config, base), devices),
-        feed=base.feed,
-        schedule=method.learning_rate(config, base.steps),
-        steps=base.steps,
+        schedule=(methods.learning_rate(config, base.steps),),
         eval_every=eval_every(config, base),
-        total_parameters=base.total_parameters,
-        trainable_parameters=base.trainable_parameters,
-        problem=base.problem,
         look=look(config, base),
     )
 
 
-def open_base(config: ml_collections.ConfigDict, devices: Devices) -> Base:
+def open_base(config: Run, devices: Devices) -> Base:
     """The base of a run or of a sweep.
 
     Raises:
       UserError: as `build`.
     """
     check_batches(config, devices)
-    task = {KINDS[0]: images, SPEECH: speech}.get(config.task, text)
-    head_key, factors_key = keys(config)
-    problem = task.open_problem(config, devices, head_key)
+    head_key, factors_key = first_keys(config.seed)
+    problem = TASKS[config.task].open(config, Opening(devices, head_key, read_base))
     with fields("lora.*"):
         lora, adapted, params = with_new(config, problem, problem.params, factors_key)
         trainable, frozen = rm.split(params, lora)
     if config.model.adapter:
         found = f"goes on from {config.model.adapter}: {lora.rank=}, {lora.alpha=}, {lora.target=}"
         problem = problem._replace(notes=(*problem.notes, found.replace("lora.", "")))
-    count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
 
     feed = problem.open_feed()
     check_same("the data", (feed.sizes, problem.skipped))
@@ -118,19 +152,18 @@ def open_base(config: ml_collections.ConfigDict, devices: Devices) -> Base:
     problem = problem._replace(notes=notes)
     steps = config.steps or max(1, round(config.epochs * feed.train_size / config.batch_size))
     trainable = cast(trainable, jnp.float32)
-    with fields("rm.*, adalora.*, sora.* or lora.rank"):
-        tx = method.optimizer(config, steps)
-        jax.eval_shape(tx.init, trainable)
+    check_optimizer(config, steps, trainable)
     return Base(
         problem=problem,
         feed=feed,
+        objective=problem.objective,
         lora=lora,
         adapted=adapted,
         trainable=trainable,
         constants=Constants(
             frozen=place_base(cast(frozen, jnp.dtype(config.model.base_dtype)), devices),
             data=feed.resident,
-            data_seed=replicate(np.uint32(data_seed(config)), devices),
+            data_seed=replicate(np.uint32(config.data_seed), devices),
             seed=replicate(np.uint32(config.seed), devices),
         ),
         steps=steps,
@@ -139,7 +172,12 @@ def open_base(config: ml_collections.ConfigDict, devices: Devices) -> Base:
     )
 
 
-def check_batches(config: ml_collections.ConfigDict, devices: Devices) -> None:
+def count(tree: Any) -> int:
+    """How many numbers a tree of arrays or shapes holds."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def check_batches(config: Run, devices: Devices) -> None:
     """Raises a UserError for batches that the devices cannot share equally."""
     sizes = {"batch_size": config.batch_size, "eval_batch_size": config.eval_batch_size}
     check_divisible(devices, **sizes)
@@ -151,91 +189,92 @@ def check_batches(config: ml_collections.ConfigDict, devices: Devices) -> None:
         )
 
 
-def keys(config: ml_collections.ConfigDict) -> jax.Array:
-    """The keys of what is new in the pretrained model, such as its head, and of the factors."""
-    return jax.random.split(jax.random.key(config.seed))
+def check_optimizer(config: Run, steps: int, trainable: Any) -> None:
+    """Raises a UserError where the method's optimizer refuses what is trained."""
+    with fields("rm.*, adalora.*, sora.* or lora.rank"):
+        jax.eval_shape(methods.optimizer(config, steps, swept(config)).init, trainable)
 
 
 def with_new(
-    config: ml_collections.ConfigDict, problem: Problem, params: dict, key: jax.Array
+    config: Run, problem: Problem, params: dict, key: jax.Array
 ) -> tuple[rm.LoRA, nn.Module, dict]:
     """Description, adapted model, and pretrained parameters with what the method adds to them:
     factors, new or of ``model.adapter``, bottlenecks or prefixes."""
     if config.model.adapter:
         params, lora = from_adapter(config, problem, params)
         return lora, rm.adapt(problem.model, lora), params
-    lora = method.description(config)
+    lora = methods.description(config)
     adapted = rm.adapt(problem.model, lora)
-    if config.method in INSERTED:
+    if methods.of(config).insert is not None:
         params = with_inserts(key, problem.model, params, *problem.example)
     return lora, adapted, rm.attach(key, adapted, params, *problem.example)
 
 
-def from_adapter(config, problem: Problem, params: dict) -> tuple[dict, rm.LoRA]:
+def from_adapter(config: Run, problem: Problem, params: dict) -> tuple[dict, rm.LoRA]:
     """The factors of ``model.adapter``, and its head where that is for as many classes."""
     folder, base = Path(config.model.adapter).expanduser(), problem.pretrained
+    assert base is not None  # the task's check refuses model.adapter otherwise
     whole = hub.stored_labels(folder) == base.num_labels
     params, lora = hub.load_peft(folder, base._replace(params=params), saved=whole)
     rules = [*map(re.escape, lora.train or ()), config.lora.train]
     return params, dataclasses.replace(lora, train="|".join(rules), dropout=config.lora.dropout)
 
 
-def start(config: ml_collections.ConfigDict, base: Base, trainable: dict) -> State:
+def start(config: Run, base: Base, trainable: dict) -> State:
     """The state of a run before its first step."""
-    return init_state(method.optimizer(config, base.steps), trainable)
+    return init_state(methods.optimizer(config, base.steps, swept(config)), trainable)
 
 
-def reseeded(config: ml_collections.ConfigDict, base: Base) -> dict:
+def reseeded(config: Run, base: Base) -> dict:
     """What the run of another seed (or alpha) trains before its first step, on the same base."""
-    head_key, factors_key = keys(config)
+    head_key, factors_key = first_keys(config.seed)
     params = base.problem.reseeded(head_key)
     lora, _, params = with_new(config, base.problem, params, factors_key)
     return cast(rm.split(params, lora)[0], jnp.float32)
 
 
-def eval_every(config: ml_collections.ConfigDict, base: Base) -> int:
+def eval_every(config: Run, base: Base) -> int:
     return config.eval_every or math.ceil(base.feed.train_size / config.batch_size)
 
 
-def train_step(config: ml_collections.ConfigDict, base: Base, prepare_params=None) -> Callable:
-    """The step of one device; fields of ``SWEEPABLE`` in the config may be traced.
+def train_step(
+    config: Run, base: Base, traced: methods.Values | None = None, prepare_params=None
+) -> Callable:
+    """The step of one device.
 
-    ``prepare_params`` changes the parameters on their way into the model.
+    ``traced`` are the values that a sweep varies. ``prepare_params`` changes the parameters on
+    their way into the model.
     """
     return make_train_step(
         _apply(base, prepare_params, config.fsdp > 1),
-        method.optimizer(config, base.steps),
+        base.objective.loss,
+        methods.optimizer(config, base.steps, swept(config, traced)),
         base.feed.prepare_train,
-        regression=config.task == REGRESSION,
-        figures=functools.partial(method.figures, config),
+        figures=functools.partial(methods.figures, config),
         accumulate=config.accumulate,
-        label_smoothing=config.optimizer.label_smoothing,
     )
 
 
-def eval_step(config: ml_collections.ConfigDict, base: Base, prepare_params=None) -> Callable:
+def eval_step(config: Run, base: Base, prepare_params=None) -> Callable:
     """The evaluation step of one device, as `train_step`."""
-    regression = config.task == REGRESSION
-    return make_eval_step(
-        _apply(base, prepare_params, config.fsdp > 1), base.feed.prepare_eval, regression=regression
-    )
+    apply = _apply(base, prepare_params, config.fsdp > 1)
+    return make_eval_step(apply, base.objective.predict, base.feed.prepare_eval)
 
 
-def look(config: ml_collections.ConfigDict, base: Base, prepare_params=None) -> Callable:
+def look(config: Run, base: Base, prepare_params=None) -> Callable:
     """`nonfinite.make_look` of a run."""
-    regression = config.task == REGRESSION
     return make_look(
-        _apply(base, prepare_params), base.feed.prepare_train, regression=regression
+        _apply(base, prepare_params), base.objective.loss, base.feed.prepare_train
     )
 
 
 def _apply(base: Base, prepare_params: Callable | None, split: bool = False) -> Callable:
-    def apply(params, inputs, rngs=None):
+    def apply(params, inputs, rngs=None, **keywords):
         params = prepare_params(params) if prepare_params else params
         rows = jax.tree.leaves(inputs)[0].shape[0]
         with nn.intercept_methods(_in_rows(rows)) if split else nullcontext():
             return base.adapted.apply(
-                {"params": params}, *inputs, train=rngs is not None, rngs=rngs
+                {"params": params}, *inputs, train=rngs is not None, rngs=rngs, **keywords
             )
 
     return apply

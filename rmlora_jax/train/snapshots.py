@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from rmlora_jax.adapt.lora import DIAGONAL
+from rmlora_jax.adapt.diagonal import DIAGONAL
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import write_bytes_atomic
-from rmlora_jax.optim.diagonal import find_diagonals
-from rmlora_jax.optim.factors import find_factors, flatten
+from rmlora_jax.optim.factors import find_diagonals, find_factors, flatten
 
 FOLDER = "snapshots"
 
@@ -42,7 +41,7 @@ def save(workdir: str | os.PathLike, step: int, params: Any) -> pathlib.Path:
             e = np.asarray(leaves[d.e], np.float32)
             factors[d.a.path] = factors[d.a.path] * e[..., None, :]
     file = io.BytesIO()
-    np.savez(file, **factors)
+    np.savez(file, allow_pickle=False, **factors)
     return write_bytes_atomic(pathlib.Path(workdir) / FOLDER / f"{step:08}.npz", file.getvalue())
 
 

@@ -5,8 +5,9 @@
 The penalty and the mask are parts of ``tx``; the step knows nothing of them beyond what it logs.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +15,24 @@ import optax
 
 import rmlora_jax as rm
 from rmlora_jax.parallel.mesh import AXIS
-from rmlora_jax.tasks.task import example_losses, predictions
 
 
 class State(NamedTuple):
     """All that a step changes, hence all that a checkpoint holds."""
 
-    step: jax.Array  # int32: optimizer steps done
-    trainable: dict
+    step: Any  # int32: optimizer steps done
+    trainable: Any  # nested dicts
     opt_state: optax.OptState
 
 
 class Constants(NamedTuple):
-    """What a step reads and does not change; arguments of it, so that nothing is compiled in."""
+    """What a step reads and does not change; arguments of it, so that nothing is compiled in.
+    Arrays, or shapes where nothing is run."""
 
     frozen: dict  # the base
     data: dict  # the resident data, {} where batches are streamed
-    data_seed: jax.Array  # uint32: of the augmentation; folded with the step
-    seed: jax.Array  # uint32: of dropout; folded with the step
+    data_seed: Any  # uint32: of the augmentation; folded with the step
+    seed: Any  # uint32: of dropout; folded with the step
 
 
 def init_state(tx: optax.GradientTransformation, trainable: dict) -> State:
@@ -40,77 +41,79 @@ def init_state(tx: optax.GradientTransformation, trainable: dict) -> State:
 
 def make_train_step(
     apply: Callable,
+    loss: Callable,
     tx: optax.GradientTransformation,
     prepare: Callable,
     *,
-    regression: bool = False,
     figures: Callable | None = None,
     accumulate: int = 1,
-    label_smoothing: float = 0.0,
 ) -> Callable:
     """Builds ``step(state, constants, batch) -> (state, metrics)``, to be mapped over devices.
 
     Args:
-      apply: ``(params, inputs, rngs) -> logits`` of the adapted model in training.
+      apply: ``(params, inputs, rngs) -> outputs`` of the adapted model in training.
+      loss: `tasks.task.Objective.loss`: ``(call, labels) -> (sum, weight, counts)``.
       tx: the optimizer, penalty and mask included.
       prepare: ``(key, positions, data, batch) -> (inputs, labels)``; ``positions`` is each
         example's place in the global batch, so that random crops do not depend on the number of
         devices or micro-batches.
-      regression: squared error of one value instead of cross-entropy.
       figures: ``(trainable before the update, optimizer state after it) -> {name: scalar}``, more
         metrics.
       accumulate: micro-batches, run one after another; gradients are added in float32.
-      label_smoothing: weight of the uniform distribution in the targets.
 
-    Metrics (float32 scalars, equal on all devices): loss and, for classes, accuracy, means over the
-    global batch (the loss without the penalty); grad_norm; skipped, 1 where loss or grad_norm is
-    not finite; and ``figures``. A skipped step leaves parameters and optimizer state, and with it
-    the mask's and the allocation's, as they were; only the step's number goes on, and so do data.
+    Metrics (float32 scalars, equal on all devices): loss and the counts of the task, such as
+    accuracy, sums over the global batch divided by its weight once (the loss without the penalty);
+    grad_norm; skipped, 1 where loss or grad_norm is not finite; and ``figures``. A skipped step
+    leaves parameters and optimizer state, and with it the mask's and the allocation's, as they
+    were; only the step's number goes on, and so do data.
     """
 
-    def loss_fn(trainable, constants, batch, keys, positions):
+    def loss_of(trainable, constants, batch, keys, positions):
         augment_key, dropout_key = keys
         inputs, labels = prepare(augment_key, positions, constants.data, batch)
         # Dropout alone differs with the number of devices: its masks are drawn per micro-batch.
         rngs = {"dropout": jax.random.fold_in(dropout_key, positions[0])}
-        logits = apply(rm.join(trainable, constants.frozen), inputs, rngs)
-        losses = example_losses(
-            logits, labels, regression=regression, label_smoothing=label_smoothing
-        )
-        if regression:
-            return losses.sum(), {}
-        return losses.sum(), {"accuracy": (logits.argmax(-1) == labels).sum(dtype=jnp.float32)}
+        params = rm.join(trainable, constants.frozen)
+        total, weight, counts = loss(functools.partial(apply, params, inputs, rngs), labels)
+        return total, (weight, counts)
 
     def step(state: State, constants: Constants, batch):
         keys = keys_of(constants, state.step)
         local = jax.tree.leaves(batch)[0].shape[0]
-        count = local * jax.lax.axis_size(AXIS)
         positions = jax.lax.axis_index(AXIS) * local + jnp.arange(local)
 
         def gradients(micro):
             batch, positions = micro
-            (loss, counts), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            (total, (weight, counts)), grads = jax.value_and_grad(loss_of, has_aux=True)(
                 state.trainable, constants, batch, keys, positions
             )
-            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), {"loss": loss} | counts
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+            return (grads, {"loss": total} | counts), weight
 
         if accumulate == 1:
-            sums = gradients((batch, positions))
+            sums, weight = gradients((batch, positions))
         else:
             micros = jax.tree.map(
                 lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (batch, positions)
             )
             zeros = jax.tree.map(
                 lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], micros)),
+                jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], micros))[0],
             )
-            sums, _ = jax.lax.scan(
-                lambda total, micro: (jax.tree.map(jnp.add, total, gradients(micro)), None),
-                zeros,
-                micros,
-            )
-        # The only reduction between devices in the step.
-        grads, means = jax.tree.map(lambda x: x / count, jax.lax.psum(sums, AXIS))
+
+            def add(total, micro):
+                sums, weight = gradients(micro)
+                return jax.tree.map(jnp.add, total, sums), weight
+
+            sums, weights = jax.lax.scan(add, zeros, micros)
+            weight = weights.sum()
+        # The only reduction between devices in the step. A weight that is known before tracing, as
+        # a number of examples is, needs none.
+        if isinstance(weight, jax.Array):
+            sums, weight = jax.lax.psum((sums, weight), AXIS)
+        else:
+            sums, weight = jax.lax.psum(sums, AXIS), weight * jax.lax.axis_size(AXIS)
+        grads, means = jax.tree.map(lambda x: x / weight, sums)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         # Of sums over all devices, so that all of them come to the same answer.
@@ -129,7 +132,12 @@ def make_train_step(
     return step
 
 
-def keys_of(constants: Constants, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+def first_keys(seed: int) -> jax.Array:
+    """The keys of what is new in the pretrained model, such as its head, and of the factors."""
+    return jax.random.split(jax.random.key(seed))
+
+
+def keys_of(constants: Constants, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """The keys of augmentation and of dropout in the step after ``step`` steps.
 
     Two halves of one key where the seeds are one. Nothing of a run enters the first, so that runs
@@ -144,27 +152,24 @@ def updates_done(opt_state: optax.OptState) -> jax.Array:
     return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 
-def _split(seed: jax.Array, step: jax.Array) -> jax.Array:
+def _split(seed: jax.Array, step: jax.Array | int) -> jax.Array:
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
 
 
-def make_eval_step(apply: Callable, prepare: Callable, *, regression: bool = False) -> Callable:
+def make_eval_step(apply: Callable, predict: Callable, prepare: Callable) -> Callable:
     """Builds ``step(trainable, constants, batch) -> outputs``, to be mapped over devices.
 
-    ``batch["mask"]`` (bool) is False for the rows that pad the last batch. The outputs are those of
-    the global batch, each (B,) and the same on every device: prediction, label, loss, id, mask.
+    ``predict`` is `tasks.task.Objective.predict`. ``batch["mask"]`` (bool) is False for the rows
+    that pad the last batch. The outputs are those of the global batch, each (B,) and the same on
+    every device: what ``predict`` gives, label, id, mask.
     """
 
     def step(trainable, constants: Constants, batch):
         batch = dict(batch)
         rows = {"mask": batch.pop("mask"), "id": batch["id"]}
         inputs, labels = prepare(constants.data, batch)
-        logits = apply(rm.join(trainable, constants.frozen), inputs)
-        rows |= {
-            "prediction": predictions(logits, regression=regression),
-            "label": labels,
-            "loss": example_losses(logits, labels, regression=regression),
-        }
+        params = rm.join(trainable, constants.frozen)
+        rows |= predict(functools.partial(apply, params, inputs), labels) | {"label": labels}
         return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True), rows)
 
     return step

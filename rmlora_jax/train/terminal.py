@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
+from rmlora_jax.report.records import duration, number
 from rmlora_jax.tasks.scores import describe
 
 
@@ -98,11 +99,12 @@ def closing(summary: Mapping[str, Any], workdir: str | os.PathLike, *,
     took = None if wall is None else duration(wall)
     if took and compiling is not None:
         took += f", of which {duration(compiling)} compilation"
-    counts = summary.get("trainable_parameters"), summary.get("total_parameters")
+    trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
+    known = None if trained is None or total is None else parameters(trained, total)
     return format_table("done", [
         ("test, last step", scores(summary.get("eval"))),
         ("test, best validation", scores(summary.get("best_eval"))),
-        ("parameters", None if None in counts else parameters(*counts)),
+        ("parameters", known),
         ("speed", None if rate is None else f"{rate:,.0f} examples/s"),
         ("time", took),
         ("verdict", verdict),
@@ -121,28 +123,6 @@ def count_devices(devices: Sequence[Any]) -> str:
 def parameters(trainable: int, total: int) -> str:
     """``50,000 trained of 5,000,000 (1.00 %)``."""
     return f"{trainable:,} trained of {total:,} ({100 * trainable / max(total, 1):.2f} %)"
-
-
-def number(value: float | None) -> str:
-    """Four decimals; small values in scientific notation; ``-`` for None."""
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, m:ss, or s with one decimal below ten.
-
-    >>> duration(3.21), duration(75), duration(7384)
-    ('3.2 s', '1:15', '2:03:04')
-    """
-    if not math.isfinite(seconds):
-        return "?"
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Progress:

@@ -1,19 +1,52 @@
-"""A run's folder before anything is written to it: it can be, is free, and is of this config."""
+"""A run's folder: that it can be written, is free, and is of this config; and a full disk.
+
+    with held(workdir):
+        ...  # a second process gets a UserError that says who is here
+
+The lock is on the file ``.lock`` (flock), not the file itself: one that a killed process left
+behind does not block. Of the processes of one run the first holds it for all.
+"""
 
 import contextlib
+import errno
+import json
+import os
+import socket
+import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import jax
-import ml_collections
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.fields import Run
 from rmlora_jax.files import read_json
-from rmlora_jax.train.config import changes
-from rmlora_jax.train.disk import in_plain_words
-from rmlora_jax.train.lock import held
+from rmlora_jax.train.config import changes, flatten
 from rmlora_jax.train.metrics import read_metrics
+
+try:
+    import fcntl
+except ImportError:  # Windows has none; runs there are not kept apart
+    fcntl = None
+
+# Errors that only a writer can get.
+ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EROFS: "make it writable again",
+}
+
+FILE = ".lock"
+PATIENCE = 1.0  # seconds in which the holder has written who it is
+
 
 
 @contextlib.contextmanager
@@ -43,7 +76,7 @@ def opened(workdir: Path, *, alone: bool = False) -> Iterator[None]:
         raise
 
 
-def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> bool:
+def check_workdir(config: Run, workdir: Path) -> bool:
     """Refuses a folder that holds a run of another config; says what else is new in this one.
 
     Returns:
@@ -61,7 +94,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> bool:
             )
         return False
     try:
-        refused, free = changes(read_json(file), config.to_dict())
+        refused, free = changes(read_json(file), flatten(config))
     except (ValueError, AttributeError, TypeError, OSError, RecursionError) as e:
         raise UserError(f"{file} is not a config ({e}); give another --workdir") from e
     if refused:
@@ -91,3 +124,155 @@ def check_nothing_lost(workdir: Path) -> None:
             "Put checkpoints/ back, or give another --workdir, or delete metrics.jsonl to begin "
             "again at step 0"
         )
+
+
+@contextlib.contextmanager
+def held(folder: Path, *, alone: bool = False) -> Iterator[None]:
+    """Holds ``folder``, which must be there, until the block ends.
+
+    ``alone``: this process runs alone, and jax is not asked, as that would take the devices from
+    the processes that it starts.
+
+    Raises:
+      UserError: another process holds it; in all processes of this run.
+    """
+    file, other = None, None
+    if alone or jax.process_index() == 0:
+        file, other = take(folder)
+    free = other is None
+    if not alone and jax.process_count() > 1:
+        free = bool(multihost_utils.broadcast_one_to_all(np.array(free)))
+    if not free:
+        raise UserError(
+            f"{folder} is in use by {other or 'another run'}\n"
+            "Wait for it, or stop it, or give another --workdir"
+        )
+    try:
+        yield
+    finally:
+        if file is not None:
+            (folder / FILE).unlink(missing_ok=True)
+            os.close(file)
+
+
+def take(folder: Path) -> tuple[int | None, str | None]:
+    """The locked file's descriptor and None, or None and who else holds it."""
+    if fcntl is None:
+        return None, None
+    path = folder / FILE
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return None, holder(path)
+        except OSError:  # a file system without locks
+            os.close(file)
+            return None, None
+        # The one before unlinks the file at its end; then this lock is on a file without a name.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                break
+        os.close(file)
+    os.ftruncate(file, 0)
+    since = datetime.now().isoformat(" ", "seconds")
+    os.write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+             .encode())
+    return file, None
+
+
+def holder(path: Path) -> str:
+    """Who holds the lock, in words."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        with contextlib.suppress(ValueError, KeyError, FileNotFoundError):
+            who = json.loads(path.read_text())
+            return f"process {who['pid']} on {who['host']} since {who['since']}"
+        time.sleep(0.01)
+    return "another process"
+
+
+@contextlib.contextmanager
+def in_plain_words(workdir: Path) -> Iterator[None]:
+    """Turns what a disk refuses inside the block into a UserError that says what is kept.
+
+    Everything in ``workdir`` is written whole or as lines at the end of a file, so that the same
+    command goes on from the newest checkpoint.
+    """
+    shown, threading.excepthook = threading.excepthook, _without_refusals(threading.excepthook)
+    late, sys.unraisablehook = sys.unraisablehook, without_late(sys.unraisablehook)
+    logger = logging.get_absl_logger()
+    logger.addFilter(_no_refusal)
+    refused = False
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = refusal(error)
+        if number is None:
+            raise
+        refused = True
+        found = [*workdir.glob("checkpoints/*"), *workdir.glob("program/checkpoints/*")]
+        saved = [int(p.name) for p in found if p.name.isdigit()]
+        kept = f"the checkpoint of step {max(saved):,} is whole" if saved else "nothing is lost"
+        raise UserError(
+            f"cannot write to {workdir}: {os.strerror(number)}; {kept}\n"
+            f"Now {ADVICE[number]}; the same command goes on from there"
+        ) from error
+    else:
+        sys.unraisablehook = late
+    finally:
+        if not refused:
+            threading.excepthook = shown
+            logger.removeFilter(_no_refusal)
+
+
+def _without_refusals(hook: Callable) -> Callable:
+    """Orbax writes in threads: what ends them comes back to the run, which says it in plain words,
+    and need not be shown with its traceback as well. After such an end other threads may still be
+    under way, hence hooks and filter then stay."""
+
+    def quiet(thread):
+        if thread.exc_value is None or refusal(thread.exc_value) is None:
+            hook(thread)
+
+    return quiet
+
+
+def without_late(hook: Callable) -> Callable:
+    """After orbax failed, reads and writes still under way fail, too, or come back to an event loop
+    that is closed, each with a traceback in the middle of our own words. Hence this stays in place.
+    """
+    late = ("Event loop is closed", "error while reading array index")
+
+    def quiet(unraisable):
+        if not any(words in str(unraisable.exc_value) for words in late):
+            hook(unraisable)
+
+    return quiet
+
+
+def _no_refusal(record) -> bool:
+    return not record.exc_info or refusal(record.exc_info[1]) is None
+
+
+def refusal(error: BaseException | None) -> int | None:
+    """The errno of a disk that refuses, in the error or in one behind it; None if there is none.
+
+    Orbax and tensorstore have errors of their own, with the system's words in them.
+
+    >>> refusal(ValueError("RESOURCE_EXHAUSTED: writing a: No space left on device")) == 28
+    True
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in ADVICE:
+            return error.errno
+        for number in ADVICE:
+            if os.strerror(number) in str(error):
+                return number
+        error = error.__cause__ or error.__context__
+    return None

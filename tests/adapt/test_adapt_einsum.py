@@ -12,7 +12,7 @@ from fixtures.adapted import X, paths, prepared, with_random_factors
 from marks import slow
 
 from rmlora_jax import Layer, LoRA, adapt, attach, merge, split
-from rmlora_jax.adapt import product
+from rmlora_jax.adapt import geometry as geometry_of
 
 H = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 4, 3)), jnp.float32)  # b t heads dim
 
@@ -282,7 +282,7 @@ def test_rules_say_what_is_wrong_with_them():
     ("equation", "outputs"), [("...i,io->...o", (64,)), ("bti,inh->btnh", (4, 16))]
 )
 def test_rows_on_several_axes_meet_b_as_a_matrix_on_a_cpu_alone(equation, outputs):
-    geometry, (batch, length) = product.Contraction(equation), (8, 16)
+    geometry, (batch, length) = geometry_of.Contraction(equation), (8, 16)
     random = np.random.RandomState(0)
     x, a, b = (
         jnp.asarray(random.normal(size=shape), jnp.float32)
@@ -291,7 +291,7 @@ def test_rows_on_several_axes_meet_b_as_a_matrix_on_a_cpu_alone(equation, output
     y = jnp.zeros((batch, length, *outputs))
 
     def beside(b):
-        return product.low_rank(geometry, x, y, a, b, 0.5)
+        return geometry_of.low_rank(geometry, x, y, a, b, 0.5)
 
     step = jax.jit(jax.grad(lambda b: jnp.tanh(beside(b)).sum()))
     x64, a64, b64 = (np.asarray(v, np.float64) for v in (x, a, b))

@@ -17,7 +17,7 @@ from marks import slow, slow_but
 from rmlora_jax import AdaLoRA, LoRA, adapt, attach, join, merge, split
 from rmlora_jax.errors import UserError
 from rmlora_jax.methods import description
-from rmlora_jax.train.check import check_config
+from rmlora_jax.sweep.grid import check_config
 
 VmapDense = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})
 HEADED = {"alpha": 6, "train": "head"}

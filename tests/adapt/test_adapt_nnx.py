@@ -12,7 +12,8 @@ import pytest
 from fixtures.adapted_nnx import Looped, Stacked, Tied, X, arrays, call, randomly_adapted
 from flax import nnx
 
-from rmlora_jax.adapt import adapt, product
+from rmlora_jax.adapt import adapt
+from rmlora_jax.adapt.forms import initial_a
 from rmlora_jax.adapt.lora import LoRA
 from rmlora_jax.adapt.nnx import pure_params
 from rmlora_jax.adapt.tree import merge
@@ -119,7 +120,7 @@ def test_a_is_drawn_from_the_path_alone(init):
     found = adapted.head.lora_a[...]
     np.testing.assert_array_equal(found, alone.head.lora_a[...])
     key = jax.random.fold_in(nnx.Rngs(1).params(), zlib.crc32(b"head"))
-    expected = product.initial_a(key, (8, 2), init, jnp.float32)
+    expected = initial_a(key, (8, 2), init, jnp.float32)
     np.testing.assert_array_equal(found, expected)
     assert np.all(adapted.head.lora_b[...] == 0)
     assert np.any(adapted.parts.first.lora_a[...] != adapted.parts.second.lora_a[...])

@@ -13,8 +13,8 @@ from marks import every_other
 from test_adapt_layers import MODELS
 
 import rmlora_jax as rm
-from rmlora_jax.adapt.description import AdaLoRA, SoRA
-from rmlora_jax.adapt.fold import to_lora
+from rmlora_jax.adapt.diagonal import AdaLoRA, SoRA
+from rmlora_jax.adapt.ranks import to_lora
 
 KINDS = (AdaLoRA, SoRA)
 NAMES = ("dense", "dense general, batched", "conv, grouped", "embed, tied", "vmap", "scan")
@@ -177,7 +177,7 @@ def test_axes_in_another_order(kind):
     model = nn.Einsum((2, 8, 4), "bti,nih->btnh")
     lora = kind(rank=3, alpha=6)
     adapted, _, params = prepared(model, X, lora)
-    assert params["lora_e"].shape == (1, 3)  # the mark of product.factor_shapes
+    assert params["lora_e"].shape == (1, 3)  # the mark of geometry.factor_shapes
     params = with_random_factors(params, lora)
     merged = model.apply({"params": rm.merge(params, adapted, X)}, X)
     np.testing.assert_allclose(adapted.apply({"params": params}, X), merged, rtol=1e-5, atol=1e-5)

@@ -22,26 +22,17 @@ import pytest
 from marks import slow, slow_but
 
 import rmlora_jax as rm
-from rmlora_jax.bench import (
-    flops,
-    measure,
-    models,
-    options,
-    picture,
-    profile,
-    report,
-    run,
-    table,
-    variants,
-)
-from rmlora_jax.bench.compiled import Program, compile_variant
-from rmlora_jax.bench.execution import execution_of
+from rmlora_jax.bench import measure, models, options, picture, run, table, variants
+from rmlora_jax.bench.measure import Program
 from rmlora_jax.bench.models import Entry
+from rmlora_jax.bench.variants import compile_variant, execution_of
 from rmlora_jax.errors import UserError
+from rmlora_jax.files import read_json
 from rmlora_jax.models import BertConfig, DebertaConfig, ViTConfig
 from rmlora_jax.models import bert as bert_module
 from rmlora_jax.models import deberta as deberta_module
 from rmlora_jax.models import vit as vit_module
+from rmlora_jax.report.style import markdown_table, text_table
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 24}
@@ -164,7 +155,7 @@ def test_a_step_moves_what_it_trains(name):
         assert moved == {"head/kernel", "head/bias"} and "encoder" in frozen
     else:
         linears = {f"encoder/layers/{'mlp' if n[:2] == 'fc' else 'attention'}/{n}"
-                   for n in flops.LINEARS}
+                   for n in models.LINEARS}
         begins = "lora_e" if name == "adalora" else "lora_b"  # what is not 0 times something
         assert {f"{path}/{begins}" for path in linears} <= moved
         assert {"head/kernel", "head/bias"} <= moved
@@ -260,7 +251,7 @@ def test_the_formula_counts_what_xla_counts(kind, name, modules):
     state = jax.eval_shape(variant.start, params, batch[0])
     program = compiled(variant.step, state, variant.frozen(params), batch)
     counted = program.cost_analysis()["flops"]
-    formula = flops.step_flops(entry, entry.batch, name, rank, modules)
+    formula = models.step_flops(entry, entry.batch, name, rank, modules)
     # XLA also counts norms, softmax, activations and the optimizer.
     assert 1 <= counted / formula < 1.06
 
@@ -306,7 +297,7 @@ def test_the_tables_figures_follow_from_the_repeats():
 
 def test_terminal_and_markdown_hold_the_same_figures():
     lines = table.cells(table.table_rows(RESULTS))
-    text, markdown = table.text_table(lines), table.markdown_table(lines)
+    text, markdown = text_table(lines), markdown_table(lines)
     for shown in ("126", "1.260 (1.180 - 1.317)", "254", "512.0 MiB", "out of memory"):
         assert shown in text and shown in markdown
     assert len({len(line.split("|")) for line in markdown.splitlines()}) == 1
@@ -316,8 +307,8 @@ def test_terminal_and_markdown_hold_the_same_figures():
 
 
 def test_results_survive_json_and_are_drawn(tmp_path):
-    shown = report.write(RESULTS, tmp_path)
-    assert report.read(tmp_path / "bench.json") == RESULTS
+    shown = run.write(RESULTS, tmp_path)
+    assert read_json(tmp_path / "bench.json") == RESULTS
     assert "bench.png" in shown and "| rm_lora | 126 |" in (tmp_path / "bench.md").read_text()
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     rows = table.table_rows(RESULTS)
@@ -334,8 +325,8 @@ def test_a_sweep_is_drawn_with_its_gaps(tmp_path):
     for bench in benches:
         bench["options"]["sweep"] = "rank"
     found = {"sweep": "rank", "values": [1, 4, 16], "benches": benches}
-    report.write_sweep(found, tmp_path)
-    assert report.read(tmp_path / "bench_sweep.json") == found
+    run.write_sweep(found, tmp_path)
+    assert read_json(tmp_path / "bench_sweep.json") == found
     lines = (tmp_path / "bench_sweep.md").read_text().splitlines()
     assert sum(line.startswith("| 16 |") for line in lines) == 4
     _, ratio = picture.sweep_figure(found).axes
@@ -385,25 +376,25 @@ def test_lack_of_memory_is_a_row():
         (["--model=minilm", "--image_size=64"], "reads texts, which have no --image_size"),
         (["--model=minilm", "--length=600"], "type --length=512"),
         (["--model=vit-base", "--image_size=8"], "type --image_size=16"),
-        (["--variants=floor,rm_lore"], "--variants=rm_lore is none of .*did you mean rm_lora"),
-        (["--variants=lora:unrol=1"], "own flag=unrol is none of .*did you mean unroll"),
+        (["--variants=floor,rm_lore"], "--variants=rm_lore must be one of .*did you mean rm_lora"),
+        (["--variants=lora:unrol=1"], "own flag=unrol must be one of .*did you mean unroll"),
         (["--variants=lora:unroll=13"], "--unroll=13 must be all"),
-        (["--variants=lora:remat=dot"], "lora:remat=dot: remat=dot is none of .*did you mean dots"),
-        (["--remat=dot"], "--remat=dot is none of none, dots, attention, full; did you mean dots"),
-        (["--execution=both"], "--execution=both is none of auto, factored, merged"),
-        (["--attention=flash"], "--attention=flash is none of auto, xla, cudnn"),
-        (["--dtype=bf16"], "--dtype=bf16 is none of bfloat16"),
-        (["--base_dtype=int8"], "--base_dtype=int8 is none of"),
+        (["--variants=lora:remat=dot"], "lora:remat=dot: remat=dot must be .*did you mean dots"),
+        (["--remat=dot"], "must be one of none, dots, attention, full; did you mean dots"),
+        (["--execution=both"], "--execution=both must be one of auto, factored, merged"),
+        (["--attention=flash"], "--attention=flash must be one of auto, xla, cudnn"),
+        (["--dtype=bf16"], "--dtype=bf16 must be one of bfloat16"),
+        (["--base_dtype=int8"], "--base_dtype=int8 must be one of"),
         (["--unroll=13"], "--unroll=13 must be all, or a number of layers from 1 to 12"),
         (["--batch=0"], "--batch=0 must be a whole number of at least 1"),
         (["--rank=0"], "--rank=0 must be"),
         (["--repeats=0"], "--repeats=0 must be"),
         (["--steps=0"], "--steps=0 must be"),
         (["--batch=many"], "--batch: invalid int value"),
-        (["--sweep=ranks"], "--sweep=ranks is none of rank, .*did you mean rank"),
+        (["--sweep=ranks"], "--sweep=ranks must be one of rank, .*did you mean rank"),
         (["--values=1,2"], "--values belong to a sweep"),
         (["--sweep=rank", "--values=1,x"], "--values=1,x must be whole numbers"),
-        (["--sweep=modules", "--values=mpl"], "--values=mpl is none of .*did you mean mlp"),
+        (["--sweep=modules", "--values=mpl"], "--values=mpl must be one of .*did you mean mlp"),
         (["--sweep=length"], "vit-base reads images, which have no length to sweep"),
         (["--sweep=rank", "--variants=lora"], "type --variants=floor,lora"),
         (["--sweep=rank", "--peft"], "--peft does not go with --sweep"),
@@ -417,7 +408,7 @@ def test_refusals(arguments, words):
 def test_refusals_that_need_the_machine(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--out=.*file: .*type another folder"):
-        report.check_folder(str(tmp_path / "file"))
+        options.check_folder(str(tmp_path / "file"))
     given = options.parse(["--model=minilm", "--attention=cudnn", "--variants=floor"])
     fields = {field.name for field in dataclasses.fields(bert_module.Bert)}
     if "attention" not in fields:
@@ -472,12 +463,12 @@ def test_the_command(tmp_path):
                           timeout=300)
     assert done.returncode == 0, done.stderr
     assert "compiling rm_lora" in done.stdout and "limit: " in done.stdout
-    results = report.read(out / "bench.json")
+    results = read_json(out / "bench.json")
     assert [p["name"] for p in results["programs"]] == ["floor", "rm_lora"]
     assert all(len(p["ms"]) == 3 and min(p["ms"]) > 0 for p in results["programs"])
     assert results["programs"][1]["execution"] == "factored"
     shown = table.cells(table.table_rows(results))
-    assert table.text_table(shown) in done.stdout
+    assert text_table(shown) in done.stdout
     assert (out / "bench.png").exists() and (out / "bench.md").exists()
 
     refused = subprocess.run([*command[:3], "--model=vit"], cwd=tmp_path, env=environment,
@@ -500,10 +491,10 @@ def test_the_kernels_of_a_trace(monkeypatch):
     spans = [{"ph": "X", "pid": 7, "tid": 1, "name": n, "dur": d} for n, d in took] * 2
     others = [{"ph": "X", "pid": p, "tid": t, "name": "nvjet_tst_64", "dur": 9e9}
               for p, t in ((7, 2), (9, 1))]
-    found = profile.kernels(names + spans + others, steps=2)
+    found = measure.kernels(names + spans + others, steps=2)
     assert found == [{"kernel": "nvjet_tst", "ms": 3.0, "calls": 1.0},
                      {"kernel": "loop_add_fusion", "ms": 1.2, "calls": 2.0}]
-    text = profile.text(found)
+    text = table.kernel_table(found)
     assert "| **matrix products** | 3.00 | 71 % |" in text and "| **element by element** |" in text
 
     def trace_written(folder):
@@ -521,11 +512,11 @@ def test_the_kernels_of_a_trace(monkeypatch):
     results = run.bench(given, say=str)
     (row,) = results["programs"]
     assert row["profile"][0] == {"kernel": "nvjet_tst", "ms": 1.5, "calls": 0.5}
-    assert "`loop_add_fusion`" in report._kernels(results)
+    assert "`loop_add_fusion`" in table.markdown(results)
 
 
 def stored(name):
-    return report.read(ROOT / "tests" / "results" / f"bench_{name}.json")
+    return read_json(ROOT / "tests" / "results" / f"bench_{name}.json")
 
 
 @pytest.mark.parametrize("name", [
@@ -534,7 +525,7 @@ def stored(name):
 ])
 def test_a_table_of_a_gpu_is_that_of_the_stored_repeats(name):
     text = (ROOT / "rmlora_jax" / "bench" / "README.md").read_text()
-    assert table.markdown_table(table.cells(table.table_rows(stored(name)))) in text
+    assert markdown_table(table.cells(table.table_rows(stored(name)))) in text
 
 
 def test_what_is_stored_names_no_folder_of_the_machine_that_made_it():

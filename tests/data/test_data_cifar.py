@@ -14,9 +14,8 @@ import time
 import numpy as np
 import pytest
 
-from rmlora_jax.data.prepare import cifar
-from rmlora_jax.data.prepare.cifar import ARCHIVES, prepare_cifar
-from rmlora_jax.data.sources import load_images
+from rmlora_jax.data import cifar, load_images
+from rmlora_jax.data.cifar import ARCHIVES, prepare_cifar
 from rmlora_jax.errors import UserError
 
 IMAGES = 4

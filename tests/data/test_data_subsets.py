@@ -8,7 +8,7 @@ import pytest
 from rmlora_jax.data import ArraySource, Dataset, Subset, load_images
 from rmlora_jax.data.subsets import labels_of, with_classes, with_per_class
 from rmlora_jax.errors import UserError
-from rmlora_jax.train.check import check_config
+from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train.config import default_config, use_glue
 
 DIGITS = load_images("digits")

@@ -5,7 +5,7 @@ import pytest
 from fixtures.text.tiny import write_model, write_texts
 
 from rmlora_jax.data import batch_ids, load_texts, tokenise
-from rmlora_jax.data.text_batches import WINDOW, buckets, eval_batches, train_batches
+from rmlora_jax.data.tokens import WINDOW, buckets, eval_text_batches, text_batches
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub import load_tokenizer
 
@@ -96,7 +96,7 @@ def test_any_number_of_processes_sees_the_same_batches(tokenizer, split, grouped
     options = {"seed": 3, "pad_id": 0, "max_length": 32, "group_by_length": grouped}
 
     def batches(start=0, count=90, **parts):
-        found = train_batches(tokens, split.labels, 8, start_step=start, **options, **parts)
+        found = text_batches(tokens, split.labels, 8, start_step=start, **options, **parts)
         return [next(found) for _ in range(count)]
 
     whole = batches()
@@ -122,7 +122,7 @@ def test_any_number_of_processes_sees_the_same_batches(tokenizer, split, grouped
         assert sorted(ids) == sorted(plain)
         waste = [1 - batch["attention_mask"].mean() for batch in whole[:WINDOW]]
         even = [1 - b["attention_mask"].mean() for b in
-                (next(x) for x in [train_batches(tokens, split.labels, 8,
+                (next(x) for x in [text_batches(tokens, split.labels, 8,
                                                  **options | {"group_by_length": False})] * WINDOW)]
         assert np.mean(waste) < 0.8 * np.mean(even)
         lengths = [b["input_ids"].shape[1] for b in whole[:WINDOW]]
@@ -135,7 +135,7 @@ def test_any_number_of_processes_sees_the_same_batches(tokenizer, split, grouped
 def test_evaluation_sees_each_example_once(tokenizer, split, processes):
     tokens = tokenise(split.texts, tokenizer, 40)
     shares = [
-        list(eval_batches(tokens, split.labels, 16, pad_id=0, max_length=40, process_index=i,
+        list(eval_text_batches(tokens, split.labels, 16, pad_id=0, max_length=40, process_index=i,
                           process_count=processes))
         for i in range(processes)
     ]
@@ -152,8 +152,8 @@ def test_evaluation_sees_each_example_once(tokenizer, split, processes):
 def test_one_length_pads_all_to_it(tokenizer, split):
     tokens = tokenise(split.texts, tokenizer, 40)
     options = {"pad_id": 0, "max_length": 40, "one_length": True}
-    batches = [*eval_batches(tokens, split.labels, 16, **options)]
-    found = train_batches(tokens, split.labels, 8, seed=3, **options)
+    batches = [*eval_text_batches(tokens, split.labels, 16, **options)]
+    found = text_batches(tokens, split.labels, 8, seed=3, **options)
     batches += [next(found) for _ in range(20)]
     assert {batch["input_ids"].shape[1] for batch in batches} == {40}
     check(batches[0], tokens, split.labels, 0)

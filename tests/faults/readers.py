@@ -1,7 +1,6 @@
 """The readers of files from outside, each with files to begin with: what fuzz.py damages."""
 
 import csv
-import functools
 import io
 import json
 import os
@@ -111,30 +110,9 @@ def read_index(folder):
 # Models
 
 
-def remember_shapes():
-    """Traces a model of the same sizes once: it takes most of the time, and no file is read."""
-    from rmlora_jax.models import family as module
-
-    if hasattr(module.param_shapes, "cache_info"):
-        return
-    trace, families = module.param_shapes, {}
-
-    @functools.lru_cache(1000)
-    def shapes(key, config, labels):
-        return trace(families[key], config, labels)
-
-    def remembered(family, config, labels):
-        families[family.model] = family
-        return dict(shapes(family.model, config, labels))
-
-    remembered.cache_info = shapes.cache_info
-    module.param_shapes = remembered
-
-
 def read_vit(folder):
     from rmlora_jax.hub import load_vit
 
-    remember_shapes()
     load_vit(folder, num_classes=5)
 
 
@@ -147,7 +125,6 @@ def make_text(folder):
 def read_text(folder):
     from rmlora_jax.hub import load_text
 
-    remember_shapes()
     load_text(folder, num_labels=3)
 
 
@@ -275,7 +252,7 @@ def read_rows(folder):
 
 
 def make_tfds(folder):
-    from test_data_sources import gray_rows, image_features, make
+    from test_data_tfds import gray_rows, image_features, make
 
     make(folder, "gray", image_features((9, 9, 1)), {"train": gray_rows(12), "test": gray_rows(4)})
 
@@ -307,13 +284,12 @@ def make_run(folder):
 
 def read_run(folder):
     from rmlora_jax.errors import UserError
-    from rmlora_jax.train.base_run import read_base
-    from rmlora_jax.train.config import default_config
-    from rmlora_jax.train.finished import read_finished
+    from rmlora_jax.train.config import default_config, resolve
+    from rmlora_jax.train.finished import read_base, read_finished
     from rmlora_jax.train.loop import check_workdir
 
     read_finished(folder)
-    for read in (lambda: check_workdir(default_config(), folder),
+    for read in (lambda: check_workdir(resolve(default_config()), folder),
                  lambda: read_base(folder, "image_classification", "advice")):
         try:
             read()

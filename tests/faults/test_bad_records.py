@@ -6,14 +6,15 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_data_sources import encoded, gray, gray_rows, image_features, make
+from test_data_tfds import encoded, gray, gray_rows, image_features, make
 
 from rmlora_jax.data import batch_ids, load_images, load_resident, load_texts, stream_batches
-from rmlora_jax.data.bad import BadRecord
-from rmlora_jax.data.tfds_images import TfdsImages
+from rmlora_jax.data.dataset import BadRecord
+from rmlora_jax.data.tfds import TfdsImages
 from rmlora_jax.errors import UserError
 from rmlora_jax.parallel import mesh
 from rmlora_jax.train import loop, setup
+from rmlora_jax.train.config import resolve
 
 # Of 20 images: what is no image, a class that is not declared, another shape.
 BAD = {4: "it cannot be decoded", 9: "its label is 2, the declared classes are 0 to 1",
@@ -282,7 +283,7 @@ def test_classes_without_a_training_example_are_told(run_config):
     run_config.data.bad_records, run_config.data.limit = 3, 1
     for mode in ("resident", "stream"):
         run_config.data.mode = mode
-        *_, absent, few = setup.open_base(run_config, mesh.all_devices()).problem.notes
+        *_, absent, few = setup.open_base(resolve(run_config), mesh.all_devices()).problem.notes
         assert absent == "no training example of 1 of the classes, which cannot be learnt: dog"
         assert few.startswith("training examples: 1, fewer than batch_size 16; a step has each 16 ")
 

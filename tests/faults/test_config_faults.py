@@ -7,10 +7,9 @@ import pytest
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.study.config import check_study, default_study
+from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import loop, setup
-from rmlora_jax.train.check import check_config, check_run
-from rmlora_jax.train.config import default_config, flatten
-from rmlora_jax.train.kinds import mistakes_of_kind
+from rmlora_jax.train.config import default_config, flatten, mistakes
 
 HOSTILE = {
     int: [-1, 0, 7, 2**31, 2**63, 10**30, -(10**30)],
@@ -122,7 +121,7 @@ def test_a_mistake_has_no_mistakes_in_its_train(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\n")
     c.model.source = "vit-tiny-patch8-64-tinyimagenet"
     with pytest.raises(UserError) as error:
-        check_run(c)
+        check_config(c, there=True)
     (line,) = str(error.value).splitlines()
     assert line.endswith("did you mean text_classification?")
 
@@ -131,7 +130,7 @@ def test_fields_that_are_not_there():
     c = default_config()
     c.data.nmae = "digits"
     del c.lora.rank
-    assert list(mistakes_of_kind(c, default_config())) == ["data.nmae", "lora.rank"]
+    assert list(mistakes(c)[1]) == ["data.nmae", "lora.rank"]
     with pytest.raises(UserError) as error:
         check_config(c)
     assert str(error.value).splitlines() == [
@@ -169,14 +168,14 @@ def test_all_mistakes_are_told_at_once(tmp_path, monkeypatch):
 
 
 def test_places(tmp_path, config):
-    check_run(config)
+    check_config(config, there=True)
 
     def told(words, **fields):
         c = config.copy_and_resolve_references()
         for name, value in fields.items():
             c = with_field(c, name.replace("__", "."), value)
         with pytest.raises(UserError) as error:
-            check_run(c)
+            check_config(c, there=True)
         assert words in str(error.value), str(error.value)
 
     empty = tmp_path / "empty"

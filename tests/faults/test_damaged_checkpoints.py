@@ -20,6 +20,7 @@ from faults.small import (
 from rmlora_jax.errors import UserError
 from rmlora_jax.parallel import mesh
 from rmlora_jax.train import checkpoint, setup
+from rmlora_jax.train.config import resolve
 
 LAST = 2 * EVERY  # the newest checkpoint of the run that was killed; EVERY is the one before
 
@@ -69,7 +70,7 @@ def damage_data(workdir, step):
 @pytest.mark.parametrize("how", ["half", "empty", "gone"])
 def test_any_file_of_the_newest_checkpoint(run, killed, tiny_vit, tmp_path, how):
     """Whatever file it is: the same state, or that of the checkpoint before; never another."""
-    like = setup.build(config_of(tiny_vit), mesh.all_devices(limit=1)).state
+    like = setup.build(resolve(config_of(tiny_vit)), mesh.all_devices(limit=1)).state
     known = {step: leaves(killed, step) for step in (EVERY, LAST)}
     folder = killed / "checkpoints" / str(LAST)
     files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())

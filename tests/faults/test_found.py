@@ -10,17 +10,16 @@ from fixtures.text.tiny import write_model
 from PIL import Image
 
 from rmlora_jax.data import tokens
-from rmlora_jax.data.decode import MOST_PIXELS_A_BYTE, decode
+from rmlora_jax.data.vision import MOST_PIXELS_A_BYTE, decode
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json_lines
 from rmlora_jax.hub import load_text, load_tokenizer, load_vit
-from rmlora_jax.hub.labels import label_names
 from rmlora_jax.hub.peft_config import read_config as read_peft_config
+from rmlora_jax.hub.pretrained import label_names
 from rmlora_jax.hub.source import read_json, shards
 from rmlora_jax.models import BertConfig, ViTConfig
-from rmlora_jax.train.base_run import read_config
 from rmlora_jax.train.config import default_config
-from rmlora_jax.train.finished import export_merged
+from rmlora_jax.train.finished import export_merged, read_config
 
 DEEP = "[" * 100_000
 

@@ -14,8 +14,9 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.parallel import mesh
 from rmlora_jax.sweep import many
 from rmlora_jax.sweep import train as sweep
+from rmlora_jax.sweep.grid import runs
 from rmlora_jax.train import setup
-from rmlora_jax.train.config import runs
+from rmlora_jax.train.config import resolve
 from rmlora_jax.train.nonfinite import Spikes
 from rmlora_jax.train.step import updates_done
 
@@ -92,7 +93,7 @@ def test_one_bad_example_skips_its_step_alone(config, monkeypatch, method):
     config.adalora.warmup, config.adalora.final, config.adalora.every = 0.0, 0.1, 1
     poison(monkeypatch, config)
     devices = mesh.all_devices(limit=1)
-    check_skipped(*follow(setup.build(config, devices), devices))
+    check_skipped(*follow(setup.build(resolve(config), devices), devices))
 
 
 @pytest.mark.slow
@@ -100,7 +101,7 @@ def test_lazy_masks_and_micro_batches(config, monkeypatch):
     config.rm.placement, config.accumulate = "lazy", 4
     poison(monkeypatch, config)
     devices = mesh.all_devices(limit=1)
-    check_skipped(*follow(setup.build(config, devices), devices))
+    check_skipped(*follow(setup.build(resolve(config), devices), devices))
 
 
 @pytest.mark.slow
@@ -110,10 +111,10 @@ def test_eight_devices_skip_the_step_of_one(config, monkeypatch, parallel):
     poison(monkeypatch, config)
     devices = mesh.all_devices(parallel)
     assert devices.count == 8
-    states, metrics = follow(setup.build(config, devices), devices)
+    states, metrics = follow(setup.build(resolve(config), devices), devices)
     check_skipped(states, metrics)
     one = mesh.all_devices(limit=1)
-    alone, _ = follow(setup.build(config, one), one)
+    alone, _ = follow(setup.build(resolve(config), one), one)
     for a, b in zip(jax.tree.leaves(states[-1]), jax.tree.leaves(alone[-1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
@@ -124,8 +125,8 @@ def test_each_run_of_a_sweep_skips_alone(config, monkeypatch):
     notice."""
     config.sweep.grid = "{'learning_rate': (1e-2, 1e35)}"
     devices = mesh.all_devices(limit=1)
-    every, base = runs(config), setup.open_base(config, devices)
-    job = many.build(config, every, base, devices)
+    every, base = runs(resolve(config)), setup.open_base(resolve(config), devices)
+    job = many.build(resolve(config), every, base, devices)
     states, metrics = follow(job, devices, many.first_state(every, base, devices))
     skipped = np.array([m["skipped"] for m in metrics])
     assert skipped[:, 0].tolist() == [0.0] * 5 and skipped[:, 1].tolist() == [0.0] + [1.0] * 4
@@ -168,7 +169,7 @@ def test_of_a_line_of_several_steps_the_finite_ones_are_the_mean(
 def test_after_so_many_in_a_row_a_run_ends(one_device, config, tmp_path):
     config.optimizer.learning_rate, config.nonfinite_limit = 1e35, 5
     config.optimizer.schedule = "constant"
-    ids = next(iter(setup.build(config, mesh.all_devices(limit=1)).feed.train(1)))["id"]
+    ids = next(iter(setup.build(resolve(config), mesh.all_devices(limit=1)).feed.train(1)))["id"]
     with pytest.raises(UserError) as raised:
         train(config, tmp_path)
     said = str(raised.value)
@@ -222,7 +223,7 @@ def weights_with(tiny_vit, folder, name, value):
 def test_the_layer_is_named(config, tiny_vit, tmp_path, name, value, words):
     config.model.source = str(weights_with(tiny_vit, tmp_path / "model", name, value))
     devices = mesh.all_devices(limit=1)
-    job = setup.build(config, devices)
+    job = setup.build(resolve(config), devices)
     batch = next(iter(job.feed.train(0)))
     said = job.look(job.state.trainable, job.constants, batch, 0)
     assert words in said
@@ -233,7 +234,7 @@ def test_the_layer_is_named(config, tiny_vit, tmp_path, name, value, words):
 def test_what_else_may_not_be_finite(config, monkeypatch):
     poison(monkeypatch, config, step=1)
     devices = mesh.all_devices(limit=1)
-    job = setup.build(config, devices)
+    job = setup.build(resolve(config), devices)
     batch = next(iter(job.feed.train(0)))
     assert job.look(job.state.trainable, job.constants, batch, 0) == "the inputs are not finite"
     other = next(iter(job.feed.train(1)))

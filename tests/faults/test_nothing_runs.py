@@ -19,10 +19,10 @@ NEVER_IMPORTED = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib
 # Functions, and what their arguments must or must not be.
 NEVER_CALLED = {"eval", "exec", "os.system", "os.popen", "torch.load", "torch.jit.load"}
 FETCHING = {"urlopen", "urlretrieve", "hf_hub_download", "snapshot_download", "create_connection"}
-COMPARES = "rmlora_jax/bench/peft.py"  # with PEFT in PyTorch, where the user installed it
+COMPARES = "rmlora_jax/bench/torch_peft.py"  # with PEFT in PyTorch, where the user installed it
 MAY_FETCH = {  # what the config names: a data set, a model
     "rmlora_jax/data/prepare/download.py", "rmlora_jax/data/prepare/__main__.py",
-    "rmlora_jax/hub/source.py", "rmlora_jax/hub/published.py",
+    "rmlora_jax/hub/source.py",
 }
 
 
@@ -100,13 +100,13 @@ sys.path.insert(0, sys.argv[1])
 os.environ.pop("HF_HUB_OFFLINE", None)
 import jax
 import rmlora_jax.data, rmlora_jax.hub as hub
-from rmlora_jax.train.config import default_config
+from rmlora_jax.train.config import default_config, resolve
 from rmlora_jax.train import setup, mesh
 c = default_config()
 c.data.name, c.model.source, c.data.cache = "digits", "vit-tiny-patch8-64-tinyimagenet", ""
 c.batch_size = c.eval_batch_size = 8 * jax.device_count()
 c.steps = 1
-setup.build(c, mesh.all_devices())
+setup.build(resolve(c), mesh.all_devices())
 hub.load_tokenizer(__import__("pathlib").Path(sys.argv[2]))
 print(asked)
 """

@@ -19,13 +19,13 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.study.run import run_study
 from rmlora_jax.sweep import train as sweep
 from rmlora_jax.train import loop
-from rmlora_jax.train.lock import FILE, held
+from rmlora_jax.train.workdir import FILE, held
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
-from rmlora_jax.train.lock import held
+from rmlora_jax.train.workdir import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -98,7 +98,7 @@ CONTEND = """
 import os, sys, time
 from pathlib import Path
 from rmlora_jax.errors import UserError
-from rmlora_jax.train.lock import held
+from rmlora_jax.train.workdir import held
 folder, others = Path(sys.argv[1]), Path(sys.argv[2])
 Path(others, str(os.getpid())).touch()
 while len(list(others.iterdir())) < 3:
@@ -132,7 +132,7 @@ import sys, time, numpy as np
 from pathlib import Path
 from types import SimpleNamespace
 from transformers import AutoTokenizer
-from rmlora_jax.data.decoded import cached
+from rmlora_jax.data.pipeline import cached
 from rmlora_jax.data.tokens import tokenise
 from fixtures.text.tiny import write_model
 root, name = Path(sys.argv[1]), sys.argv[2]

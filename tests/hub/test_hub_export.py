@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 import rmlora_jax as rm
 from rmlora_jax.data import augment
-from rmlora_jax.data.decode import resize_square
+from rmlora_jax.data.vision import resize_square
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import new_folder
 from rmlora_jax.hub import load_pretrained, load_text, load_tokenizer, load_vit, save_model

@@ -23,10 +23,10 @@ from safetensors.numpy import load_file
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub import bundled, find_folder, load_vit
-from rmlora_jax.hub.vit import TABLE
 from rmlora_jax.hub.weights import Tensors
 from rmlora_jax.models import ViT, ViTConfig
 from rmlora_jax.models.positions import resize_positions
+from rmlora_jax.models.vit import VIT
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "vit"
 IN21K, IN1K = "vit-base-patch16-224-in21k", "vit-base-patch16-224"
@@ -234,7 +234,7 @@ def test_table_leads_back_to_the_file(tmp_path):
     folder = case(tmp_path)
     params = flatten_dict(load_vit(folder).params, sep="/")
     back = {}
-    for path, axes, names in TABLE:
+    for path, axes, names in VIT.table:
         inverse = None if axes is None else np.argsort(axes)
         name, stacked = names[0], "{}" in names[0]
         for layer, value in enumerate(params[path] if stacked else [params[path]]):

@@ -13,16 +13,16 @@ from PIL import EpsImagePlugin, Image
 
 import rmlora_jax as rm
 from rmlora_jax import data, hub
-from rmlora_jax.data import text_batches
-from rmlora_jax.data.decode import decode
-from rmlora_jax.data.digits import load_digits
+from rmlora_jax.data.vision import decode
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.info import Info, write_info
 from rmlora_jax.inference import inputs
 from rmlora_jax.inference.classifier import classifier, info_of
 from rmlora_jax.parallel.mesh import all_devices, shard, spread
 from rmlora_jax.tasks import images
+from rmlora_jax.tasks.task import classification
 from rmlora_jax.train import setup
+from rmlora_jax.train.config import resolve
 
 LORA = rm.LoRA(rank=3, alpha=6, target=r"encoder/layers/.*", train="head")
 CLASSES = tuple("abcde")
@@ -38,7 +38,7 @@ def adapted(base, dtype="float32"):
     key = base.source, base.num_labels
     if key not in MADE:
         example = jnp.zeros((1, 4), jnp.int32)
-        if hasattr(base, "image_size"):
+        if base.image_size:
             example = jnp.zeros((1, base.image_size, base.image_size, 3))
         random = np.random.RandomState(2)
 
@@ -113,10 +113,11 @@ def as_trained(config, dataset, base, split, dtype="float32"):
     config.model.dtype = dtype
     config.eval_batch_size = 16
     module, params = adapted(base, dtype)
-    feed = images.open_feed(config, dataset, base, devices)
+    feed = images.open_feed(resolve(config), dataset, base, devices)
     trainable, frozen = rm.split(params, LORA)
     step = setup.make_eval_step(
         lambda params, inputs: module.apply({"params": params}, *inputs, train=False),
+        classification().predict,
         feed.prepare_eval,
     )
     step = spread(step, devices)
@@ -141,7 +142,7 @@ def as_trained(config, dataset, base, split, dtype="float32"):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_small_squares_give_the_trainers_logits(tiny_vit, vit, tmp_path, dtype):
-    digits = load_digits()
+    digits = data.load_images("digits")
     expected, rows = as_trained(tiny_config(tiny_vit), digits, vit, "test", dtype)
     model = classifier(vit, adapted(vit)[1], LORA, Info("image_classification", dtype=dtype))
     pixels = digits.test.images
@@ -206,7 +207,7 @@ def test_texts_give_the_trainers_logits(bert, reader):
     tokens = data.tokenise([words], tokenizer, 40)
     apply = jax.jit(lambda *arguments: module.apply({"params": params}, *arguments))
     expected = np.zeros((70, 3), np.float32)
-    for batch in text_batches.eval_batches(
+    for batch in data.eval_text_batches(
         tokens, np.zeros(70), 16, pad_id=tokenizer.pad_token_id, max_length=40
     ):
         arguments = (batch[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
@@ -387,10 +388,10 @@ def test_parts_that_do_not_belong_together(vit, bert):
     for base, info, words in (
         (vit, Info("text_classification"), "it is a model of images"),
         (bert, Info("image_classification"), "it is a model of texts"),
-        (vit, Info("image_classification", ("a", "b")), "5 outputs where 2 are said"),
-        (bert, Info("text_regression"), "3 outputs where 1 are said"),
-        (vit, Info("image_classification", image_size=32), "16 pixels where 32 are said"),
-        (bert, Info("text_classification", max_length=65), "64 tokens where 65 are said"),
+        (vit, Info("image_classification", ("a", "b")), "5 outputs, but 2 are needed"),
+        (bert, Info("text_regression"), "3 outputs, but 1 are needed"),
+        (vit, Info("image_classification", image_size=32), "16 pixels, but 32 are needed"),
+        (bert, Info("text_classification", max_length=65), "64 tokens, but 65 are needed"),
     ):
         with pytest.raises(UserError, match=words):
             classifier(base, base.params, None, info)

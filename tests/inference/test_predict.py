@@ -16,7 +16,7 @@ from PIL import Image
 from rmlora_jax import hub
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.info import Info, write_info
-from rmlora_jax.inference import predict
+from rmlora_jax.inference import inputs, predict
 from rmlora_jax.inference.classifier import Prediction
 
 ROOT = Path(__file__).parent.parent.parent
@@ -170,13 +170,13 @@ def test_images_are_found_by_patterns(photos, monkeypatch):
     every = [str(photos / name) for name in names]
     (photos / "notes.txt").write_text("no image")
     (photos / "nothing").mkdir()
-    assert predict.images_of([f"{photos}/*.png"]) == every[:3]
-    assert predict.images_of([f"{photos}/**"]) == every
-    assert predict.images_of([f"{photos}/more/[f].png"]) == every[3:4]
-    assert predict.images_of([f"{photos}/[ab].png, {photos}/more/"]) == every[:2] + every[3:]
-    assert predict.images_of([every[1], every[0], every[1]]) == [every[1], every[0], every[1]]
+    assert inputs.images_of([f"{photos}/*.png"]) == every[:3]
+    assert inputs.images_of([f"{photos}/**"]) == every
+    assert inputs.images_of([f"{photos}/more/[f].png"]) == every[3:4]
+    assert inputs.images_of([f"{photos}/[ab].png, {photos}/more/"]) == every[:2] + every[3:]
+    assert inputs.images_of([every[1], every[0], every[1]]) == [every[1], every[0], every[1]]
     monkeypatch.chdir(photos)
-    assert predict.images_of(["./b.png", "more"]) == ["b.png", "more/[f].png", "more/e.jpg"]
+    assert inputs.images_of(["./b.png", "more"]) == ["b.png", "more/[f].png", "more/e.jpg"]
 
 
 def test_texts_are_taken_as_they_are(tmp_path, monkeypatch):
@@ -184,12 +184,12 @@ def test_texts_are_taken_as_they_are(tmp_path, monkeypatch):
     file.write_text("one, two\n  \n three\u2028four\tfive")
     lines = ["one, two", " three\u2028four\tfive"]
     for value in (str(file), f"@{file}"):
-        assert predict.texts_of([value], ("text",)) == lines
-    assert predict.texts_of(["a, b", "x" * 5000], ("text",)) == ["a, b", "x" * 5000]
+        assert inputs.texts_of([value], ("text",)) == lines
+    assert inputs.texts_of(["a, b", "x" * 5000], ("text",)) == ["a, b", "x" * 5000]
     stream = SimpleNamespace(buffer=io.BytesIO("é\n".encode()))
     monkeypatch.setattr(sys, "stdin", stream)
-    assert predict.texts_of(["-"], ("text",)) == ["é"]
-    assert predict.texts_of(["a\tb"], ("one", "two")) == [("a", "b")]
+    assert inputs.texts_of(["-"], ("text",)) == ["é"]
+    assert inputs.texts_of(["a\tb"], ("one", "two")) == [("a", "b")]
 
 
 def test_csv_is_read_back(tmp_path):

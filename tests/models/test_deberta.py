@@ -19,7 +19,7 @@ import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub import load_text, load_tokenizer
 from rmlora_jax.models import Deberta, DebertaConfig
-from rmlora_jax.models.disentangled import (
+from rmlora_jax.models.positions import (
     bucket,
     disentangled_scores,
     drop_rows,

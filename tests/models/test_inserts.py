@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from rmlora_jax.models import Bert, BertConfig, Deberta, DebertaConfig, ViT, ViTConfig
 from rmlora_jax.models.attention import padded_attention
-from rmlora_jax.models.inserts import Bottleneck, Prefix, with_inserts
+from rmlora_jax.models.blocks import Bottleneck, Prefix, with_inserts
 
 SIZES = {
     "hidden_size": 12,

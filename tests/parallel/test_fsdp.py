@@ -9,12 +9,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import quickstart
-from rmlora_jax.aot.collectives import collectives
+from rmlora_jax.aot.counts import collectives
 from rmlora_jax.errors import UserError
 from rmlora_jax.parallel.mesh import all_devices, base_sharding, in_groups, shard
 from rmlora_jax.sweep import train as sweep
+from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import loop, setup
-from rmlora_jax.train.check import check_config
+from rmlora_jax.train.config import resolve
 
 LAYERS, KERNELS = 12, 6  # of ViT-Tiny: layers, and the kernels in each that are shared
 
@@ -45,7 +46,7 @@ def follow(config, fsdp, steps=4):
     """The compiled step, the losses, what is trained in the end, and an evaluated batch."""
     config.fsdp = fsdp
     devices = all_devices(fsdp=fsdp)
-    job = setup.build(config, devices)
+    job = setup.build(resolve(config), devices)
     batches = job.feed.train(0)
     batch = shard(next(batches), devices)
     step = job.train_step.lower(job.state, job.constants, batch).compile()

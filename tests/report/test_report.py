@@ -14,7 +14,7 @@ from marks import every_other
 
 from rmlora_jax import files
 from rmlora_jax.errors import UserError
-from rmlora_jax.report import panels, verdict
+from rmlora_jax.report import records, style, verdict
 from rmlora_jax.report import run as report
 from rmlora_jax.train.metrics import append_intrinsic
 
@@ -71,7 +71,7 @@ def rise(t):
     return 0.85 + 3.6 * math.exp(-9 * t) + 1.2 * max(t - 0.3, 0)
 
 
-@pytest.mark.parametrize("module", [report, verdict], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [records, report, style, verdict], ids=lambda m: m.__name__)
 def test_examples_in_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
@@ -234,7 +234,7 @@ def test_modules_stacked_over_layers_are_kinds():
     modules = {f"encoder/layers/{kind}": {"singular_values": np.full((12, 4), i, float),
                                           "effective_rank": np.full(12, i, float)}
                for i, kind in enumerate(KINDS)}
-    kinds = panels.by_kind(modules)
+    kinds = records.by_kind(modules)
     assert list(kinds) == ["query", "key", "value", "out", "fc1", "fc2"]
     assert (kinds["query"]["singular_values"] == 2).all()
     assert kinds["fc2"]["effective_rank"].shape == (12,)
@@ -244,7 +244,7 @@ def test_modules_stacked_over_layers_are_kinds():
 def test_looped_layers_are_gathered_by_number(path):
     modules = {path.format(i): {"singular_values": np.array([i, 0.5]),
                                 "effective_rank": np.float64(1 + i)} for i in (10, 2, 0, 1)}
-    ((name, kind),) = panels.by_kind(modules).items()
+    ((name, kind),) = records.by_kind(modules).items()
     assert name == "q"
     assert kind["singular_values"][:, 0].tolist() == [0, 1, 2, 10]
     assert kind["effective_rank"].tolist() == [1, 2, 3, 11]
@@ -252,14 +252,14 @@ def test_looped_layers_are_gathered_by_number(path):
 
 def test_stages_that_are_stacked_stay_apart():
     stage = {"singular_values": np.ones((2, 1)), "effective_rank": np.ones(2)}
-    assert list(panels.by_kind({"stage_0/q": stage, "stage_1/q": stage})) == ["stage_0/q",
+    assert list(records.by_kind({"stage_0/q": stage, "stage_1/q": stage})) == ["stage_0/q",
                                                                              "stage_1/q"]
 
 
 def test_kinds_of_one_name_keep_the_path_that_tells_them_apart():
     one = {"singular_values": np.ones((2, 1)), "effective_rank": np.ones(2)}
     paths = ["a/norm/out", "b/norm/out", "mlp/fc1", "head"]
-    assert set(panels.by_kind(dict.fromkeys(paths, one))) == {"a/norm/out", "b/norm/out", "fc1",
+    assert set(records.by_kind(dict.fromkeys(paths, one))) == {"a/norm/out", "b/norm/out", "fc1",
                                                              "head"}
 
 
@@ -267,15 +267,16 @@ def test_layers_of_different_rank_leave_the_rest_blank():
     modules = {f"l_{i}/q": {"singular_values": np.arange(i + 1, 0, -1.0), "effective_rank": i}
                for i in range(2)}
     expected = [[1, np.nan], [2, 1]]
-    assert np.array_equal(panels.by_kind(modules)["q"]["singular_values"], expected, equal_nan=True)
+    found = records.by_kind(modules)["q"]["singular_values"]
+    assert np.array_equal(found, expected, equal_nan=True)
 
 
 def test_smoothing_keeps_lines_and_lowers_noise():
     line = np.linspace(3, 1, 200)
-    assert np.allclose(panels.smooth(line)[:190], line[:190], atol=1e-12)
+    assert np.allclose(records.smooth(line)[:190], line[:190], atol=1e-12)
     noise = np.random.default_rng(0).standard_normal(400)
-    assert panels.smooth(noise)[20:].std() == pytest.approx(noise.std() / math.sqrt(21), rel=0.35)
-    assert panels.smooth(np.array([1.0, 5.0])).tolist() == [1, 5]
+    assert records.smooth(noise)[20:].std() == pytest.approx(noise.std() / math.sqrt(21), rel=0.35)
+    assert records.smooth(np.array([1.0, 5.0])).tolist() == [1, 5]
 
 
 # The picture
@@ -583,7 +584,7 @@ def test_errors_say_what_to_type(tmp_path):
         report.write_report(tmp_path)
     folder = write_run(tmp_path / "a", [{"step": 1, "train/loss": 1.0}], config=None)
     (folder / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"summary\.json is not JSON.*\nDelete it"):
+    with pytest.raises(UserError, match=r"summary\.json cannot be read as JSON .*copy it again"):
         report.write_report(folder)
 
 

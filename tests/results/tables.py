@@ -11,11 +11,11 @@ import statistics
 import sys
 from pathlib import Path
 
-from rmlora_jax.bench import report as bench_report
 from rmlora_jax.bench import table as bench_table
+from rmlora_jax.report.style import markdown_table
+from rmlora_jax.study import config as study_config
 from rmlora_jax.study import rows as study_rows
 from rmlora_jax.study import tables as study_tables
-from rmlora_jax.study import tasks as study_tasks
 from rmlora_jax.study.pictures import draw
 
 HERE = Path(__file__).parent
@@ -99,10 +99,10 @@ def config_of(study: str):
     """The config of ``ablation_grid``: configs/ablation.py with the argument ``grid``."""
     own = README.parent / f"{study}.py"
     if own.exists():
-        return study_tasks.load(str(own))
+        return study_config.load(str(own))
     for file in sorted(README.parent.glob("*.py")):
         if study.startswith(f"{file.stem}_"):
-            return study_tasks.load(f"{file}:{study.removeprefix(f'{file.stem}_')}")
+            return study_config.load(f"{file}:{study.removeprefix(f'{file.stem}_')}")
     raise ValueError(f"no file of configs/ has a study {study!r}")
 
 
@@ -172,13 +172,13 @@ def step_costs() -> str:
     methods = config_of("paper_table").methods
     heads, lines = ["method"], [[method] for method in methods]
     for task, name in STEPS.items():
-        results = bench_report.read(HERE / f"bench_{name}.json")
+        results = json.loads((HERE / f"bench_{name}.json").read_text())
         found = {row.name: row for row in bench_table.table_rows(results)}
         heads += [f"{task}, {results['device']}", "x lora"]
         for method, line in zip(methods, lines, strict=True):
             ms, ratio = found[method].ms.median, found[method].ratios["lora"].median
             line += [f"{bench_table.number(ms)} ms", f"{ratio:.2f}"]
-    return bench_table.markdown_table([heads, *lines])
+    return markdown_table([heads, *lines])
 
 
 def with_tables(text: str) -> str:

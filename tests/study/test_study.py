@@ -10,22 +10,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ml_collections
 import numpy as np
 import pytest
 import study_rows
 from fake_devices import with_devices
 
 import rmlora_jax as rm
+from rmlora_jax.config import nested
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json, write_json
-from rmlora_jax.study import lines, plan, program, rows, tables, tasks, trajectory
-from rmlora_jax.study.config import check_study, default_study
+from rmlora_jax.study import config as study_config
+from rmlora_jax.study import lines, plan, program, rows, tables
+from rmlora_jax.study.config import check_study, default_study, open_tasks
 from rmlora_jax.study.cost import cost_table, seconds_per_example
 from rmlora_jax.study.pictures import PICTURES, write_pictures
 from rmlora_jax.study.run import run_study
+from rmlora_jax.sweep.grid import runs
 from rmlora_jax.train import snapshots
-from rmlora_jax.train.config import default_config, is_sweep, runs
+from rmlora_jax.train.config import default_config, flatten, resolve
 from rmlora_jax.train.metrics import append_intrinsic
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,7 +37,7 @@ SHIPPED = ("paper_table.py", "ablation.py:grid", "ablation.py:frequency", "intri
 
 def shipped(name):
     file, _, part = name.partition(":")
-    return tasks.load(f"configs/{file}:{part}" if part else f"configs/{file}")
+    return study_config.load(f"configs/{file}:{part}" if part else f"configs/{file}")
 
 
 @pytest.fixture
@@ -69,11 +71,11 @@ class Fake:
     def __call__(self, config, workdir):
         if self.stop_after is not None and len(self.calls) >= self.stop_after:
             raise KeyboardInterrupt
-        found = runs(config) if is_sweep(config) else [("", {}, config)]
+        found = runs(config) if config.is_sweep else [("", {}, config)]
         self.calls.append([one for *_, one in found])
         for name, _, one in found:
-            leave(workdir / name, one.to_dict(), len(found))
-        if is_sweep(config):  # of the whole, as sweep.train leaves it
+            leave(workdir / name, nested(flatten(one)), len(found))
+        if config.is_sweep:  # of the whole, as sweep.train leaves it
             write_json(workdir / "summary.json", {"sweep": len(found)})
 
 
@@ -123,7 +125,7 @@ def leave(folder, config, together=1):
 ])
 def test_shipped_studies_have_their_runs(name, runs):
     c = shipped(name)
-    cells = plan.cells(c, tasks.open_tasks(c))
+    cells = plan.cells(c, open_tasks(c))
     assert sum(cell.runs for cell in cells) == runs
     for cell in cells:
         if cell.stage == "choose":
@@ -135,7 +137,7 @@ def test_shipped_studies_have_their_runs(name, runs):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_studies_are_fine(name):
     c = shipped(name)
-    assert {task for task, *_ in check_study(c)} == set(tasks.open_tasks(c))
+    assert {task for task, *_ in check_study(c)[1]} == set(open_tasks(c))
     assert c.study == name.replace(".py", "").replace(":", "_")
 
 
@@ -158,17 +160,17 @@ def test_the_plan_in_full(study):
 def test_a_program_holds_the_runs_of_its_cell():
     settings = ({"keep": 0.5, "penalty": 0.0}, {"keep": 1.0, "penalty": 0.2})
     cell = plan.Cell("a", "rm_lora", "final", settings, (4, 5))
-    c = default_config()
+    c = resolve(default_config())
     one = program.program(cell, c, Path("w"), at_once=3)
-    config = ml_collections.ConfigDict(one.config)
-    assert is_sweep(config) and config.sweep.at_once == 3
+    config = resolve(one.config)
+    assert config.is_sweep and config.sweep.at_once == 3
     found = [(r.config.rm.keep, r.config.rm.penalty, r.config.seed) for r in runs(config)]
     assert found == [(0.5, 0, 4), (0.5, 0, 5), (1, 0.2, 4), (1, 0.2, 5)]
     for (key, setting, seed), run in zip(one.runs, runs(config), strict=True):
-        assert program.run_of(run.config.to_dict(), one.runs) == (key, setting, seed)
+        assert program.run_of(nested(flatten(run.config)), one.runs) == (key, setting, seed)
     single = program.program(cell._replace(settings=settings[1:], seeds=(7,)), c, Path("w"))
-    config = ml_collections.ConfigDict(single.config)
-    assert not is_sweep(config) and (config.seed, config.rm.keep) == (7, 1)
+    config = resolve(single.config)
+    assert not config.is_sweep and (config.seed, config.rm.keep) == (7, 1)
     assert len({*one.keys, *single.keys}) == 5 and one.folder != single.folder
 
 
@@ -211,14 +213,14 @@ def test_tasks_are_files_with_fields_and_names():
     c.tasks = ("configs/minilm_glue.py:rte epochs=3 as short", "configs/quickstart.py steps=7",
                "configs/minilm_glue.py:rte")
     c.fields, c.set = ("batch_size=8", "steps=5"), ("data.data_dir=/a=b", "seed=3")
-    found = tasks.open_tasks(c)
+    found = open_tasks(c)
     assert list(found) == ["short", "digits", "rte"]
     assert found["short"].epochs == 3.0 and found["rte"].epochs == 10.0
     assert [t.steps for t in found.values()] == [5, 7, 5]
     assert {t.data.data_dir for t in found.values()} == {"/a=b"}
     assert {(t.batch_size, t.seed) for t in found.values()} == {(8, 3)}
     c.method_set.lora = ("optimizer.lora_plus=16",)
-    both = [tasks.configured(c, found["rte"], m, ("lora.rank=2",)) for m in ("lora", "head")]
+    both = [study_config.configured(c, found["rte"], m, ("lora.rank=2",)) for m in ("lora", "head")]
     assert [(t.method, t.optimizer.lora_plus, t.lora.rank) for t in both] == [
         ("lora", 16.0, 2), ("head", 1.0, 2)]
     assert found["rte"].lora.rank == 4  # a copy was changed
@@ -372,7 +374,7 @@ def test_other_settings_are_other_runs(study, tmp_path):
 def test_a_program_that_lacks_a_run_is_refused(study, tmp_path):
 
     def trainer(config, workdir):
-        leave(workdir / "a", runs(config)[0].config.to_dict())
+        leave(workdir / "a", nested(flatten(runs(config)[0].config)))
 
     with pytest.raises(UserError, match="3 of 4 runs left no summary"):
         run_study(study, tmp_path, trainer=trainer)
@@ -430,7 +432,7 @@ def test_time_is_that_of_the_method_or_else_of_the_task():
 def test_steps_of_data_that_are_not_here_are_unknown(study, tmp_path):
     study.tasks = ("configs/vit_tiny_cifar100.py", "configs/quickstart.py steps=0 epochs=2")
     study.set = (f"data.data_dir={tmp_path}",)
-    bases = check_study(study)
+    study, bases = check_study(study)
     cells = plan.cells(study, ("cifar100", "digits"))
     table = cost_table(cells, bases, [], lambda cell: program.program(
         cell, bases[plan.place(cell)], tmp_path)).splitlines()
@@ -526,7 +528,7 @@ def test_what_is_compared_has_columns_of_its_own():
 
 
 def test_errors_are_not_percentages():
-    assert tables.scale("mse") == 1 and tables.unit("mse") == "MSE"
+    assert tables.scale("mse") == 1 and tables.unit("mse", "short") == "MSE"
     assert tables.unit("f1") == "F1 x 100"
     text = tables.markdown([study_rows.row("cola", seed=s, metric="mse") for s in range(3)])
     assert "test MSE" in text
@@ -633,7 +635,8 @@ def test_trajectory_from_snapshots_is_that_of_whole_matrices(tmp_path):
         a, b = rng.standard_normal((3, 12, 2)), rng.standard_normal((3, 2, 9))
         taken.append(3.0 * (a @ b))  # s = 6 / 2
         snapshots.save(tmp_path, step, {"layers": {"q": {"lora_a": a, "lora_b": b}}})
-    found = trajectory.trajectory(tmp_path, c.to_dict())
+    write_json(tmp_path / "config.json", c.to_dict())
+    found = rows.trajectory(tmp_path)
     assert found["step"] == [10, 20, 30] and found["bound"] == [4, 8, 9]
     for k, (rank, effective) in enumerate(
             zip(found["numerical_rank"], found["effective_rank"], strict=True), 1):
@@ -648,13 +651,13 @@ def test_trajectory_from_snapshots_is_that_of_whole_matrices(tmp_path):
         assert effective == pytest.approx(np.mean(effectives), rel=1e-3)
     assert found["layers"] == pytest.approx(effectives, rel=1e-3)
     assert found["numerical_rank"][-1] > 2  # more than r, which one update never has
-    assert trajectory.trajectory(tmp_path / "none", c.to_dict()) is None
+    assert rows.trajectory(tmp_path / "none") is None
 
 
 def test_dimension_takes_modules_at_the_top():
     tree = {"lora_a": np.eye(4, 1), "lora_b": np.ones((1, 3))}
     still = {"lora_a": np.eye(4, 1), "lora_b": np.zeros((1, 3))}
-    found = trajectory.dimension([still, tree], rm.LoRA(rank=1))
+    found = rows.dimension([still, tree], rm.LoRA(rank=1))
     assert float(found[""]["numerical_rank"]) == 1
 
 

@@ -24,9 +24,9 @@ from rmlora_jax.parallel import memory, mesh
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.sweep import grid, many
 from rmlora_jax.sweep import train as sweep
+from rmlora_jax.sweep.grid import check_config, runs
 from rmlora_jax.train import checkpoint, loop, setup
-from rmlora_jax.train.check import check_config
-from rmlora_jax.train.config import changes, runs
+from rmlora_jax.train.config import changes, resolve
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS, EVERY, SEEDS = 20, 5, 5
@@ -43,19 +43,18 @@ def one_device():
 
 def follow(job, state, devices, runs, steps=STEPS):
     """What each run saw in its first steps; ``runs`` are configs, one for a single run."""
-    single = not isinstance(job.lora, tuple)
-    pick = (lambda tree, i: tree) if single else many.pick
+    pick = job.axis.pick
     seen = [{"ids": [], "masks": [], "loss": [], "correct": [], "kept": []} for _ in runs]
     for _, batch in zip(range(steps), job.feed.train(0), strict=False):
         before = [(pick(state.opt_state, i), pick(state.trainable, i)) for i in range(len(runs))]
         masks = [
             rm.step_masks(*pair, c.rm.keep, start_step=c.rm.start_step)
-            for pair, c in zip(before, runs, strict=True)
+            for pair, c in zip(before, map(resolve, runs), strict=True)
             if c.method == "rm_lora"
         ]
         state, metrics = job.train_step(state, job.constants, shard(batch, devices))
         for i, own in enumerate(seen):
-            found = {k: float(v if single else v[i]) for k, v in metrics.items()}
+            found = {k: float(v) for k, v in job.axis.apart(metrics)[i].items()}
             own["ids"].append(batch["id"])
             own["loss"].append(found["loss"])
             own["correct"].append(found["accuracy"])
@@ -67,8 +66,8 @@ def follow(job, state, devices, runs, steps=STEPS):
 
 def follow_together(config, devices, steps=STEPS):
     check_config(config)
-    every, base = runs(config), setup.open_base(config, devices)
-    job = many.build(config, every, base, devices)
+    every, base = runs(resolve(config)), setup.open_base(resolve(config), devices)
+    job = many.build(resolve(config), every, base, devices)
     state = many.first_state(every, base, devices)
     return every, *follow(job, state, devices, [run.config for run in every], steps)
 
@@ -181,7 +180,7 @@ def test_the_data_have_a_seed_of_their_own(config):
     """The first loss by hand: head of one seed, order and augmentation of the other."""
     config.seed, config.data.seed = 3, 5
     devices = all_devices(limit=1)
-    job = setup.build(config, devices)
+    job = setup.build(resolve(config), devices)
     params = jax.device_get(rm.join(job.state.trainable, job.constants.frozen))
     (seen,), _ = follow(job, job.state, devices, [config], steps=1)
     key, _ = jax.random.split(jax.random.fold_in(jax.random.key(5), 0))
@@ -189,12 +188,12 @@ def test_the_data_have_a_seed_of_their_own(config):
     pixels = np.stack([digits.train[int(i)]["image"] for i in seen["ids"][0]])
     labels = np.array([digits.train[int(i)]["label"] for i in seen["ids"][0]])
     inputs = augment(jnp.asarray(pixels), key, jnp.arange(16), image_size=16, train=True)
-    model = rm.adapt(ViT(load_vit(config.model.source, num_classes=10).config, 10), job.lora)
+    model = rm.adapt(ViT(load_vit(config.model.source, num_classes=10).config, 10), job.lora[0])
     log_p = jax.nn.log_softmax(model.apply({"params": params}, inputs))
     np.testing.assert_allclose(seen["loss"][0], -log_p[jnp.arange(16), labels].mean(), rtol=1e-5)
 
     config.seed, config.data.seed = 5, None
-    plain = setup.build(config, devices)
+    plain = setup.build(resolve(config), devices)
     np.testing.assert_array_equal(seen["ids"][0], next(plain.feed.train(0))["id"])
     head = load_vit(config.model.source, num_classes=10,
                     key=jax.random.split(jax.random.key(3))[0]).params["head"]["kernel"]
@@ -297,7 +296,7 @@ def test_what_a_sweep_leaves(whole):
 
 @pytest.mark.slow
 def test_a_folder_is_that_of_the_single_run(whole, tiny_vit, tmp_path, capsys):
-    run = next(r for r in runs(seeds_config(tiny_vit))
+    run = next(r for r in runs(resolve(seeds_config(tiny_vit)))
                if summary_of(whole[0] / r.name)["best_eval"]["step"] < STEPS)
     ours, alone = whole[0] / run.name, tmp_path / "alone"
     expected = loop.train(run.config, alone)
@@ -436,6 +435,7 @@ def test_run_py_trains_a_sweep(tiny_vit, tmp_path):
 def test_what_does_not_fit_runs_in_chunks_and_says_so(config, monkeypatch, tmp_path, capsys):
     config.method, config.sweep.seeds = "lora", 4
     devices = all_devices(limit=1)
+    config = resolve(config)
     programs = sweep.Programs(config, setup.open_base(config, devices), devices)
     every = runs(config)
     one, two = programs.need(every[:1]), programs.need(every[:2])
@@ -519,7 +519,7 @@ def test_out_of_memory_after_all_says_what_to_type(tiny_vit, tmp_path, monkeypat
     def full(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 80 GiB")
 
-    monkeypatch.setattr(sweep, "fit", full)
+    monkeypatch.setattr(loop, "fit", full)
     with pytest.raises(UserError, match=r"5 runs at once .* --config\.sweep\.at_once=2$"):
         sweep.train(seeds_config(tiny_vit), tmp_path)
 

@@ -12,15 +12,16 @@ from test_train_methods import changed, trained
 
 import rmlora_jax as rm
 from configs import speech as speech_config
-from rmlora_jax.data import speech as data
-from rmlora_jax.data.speech import load_speech, read_ts
+from rmlora_jax.data import packaged as data
+from rmlora_jax.data.packaged import load_speech, read_ts
 from rmlora_jax.errors import UserError
+from rmlora_jax.methods import METHODS
 from rmlora_jax.models.frames import Frames, FramesConfig
 from rmlora_jax.parallel.mesh import all_devices
+from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import loop, setup
-from rmlora_jax.train.base_run import read_base
-from rmlora_jax.train.check import check_config
-from rmlora_jax.train.config import METHODS
+from rmlora_jax.train.config import resolve
+from rmlora_jax.train.finished import read_base
 
 
 def write_set(folder, channels=3, each=(6, 4)):
@@ -173,10 +174,10 @@ def test_a_run_on_other_speakers(made, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "report.png").exists()
     config.model.source = str(tmp_path / "run")
     with pytest.raises(UserError, match=r"with method 'lora', not 'full'; type: python run\.py"):
-        setup.build(config, all_devices(limit=1))
+        setup.build(resolve(config), all_devices(limit=1))
     config.model.source = str(tmp_path / "none")
     with pytest.raises(UserError, match=r"holds no finished run; type: python run\.py"):
-        setup.build(config, all_devices(limit=1))
+        setup.build(resolve(config), all_devices(limit=1))
 
 
 def test_fields_that_do_not_fit_are_refused(made):

@@ -13,9 +13,9 @@ from fixtures.text.tiny import config_of, write_model, write_texts
 from marks import slow
 
 from rmlora_jax.parallel.mesh import all_devices
+from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import loop, setup
-from rmlora_jax.train.check import check_config
-from rmlora_jax.train.config import default_config, use_glue
+from rmlora_jax.train.config import default_config, resolve, use_glue
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -129,14 +129,14 @@ def config(files):
 
 def test_every_reported_split_has_its_figures(config):
     devices = all_devices()
-    job = setup.build(config, devices)
-    job = job._replace(feed=job.feed._replace(
+    job = setup.build(resolve(config), devices)
+    job = job._replace(base=job.base._replace(feed=job.feed._replace(
         tests=("test", "test_mismatched"),
         evaluate=lambda split, plain=job.feed.evaluate: plain(
             {"test_mismatched": "validation"}.get(split, split)),
-    ))
+    )))
     steps = loop.Steps(loop.Compiled(job.train_step), loop.Compiled(job.eval_step))
-    figures = loop.reported(steps, job.state.trainable, job, devices)
+    (figures,) = loop.reported(steps, job.state.trainable, job, devices)
     assert list(figures) == ["accuracy", "loss", "accuracy_mismatched", "loss_mismatched"]
     outputs = loop.evaluate(steps, job.state.trainable, job, "validation", devices)
     assert figures["accuracy_mismatched"] == np.mean(outputs.predictions == outputs.labels)
@@ -145,7 +145,7 @@ def test_every_reported_split_has_its_figures(config):
 def test_each_length_is_compiled_once_and_timed_apart(config):
     config.eval_batch_size = 8
     devices = all_devices()
-    job = setup.build(config, devices)
+    job = setup.build(resolve(config), devices)
     steps = loop.Steps(loop.Compiled(job.train_step), loop.Compiled(job.eval_step))
     loop.evaluate(steps, job.state.trainable, job, "validation", devices)
     programs, seconds = len(steps.evaluate.programs), steps.seconds

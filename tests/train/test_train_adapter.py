@@ -17,8 +17,9 @@ from rmlora_jax.hub.peft_config import read_config
 from rmlora_jax.parallel import mesh
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.sweep import train as sweep
+from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import checkpoint, finished, loop, setup
-from rmlora_jax.train.check import check_config
+from rmlora_jax.train.config import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +50,12 @@ def images_of(base, seed=3):
 
 def restored(config, workdir):
     """Logits of a run's best checkpoint, read through orbax and the trainer's own model."""
-    job = setup.build(config, all_devices(limit=1))
+    job = setup.build(resolve(config), all_devices(limit=1))
     with checkpoint.open_checkpoints(workdir) as manager:
         state = checkpoint.restore(manager, job.state, checkpoint.best_step(manager))
     params = rm.join(state.trainable, job.constants.frozen)
     base = job.problem.pretrained
-    model = rm.adapt(job.problem.model, job.lora)
+    model = rm.adapt(job.problem.model, job.lora[0])
     return np.asarray(jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images_of(base)))
 
 
@@ -143,7 +144,7 @@ def test_every_run_of_a_sweep_leaves_the_adapter_of_the_single_run(config, tmp_p
 
 def first_metrics(config):
     devices = all_devices(limit=1)
-    job = setup.build(config, devices)
+    job = setup.build(resolve(config), devices)
     batch = shard(next(iter(job.feed.train(0))), devices)
     start = jax.device_get(job.state.trainable)
     _, metrics = job.train_step(job.state, job.constants, batch)
@@ -162,7 +163,7 @@ def test_a_run_goes_on_from_an_adapter(config, tmp_path, capsys):
     assert best.keys() == start.keys()
     for path in best:
         np.testing.assert_array_equal(best[path], start[path])
-    assert job.lora.dropout == 0.1 and job.lora.scale_of("encoder/layers/mlp/fc2") == 4.0
+    assert job.lora[0].dropout == 0.1 and job.lora[0].scale_of("encoder/layers/mlp/fc2") == 4.0
     assert any("goes on from" in note and "rank=4" in note for note in job.problem.notes)
     again.lora.dropout = 0.0
     loop.train(again, tmp_path / "second")
@@ -194,7 +195,7 @@ def test_what_cannot_go_on_from_an_adapter_is_refused(config, fields, words):
     with pytest.raises(UserError, match=words):
         check_config(short(config, model__adapter="somewhere", **fields))
     with pytest.raises(UserError, match=r"somewhere has no adapter_model.safetensors"):
-        setup.build(short(config, model__adapter="somewhere"), all_devices(limit=1))
+        setup.build(resolve(short(config, model__adapter="somewhere")), all_devices(limit=1))
 
 
 @pytest.mark.slow

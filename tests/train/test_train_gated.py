@@ -12,13 +12,14 @@ from marks import slow
 from test_train_methods import changed, trained
 
 import rmlora_jax as rm
-from rmlora_jax import methods as method
+from rmlora_jax import methods
 from rmlora_jax.errors import UserError
 from rmlora_jax.optim.adalora import allocate_rank, budget
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.sweep import train as sweep
+from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import checkpoint, loop, setup
-from rmlora_jax.train.check import check_config
+from rmlora_jax.train.config import resolve, swept
 
 MODULES = 12  # two layers of query, key, value, out, fc1 and fc2
 COSTS = {"query": 64, "key": 64, "value": 64, "out": 64, "fc1": 96, "fc2": 96}  # in + out
@@ -37,8 +38,9 @@ def gated(config):
 def test_adalora_follows_its_schedule(gated, target, kept):
     gated.adalora.target = target
     job, start, end, history = trained(gated, 20)
-    assert isinstance(job.lora, rm.AdaLoRA) and job.lora.rank == 6
-    assert job.lora.scale_of("encoder/layers/mlp/fc1") == pytest.approx(16 / (6 + 1e-5), rel=1e-12)
+    assert isinstance(job.lora[0], rm.AdaLoRA) and job.lora[0].rank == 6
+    scale = job.lora[0].scale_of("encoder/layers/mlp/fc1")
+    assert scale == pytest.approx(16 / (6 + 1e-5), rel=1e-12)
     phases = {"total_steps": 20, "initial_steps": 2, "final_steps": 8}
     allowed = budget(np.arange(20), initial=6 * MODULES, target=kept, **phases)
     open_ = np.array([row["open_directions"] for row in history])  # before each update
@@ -47,7 +49,7 @@ def test_adalora_follows_its_schedule(gated, target, kept):
     for step in (4, 6, 8, 10, 12, *range(13, 19)):  # where the update of that step cut the budget
         assert open_[step + 1] == allowed[step], step
     assert allowed[12] == kept < allowed[4] < 6 * MODULES
-    left = method.left(gated, flatten(end))
+    left = methods.left(resolve(gated), flatten(end))
     ranks = {path.rpartition("/")[2]: rank for path, rank in left["ranks"].items()}
     assert sum(rank.sum() for rank in ranks.values()) == kept
     assert left["factors"] == sum(COSTS[name] * int(rank.sum()) for name, rank in ranks.items())
@@ -84,10 +86,10 @@ def test_sora_closes_gates_by_the_proximal_step(gated):
     assert history[-1]["open_directions"] < history[0]["open_directions"] == 8 * MODULES
     _, _, whole, history = trained(changed(gated, sora__sparsity=0.0), 20)
     assert history[-1]["open_directions"] == 8 * MODULES
-    assert method.left(gated, flatten(whole))["factors"] == 8 * 2 * sum(COSTS.values())
+    assert methods.left(resolve(gated), flatten(whole))["factors"] == 8 * 2 * sum(COSTS.values())
     open_ = {p: np.count_nonzero(v) for p, v in end.items() if p.endswith("lora_e")}
     expected = sum(n * COSTS[path.split("/")[-2]] for path, n in open_.items())
-    assert method.left(gated, flatten(end))["factors"] == expected
+    assert methods.left(resolve(gated), flatten(end))["factors"] == expected
 
 
 def test_sora_shrinks_by_what_is_asked_at_any_rate_and_length(gated):
@@ -97,7 +99,7 @@ def test_sora_shrinks_by_what_is_asked_at_any_rate_and_length(gated):
     for rate, steps, gate_rate, shrink in ((1e-2, 20, 1.0, 0.7), (3e-4, 35, 4.0, 1.5)):
         gated.optimizer.learning_rate, gated.sora.gate_rate = rate, gate_rate
         gated.sora.shrink = shrink
-        tx = method.optimizer(gated, steps)
+        tx = methods.optimizer(resolve(gated), steps, swept(resolve(gated)))
         tree = gates | {"lora_e": np.array([2.0, -1.6, 0.6, -0.3])}
         state, still = tx.init(tree), jax.tree.map(np.zeros_like, tree)
         for _ in range(steps):
@@ -117,9 +119,9 @@ def test_the_folded_model_predicts_the_same(gated, name):
     devices = all_devices(limit=1)
     job, _, end, _ = trained(gated, 20)
     frozen = jax.device_get(job.constants.frozen)
-    folded, plain = rm.to_lora(rm.join(flatten(end), frozen), job.lora)
+    folded, plain = rm.to_lora(rm.join(flatten(end), frozen), job.lora[0])
     images = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
-    base = setup.open_base(gated, devices)
+    base = setup.open_base(resolve(gated), devices)
     apply = jax.jit(base.adapted.apply, static_argnames="train")
     wanted = apply({"params": rm.join(flatten(end), frozen)}, images, train=False)
     model = rm.adapt(base.problem.model, plain)
@@ -140,13 +142,13 @@ def test_a_continued_run_ends_bit_identical(gated, name, tmp_path):
         steps = manager.all_steps()
     assert 20 in steps
     # Begin once more at the state of step 10, as after a kill.
-    half = setup.build(gated, all_devices())
+    half = setup.build(resolve(gated), all_devices())
     state, batches = half.state, half.feed.train(0)
     for _ in range(10):
         state, _ = half.train_step(state, half.constants, shard(next(batches), all_devices()))
     shutil.rmtree(tmp_path / "again" / "checkpoints")
     with checkpoint.open_checkpoints(tmp_path / "again") as manager:
-        checkpoint.save(manager, state, {"accuracy": 0.0, "loss": 9.0}, "accuracy")
+        checkpoint.Each(manager, "accuracy").evaluated(state, [{"accuracy": 0.0, "loss": 9.0}])
         manager.wait_until_finished()
     summary = loop.train(gated, tmp_path / "again")
     assert summary["eval"] == whole["eval"]
@@ -182,12 +184,12 @@ def test_mistakes_are_said_in_plain_words(gated):
 
 def test_adalora_is_its_own_chain(gated):
     """The config's fields against the optax parts themselves."""
-    job = setup.build(gated, all_devices(limit=1))
+    job = setup.build(resolve(gated), all_devices(limit=1))
     tree = jax.device_get(job.state.trainable)
-    tx = method.optimizer(gated, 20)
+    tx = methods.optimizer(resolve(gated), 20, swept(resolve(gated)))
     inner = allocate_rank(
-        optax.adamw(method.learning_rate(gated, 20), weight_decay=0.0), total_steps=20, target=4,
-        initial_steps=2, final_steps=8, every=2)
+        optax.adamw(methods.learning_rate(resolve(gated), 20), weight_decay=0.0),
+        total_steps=20, target=4, initial_steps=2, final_steps=8, every=2)
     theirs = optax.chain(rm.add_orthogonality(0.1), optax.clip_by_global_norm(1.0), inner)
     ours, other = (tree, tx.init(tree)), (tree, theirs.init(tree))
     rng = np.random.default_rng(0)

@@ -6,12 +6,13 @@ import pytest
 from marks import slow, slow_but
 from test_train_methods import changed, equal, trained
 
-from rmlora_jax import methods as method
+from rmlora_jax import methods
 from rmlora_jax.errors import UserError
 from rmlora_jax.optim.masking import step_masks
 from rmlora_jax.parallel.mesh import all_devices
+from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import setup
-from rmlora_jax.train.check import check_config
+from rmlora_jax.train.config import resolve
 
 # The tiny ViT: 2 layers of width 32, a head of 32 x 10.
 HEAD = 32 * 10 + 10
@@ -35,13 +36,13 @@ def test_what_is_trained(config, name, own, count):
     check_config(config)
     job, start, end, history = trained(config, 3)
     assert start.keys() == own | {"head/kernel", "head/bias"}
-    assert job.trainable_parameters == count + HEAD
+    assert job.base.trainable_parameters == count + HEAD
     assert moved(start, end) == start.keys()
     assert not {"penalty", "kept_fraction"} & history[0].keys()
     if name == "bottleneck":
         assert all((leaf == 0).all() == ("/up/" in path) for path, leaf in start.items()
                    if path in own)
-    other = setup.build(changed(config, seed=1), all_devices(limit=1))
+    other = setup.build(resolve(changed(config, seed=1)), all_devices(limit=1))
     path = "encoder/layers/attention/prefix/key" if name == "prefix" else (
         "encoder/layers/bottleneck1/down/kernel")
     drawn = other.state.trainable
@@ -58,6 +59,11 @@ CASES = {
 }
 
 
+def maskable(config):
+    run = resolve(config)
+    return methods.of(run).maskable(run)
+
+
 @pytest.mark.parametrize("name", slow_but(list(CASES), "bottleneck"))
 def test_the_mask_covers_the_method_and_leaves_the_head(config, name):
     """Behind the optimizer, where what is masked does not move at all."""
@@ -67,9 +73,9 @@ def test_the_mask_covers_the_method_and_leaves_the_head(config, name):
     check_config(config)
     _, start, end, history = trained(config, 1)
     options = {"unit": config.rm.unit, "draw": config.rm.draw, "start_step": 0,
-               "factors": method._masked_names(config)}
+               "factors": maskable(config)}
     keep = int(config.rm.keep) if config.rm.draw == "exact" else config.rm.keep
-    first = setup.build(config, all_devices(limit=1)).state
+    first = setup.build(resolve(config), all_devices(limit=1)).state
     masks = step_masks(first.opt_state, first.trainable, keep, **options)
     masks = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(mask)
              for path, mask in jax.tree.leaves_with_path(masks)}
@@ -105,8 +111,9 @@ def test_bitfit_masks_no_bias_that_lora_train_names(config):
 
     tree = {name: {"bias": np.ones(3), "kernel": np.ones((3, 3))}
             for name in ("head", "header", "pooler", "fc1")}
-    config = changed(config, method="bitfit", rm__also=True, lora__train=r"head|pooler")
-    found = [factor.path for factor in find_factors(tree, method._masked_names(config))]
+    config = changed(config, method="bitfit", rm__also=True, rm__unit="element",
+                     lora__train=r"head|pooler")
+    found = [factor.path for factor in find_factors(tree, maskable(config))]
     assert found == ["fc1/bias", "header/bias"]
 
 
@@ -143,7 +150,7 @@ def test_they_fit_bert(tmp_path, name):
     check_config(config)
     job, start, end, history = trained(config, 2)
     own = {"bottleneck": 4, "prefix": 2}[name] * 8 * WIDTH * LAYERS
-    assert job.trainable_parameters == own + (WIDTH + 1) * WIDTH + (WIDTH + 1) * 2
+    assert job.base.trainable_parameters == own + (WIDTH + 1) * WIDTH + (WIDTH + 1) * 2
     assert moved(start, end) == start.keys()
     assert history[0]["kept_fraction"] == 1 and 0.4 < history[1]["kept_fraction"] < 0.6
 
@@ -153,6 +160,6 @@ def test_prefix_does_not_fit_deberta(config):
 
     config.method = "prefix"
     with pytest.raises(UserError, match=r"'prefix' does not fit .*relative positions.*=bottleneck"):
-        method.architecture(config, DebertaConfig())
+        methods.architecture(resolve(config), DebertaConfig())
     config.method = "bottleneck"
-    assert method.architecture(config, DebertaConfig()).bottleneck_width == 8
+    assert methods.architecture(resolve(config), DebertaConfig()).bottleneck_width == 8

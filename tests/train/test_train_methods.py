@@ -8,17 +8,18 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import rmlora_jax as rm
-from rmlora_jax import methods as method
+from rmlora_jax import methods
 from rmlora_jax.errors import UserError
 from rmlora_jax.parallel.mesh import all_devices, shard
+from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import setup
-from rmlora_jax.train.check import check_config
+from rmlora_jax.train.config import resolve, swept
 
 
 def trained(config, steps=5):
     """(job, trainable at the start, at the end, metrics of every step), on one device."""
     devices = all_devices(limit=1)
-    job = setup.build(config, devices)
+    job = setup.build(resolve(config), devices)
     start = flatten_dict(jax.device_get(job.state.trainable), sep="/")
     state, batches, history = job.state, job.feed.train(0), []
     for _ in range(steps):
@@ -76,14 +77,14 @@ def test_the_penalty_makes_factors_orthogonal_and_the_mask_hardly(config):
 def test_bitfit_trains_biases_and_the_head(config):
     config.method = "bitfit"
     job, start, end, history = trained(config)
-    assert job.lora.target is None and "penalty" not in history[0]
+    assert job.lora[0].target is None and "penalty" not in history[0]
     frozen = flatten_dict(jax.device_get(job.constants.frozen), sep="/")
     assert all(path.endswith("/bias") or path.startswith("head/") for path in start)
     assert not any(path.endswith("bias") or path.startswith("head/") for path in frozen)
     assert {"head/kernel", "head/bias"} < start.keys()
     # Two layers of width 32: query, key, value, out, fc2 and two norms; fc1 of 64. A norm at the
     # end, the patches, a head of 32 x 10.
-    assert job.trainable_parameters == 2 * (7 * 32 + 64) + 32 + 32 + 330
+    assert job.base.trainable_parameters == 2 * (7 * 32 + 64) + 32 + 32 + 330
     # A bias of keys adds the same to all scores of a query: softmax does not see it.
     still = [path for path in start if np.array_equal(start[path], end[path])]
     assert [path for path in still if "key" not in path] == []
@@ -103,8 +104,8 @@ def test_lora_plus_is_a_learning_rate_of_b(config, name, placement):
         return {"q": {"lora_a": normal(3, 6, 4), "lora_b": normal(3, 4, 5)},
                 "head": {"kernel": normal(5, 2)}}
 
-    schedule = method.learning_rate(config, 10)
-    tx = method.optimizer(config, 10)
+    schedule = methods.learning_rate(resolve(config), 10)
+    tx = methods.optimizer(resolve(config), 10, swept(resolve(config)))
     adamw = [optax.adamw(lambda step, k=k: k * schedule(step), weight_decay=0.1) for k in (1, 16)]
     labels = {"q": {"lora_a": "one", "lora_b": "b"}, "head": {"kernel": "one"}}
     theirs = optax.multi_transform(dict(zip(("one", "b"), adamw, strict=True)), labels)
@@ -152,12 +153,12 @@ def test_lora_plus_of_a_method_without_factors_is_refused(config):
 def test_rank_stabilised_scale_and_pissa_are_fields(config):
     config.method, config.lora.rs, config.lora.alpha = "lora", True, 16.0
     job = trained(config, 0)[0]
-    assert job.lora.scale_of("encoder/layers/mlp/fc1") == 16 / 2  # alpha / sqrt(4)
+    assert job.lora[0].scale_of("encoder/layers/mlp/fc1") == 16 / 2  # alpha / sqrt(4)
     base = {}
     for init in ("kaiming", "pissa"):
         job = trained(changed(config, lora__init=init), 0)[0]
         params = rm.join(jax.device_get(job.state.trainable), jax.device_get(job.constants.frozen))
-        base[init] = flatten_dict(rm.merge(params, job.lora), sep="/")
+        base[init] = flatten_dict(rm.merge(params, job.lora[0]), sep="/")
         moved = flatten_dict(jax.device_get(job.state.trainable), sep="/")
         large = [np.abs(v).max() for path, v in moved.items() if path.endswith("lora_b")]
         assert (min(large) > 1e-3) == (init == "pissa")

@@ -7,23 +7,23 @@ import optax
 import pytest
 
 import rmlora_jax as rm
-from rmlora_jax import methods as method
+from rmlora_jax import methods
 from rmlora_jax.data import augment, load_images
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub import load_vit
 from rmlora_jax.models import ViT
 from rmlora_jax.parallel.mesh import all_devices, shard
+from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.tasks import images
 from rmlora_jax.train import loop, setup
-from rmlora_jax.train.check import check_config
-from rmlora_jax.train.config import changes
+from rmlora_jax.train.config import changes, resolve
 
 STEPS = 20
 
 
 def follow(config, devices, steps=STEPS):
     """Every number of the first steps: ids, masks, losses and counts."""
-    job = setup.build(config, devices)
+    job = setup.build(resolve(config), devices)
     state = job.state
     seen = {"ids": [], "masks": [], "loss": [], "correct": [], "kept": []}
     options = {"start_step": config.rm.start_step}
@@ -71,7 +71,7 @@ def test_evaluation_counts_are_equal_on_every_device_count(config, one_device):
     results = []
     trainable = jax.device_get(state.trainable)
     for devices in (all_devices(limit=1), all_devices(), all_devices("pmap")):
-        other = setup.build(config, devices)
+        other = setup.build(resolve(config), devices)
         steps = loop.Steps(loop.Compiled(other.train_step), loop.Compiled(other.eval_step))
         results.append(loop.evaluate(steps, trainable, other, "test", devices))
     for other in results[1:]:
@@ -87,7 +87,7 @@ def test_evaluation_counts_are_equal_on_every_device_count(config, one_device):
     labels = np.array([digits.test[i]["label"] for i in range(360)])
     params = rm.join(trainable, jax.device_get(job.constants.frozen))
     pretrained = load_vit(config.model.source, num_classes=10)
-    model = rm.adapt(ViT(pretrained.config, 10), job.lora)
+    model = rm.adapt(ViT(pretrained.config, 10), job.lora[0])
     inputs = augment(jnp.asarray(pixels), image_size=16, train=False)
     logits = model.apply({"params": params}, inputs)
     np.testing.assert_array_equal(results[0].labels, labels)
@@ -109,10 +109,10 @@ def test_lora_steps_equal_plain_optax(config):
     devices = all_devices()
     seen, _job, state = follow(config, devices, steps=5)
 
-    start = setup.build(config, devices)
+    start = setup.build(resolve(config), devices)
     trainable = jax.device_get(start.state.trainable)
     frozen = jax.device_get(start.constants.frozen)
-    model = rm.adapt(ViT(load_vit(config.model.source, num_classes=10).config, 10), start.lora)
+    model = rm.adapt(ViT(load_vit(config.model.source, num_classes=10).config, 10), start.lora[0])
     digits = load_images("digits")
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -151,7 +151,7 @@ def test_streamed_and_resident_data_give_the_same_run(config, one_device):
 
 
 def test_a_later_start_sees_the_same_batches(config):
-    job = setup.build(config, all_devices())
+    job = setup.build(resolve(config), all_devices())
     batches = job.feed.train(0)
     whole = [next(batches)["id"] for _ in range(120)]  # more than one pass
     later = job.feed.train(97)
@@ -187,7 +187,7 @@ def test_bfloat16_base_trains_in_float32(config):
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_learning_rate(config, schedule):
     config.optimizer.schedule, config.optimizer.warmup = schedule, 0.25
-    rate = method.learning_rate(config, 100)
+    rate = methods.learning_rate(resolve(config), 100)
     t = np.arange(100)
     after = (t - 25) / 75
     cosine = 0.5 * (1 + np.cos(np.pi * after))

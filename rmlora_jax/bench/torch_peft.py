@@ -1,0 +1,216 @@
+"""PyTorch's PEFT on the same shapes, for the rows of ``--peft``.
+
+LoRA of the same rank on the same linear layers of the model of transformers, weights at random, in
+eager mode; everything, the factors too, is in the compute dtype, which is PEFT at its fastest. The
+second row adds what the authors of RM-LoRA do, written anew from its description: after each
+backward pass a Python loop over the modules draws k of r rank directions and sets the gradients of
+the others to 0, and the penalty of every module is added to the loss. PyTorch and PEFT are
+installed by those who compare, and imported only then.
+"""
+
+import dataclasses
+import importlib.util
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from rmlora_jax.bench.measure import Program
+from rmlora_jax.bench.models import CLASSES, LINEARS, Entry, step_flops
+from rmlora_jax.bench.options import Options
+from rmlora_jax.bench.variants import LEARNING_RATE
+from rmlora_jax.errors import UserError
+from rmlora_jax.models import BertConfig, ViTConfig
+
+NEEDED = ("torch", "transformers", "peft")
+ROWS = {"peft_lora": "lora", "peft_rm_lora": "rm_lora"}
+BATCHES = 4
+PENALTY = 0.1
+
+
+def check_installed() -> None:
+    """Raises a UserError where something that ``--peft`` needs cannot be imported."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--peft needs {', '.join(missing)}, not installed here; type\n"
+            f"pip install {' '.join(missing)}"
+        )
+    import torch  # pyright: ignore[reportMissingImports]
+
+    if jax.default_backend() == "gpu" and not torch.cuda.is_available():
+        raise UserError("--peft: torch sees no GPU and JAX does; install a torch with CUDA")
+
+
+def programs(options: Options, say: Callable[[str], None] = print) -> list[Program]:
+    """The rows of PEFT, as programs to be timed with the others."""
+    if options.modules != "all":
+        raise UserError("--peft adapts all linear layers; leave --modules out")
+    found = []
+    for name in ROWS:
+        say(f"building {name}")
+        found.append(_program(name, options))
+    return found
+
+
+def _program(name: str, options: Options) -> Program:
+    import torch  # pyright: ignore[reportMissingImports]
+
+    entry = options.entry
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, options.dtype)
+    model = adapted_model(entry, options.rank).to(dtype)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    pairs = factors(model)
+    authors = name == "peft_rm_lora"
+    facts: dict[str, Any] = {
+        "framework": "torch",
+        "compile_seconds": None,
+        "trained_parameters": sum(p.numel() for p in trained),
+        "flops": step_flops(entry, options.batch, ROWS[name], options.rank),
+    }
+
+    def finish() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def stretch(steps: int) -> float:
+        """On the device is one model at a time, so that the peak is its own."""
+        try:
+            model.to(device)
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+            batches = [random_batch(entry, options.batch, dtype, device) for _ in range(BATCHES)]
+            draw = random.Random(0)
+
+            def step(batch, masked: bool) -> None:
+                loss = model(**batch).loss
+                if authors:
+                    loss = loss + PENALTY * penalty(pairs)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                if authors and masked:
+                    mask_gradients(pairs, max(1, options.rank // 2), draw)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            step(batches[-1], masked=False)
+            finish()
+            began = time.perf_counter()
+            for i in range(steps):
+                step(batches[i % BATCHES], masked=True)
+            finish()
+            seconds = time.perf_counter() - began
+            if device == "cuda":
+                facts["memory_bytes"] = torch.cuda.max_memory_allocated()
+            return seconds
+        finally:
+            for parameter in trained:
+                parameter.grad = None
+            model.to("cpu")
+            if device == "cuda":
+                torch.cuda.empty_cache()  # to JAX, whose turn is next
+
+    return Program(name, stretch, facts)
+
+
+def adapted_model(entry: Entry, rank: int):
+    """The model of transformers with LoRA on all linear layers of its encoder; the head trains.
+
+    Raises:
+      UserError: the installed transformers builds the encoder of other layers.
+    """
+    import peft  # pyright: ignore[reportMissingImports]
+
+    model = base_model(entry)
+    targets = list(encoder_linears(model))
+    expected = len(LINEARS) * entry.config.num_hidden_layers
+    if len(targets) != expected:
+        raise UserError(
+            f"--peft found {len(targets)} linear layers in the encoder of transformers, not the "
+            f"{expected} that are adapted in JAX; install another version of transformers"
+        )
+    lora = peft.LoraConfig(r=rank, lora_alpha=4 * rank, lora_dropout=0.0, target_modules=targets)
+    model = peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "classifier" in name or "pooler" in name:
+            parameter.requires_grad = True
+    return model.train()
+
+
+def base_model(entry: Entry):
+    """The model of transformers with the entry's architecture."""
+    import transformers
+
+    c = entry.config
+    fields = {name: value for name, value in dataclasses.asdict(c).items()
+              if name not in ("bottleneck_width", "prefix_length", "model_type")}
+    fields["num_labels"] = CLASSES
+    if isinstance(c, ViTConfig):
+        config = transformers.ViTConfig(**fields)
+        return transformers.ViTForImageClassification(config)
+    if isinstance(c, BertConfig):
+        kind = "Roberta" if c.is_roberta else "Bert"
+    else:
+        kind = "DebertaV2"
+        fields.pop("embedding_size")  # 0 here: as hidden_size
+        fields["pos_att_type"] = list(c.pos_att_type)
+    config = getattr(transformers, f"{kind}Config")(**fields)
+    return getattr(transformers, f"{kind}ForSequenceClassification")(config)
+
+
+def encoder_linears(model) -> Iterator[str]:
+    """Names of the linear modules inside numbered layers, whatever transformers calls them."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and re.search(r"\blayers?\.\d+\.", name):
+            yield name
+
+
+def factors(model) -> list[tuple]:
+    """(A of (r, in), B of (out, r)) of every adapted module, as PEFT stores them."""
+    return [
+        (module.lora_A["default"].weight, module.lora_B["default"].weight)
+        for module in model.modules()
+        if hasattr(module, "lora_A") and "default" in module.lora_A
+    ]
+
+
+def penalty(pairs: list[tuple]):
+    """The mean over all factors of the Frobenius norm of their Gram matrix minus the identity."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    total = 0.0
+    for a, b in pairs:
+        eye = torch.eye(a.shape[0], device=a.device, dtype=a.dtype)
+        total = total + torch.norm(a @ a.T - eye) + torch.norm(b.T @ b - eye)
+    return total / (2 * len(pairs))
+
+
+def mask_gradients(pairs: list[tuple], k: int, draw: random.Random) -> None:
+    """Sets the gradients of all but k random rank directions of each module to 0."""
+    for a, b in pairs:
+        rank = a.shape[0]
+        chosen = set(draw.sample(range(rank), min(k, rank)))
+        for direction in range(rank):
+            if direction not in chosen:
+                a.grad[direction] = 0
+                b.grad[:, direction] = 0
+
+
+def random_batch(entry: Entry, batch: int, dtype, device: str) -> dict[str, Any]:
+    """What the model of transformers is called with; no padding."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    c = entry.config
+    labels = torch.randint(CLASSES, (batch,), device=device)
+    if entry.length is None:
+        shape = (batch, c.num_channels, c.image_size, c.image_size)
+        return {"pixel_values": torch.randn(shape, dtype=dtype, device=device), "labels": labels}
+    ids = torch.randint(2, c.vocab_size, (batch, entry.length), device=device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

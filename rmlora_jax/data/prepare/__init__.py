@@ -1,1 +1,0 @@
-"""Data sets that are fetched and prepared on first use."""

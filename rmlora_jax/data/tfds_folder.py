@@ -1,0 +1,225 @@
+"""Folders of prepared TFDS data sets: found by name and opened, without TensorFlow.
+
+They are found by looking (``data_dir/name[/config]/version``), not through the builders' code:
+faster, works for data sets that TFDS does not know, and never imports TensorFlow.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rmlora_jax.data.dataset import Request, shown
+from rmlora_jax.errors import UserError, first_line
+from rmlora_jax.files import is_writable
+
+_NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>[\d.*]+))?")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+def import_tfds():
+    """tensorflow_datasets, when first needed (0.3 s), without its advice to install OpenCV."""
+    import tensorflow_datasets
+
+    logging.getLogger("absl").addFilter(_is_no_advice)
+    return tensorflow_datasets
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return "OpenCV is not installed" not in str(record.msg)
+
+
+def data_dir_of(request: Request) -> Path:
+    """The folder of TFDS: the request's, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return Path(request.data_dir or default).expanduser()
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """``name[/config][:version]`` taken apart; the version may hold ``*``."""
+
+    name: str
+    config: str | None = None
+    version: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Name":
+        """
+        >>> Name.parse("eurosat/rgb:2.0.0")
+        Name(name='eurosat', config='rgb', version='2.0.0')
+        """
+        match = _NAME.fullmatch(text)
+        if not match:
+            raise UserError(
+                f"{text!r} is not the name of a data set: type name, name/config or name:1.0.0"
+            )
+        return cls(**match.groupdict())
+
+
+def find_prepared(name: Name, data_dir: Path) -> Path | None:
+    """The folder of the newest fitting version, or None.
+
+    Raises:
+      UserError: if ``name`` has several configs there and none was asked for.
+    """
+    root = data_dir / name.name
+    if name.config:
+        return _newest(root / name.config, name.version)
+    if found := _newest(root, name.version):
+        return found
+    configs = {p.name: v for p in _folders(root) if (v := _newest(p, name.version))}
+    if len(configs) > 1:
+        raise UserError(
+            f"{data_dir} has several configs of {name.name}: {', '.join(sorted(configs))}\n"
+            f"Choose one, such as --config.data.name={name.name}/{min(configs)}"
+        )
+    return next(iter(configs.values()), None)
+
+
+def _newest(folder: Path, wanted: str | None) -> Path | None:
+    pattern = re.escape(wanted or "*").replace(r"\*", r".*")
+    versions = [
+        p
+        for p in _folders(folder)
+        if _VERSION.fullmatch(p.name)
+        and re.fullmatch(pattern, p.name)
+        and (p / "features.json").exists()
+    ]
+    return max(versions, key=lambda p: tuple(map(int, p.name.split("."))), default=None)
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+
+
+Prepare = Callable[[Request], Path]  # fetches a data set, prepares it and returns its folder
+
+
+def prepared(request: Request, prepare: Prepare | None = None) -> Path:
+    """The folder of the data set, made by ``prepare`` if it is not there yet.
+
+    Raises:
+      UserError: the data set is neither here nor can it be prepared.
+    """
+    name, data_dir = Name.parse(request.name), data_dir_of(request)
+    if folder := find_prepared(name, data_dir):
+        return folder
+    if prepare is None:
+        raise not_prepared(request.name, name, data_dir)
+    if not request.download:
+        raise UserError(
+            f"{request.name} is not prepared in {data_dir}: type\n"
+            f"python -m rmlora_jax.data.prepare {request.name} --data_dir={data_dir}"
+        )
+    return prepare(request)
+
+
+def tfds_missing(request: Request, prepare: Prepare | None = None) -> list[str]:
+    """``Source.missing`` of a data set that ``prepare`` makes on first use, where it is given."""
+    name, data_dir = Name.parse(request.name), data_dir_of(request)
+    if find_prepared(name, data_dir):
+        return []
+    if prepare is None:
+        raise not_prepared(request.name, name, data_dir)
+    if is_writable(data_dir):
+        return []
+    return [
+        f"config.data.data_dir: {data_dir} cannot be written, to prepare {request.name}; give "
+        "another folder"
+    ]
+
+
+def not_prepared(text: str, name: Name, data_dir: Path) -> UserError:
+    """The error for a data set that :func:`find_prepared` did not find, with what to type."""
+    tfds = import_tfds()
+
+    here = sorted(p.name for p in _folders(data_dir / name.name))
+    if here:
+        return UserError(
+            f"{text} is not prepared in {data_dir}, which has of {name.name}: {', '.join(here)}\n"
+            "Ask for one of those with --config.data.name, or for another folder with "
+            "--config.data.data_dir"
+        )
+    known = set(tfds.list_builders(with_community_datasets=False))
+    if name.name in known:
+        return UserError(
+            f"{text} is not prepared in {data_dir}; preparing it needs TensorFlow, once: type\n"
+            f"pip install 'rmlora-jax[prepare]' && "
+            f"python -m rmlora_jax.data.prepare {text} --data_dir={data_dir}"
+        )
+    choices = (known | {"digits"} | {p.name for p in _folders(data_dir)}) - {name.name}
+    near = difflib.get_close_matches(name.name, choices, 3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see tensorflow.org/datasets/catalog"
+    return UserError(
+        f"no data set {name.name!r} is known, nor in {data_dir}: {hint}\n"
+        "A data set of your own is found there by its folder name; "
+        "--config.data.data_dir names another folder"
+    )
+
+
+def reason(error: Exception) -> str:
+    """The first line of another library's error."""
+    return first_line(error)[:300]
+
+
+def open_builder(folder: Path) -> Any:
+    """TFDS's read-only builder of a prepared folder."""
+    tfds = import_tfds()
+
+    try:
+        return tfds.builder_from_directory(str(folder))
+    except Exception as error:  # TFDS raises many kinds on a damaged or foreign folder
+        first = reason(error)
+        raise UserError(
+            f"{folder} cannot be read as a TFDS data set: {type(error).__name__}: {first}\n"
+            "Delete it and prepare it again, or name another folder with --config.data.data_dir"
+        ) from error
+
+
+def check_length(folder: Path, split: str, records) -> None:
+    """Raises a UserError where a split declares more examples than its files have bytes."""
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    if len(records) > size:
+        raise UserError(
+            f"{folder} is damaged: split {split!r} is said to have {len(records)} examples, in "
+            f"{size} bytes\nDelete that folder and prepare it again"
+        )
+
+
+@contextlib.contextmanager
+def open_errors(folder: Path, info, split: str):
+    """Turns what TFDS raises when a split is opened into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except NotImplementedError as error:
+        name = info.full_name[:200]
+        kind = info.file_format
+        raise UserError(
+            f"{folder} is stored as {kind.value if kind else 'an unknown format'}, which cannot be "
+            "read at random; prepare it again in another folder: type\n"
+            f"python -m rmlora_jax.data.prepare {name.replace('/' + str(info.version), '')} "
+            "--data_dir=OTHER, then use --config.data.data_dir=OTHER"
+        ) from error
+    except Exception as error:  # of many kinds, where the folder is damaged
+        if isinstance(error, ValueError) and split not in info.splits:
+            known = shown(sorted(info.splits))
+            raise UserError(f"{folder} has no split {split!r}; it has {known}") from error
+        raise UserError(
+            f"{folder} is damaged: split {split!r} cannot be opened: {reason(error)}\n"
+            "Delete that folder and prepare it again"
+        ) from error
+
+
+def declared_features(info) -> dict:
+    """The features at the top of a data set, sorted by name: a protobuf map has no order."""
+    if not isinstance(info.features, import_tfds().features.FeaturesDict):
+        return {}
+    return dict(sorted(info.features.items()))

@@ -1,0 +1,162 @@
+"""Configs of models: the fields that they share, and how a ``config.json`` becomes one.
+
+A config is a frozen dataclass whose fields have the names, meanings and defaults of Hugging Face's.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, NoReturn, Self
+
+import flax.linen as nn
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "tanh")
+
+# Fields that do not change what a classifier computes: book-keeping, labels (which the loader
+# reads), and what belongs to generation.
+BOOKKEEPING = (
+    *("architectures", "model_type", "problem_type", "finetuning_task", "transformers_version"),
+    *("dtype", "torch_dtype", "torchscript", "use_bfloat16", "tie_word_embeddings", "use_cache"),
+    *("return_dict", "output_attentions", "output_hidden_states", "gradient_checkpointing"),
+    *("id2label", "label2id", "num_labels", "chunk_size_feed_forward"),
+)
+
+LARGEST = 2**24  # of any size; a larger one, damaged or hostile, would run out of memory first
+MOST_LAYERS = 1000
+
+# Fields of ours: what is put into the layers, see blocks.py. By default nothing.
+INSERTS = {"bottleneck_width": 0, "prefix_length": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What the configs of all families share.
+
+    Class attributes, which a family sets:
+      model_types: the values of ``model_type`` in config.json; the first is the default.
+      inert: fields of config.json that do not change what the model computes, beside
+        ``BOOKKEEPING``.
+      no_prefix: why prefix vectors do not fit into the attention; empty where they do, and then
+        the config has a field ``prefix_length``.
+
+    Raises:
+      ValueError: naming the field, its value and what is allowed.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+    inert: ClassVar[tuple[str, ...]] = ()
+    no_prefix: ClassVar[str] = ""
+
+    def __post_init__(self):
+        check_fields(self)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """The config that the dictionary of a Hugging Face ``config.json`` describes.
+
+        A field that could change the model's numbers and is not known is refused by name rather
+        than ignored.
+
+        Raises:
+          ValueError: an unsupported ``model_type``, field or value.
+        """
+        return cls(**cls.known_fields(config))
+
+    @classmethod
+    def known_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of a ``config.json`` that are fields of this class.
+
+        An unknown field whose value is null, false, 0 or empty asks for nothing, and is left out.
+
+        Raises:
+          ValueError: an unsupported ``model_type`` or field.
+        """
+        kind = config.get("model_type", cls.model_types[0])
+        if kind not in cls.model_types:
+            refuse("model_type", kind, " or ".join(map(repr, cls.model_types)))
+        ours = {field.name for field in dataclasses.fields(cls)}
+        fine = ours | set(BOOKKEEPING) | set(cls.inert)
+        for name, value in config.items():
+            if name not in fine and not name.startswith("_") and value:
+                raise ValueError(
+                    f"config field {_short(name)} = {_short(value)} is not supported by "
+                    f"{cls.__name__}; remove it if it does not change what the model computes"
+                )
+        return {name: config[name] for name in ours & config.keys()}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig(ModelConfig):
+    """The fields that all bundled encoders share.
+
+    Attributes:
+      hidden_size: width D of the residual stream.
+      num_hidden_layers: number of transformer layers L.
+      num_attention_heads: heads; must divide ``hidden_size``.
+      intermediate_size: width of the MLP.
+      hidden_act: activation of the MLP, one of gelu (the exact erf form), gelu_new,
+        gelu_pytorch_tanh, quick_gelu, relu, silu, tanh.
+      hidden_dropout_prob: dropout on embeddings and on the output of attention and MLP (training).
+      attention_probs_dropout_prob: dropout on attention weights (training).
+      initializer_range: standard deviation of new weights.
+      layer_norm_eps: epsilon of every layer norm.
+      bottleneck_width: width of an adapter behind attention and MLP; 0: none (see `Bottleneck`).
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    bottleneck_width: int = 0
+
+    @property
+    def kernel_init(self) -> nn.initializers.Initializer:
+        """The initialiser of new kernels: N(0, ``initializer_range``^2)."""
+        return nn.initializers.normal(self.initializer_range)
+
+
+def check_fields(config: Any, minimum: Mapping[str, int] = {}) -> None:
+    """Checks the values of a dataclass of sizes and constants, by the types of its fields.
+
+    int: a whole number from ``minimum[name]`` (1 by default) to 2**24; layers: to 1000. float:
+    finite and at least 0, below 1 where the name ends in ``_prob`` or ``dropout``. A name that
+    ends in ``act``: an activation. ``num_attention_heads`` must divide ``hidden_size``.
+
+    Raises:
+      ValueError: naming the field, its value and what is allowed.
+    """
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        least = (INSERTS | dict(minimum)).get(name, 1)
+        most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
+        if field.type is int and (type(value) is not int or not least <= value <= most):
+            above = f" and at most {most}" if type(value) is int and value > most else ""
+            refuse(name, value, f"a whole number of at least {least}{above}")
+        if field.type is bool and not isinstance(value, bool):
+            refuse(name, value, "true or false")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if field.type is float and not (number and 0 <= value <= LARGEST):
+            refuse(name, value, "a number of at least 0")
+        if field.type is float and name.endswith(("_prob", "dropout")) and value >= 1:
+            refuse(name, value, "a probability below 1")
+        if name.endswith("act") and value not in ACTIVATIONS:
+            refuse(name, value, f"one of {', '.join(ACTIVATIONS)}")
+    if config.hidden_size % config.num_attention_heads:
+        refuse(
+            "num_attention_heads",
+            config.num_attention_heads,
+            f"a divisor of hidden_size = {config.hidden_size}",
+        )
+
+
+def refuse(name: str, value: Any, allowed: str) -> NoReturn:
+    """Raises the ValueError for a field whose value is not allowed."""
+    raise ValueError(f"config field {name!r} is {_short(value)}; it must be {allowed}")
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]

@@ -1,0 +1,178 @@
+"""What a run has left in its folder, read: curves over the steps, kinds of modules, words.
+
+`rmlora_jax.train.metrics` writes both files and describes their lines.
+"""
+
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rmlora_jax.files import read_json_lines
+
+METRICS = "metrics.jsonl"
+INTRINSIC = "intrinsic.jsonl"
+ORDER = ("query", "key", "value", "out", "intermediate", "fc1", "output", "fc2")
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
+    """The lines of ``metrics.jsonl`` by increasing step; [] if there is no such file.
+
+    Non-finite numbers come back as float nan, inf and -inf.
+
+    Raises:
+      UserError: a line other than the last is not a JSON object with a step.
+    """
+    rows = []
+    for row in read_lines(pathlib.Path(workdir) / METRICS):
+        nonfinite = row.pop("nonfinite", {})
+        rows.append(row | {key: float(text) for key, text in nonfinite.items()})
+    return rows
+
+
+def read_intrinsic(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of ``intrinsic.jsonl``: ``{"step": s, "modules": {path: {name: float64 array}}}``.
+
+    [] if there is no such file; null comes back as nan. For each module path the arrays are
+    ``singular_values`` (*layers, r) and ``effective_rank``, ... (*layers,).
+
+    Raises:
+      UserError: as `read_metrics`.
+    """
+    return [
+        {"step": row["step"],
+         "modules": {path: {name: np.asarray(value, np.float64) for name, value in values.items()}
+                     for path, values in row.get("modules", {}).items()}}
+        for row in read_lines(pathlib.Path(workdir) / INTRINSIC)
+    ]
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The objects of one of the two files, as JSON has them; a last line that is torn is left out.
+
+    Raises:
+      UserError: as `read_metrics`.
+    """
+    return read_json_lines(
+        path, "step", int, "is not a JSON object with a step.\n"
+        "Delete that line, or start again with another --workdir.")
+
+
+def series(history: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the lines that have ``key``, as float64 arrays."""
+    pairs = [(row["step"], row[key]) for row in history if row.get(key) is not None]
+    steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def bin_means(x: np.ndarray, y: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means of neighbouring points, cut into at most ``bins`` groups of near equal size."""
+    bins = max(min(bins, len(x)), 1)
+    return (np.array([p.mean() for p in np.array_split(x, bins)]),
+            np.array([p.mean() for p in np.array_split(y, bins)]))
+
+
+def finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points whose y is a finite number."""
+    return x[np.isfinite(y)], y[np.isfinite(y)]
+
+
+def smooth(y: np.ndarray) -> np.ndarray:
+    """Moving average over about a twentieth of the points.
+
+    It is centred, and narrower near the start, where curves are steep; the end keeps its width.
+    """
+    half = max(len(y) // 40, 1) if len(y) >= 8 else 0
+    return np.array([y[i - min(half, i): i + min(half, i) + 1].mean() for i in range(len(y))])
+
+
+def by_kind(modules: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+    """Module paths gathered into kinds: singular_values (L, r), effective_rank (L,) of each.
+
+    A stacked module is a kind by itself. Modules that differ only in their layer's number (a path
+    component that is a number or ends in ``_number``) are the layers of one kind, by that number.
+    A kind is named by the shortest end of its path that no other kind shares.
+    """
+    gathered = {}
+    for path, values in modules.items():
+        if not np.size(values.get("singular_values", ())):
+            continue
+        found = re.search(r"(?:^|/|_)(\d+)(?=/|$)", path)
+        stacked = values["singular_values"].ndim > 1
+        kind, layer = path, 0
+        if found and not stacked:
+            kind, layer = path[:found.start()] + path[found.end():], int(found[1])
+        gathered.setdefault(kind.lstrip("/") or "module", []).append((layer, values))
+    names = _short_names(list(gathered))
+    return {names[kind]: _stack([v for _, v in sorted(gathered[kind], key=lambda entry: entry[0])])
+            for kind in sorted(gathered, key=lambda k: (_place(k), k))}
+
+
+def _stack(layers):
+    rows = [row for v in layers
+            for row in v["singular_values"].reshape(-1, v["singular_values"].shape[-1])]
+    singular = np.full((len(rows), max(map(len, rows))), np.nan)  # nan: left white
+    for target, row in zip(singular, rows, strict=True):
+        target[: len(row)] = row
+    ranks = np.concatenate([np.ravel(v.get("effective_rank", np.nan)) for v in layers])
+    return {"singular_values": singular, "effective_rank": ranks}
+
+
+def _place(kind: str) -> int:
+    last = kind.rsplit("/", 1)[-1]
+    return ORDER.index(last) if last in ORDER else len(ORDER)
+
+
+def _short_names(paths: Sequence[str]) -> dict[str, str]:
+    def ends(path, n):
+        return "/".join(path.split("/")[-n:])
+
+    names = {}
+    for path in paths:
+        n = 1
+        while n <= path.count("/") and sum(ends(p, n) == ends(path, n) for p in paths) > 1:
+            n += 1
+        names[path] = ends(path, n)
+    return names
+
+
+def number(value: float | None) -> str:
+    """Four decimals; small values in scientific notation; ``-`` for None.
+
+    >>> number(0.25), number(0.00012), number(None)
+    ('0.2500', '1.20e-04', '-')
+    """
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
+
+
+def amount(size: int) -> str:
+    """Bytes in the largest fitting unit.
+
+    >>> amount(123), amount(1536), amount(2 * 2**20), amount(3 * 2**30)
+    ('123 bytes', '1.5 KiB', '2.0 MiB', '3.0 GiB')
+    """
+    for power, name in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if size >= 1024**power:
+            return f"{size / 1024**power:.1f} {name}"
+    return f"{size} bytes"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, m:ss, or s with one decimal below ten.
+
+    >>> duration(3.21), duration(75), duration(7384)
+    ('3.2 s', '1:15', '2:03:04')
+    """
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
