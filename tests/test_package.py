@@ -1,10 +1,12 @@
 """The package as a whole: what importing it costs, docstrings, code and tables of READMEs."""
 
+import ast
+import builtins
 import doctest
 import importlib
+import importlib.util
 import json
 import os
-import pkgutil
 import re
 import statistics
 import subprocess
@@ -16,7 +18,10 @@ import pytest
 import rmlora_jax
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(m.name for m in pkgutil.walk_packages(rmlora_jax.__path__, "rmlora_jax."))
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "rmlora_jax").rglob("*.py")
+)
 
 
 def test_import_is_light():
@@ -61,6 +66,42 @@ def test_examples_in_docstrings(name):
     module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
+
+
+def documented(tree):
+    """(class or None, docstring) of a module, and of its classes and functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (
+            text := ast.get_docstring(node)
+        ):
+            yield node.name if isinstance(node, ast.ClassDef) else None, text
+
+
+def leads_somewhere(reference, scopes):
+    first, *rest = reference.removesuffix("()").split(".")
+    found = next((getattr(scope, first) for scope in scopes if hasattr(scope, first)), None)
+    if found is None and importlib.util.find_spec(first):
+        found = importlib.import_module(first)
+    for name in rest:
+        found = getattr(found, name, None)
+    return found is not None
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_references_in_docstrings_lead_somewhere(name):
+    """`like_this`: to a name of the module, of its package, of the public ones, or of a library."""
+    module = importlib.import_module(name)
+    near = importlib.import_module(name.rpartition(".")[0] or name)
+    public = [rmlora_jax, *(importlib.import_module(f"rmlora_jax.{p}")
+                            for p in ("hub", "models", "data"))]  # fmt: skip
+    lost = []
+    for owner, text in documented(ast.parse(Path(module.__file__).read_text())):
+        own = [getattr(module, owner)] if owner else []
+        # Not math, which optax writes as :math:`x`, nor a link, `text <address>`_.
+        for reference in re.findall(r"(?<![`\w:])`([\w.]+(?:\(\))?)`(?!`)", text):
+            if not leads_somewhere(reference, [*own, module, near, *public, builtins]):
+                lost.append(reference)
+    assert not lost, lost
 
 
 def test_readme_example_runs():
