@@ -144,9 +144,9 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The dicts whose `flatten` is ``flat``."""
+    """The dicts whose `flatten` is ``flat``, names in alphabetical order."""
     found: dict[str, Any] = {}
-    for path, value in flat.items():
+    for path, value in sorted(flat.items()):
         *parents, name = path.split(".")
         node = found
         for parent in parents:

@@ -288,6 +288,7 @@ def _validation_problem(value: float) -> str | None:
 def under(regex: str, own: str) -> str:
     """A regex of parameters: ``own``, but not below what ``regex`` matches.
 
+    >>> import re
     >>> bool(re.fullmatch(under("head", "(?:.*/)?bias"), "head/bias"))
     False
     """

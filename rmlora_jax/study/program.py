@@ -28,6 +28,7 @@ from rmlora_jax.sweep import train as sweep
 from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import loop
 from rmlora_jax.train.config import SWEEPABLE, flatten, with_values
+from rmlora_jax.train.finished import peak_memory
 
 ROOT = Path(__file__).parent.parent.parent  # where configs/ lies in a checkout
 ROWS = ".rows.json"  # beside the program's folder
@@ -106,7 +107,7 @@ def train(program: Program, study: str, *, trainer: Callable = trainer) -> list[
 
     The peak of the memory is the process's: a row has it only if this program raised it.
     """
-    before = loop.peak_memory() or 0
+    before = peak_memory() or 0
     trainer(check_config(program.config), Path(program.folder))
     device = jax.devices()[0].device_kind
     found = {}

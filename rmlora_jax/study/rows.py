@@ -21,7 +21,7 @@ from rmlora_jax.methods import description
 from rmlora_jax.optim.factors import find_factors, flatten
 from rmlora_jax.report.records import by_kind, read_intrinsic, read_metrics
 from rmlora_jax.train import snapshots
-from rmlora_jax.train.finished import read_config
+from rmlora_jax.train.config import read_config
 
 ROWS = "rows.jsonl"
 MOST_TIMES = 12  # times at which a row keeps the effective rank of every layer

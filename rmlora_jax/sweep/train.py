@@ -27,7 +27,8 @@ from rmlora_jax.parallel.mesh import Devices, all_devices, shard
 from rmlora_jax.report.sweep import write_sweep_report
 from rmlora_jax.sweep import many
 from rmlora_jax.sweep.grid import Run, check_config, runs
-from rmlora_jax.train import checkpoint, loop, setup, terminal
+from rmlora_jax.train import checkpoint, finished, loop, setup, terminal
+from rmlora_jax.train.evaluate import Steps, compile_steps
 from rmlora_jax.train.step import State
 from rmlora_jax.train.workdir import check_workdir, opened
 
@@ -94,7 +95,7 @@ def _train(config: Config, workdir: Path) -> dict:
         "metric": base.problem.metrics[0],
         "wall_seconds": time.monotonic() - began,
         "compile_seconds": programs.seconds,
-        "peak_memory_bytes": loop.peak_memory(),
+        "peak_memory_bytes": finished.peak_memory(),
         "runs": {run.name: run.setting | {"seed": run.config.seed} for run in every},
     }
     if leader:
@@ -126,10 +127,10 @@ class Programs:
     def seconds(self) -> float:
         return sum(steps.seconds for steps in self.by_size.values())
 
-    def of(self, job: setup.Job, count: int, start: int = 0) -> loop.Steps:
+    def of(self, job: setup.Job, count: int, start: int = 0) -> Steps:
         """The steps for ``count`` runs, compiled for the batch of step ``start``."""
         if count not in self.by_size:
-            self.by_size[count] = loop.compile_steps(job, job.state, start, self.devices)
+            self.by_size[count] = compile_steps(job, job.state, start, self.devices)
         return self.by_size[count]
 
     def need(self, chunk: Sequence[Run]) -> int | None:

@@ -46,12 +46,12 @@ class Objective(NamedTuple):
 
     Attributes:
       loss: -> (sum of losses, weight, {name: sum}). The step adds all of them up over micro-batches
-        and devices in float32 and divides by the weight once. Classification has weight 1 an
-        example: a Python number, since it is known before tracing.
+        and devices in float32 and divides by the weight once. The weight None is 1 an example, as
+        in classification: a number that is known before tracing.
       predict: -> {"prediction": (B,), "loss": (B,) float32} of an evaluation.
     """
 
-    loss: Callable[[Callable, Any], tuple[jax.Array, jax.Array | int, dict[str, jax.Array]]]
+    loss: Callable[[Callable, Any], tuple[jax.Array, jax.Array | None, dict[str, jax.Array]]]
     predict: Callable[[Callable, Any], dict[str, jax.Array]]
 
 
@@ -149,15 +149,14 @@ def classification(label_smoothing: float = 0.0) -> Objective:
     with the uniform distribution by ``label_smoothing``; the class of the largest logit, int32."""
 
     def losses(logits, labels, smoothing=0.0):
+        logits = logits.astype(jnp.float32)
         targets = jax.nn.one_hot(labels, logits.shape[-1])
-        smooth = optax.smooth_labels(targets, smoothing)
-        return optax.softmax_cross_entropy(logits.astype(jnp.float32), smooth)
+        return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing))
 
     def loss(call, labels):
         logits = call()
-        found = losses(logits, labels, label_smoothing)
-        right = (logits.argmax(-1) == labels).sum(dtype=jnp.float32)
-        return found.sum(), found.size, {"accuracy": right}
+        total = losses(logits, labels, label_smoothing).sum()
+        return total, None, {"accuracy": (logits.argmax(-1) == labels).sum(dtype=jnp.float32)}
 
     def predict(call, labels):
         logits = call()
@@ -172,12 +171,12 @@ def regression() -> Objective:
     """The square of the difference between outputs (B, 1) and float labels (B,)."""
 
     def run(call, labels):
-        values = call()[:, 0].astype(jnp.float32)
+        values = call().astype(jnp.float32)[:, 0]
         return values, jnp.square(values - labels)
 
     def loss(call, labels):
         _, found = run(call, labels)
-        return found.sum(), found.size, {}
+        return found.sum(), None, {}
 
     def predict(call, labels):
         values, found = run(call, labels)

@@ -19,8 +19,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.fields import Run
 from rmlora_jax.files import read_json
 from rmlora_jax.tasks.scores import higher_is_better
+from rmlora_jax.train.config import read_config
 from rmlora_jax.train.step import State
 from rmlora_jax.train.workdir import without_late
 
@@ -283,3 +285,27 @@ def best_trainable(workdir: Path) -> dict:
             f"the checkpoint {folder.parent} {damaged(e)}; put a copy of it back, or train again "
             "with another --workdir"
         ) from e
+
+
+def read_base(workdir: Path, task: str, advice: str) -> tuple[Run, dict]:
+    """The config of the run in ``workdir`` and the parameters of its best step, on the host.
+
+    Args:
+      workdir: of the run.
+      task: that it must have had.
+      advice: how to make such a run, in words.
+
+    Raises:
+      UserError: there is no such run, it is not finished, or it trained a part of its model.
+    """
+    workdir = workdir.absolute()  # orbax takes no other
+    if not (workdir / "summary.json").is_file():
+        raise UserError(f"config.model.source={str(workdir)!r} holds no finished run; {advice}")
+    config = read_config(workdir)
+    for field, wanted in (("task", task), ("method", "full")):
+        found = getattr(config, field)
+        if found != wanted:
+            raise UserError(
+                f"{workdir} holds a run with {field} {found!r}, not {wanted!r}; {advice}"
+            )
+    return config, best_trainable(workdir)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rmlora_jax import config as fields
@@ -9,11 +10,12 @@ from rmlora_jax import methods, tasks
 from rmlora_jax.config import FREE, GROWS, ConfigDict, field, flatten, leaves, with_values
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.fields import Run
+from rmlora_jax.files import read_object
 from rmlora_jax.tasks import places
 
 __all__ = [
     "FREE_ON_RESUME", "SWEEPABLE", "RunConfig", "changes", "default_config",
-    "flatten", "mistakes", "resolve", "swept", "use_glue", "with_values",
+    "flatten", "mistakes", "read_config", "resolve", "swept", "use_glue", "with_values",
 ]
 
 
@@ -103,6 +105,26 @@ def mistakes(given: Any) -> tuple[Run, dict[str, str]]:
     if config.task in tasks.TASKS:
         found += tasks.TASKS[config.task].check(config)
     return config, fields.not_allowed(config, found) | wrong
+
+
+def read_config(workdir: Path) -> Run:
+    """The config of a run, from its folder; fields that are younger than the run have their
+    defaults, and those that are no more are left out.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    file = workdir / "config.json"
+    try:
+        config, own = default_config(), flatten(read_object(file))
+        for name in flatten(config).keys() & own.keys():
+            config.update_from_flattened_dict({name: own[name]})
+        return resolve(config)
+    except FileNotFoundError:
+        raise UserError(f"{workdir} has no config.json; is it the folder of a run?") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as e:
+        why = str(e).replace(str(file), "it").splitlines()[0][:300] if str(e) else type(e).__name__
+        raise UserError(f"{file} is not the config of a run ({why}); copy the folder again") from e
 
 
 def swept(config: Run, traced: methods.Values | None = None) -> methods.Values:

@@ -1,10 +1,12 @@
-"""What a finished run is for: its adapter, its merged model, the base that another run adapts."""
+"""What a run leaves when it is finished: figures, adapter, merged model, a base for another run."""
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import rmlora_jax as rm
@@ -12,14 +14,109 @@ from rmlora_jax import config as fields
 from rmlora_jax import hub, methods
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.files import read_object
+from rmlora_jax.files import plain, write_json
 from rmlora_jax.hub.info import Info, model_card, read_info, write_info
 from rmlora_jax.tasks.task import Problem
 from rmlora_jax.train.checkpoint import best_trainable
-from rmlora_jax.train.config import default_config, flatten, resolve
-from rmlora_jax.train.step import first_keys
+from rmlora_jax.train.config import flatten, read_config
+from rmlora_jax.train.evaluate import apart, evaluate, reported, spectrum
+from rmlora_jax.train.setup import Job
+from rmlora_jax.train.step import State, first_keys
 
 ADAPTER, MERGED = "adapter", "merged"
+
+
+def finish(
+    job, state: State, keeper, compiled, folders, devices, began, seconds, trained, alone
+) -> list[dict]:
+    """Evaluates the runs on test, and writes what is left to write into their folders.
+
+    ``seconds`` are those of the ``trained`` training steps of this start.
+    """
+    # Asked before the evaluations, which all processes wait for: no summary is written until then.
+    left = [i for i, folder in enumerate(folders) if not (folder / "summary.json").exists()]
+    last = best = reported(compiled, state.trainable, job, devices)
+    chosen, steps = keeper.best(state)
+    if any(step != job.steps for step in steps):
+        best = reported(compiled, chosen.trainable, job, devices)
+    predicted = {
+        split: apart(evaluate(compiled, chosen.trainable, job, split, devices), job)
+        for split in job.feed.unlabelled
+    }
+    summaries = []
+    for i in left:
+        run, folder, step = job.runs[i], folders[i], steps[i]
+        keeper.settle(i, folder, state, chosen, job)
+        # Programs over all devices, which therefore all processes run.
+        own, best_own = (job.axis.pick(s.trainable, i) for s in (state, chosen))
+        intrinsic = spectrum(own, job.frozen, job.lora[i])
+        summary = summary_of(
+            run,
+            job,
+            last=last[i],
+            best={"step": step} | (last[i] if step == job.steps else best[i]),
+            rate=trained * run.batch_size / seconds if seconds else None,
+            compile_seconds=compiled.seconds,
+            wall_seconds=time.monotonic() - began,
+            trainable=jax.device_get(own),
+            intrinsic=intrinsic,
+        )
+        factors = jax.device_get(best_own)
+        if jax.process_index() == 0:
+            for split, outputs in predicted.items():
+                out = outputs[i]
+                file = job.problem.write_predictions(folder, split, out.ids, out.predictions)
+                if alone:
+                    print(f"predictions of step {step:,} for {split}: {file}", flush=True)
+            write_adapter(folder, run, job.lora[i], factors, job.problem, summary)
+            if not alone:
+                summary |= {
+                    "sweep": len(job.runs),
+                    "train_seconds": seconds / len(job.runs),
+                    "program_train_seconds": seconds,
+                }
+            write_json(folder / "summary.json", summary)
+        summaries.append(summary)
+    return summaries
+
+
+def summary_of(
+    config: Run,
+    job: Job,
+    *,
+    last,
+    best,
+    rate,
+    compile_seconds,
+    wall_seconds,
+    trainable,
+    intrinsic,
+) -> dict:
+    """What ``summary.json`` says of a run."""
+    return {
+        "task": config.task,
+        "method": config.method,
+        "model": config.model.source,
+        "dataset": config.data.name,
+        "steps": job.steps,
+        "metric": job.problem.metrics[0],
+        "eval": last,
+        "best_eval": best,
+        "trainable_parameters": job.base.trainable_parameters,
+        "final_parameters": plain(methods.left(config, trainable)),
+        "total_parameters": job.base.total_parameters,
+        "skipped_records": list(job.problem.skipped),
+        "examples_per_second": rate,
+        "compile_seconds": compile_seconds,
+        "wall_seconds": wall_seconds,
+        "peak_memory_bytes": peak_memory(),
+        "intrinsic_dimension": plain(intrinsic),
+    }
+
+
+def peak_memory() -> int | None:
+    """The most that this process's first device has held; None where it does not count."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def write_adapter(
@@ -112,47 +209,3 @@ def export_merged(workdir: Path) -> Path:
         params = joined(base.params, trainable)
     info = dataclasses.replace(info, about=info.about | {"card": model_card(base, info)})
     return hub.save_model(workdir / MERGED, params, base, info=info, overwrite=True)
-
-
-def read_config(workdir: Path) -> Run:
-    """The config of a run, from its folder; fields that are younger than the run have their
-    defaults, and those that are no more are left out.
-
-    Raises:
-      UserError: there is none, or it is damaged.
-    """
-    file = workdir / "config.json"
-    try:
-        config, own = default_config(), flatten(read_object(file))
-        for name in flatten(config).keys() & own.keys():
-            config.update_from_flattened_dict({name: own[name]})
-        return resolve(config)
-    except FileNotFoundError:
-        raise UserError(f"{workdir} has no config.json; is it the folder of a run?") from None
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as e:
-        why = str(e).replace(str(file), "it").splitlines()[0][:300] if str(e) else type(e).__name__
-        raise UserError(f"{file} is not the config of a run ({why}); copy the folder again") from e
-
-
-def read_base(workdir: Path, task: str, advice: str) -> tuple[Run, dict]:
-    """The config of the run in ``workdir`` and the parameters of its best step, on the host.
-
-    Args:
-      workdir: of the run.
-      task: that it must have had.
-      advice: how to make such a run, in words.
-
-    Raises:
-      UserError: there is no such run, it is not finished, or it trained a part of its model.
-    """
-    workdir = workdir.absolute()  # orbax takes no other
-    if not (workdir / "summary.json").is_file():
-        raise UserError(f"config.model.source={str(workdir)!r} holds no finished run; {advice}")
-    config = read_config(workdir)
-    for field, wanted in (("task", task), ("method", "full")):
-        found = getattr(config, field)
-        if found != wanted:
-            raise UserError(
-                f"{workdir} holds a run with {field} {found!r}, not {wanted!r}; {advice}"
-            )
-    return config, best_trainable(workdir)

@@ -6,9 +6,8 @@ The same folder again continues where it stopped.
 """
 
 import contextlib
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +17,16 @@ import optax
 
 import rmlora_jax as rm
 from rmlora_jax import config as fields
-from rmlora_jax import methods
 from rmlora_jax.config import ConfigDict
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.files import plain, read_json, write_json
+from rmlora_jax.files import read_json, write_json
 from rmlora_jax.parallel.mesh import Devices, all_devices, shard
 from rmlora_jax.report.run import verdict, write_report
-from rmlora_jax.tasks.task import Outputs, measured
+from rmlora_jax.tasks.task import measured
 from rmlora_jax.train import checkpoint, finished, nonfinite, setup, snapshots, terminal
 from rmlora_jax.train.config import flatten, resolve
+from rmlora_jax.train.evaluate import Steps, apart, compile_steps, evaluate, spectrum
 from rmlora_jax.train.metrics import MetricWriter, read_metrics
 from rmlora_jax.train.step import State, updates_done
 from rmlora_jax.train.stopping import Stopped, watch
@@ -100,7 +99,7 @@ def train_program(
     config: Run,
     job: setup.Job,
     state: State,
-    compiled: "Steps",
+    compiled: Steps,
     keeper: checkpoint.Keeper,
     folders: Sequence[Path],
     devices: Devices,
@@ -136,63 +135,9 @@ def train_program(
         progress = stack.enter_context(contextlib.closing(terminal.Progress(job.steps)))
         state, seconds = fit(config, job, state, compiled, keeper, writers, progress, devices)
     keeper.wait()
-    return finish(
+    return finished.finish(
         job, state, keeper, compiled, folders, devices, began, seconds, job.steps - start, alone
     )
-
-
-def finish(
-    job, state: State, keeper, compiled, folders, devices, began, seconds, trained, alone
-) -> list[dict]:
-    """Evaluates the runs on test, and writes what is left to write into their folders.
-
-    ``seconds`` are those of the ``trained`` training steps of this start.
-    """
-    # Asked before the evaluations, which all processes wait for: no summary is written until then.
-    left = [i for i, folder in enumerate(folders) if not (folder / "summary.json").exists()]
-    last = best = reported(compiled, state.trainable, job, devices)
-    chosen, steps = keeper.best(state)
-    if any(step != job.steps for step in steps):
-        best = reported(compiled, chosen.trainable, job, devices)
-    predicted = {
-        split: apart(evaluate(compiled, chosen.trainable, job, split, devices), job)
-        for split in job.feed.unlabelled
-    }
-    summaries = []
-    for i in left:
-        run, folder, step = job.runs[i], folders[i], steps[i]
-        keeper.settle(i, folder, state, chosen, job)
-        # Programs over all devices, which therefore all processes run.
-        own, best_own = (job.axis.pick(s.trainable, i) for s in (state, chosen))
-        intrinsic = spectrum(own, job.frozen, job.lora[i])
-        summary = summary_of(
-            run,
-            job,
-            last=last[i],
-            best={"step": step} | (last[i] if step == job.steps else best[i]),
-            rate=trained * run.batch_size / seconds if seconds else None,
-            compile_seconds=compiled.seconds,
-            wall_seconds=time.monotonic() - began,
-            trainable=jax.device_get(own),
-            intrinsic=intrinsic,
-        )
-        factors = jax.device_get(best_own)
-        if jax.process_index() == 0:
-            for split, outputs in predicted.items():
-                out = outputs[i]
-                file = job.problem.write_predictions(folder, split, out.ids, out.predictions)
-                if alone:
-                    print(f"predictions of step {step:,} for {split}: {file}", flush=True)
-            finished.write_adapter(folder, run, job.lora[i], factors, job.problem, summary)
-            if not alone:
-                summary |= {
-                    "sweep": len(job.runs),
-                    "train_seconds": seconds / len(job.runs),
-                    "program_train_seconds": seconds,
-                }
-            write_json(folder / "summary.json", summary)
-        summaries.append(summary)
-    return summaries
 
 
 def header(config: Run, base: setup.Base, devices: Devices, workdir: Path, **more) -> str:
@@ -212,83 +157,8 @@ def header(config: Run, base: setup.Base, devices: Devices, workdir: Path, **mor
     )
 
 
-def summary_of(
-    config: Run,
-    job: setup.Job,
-    *,
-    last,
-    best,
-    rate,
-    compile_seconds,
-    wall_seconds,
-    trainable,
-    intrinsic,
-) -> dict:
-    """What ``summary.json`` says of a run."""
-    return {
-        "task": config.task,
-        "method": config.method,
-        "model": config.model.source,
-        "dataset": config.data.name,
-        "steps": job.steps,
-        "metric": job.problem.metrics[0],
-        "eval": last,
-        "best_eval": best,
-        "trainable_parameters": job.base.trainable_parameters,
-        "final_parameters": plain(methods.left(config, trainable)),
-        "total_parameters": job.base.total_parameters,
-        "skipped_records": list(job.problem.skipped),
-        "examples_per_second": rate,
-        "compile_seconds": compile_seconds,
-        "wall_seconds": wall_seconds,
-        "peak_memory_bytes": peak_memory(),
-        "intrinsic_dimension": plain(intrinsic),
-    }
-
-
 def ending(summary: dict, workdir: Path) -> str:
     return terminal.closing(summary, workdir, verdict=verdict(read_metrics(workdir)))
-
-
-class Compiled:
-    """A mapped step, compiled once for each shape of its batch; ``seconds`` is the time it took.
-
-    Compilation is thus apart from training in every figure, also where the batches of a long text
-    come late in a run.
-    """
-
-    def __init__(self, step: Any):
-        self.step, self.programs, self.seconds = step, {}, 0.0
-
-    def program(self, changed, constants, batch) -> Callable:
-        shapes = tuple((name, x.shape) for name, x in sorted(batch.items()))
-        if shapes not in self.programs:
-            began = time.monotonic()
-            self.programs[shapes] = self.step.lower(changed, constants, batch).compile()
-            self.seconds += time.monotonic() - began
-        return self.programs[shapes]
-
-    def __call__(self, changed, constants, batch):
-        return self.program(changed, constants, batch)(changed, constants, batch)
-
-
-class Steps(NamedTuple):
-    train: Compiled
-    evaluate: Compiled
-
-    @property
-    def seconds(self) -> float:
-        return self.train.seconds + self.evaluate.seconds
-
-
-def compile_steps(job: setup.Job, state: State, start: int, devices: Devices) -> Steps:
-    """Both steps, compiled for the shapes of their first batches from step ``start`` on."""
-    steps = Steps(Compiled(job.train_step), Compiled(job.eval_step))
-    batch = shard(next(iter(job.feed.train(start))), devices)
-    steps.train.program(state, job.constants, batch)
-    batch = shard(next(iter(job.feed.evaluate("validation"))), devices)
-    steps.evaluate.program(state.trainable, job.constants, batch)
-    return steps
 
 
 def fit(
@@ -444,62 +314,6 @@ def mean_of(metrics: list[dict]) -> dict[str, Any]:
     kept = [m for m in metrics if not m.get("skipped")] or metrics
     names = [k for k in metrics[0] if k != "skipped"]
     return {f"train/{k}": np.mean([m[k] for m in kept], dtype=np.float32) for k in names}
-
-
-def evaluate(compiled: Steps, trainable, job: setup.Job, split: str, devices: Devices) -> Outputs:
-    """The outputs for every example of a split, each once, in the order of their ids."""
-    batches = jax.device_get(
-        [
-            compiled.evaluate(trainable, job.constants, shard(batch, devices))
-            for batch in job.feed.evaluate(split)
-        ]
-    )
-    rows = {k: np.concatenate([b[k] for b in batches], axis=-1) for k in batches[0]}
-    order = np.argsort(rows["id"], kind="stable")
-    order = order[rows["mask"][order]]
-    return Outputs(*(rows[k][..., order] for k in ("id", "prediction", "label", "loss")))
-
-
-def apart(outputs: Outputs, job: setup.Job) -> list[Outputs]:
-    """The outputs of each run."""
-    predictions, losses = (
-        x.reshape(len(job.runs), -1) for x in (outputs.predictions, outputs.losses)
-    )
-    return [
-        outputs._replace(predictions=p, losses=x) for p, x in zip(predictions, losses, strict=True)
-    ]
-
-
-def reported(
-    compiled: Steps, trainable, job: setup.Job, devices: Devices
-) -> list[dict[str, float]]:
-    """The figures of every reported split of each run; names of the first are bare, "test_x" gives
-    "_x"."""
-    figures: list[dict[str, float]] = [{} for _ in job.runs]
-    for split in job.feed.tests:
-        suffix = split.removeprefix("test")
-        outputs = apart(evaluate(compiled, trainable, job, split, devices), job)
-        for own, found in zip(figures, outputs, strict=True):
-            values = measured(found, job.problem.metrics)
-            own |= {name + suffix: value for name, value in values.items()}
-    return figures
-
-
-def peak_memory() -> int | None:
-    """The most that this process's first device has held; None where it does not count."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-def spectrum(trainable, frozen, lora: rm.LoRA) -> dict:
-    """`rmlora_jax.intrinsic_dimension` of the adapted weights; {} for methods without."""
-    if lora.target is None:
-        return {}
-    return jax.device_get(_spectrum(trainable, frozen, lora))
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _spectrum(trainable, frozen, lora):
-    return rm.intrinsic_dimension(rm.join(trainable, frozen), lora)
 
 
 def use_compilation_cache(folder: str) -> None:

@@ -76,7 +76,7 @@ class Spikes:
 
         >>> spikes = Spikes()
         >>> spikes.add(1, [1.0, 1.2] * 60), spikes.add(121, [1.1, 5.0])
-        (None, 'step 122: the loss 5 is above 2.1, median + 10 MAD of the 100 steps before')
+        (None, 'step 122: the loss 5 is above 1.65, median + 10 MAD of the 100 steps before')
         """
         own = np.asarray(losses, np.float64)
         every = np.concatenate([self.before, own])

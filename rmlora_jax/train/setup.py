@@ -31,8 +31,8 @@ from rmlora_jax.parallel.mesh import (
 )
 from rmlora_jax.tasks import TASKS
 from rmlora_jax.tasks.task import Feed, Objective, Opening, Problem, data_notes, fields
+from rmlora_jax.train.checkpoint import read_base
 from rmlora_jax.train.config import swept
-from rmlora_jax.train.finished import read_base
 from rmlora_jax.train.nonfinite import make_look
 from rmlora_jax.train.step import (
     Constants,

@@ -106,13 +106,10 @@ def make_train_step(
                 return jax.tree.map(jnp.add, total, sums), weight
 
             sums, weights = jax.lax.scan(add, zeros, micros)
-            weight = weights.sum()
-        # The only reduction between devices in the step. A weight that is known before tracing, as
-        # a number of examples is, needs none.
-        if isinstance(weight, jax.Array):
-            sums, weight = jax.lax.psum((sums, weight), AXIS)
-        else:
-            sums, weight = jax.lax.psum(sums, AXIS), weight * jax.lax.axis_size(AXIS)
+            weight = None if weights is None else weights.sum()
+        # The only reduction between devices in the step.
+        sums, weight = jax.lax.psum((sums, weight), AXIS)
+        weight = local * jax.lax.axis_size(AXIS) if weight is None else weight
         grads, means = jax.tree.map(lambda x: x / weight, sums)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

@@ -475,8 +475,7 @@ def test_two_hundred_steps_end_where_the_factored_ones_do(dtype):
 def test_the_trainer_takes_it_from_its_config(config):
     for execution in ("auto", "merged"):
         config.lora.execution = execution
-        check_config(config)
-        assert description(config).execution == execution
+        assert description(check_config(config)).execution == execution
     config.lora.execution = "merge"
     with pytest.raises(UserError, match=r"config\.lora\.execution='merge'.*mean merged"):
         check_config(config)

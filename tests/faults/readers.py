@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+sys.path[:0] = [str(HERE.parent / "data"), str(HERE.parent), str(HERE.parent.parent)]
 
 FIXTURES = HERE.parent / "fixtures"
 TEXTS = ["A damaged file.", "Ünïcode, 1 2 3! " * 20, ""]
@@ -284,8 +284,9 @@ def make_run(folder):
 
 def read_run(folder):
     from rmlora_jax.errors import UserError
+    from rmlora_jax.train.checkpoint import read_base
     from rmlora_jax.train.config import default_config, resolve
-    from rmlora_jax.train.finished import read_base, read_finished
+    from rmlora_jax.train.finished import read_finished
     from rmlora_jax.train.loop import check_workdir
 
     read_finished(folder)

@@ -21,7 +21,7 @@ NEVER_CALLED = {"eval", "exec", "os.system", "os.popen", "torch.load", "torch.ji
 FETCHING = {"urlopen", "urlretrieve", "hf_hub_download", "snapshot_download", "create_connection"}
 COMPARES = "rmlora_jax/bench/torch_peft.py"  # with PEFT in PyTorch, where the user installed it
 MAY_FETCH = {  # what the config names: a data set, a model
-    "rmlora_jax/data/prepare/download.py", "rmlora_jax/data/prepare/__main__.py",
+    "rmlora_jax/data/download.py", "rmlora_jax/data/prepare.py",
     "rmlora_jax/hub/source.py",
 }
 
@@ -101,7 +101,8 @@ os.environ.pop("HF_HUB_OFFLINE", None)
 import jax
 import rmlora_jax.data, rmlora_jax.hub as hub
 from rmlora_jax.train.config import default_config, resolve
-from rmlora_jax.train import setup, mesh
+from rmlora_jax.parallel import mesh
+from rmlora_jax.train import setup
 c = default_config()
 c.data.name, c.model.source, c.data.cache = "digits", "vit-tiny-patch8-64-tinyimagenet", ""
 c.batch_size = c.eval_batch_size = 8 * jax.device_count()

@@ -64,7 +64,7 @@ def test_a_second_run_sweep_or_study_says_who_is_there(holder, tiny_vit, tmp_pat
         sweep.train(config, tmp_path / "run")
     study = ml_collections.ConfigDict()
     with pytest.MonkeyPatch.context() as patch:  # what a study is does not matter here
-        patch.setattr("rmlora_jax.study.run.check_study", lambda study: [])
+        patch.setattr("rmlora_jax.study.run.check_study", lambda study: (study, {}))
         patch.setattr("rmlora_jax.study.run.plan.cells", lambda *_: [])
         study.dry_run = False
         with pytest.raises(UserError, match=words):

@@ -1,8 +1,6 @@
 """SoRA's whole training against a re-computation in numpy, and the released optimizer's prox."""
 
-import doctest
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -290,9 +288,3 @@ def test_errors():
     for figures in (surviving, surviving_parameters):
         with pytest.raises(ValueError, match="no LoRA factors"):
             figures({"head": jnp.ones(3)})
-
-
-def test_examples_run():
-    module = importlib.import_module("rmlora_jax.optim.sora")
-    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
-    assert result.attempted > 5 and result.failed == 0

@@ -20,8 +20,8 @@ from rmlora_jax.models.frames import Frames, FramesConfig
 from rmlora_jax.parallel.mesh import all_devices
 from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import loop, setup
+from rmlora_jax.train.checkpoint import read_base
 from rmlora_jax.train.config import resolve
-from rmlora_jax.train.finished import read_base
 
 
 def write_set(folder, channels=3, each=(6, 4)):

@@ -14,7 +14,7 @@ from marks import slow
 
 from rmlora_jax.parallel.mesh import all_devices
 from rmlora_jax.sweep.grid import check_config
-from rmlora_jax.train import loop, setup
+from rmlora_jax.train import evaluate, setup
 from rmlora_jax.train.config import default_config, resolve, use_glue
 
 ROOT = Path(__file__).parent.parent.parent
@@ -135,10 +135,10 @@ def test_every_reported_split_has_its_figures(config):
         evaluate=lambda split, plain=job.feed.evaluate: plain(
             {"test_mismatched": "validation"}.get(split, split)),
     )))
-    steps = loop.Steps(loop.Compiled(job.train_step), loop.Compiled(job.eval_step))
-    (figures,) = loop.reported(steps, job.state.trainable, job, devices)
+    steps = evaluate.Steps(evaluate.Compiled(job.train_step), evaluate.Compiled(job.eval_step))
+    (figures,) = evaluate.reported(steps, job.state.trainable, job, devices)
     assert list(figures) == ["accuracy", "loss", "accuracy_mismatched", "loss_mismatched"]
-    outputs = loop.evaluate(steps, job.state.trainable, job, "validation", devices)
+    outputs = evaluate.evaluate(steps, job.state.trainable, job, "validation", devices)
     assert figures["accuracy_mismatched"] == np.mean(outputs.predictions == outputs.labels)
 
 
@@ -146,12 +146,12 @@ def test_each_length_is_compiled_once_and_timed_apart(config):
     config.eval_batch_size = 8
     devices = all_devices()
     job = setup.build(resolve(config), devices)
-    steps = loop.Steps(loop.Compiled(job.train_step), loop.Compiled(job.eval_step))
-    loop.evaluate(steps, job.state.trainable, job, "validation", devices)
+    steps = evaluate.Steps(evaluate.Compiled(job.train_step), evaluate.Compiled(job.eval_step))
+    evaluate.evaluate(steps, job.state.trainable, job, "validation", devices)
     programs, seconds = len(steps.evaluate.programs), steps.seconds
     assert programs == len({b["input_ids"].shape for b in job.feed.evaluate("validation")}) > 1
     assert seconds > 0 and not steps.train.programs
-    loop.evaluate(steps, job.state.trainable, job, "validation", devices)
+    evaluate.evaluate(steps, job.state.trainable, job, "validation", devices)
     assert len(steps.evaluate.programs) == programs and steps.seconds == seconds
 
 

@@ -15,7 +15,8 @@ from rmlora_jax.models import ViT
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.tasks import images
-from rmlora_jax.train import loop, setup
+from rmlora_jax.tasks.task import measured
+from rmlora_jax.train import evaluate, loop, setup
 from rmlora_jax.train.config import changes, resolve
 
 STEPS = 20
@@ -72,8 +73,9 @@ def test_evaluation_counts_are_equal_on_every_device_count(config, one_device):
     trainable = jax.device_get(state.trainable)
     for devices in (all_devices(limit=1), all_devices(), all_devices("pmap")):
         other = setup.build(resolve(config), devices)
-        steps = loop.Steps(loop.Compiled(other.train_step), loop.Compiled(other.eval_step))
-        results.append(loop.evaluate(steps, trainable, other, "test", devices))
+        compiled = map(evaluate.Compiled, (other.train_step, other.eval_step))
+        steps = evaluate.Steps(*compiled)
+        results.append(evaluate.evaluate(steps, trainable, other, "test", devices))
     for other in results[1:]:
         np.testing.assert_array_equal(results[0].predictions, other.predictions)
         np.testing.assert_array_equal(results[0].labels, other.labels)
@@ -94,7 +96,7 @@ def test_evaluation_counts_are_equal_on_every_device_count(config, one_device):
     np.testing.assert_array_equal(results[0].predictions, np.asarray(logits).argmax(-1))
     log_p = np.asarray(jax.nn.log_softmax(logits))[np.arange(360), labels]
     np.testing.assert_allclose(results[0].losses, -log_p, rtol=1e-4, atol=1e-6)
-    figures = loop.measured(results[0], ("accuracy",))
+    figures = measured(results[0], ("accuracy",))
     assert figures["accuracy"] == np.mean(np.asarray(logits).argmax(-1) == labels)
     np.testing.assert_allclose(figures["loss"], -log_p.mean(), rtol=1e-4)
 

@@ -1,0 +1,107 @@
+"""The two steps of a program, compiled; whole splits evaluated by them, and spectra of factors."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import rmlora_jax as rm
+from rmlora_jax.parallel.mesh import Devices, shard
+from rmlora_jax.tasks.task import Outputs, measured
+from rmlora_jax.train.setup import Job
+from rmlora_jax.train.step import State
+
+
+class Compiled:
+    """A mapped step, compiled once for each shape of its batch; ``seconds`` is the time it took.
+
+    Compilation is thus apart from training in every figure, also where the batches of a long text
+    come late in a run.
+    """
+
+    def __init__(self, step: Any):
+        self.step, self.programs, self.seconds = step, {}, 0.0
+
+    def program(self, changed, constants, batch) -> Callable:
+        shapes = tuple((name, x.shape) for name, x in sorted(batch.items()))
+        if shapes not in self.programs:
+            began = time.monotonic()
+            self.programs[shapes] = self.step.lower(changed, constants, batch).compile()
+            self.seconds += time.monotonic() - began
+        return self.programs[shapes]
+
+    def __call__(self, changed, constants, batch):
+        return self.program(changed, constants, batch)(changed, constants, batch)
+
+
+class Steps(NamedTuple):
+    train: Compiled
+    evaluate: Compiled
+
+    @property
+    def seconds(self) -> float:
+        return self.train.seconds + self.evaluate.seconds
+
+
+def compile_steps(job: Job, state: State, start: int, devices: Devices) -> Steps:
+    """Both steps, compiled for the shapes of their first batches from step ``start`` on."""
+    steps = Steps(Compiled(job.train_step), Compiled(job.eval_step))
+    batch = shard(next(iter(job.feed.train(start))), devices)
+    steps.train.program(state, job.constants, batch)
+    batch = shard(next(iter(job.feed.evaluate("validation"))), devices)
+    steps.evaluate.program(state.trainable, job.constants, batch)
+    return steps
+
+
+def evaluate(compiled: Steps, trainable, job: Job, split: str, devices: Devices) -> Outputs:
+    """The outputs for every example of a split, each once, in the order of their ids."""
+    batches = jax.device_get(
+        [
+            compiled.evaluate(trainable, job.constants, shard(batch, devices))
+            for batch in job.feed.evaluate(split)
+        ]
+    )
+    rows = {k: np.concatenate([b[k] for b in batches], axis=-1) for k in batches[0]}
+    order = np.argsort(rows["id"], kind="stable")
+    order = order[rows["mask"][order]]
+    return Outputs(*(rows[k][..., order] for k in ("id", "prediction", "label", "loss")))
+
+
+def apart(outputs: Outputs, job: Job) -> list[Outputs]:
+    """The outputs of each run."""
+    predictions, losses = (
+        x.reshape(len(job.runs), -1) for x in (outputs.predictions, outputs.losses)
+    )
+    return [
+        outputs._replace(predictions=p, losses=x) for p, x in zip(predictions, losses, strict=True)
+    ]
+
+
+def reported(
+    compiled: Steps, trainable, job: Job, devices: Devices
+) -> list[dict[str, float]]:
+    """The figures of every reported split of each run; names of the first are bare, "test_x" gives
+    "_x"."""
+    figures: list[dict[str, float]] = [{} for _ in job.runs]
+    for split in job.feed.tests:
+        suffix = split.removeprefix("test")
+        outputs = apart(evaluate(compiled, trainable, job, split, devices), job)
+        for own, found in zip(figures, outputs, strict=True):
+            values = measured(found, job.problem.metrics)
+            own |= {name + suffix: value for name, value in values.items()}
+    return figures
+
+
+def spectrum(trainable, frozen, lora: rm.LoRA) -> dict:
+    """`rmlora_jax.intrinsic_dimension` of the adapted weights; {} for methods without."""
+    if lora.target is None:
+        return {}
+    return jax.device_get(_spectrum(trainable, frozen, lora))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _spectrum(trainable, frozen, lora):
+    return rm.intrinsic_dimension(rm.join(trainable, frozen), lora)
