@@ -100,7 +100,7 @@ class BertConfig(EncoderConfig):
 
     @classmethod
     def from_hf(cls, config):
-        """See `ModelConfig.from_hf`.
+        """See ``ModelConfig.from_hf``.
 
         >>> BertConfig.from_hf({"model_type": "bert", "hidden_size": 384}).head_dropout
         0.1

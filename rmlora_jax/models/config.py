@@ -99,7 +99,8 @@ class EncoderConfig(ModelConfig):
       attention_probs_dropout_prob: dropout on attention weights (training).
       initializer_range: standard deviation of new weights.
       layer_norm_eps: epsilon of every layer norm.
-      bottleneck_width: width of an adapter behind attention and MLP; 0: none (see `Bottleneck`).
+      bottleneck_width: width of an adapter behind attention and MLP; 0: none (see
+        ``models.blocks.Bottleneck``).
     """
 
     hidden_size: int = 768

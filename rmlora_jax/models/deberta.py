@@ -168,7 +168,7 @@ class DebertaConfig(EncoderConfig):
 
     @classmethod
     def from_hf(cls, config):
-        """See `ModelConfig.from_hf`.
+        """See ``ModelConfig.from_hf``.
 
         >>> DebertaConfig.from_hf({"model_type": "deberta-v2", "pos_att_type": "p2c|c2p"}).terms
         ()

@@ -92,7 +92,7 @@ class ViTConfig(EncoderConfig):
 
     @classmethod
     def from_hf(cls, config):
-        """See `ModelConfig.from_hf`.
+        """See ``ModelConfig.from_hf``.
 
         >>> ViTConfig.from_hf({"model_type": "vit", "image_size": 384}).image_size
         384
