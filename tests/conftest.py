@@ -35,6 +35,15 @@ TINY_RUN = {
 }
 
 
+# Folders whose files take long though they hold few tests. Workers get them first: a worker that
+# began the longest file last would end long after the others.
+LONG = ("sweep", "faults", "train", "tasks", "parallel")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.parent.name not in LONG)  # otherwise in the old order
+
+
 @pytest.fixture
 def config(tiny_vit):
     """Twenty steps of that ViT on digits, in float32."""
@@ -64,3 +73,15 @@ def tiny_vit(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(cases.config_of(TINY_RUN)))
     safetensors.numpy.save_file(cases.weights_of(TINY_RUN), folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed_run(tiny_vit, tmp_path_factory):
+    """The folder of the run that runs with faults are compared with. Do not write into it."""
+    from faults import small
+
+    workdir = tmp_path_factory.mktemp("faults") / "undisturbed"
+    with pytest.MonkeyPatch.context() as patch:
+        small.on_one_device(patch)
+        small.train(small.config_of(tiny_vit), workdir)
+    return workdir

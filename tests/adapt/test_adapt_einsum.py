@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.adapted import X, paths, prepared, with_random_factors
-from marks import slow
+from marks import every_other, slow, slow_but
 
 from rmlora_jax import Layer, LoRA, adapt, attach, merge, split
 from rmlora_jax.adapt import geometry as geometry_of
@@ -88,7 +88,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("dtypes", [slow("float32"), slow("bfloat16 compute"), "bfloat16 base"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(list(MODELS), *list(MODELS)[1::2]))
 def test_output_at_initialisation_is_the_base_output_bit_for_bit(name, dtypes):
     build, x = MODELS[name]
     model = build(None if dtypes == "float32" else jnp.bfloat16)
@@ -102,7 +102,7 @@ def test_output_at_initialisation_is_the_base_output_bit_for_bit(name, dtypes):
 
 
 @pytest.mark.parametrize("execution", ["factored", slow("merged")])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", every_other(MODELS))
 def test_factored_output_is_that_of_the_base_on_merged_parameters(name, execution):
     build, x = MODELS[name]
     model, lora = build(None), LoRA(rank=2, alpha=6, execution=execution)

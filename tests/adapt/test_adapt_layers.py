@@ -66,7 +66,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("name", "dtypes"), [c if c[1] == "bfloat16 base" else slow(*c) for c in CASES]
+    ("name", "dtypes"),  # the quick half are the layers that the next test leaves to the slow run
+    [c if c[1] == "bfloat16 base" and c[0] in list(MODELS)[1::2] else slow(*c) for c in CASES],
 )
 def test_output_at_initialisation_is_the_base_output_bit_for_bit(name, dtypes):
     build, x = MODELS[name]

@@ -79,7 +79,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(list(MODELS), "scan of remat", "middle axis"))
+@pytest.mark.parametrize("name", slow_but(list(MODELS), "scan of remat"))
 def test_gradients_are_those_of_the_factored_products(name):
     factored, merging, params, lora = both(MODELS[name], train=None)
     expected = gradients(factored, params, lora)
@@ -153,7 +153,7 @@ def test_gradients_are_the_formula_in_float64():
         assert_close(f, e, 1e-6)
 
 
-@pytest.mark.parametrize("base", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("base", [slow(jnp.float32), jnp.bfloat16])
 def test_bfloat16_gradients_are_within_rounding(base):
     """The same parameters in float64 are the truth: both ways miss it by a few roundings of
     2^-9 relative to the largest entry, and merged no more than twice as much as factored."""
@@ -248,7 +248,7 @@ def program(kind, execution, tokens):
     return lambda t, f, x: model.apply({"params": join(t, f)}, x), (*split(params, lora), x)
 
 
-@pytest.mark.parametrize("kind", ["scanned", "unrolled", "remat", "NNX"])
+@pytest.mark.parametrize("kind", [slow("scanned"), slow("unrolled"), "remat", "NNX"])
 def test_only_the_merge_is_as_large_as_a_weight(kind):
     run, arguments = program(kind, "merged", 512)
     gradient = jax.make_jaxpr(jax.grad(lambda *a: run(*a).sum()))(*arguments).jaxpr
@@ -318,7 +318,7 @@ def gradients_of(model, trainable, frozen, x):
 
 
 @pytest.mark.parametrize(
-    "how", ["checked shard_map", "sharded weights", slow("shard_map"), slow("pmap")]
+    "how", ["checked shard_map", slow("sharded weights"), slow("shard_map"), slow("pmap")]
 )
 def test_eight_devices_give_the_gradients_of_one(how):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(16, 6, 8)), jnp.float32)
@@ -347,7 +347,7 @@ def test_eight_devices_give_the_gradients_of_one(how):
     assert_close(found, expected, 1e-5)
 
 
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [slow(None), jnp.bfloat16])
 def test_the_output_at_initialisation_is_the_base_bit_for_bit(dtype):
     model = Headed(nn.remat(Block), dtype=dtype)
     _, base, params = prepared(model, X, LoRA(2, **HEADED))

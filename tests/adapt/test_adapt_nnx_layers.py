@@ -16,7 +16,8 @@ CASES += [(name, dtypes) for name in KINDS for dtypes in ("bfloat16 compute", "b
 
 
 @pytest.mark.parametrize(
-    ("name", "dtypes"), [c if c[1] == "bfloat16 base" else slow(*c) for c in CASES]
+    ("name", "dtypes"),
+    [c if c[1] == "bfloat16 base" and c[0] in list(LAYERS)[::2] else slow(*c) for c in CASES],
 )
 def test_output_at_initialisation_is_the_base_output_bit_for_bit(name, dtypes):
     base, x = built(name, dtypes)

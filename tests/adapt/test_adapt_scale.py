@@ -15,6 +15,7 @@ from fixtures.adapted import Encoder, Scanned, X, prepared, with_random_factors
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from marks import slow
 
 import rmlora_jax as rm
 from rmlora_jax import LoRA, adapt, attach, join, merge, split
@@ -61,7 +62,7 @@ class Model(nn.Module):
         return body(self.logical, name="layers")(x, None)[0]
 
 
-@pytest.mark.parametrize("logical", [False, True], ids=["mesh names", "logical names"])
+@pytest.mark.parametrize("logical", [slow(False), True], ids=["mesh names", "logical names"])
 def test_a_mesh_of_two_by_two_keeps_every_placement(logical):
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     lora, model = LoRA(2, 6), Model(logical)

@@ -46,7 +46,7 @@ def lowered(step, arguments):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        slow({}),
         slow({"data.mode": "stream", "accumulate": 2}),
         {"method": "adalora", "model.base_dtype": "bfloat16"},
         slow({"method": "bottleneck"}),

@@ -129,7 +129,7 @@ def test_the_floor_has_nothing_to_train_and_reads_the_whole_base():
 
 
 @pytest.mark.parametrize(
-    "name", slow_but([n for n in variants.VARIANTS if n != "floor"], "full", "rm_lora")
+    "name", slow_but([n for n in variants.VARIANTS if n != "floor"], "rm_lora")
 )
 def test_a_step_moves_what_it_trains(name):
     entry = ENTRIES["vit"]
@@ -210,7 +210,7 @@ def test_the_state_is_donated_and_the_base_survives():
 
 # bert with as many texts as the rank: its pooler's gradient is a product of A's and B's shapes; its
 # layers are as many, too: the penalty's products have the shape of all their biases.
-@pytest.mark.parametrize(("model", "size"), [("vit", 3), ("bert", 2)])
+@pytest.mark.parametrize(("model", "size"), [("vit", 3), slow("bert", 2)])
 @pytest.mark.parametrize("execution", ["factored", "merged"])
 def test_execution_is_read_off_the_program(execution, model, size):
     entry = ENTRIES[model]
@@ -237,9 +237,9 @@ COUNTED = {
 
 @pytest.mark.parametrize(
     "kind, name, modules",
-    [("vit", "floor", "all"), ("vit", "lora", "all"), slow("vit", "lora", "query+value"),
+    [slow("vit", "floor", "all"), ("vit", "lora", "all"), slow("vit", "lora", "query+value"),
      slow("vit", "lora", "mlp"), slow("vit", "full", "all"), slow("vit", "head", "all"),
-     slow("bert", "head", "all"), ("bert", "lora", "attention"),
+     slow("bert", "head", "all"), slow("bert", "lora", "attention"),
      slow("deberta", "floor", "all"), ("deberta", "lora", "all"), slow("deberta", "full", "all")],
 )
 def test_the_formula_counts_what_xla_counts(kind, name, modules):

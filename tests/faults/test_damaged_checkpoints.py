@@ -33,13 +33,6 @@ def one_device():
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_vit, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("damage") / "whole"
-    train(config_of(tiny_vit), workdir)
-    return workdir
-
-
-@pytest.fixture(scope="module")
 def killed(tiny_vit, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("damage") / "killed"
     train(config_of(tiny_vit), workdir, until=LAST)
@@ -88,7 +81,7 @@ def test_any_file_of_the_newest_checkpoint(run, killed, tiny_vit, tmp_path, how)
     assert len(files) > 10 and found.count(EVERY) >= 4
 
 
-def test_a_run_goes_on_from_the_one_before_to_the_same_end(run, whole, tiny_vit, capsys):
+def test_a_run_goes_on_from_the_one_before_to_the_same_end(run, undisturbed_run, tiny_vit, capsys):
     damage_data(run, LAST)
     train(config_of(tiny_vit), run)
     said = capsys.readouterr().out
@@ -96,15 +89,15 @@ def test_a_run_goes_on_from_the_one_before_to_the_same_end(run, whole, tiny_vit,
     assert f"it is now {run}/damaged/{LAST}" in said
     assert f"continuing after step {EVERY}" in said
     assert (run / "damaged" / str(LAST)).is_dir()
-    check_same_end(whole, run)
+    check_same_end(undisturbed_run, run)
 
 
 @pytest.mark.slow
-def test_lost_figures_are_damage_too(run, whole, tiny_vit, capsys):
+def test_lost_figures_are_damage_too(run, undisturbed_run, tiny_vit, capsys):
     damage(run / "checkpoints" / str(LAST) / "metrics" / "metrics", "half")
     train(config_of(tiny_vit), run)
     assert f"checkpoints/{LAST} has damaged metrics" in capsys.readouterr().out
-    check_same_end(whole, run)
+    check_same_end(undisturbed_run, run)
 
 
 def test_where_none_is_whole_nothing_is_moved_or_begun(run, tiny_vit):
@@ -136,7 +129,9 @@ def test_where_all_are_gone_a_run_does_not_begin_again(run, tiny_vit, what):
 
 
 @pytest.mark.slow
-def test_killed_before_its_first_checkpoint_a_run_begins_again(killed, whole, tiny_vit, tmp_path):
+def test_killed_before_its_first_checkpoint_a_run_begins_again(
+    killed, undisturbed_run, tiny_vit, tmp_path
+):
     shutil.copytree(killed, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     kept = rows(tmp_path / "run")[:EVERY]  # with the evaluation whose checkpoint never was
@@ -144,7 +139,7 @@ def test_killed_before_its_first_checkpoint_a_run_begins_again(killed, whole, ti
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines[:EVERY]))
     assert "eval/loss" in kept[-1]
     train(config_of(tiny_vit), tmp_path / "run")
-    check_same_end(whole, tmp_path / "run")
+    check_same_end(undisturbed_run, tmp_path / "run")
 
 
 @pytest.mark.slow

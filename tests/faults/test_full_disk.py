@@ -30,13 +30,6 @@ def one_device():
         yield
 
 
-@pytest.fixture(scope="module")
-def whole(tiny_vit, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("disk") / "whole"
-    train(config_of(tiny_vit), workdir)
-    return workdir
-
-
 def full(path):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
@@ -60,7 +53,7 @@ def half_a_line(path, line, append=metrics._append):
     [(checkpoint, "write", no_checkpoint), slow(metrics, "_append", half_a_line)],
 )
 def test_what_was_saved_stays(
-    whole, tiny_vit, tmp_path, monkeypatch, module, name, refusing
+    undisturbed_run, tiny_vit, tmp_path, monkeypatch, module, name, refusing
 ):
     with monkeypatch.context() as patch:
         patch.setattr(module, name, refusing)
@@ -70,7 +63,7 @@ def test_what_was_saved_stays(
     assert f"cannot write to {tmp_path}: No space left on device" in said
     assert f"the checkpoint of step {EVERY} is whole" in said and "free some space" in said
     train(config_of(tiny_vit), tmp_path)
-    check_same_end(whole, tmp_path)
+    check_same_end(undisturbed_run, tmp_path)
 
 
 def test_a_folder_that_nobody_can_make(tiny_vit):

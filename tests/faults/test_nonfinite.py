@@ -169,7 +169,8 @@ def test_of_a_line_of_several_steps_the_finite_ones_are_the_mean(
 def test_after_so_many_in_a_row_a_run_ends(one_device, config, tmp_path):
     config.optimizer.learning_rate, config.nonfinite_limit = 1e35, 5
     config.optimizer.schedule = "constant"
-    ids = next(iter(setup.build(resolve(config), mesh.all_devices(limit=1)).feed.train(1)))["id"]
+    base = setup.open_base(resolve(config), mesh.all_devices(limit=1))
+    ids = next(iter(base.feed.train(1)))["id"]
     with pytest.raises(UserError) as raised:
         train(config, tmp_path)
     said = str(raised.value)

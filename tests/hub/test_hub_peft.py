@@ -202,7 +202,7 @@ def test_from_here_to_the_file_and_back_is_exact(bases, case, name, train, speci
     assert ("pooler", "kernel") in trained or name == "vit"
 
 
-@pytest.mark.parametrize("kind", [rm.AdaLoRA, rm.SoRA])
+@pytest.mark.parametrize("kind", [rm.AdaLoRA, slow(rm.SoRA)])
 def test_adalora_and_sora_are_written_as_plain_lora(bases, kind, tmp_path):
     model, base = bases["plain"]
     lora = kind(rank=4, alpha=6, target=r"encoder/layers/(attention/query|mlp/fc1)", train="head")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 from fixtures.text.tiny import WORDS, write_head, write_model
+from marks import slow
 from PIL import EpsImagePlugin, Image
 
 import rmlora_jax as rm
@@ -140,7 +141,7 @@ def as_trained(config, dataset, base, split, dtype="float32"):
     return np.concatenate(logits), {k: np.concatenate([rows[k] for rows in said]) for k in names}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_small_squares_give_the_trainers_logits(tiny_vit, vit, tmp_path, dtype):
     digits = data.load_images("digits")
     expected, rows = as_trained(tiny_config(tiny_vit), digits, vit, "test", dtype)
@@ -415,7 +416,7 @@ def test_whole_models_say_what_they_are_for(tiny_vit, bert, tmp_path):
     assert values[0] != values[1]
 
 
-@pytest.mark.parametrize("inside", [".", "adapter"])
+@pytest.mark.parametrize("inside", [slow("."), "adapter"])
 def test_an_adapter_is_put_on_its_base(tiny_vit, tmp_path, inside):
     base = hub.load_vit(tiny_vit, num_classes=3, image_size=24)
     params = adapted(base)[1]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 from flax.traverse_util import flatten_dict
+from marks import slow
 
 from rmlora_jax.models import Bert, BertConfig, Deberta, DebertaConfig, ViT, ViTConfig
 from rmlora_jax.models.attention import padded_attention
@@ -83,7 +84,7 @@ def test_a_bottleneck_is_its_formula():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vit", "bert"])
+@pytest.mark.parametrize("name", [slow("vit"), "bert"])
 def test_a_prefix_is_keys_and_values_in_front(name):
     """A layer's attention, in float64 and with a loop over the heads."""
     _, params, model, more, example = models(name, prefix_length=5)
@@ -125,7 +126,7 @@ def test_a_prefix_is_keys_and_values_in_front(name):
     assert model.apply({"params": more}, *example).shape == (2, 5)
 
 
-@pytest.mark.parametrize("name", ["vit", "bert"])
+@pytest.mark.parametrize("name", ["vit", slow("bert")])
 def test_a_prefix_without_weight_is_the_base(name):
     """Keys that no query looks at: biases of the queries point away from them."""
     plain, params, model, more, example = models(name, prefix_length=3)

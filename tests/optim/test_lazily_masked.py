@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import slow
 
 from rmlora_jax.optim.masking import LazilyMaskedState, lazily_masked, mask_gradients, step_masks
 
@@ -150,7 +151,7 @@ def movement_in_hidden_directions(make, keep):
     return float(hidden.sum() / total.sum())
 
 
-@pytest.mark.parametrize("keep, share", [(0.5, 0.45), (0.125, 0.79)])
+@pytest.mark.parametrize("keep, share", [(0.5, 0.45), slow(0.125, 0.79)])
 def test_a_mask_before_adam_does_not_freeze(keep, share):
     """The figures of mask_gradients' warning, with gradients that are pure noise."""
     before = movement_in_hidden_directions(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import slow
 
 from rmlora_jax.optim.masking import kept_fraction, step_masks
 from rmlora_jax.optim.orthogonality import orthogonality
@@ -140,7 +141,7 @@ def schedule(t):
     return RATE * (1 - t / 40)
 
 
-@pytest.mark.parametrize("placement", ["before", "after", "lazy"])
+@pytest.mark.parametrize("placement", ["before", slow("after"), "lazy"])
 @pytest.mark.parametrize("options", [
     {"keep": 0.5},
     {"keep": 2, "draw": "exact", "coupling": "independent"},
@@ -181,7 +182,7 @@ def test_authors_exact_is_their_step():
 
 
 @pytest.mark.parametrize("placement", ["before", "after", "lazy"])
-@pytest.mark.parametrize("clip", [1.0, None])
+@pytest.mark.parametrize("clip", [1.0, slow(None)])
 def test_keep_one_and_no_penalty_is_plain_lora_bit_for_bit(placement, clip):
     params, base, x, y = to_jax(problem())
     rate = optax.linear_schedule(RATE, 0, 40)

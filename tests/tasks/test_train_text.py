@@ -1,6 +1,8 @@
 """``python run.py`` on texts: what it leaves, on any number of devices, and how it refuses."""
 
+import contextlib
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -12,9 +14,12 @@ from fake_devices import with_devices
 from fixtures.text.tiny import config_of, write_model, write_texts
 from marks import slow
 
+from configs import text_classification
+from rmlora_jax.errors import UserError
+from rmlora_jax.parallel import mesh
 from rmlora_jax.parallel.mesh import all_devices
 from rmlora_jax.sweep.grid import check_config
-from rmlora_jax.train import evaluate, setup
+from rmlora_jax.train import evaluate, loop, setup
 from rmlora_jax.train.config import default_config, resolve, use_glue
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,6 +34,25 @@ def files(tmp_path_factory):
     return root
 
 
+def fields(files):
+    return {
+        "model.source": str(files / "model"),
+        "model.dtype": "float32",
+        "optimizer.learning_rate": 1e-2,
+        "steps": 40,
+        "batch_size": 16,
+        "eval_batch_size": 32,
+        "eval_every": 20,
+        "log_every": 1,
+        "text.max_length": 48,
+        "text.train_file": str(files / "train.jsonl"),
+        "text.test_file": str(files / "test.jsonl"),
+        "text.predict_file": str(files / "blind.jsonl"),
+        "text.cache": str(files / "cache"),
+        "compilation_cache": "",
+    }
+
+
 def run(files, workdir, *overrides, devices=1, check=True, config="configs/text_classification.py"):
     done = subprocess.run(
         [
@@ -36,20 +60,7 @@ def run(files, workdir, *overrides, devices=1, check=True, config="configs/text_
             str(ROOT / "run.py"),
             f"--config={ROOT}/{config}",
             f"--workdir={workdir}",
-            f"--config.model.source={files / 'model'}",
-            "--config.model.dtype=float32",
-            "--config.optimizer.learning_rate=1e-2",
-            "--config.steps=40",
-            "--config.batch_size=16",
-            "--config.eval_batch_size=32",
-            "--config.eval_every=20",
-            "--config.log_every=1",
-            "--config.text.max_length=48",
-            f"--config.text.train_file={files / 'train.jsonl'}",
-            f"--config.text.test_file={files / 'test.jsonl'}",
-            f"--config.text.predict_file={files / 'blind.jsonl'}",
-            f"--config.text.cache={files / 'cache'}",
-            "--config.compilation_cache=",
+            *(f"--config.{name}={value}" for name, value in fields(files).items()),
             *overrides,
         ],
         env=with_devices(devices),
@@ -67,12 +78,18 @@ def rows(workdir):
 
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "finished"
-    return workdir, run(files, workdir)
+    """A run in this process, which has imported everything already; and what it printed."""
+    workdir, said = tmp_path_factory.mktemp("runs") / "finished", io.StringIO()
+    config = text_classification.get_config()
+    config.update_from_flattened_dict(fields(files))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(loop, "all_devices", lambda name, **_: mesh.all_devices(name, limit=1))
+        loop.train(config, workdir)
+    return workdir, said.getvalue()
 
 
 def test_what_a_run_leaves(finished, files):
-    workdir, done = finished
+    workdir, said = finished
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["task"] == "text_classification" and summary["metric"] == "accuracy"
     correct = 60 * summary["eval"]["accuracy"]
@@ -92,7 +109,7 @@ def test_what_a_run_leaves(finished, files):
     assert [row["step"] for row in found] == list(range(1, 41))
     assert {"eval/accuracy", "eval/loss"} <= found[19].keys()
     for words in ("newly initialised", "predictions of step", "test, last step"):
-        assert words in done.stdout
+        assert words in said
     assert (workdir / "report.png").stat().st_size > 10_000
     assert list((files / "cache").iterdir())
 
@@ -172,8 +189,8 @@ def test_glue_configs(name, file):
 @pytest.mark.parametrize(
     ("overrides", "config", "words"),
     [
-        (["--config.text.columns=('body',)"], None, ["train.jsonl", "'body'", "'text'"]),
-        (["--config.text.max_length=100"], None, ["64", "text.max_length"]),
+        slow(["--config.text.columns=('body',)"], None, ["train.jsonl", "'body'", "'text'"]),
+        slow(["--config.text.max_length=100"], None, ["64", "text.max_length"]),
         slow(["--config.model.attention=cudnn"], None, ["model.attention"]),
         slow(["--config.text.metrics=('auc',)"], None, ["text.metrics", "matthews"]),
         slow(["--config.task=text_clasification"], None, ["did you mean text_classification"]),
@@ -187,6 +204,20 @@ def test_mistakes_end_in_plain_words(overrides, config, words, files, tmp_path):
     assert len(done.stderr.strip().splitlines()) <= 3, done.stderr
     for word in words:
         assert word in done.stderr, done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"text.columns": ("body",)}, r"train\.jsonl.*'body'.*'text'"),
+     ({"text.max_length": 100}, r"text\.max_length.*64|64.*text\.max_length")],
+)
+def test_texts_that_do_not_fit_are_refused_before_anything_is_written(
+    config, fields, words, tmp_path
+):
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(UserError, match=f"(?s){words}"):
+        loop.train(config, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

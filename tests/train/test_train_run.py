@@ -212,13 +212,13 @@ def test_other_methods(tiny_vit, tmp_path, method, trained):
         slow(["--config.rm.draw=exact", "--config.rm.keep=9"], 1, ["--config.rm."]),
         slow(["--config.model.attention=cudnn"], 1, ["--config.model.attention"]),
         (["--config=configs/nothing.py"], 1, ["no config file", "quickstart.py"]),
-        (["--config.batch_size=12"], 8, ["batch_size=12", "8 devices", "--config.batch_size="]),
+        slow(["--config.batch_size=12"], 8, ["batch_size=12", "8 devices", "--config.batch_size="]),
         slow(["--config.model.source=some/where"], 1, ["some/where"]),
         slow(["--config.data.name=cifar100", "--config.data.data_dir=/nonexistent"], 1,
              ["cifar100"]),
         slow(["--config.data.name=cifar1000"], 1, ["cifar1000", "cifar100"]),
-        (["--config.optimizer.learning_rate=-1", "--config.rm.keep=2"], 1,
-         ["config.optimizer.learning_rate=-1", "config.rm.keep=2"]),
+        slow(["--config.optimizer.learning_rate=-1", "--config.rm.keep=2"], 1,
+             ["config.optimizer.learning_rate=-1", "config.rm.keep=2"]),
     ],
 )
 def test_mistakes_end_in_plain_words(tiny_vit, tmp_path, overrides, devices, words):
@@ -231,12 +231,14 @@ def test_mistakes_end_in_plain_words(tiny_vit, tmp_path, overrides, devices, wor
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow  # in the normal run: tests/faults/test_other_config.py
 def test_another_config_in_the_same_folder_is_refused(finished, tiny_vit):
     done = run(tiny_vit, finished[0], "--config.optimizer.learning_rate=0.5", check=False)
     assert done.returncode == 1
     assert "optimizer.learning_rate: 0.002 -> 0.5" in done.stderr
 
 
+@pytest.mark.slow  # in the normal run: tests/faults/test_damaged_checkpoints.py
 def test_damaged_checkpoint_is_reported(finished, tiny_vit, tmp_path):
     workdir = tmp_path / "damaged"
     shutil.copytree(finished[0], workdir)

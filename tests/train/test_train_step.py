@@ -225,3 +225,10 @@ def test_labels_out_of_range_are_named():
 def test_mean_of_metrics():
     rows = [{"loss": np.float32(1)}, {"loss": np.float32(2)}, {"loss": np.float32(6)}]
     assert loop.mean_of(rows) == {"train/loss": 3.0}
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(config, tmp_path):
+    config.batch_size = 12
+    with pytest.raises(UserError, match=r"batch_size=12 .* 8 devices; type --config\.batch_size="):
+        loop.train(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
