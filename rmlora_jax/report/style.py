@@ -83,6 +83,13 @@ def finish_panel(ax, title, xlabel, ylabel, *, last=None, grid="", caption="", l
         ax.set_xlim(-0.02 * last, 1.02 * max(last, 1))
 
 
+def key(ax, names: Sequence[str], marker: str, **where) -> None:
+    """A legend of methods by their colours."""
+    for name in names:
+        ax.plot([], [], marker, color=colour(name, names), label=name)
+    ax.legend(frameon=False, fontsize=10, **where)
+
+
 def caption(figure, text: str) -> None:
     """Small words under everything, as wide as the figure."""
     width, height = figure.get_size_inches()
