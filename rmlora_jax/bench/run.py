@@ -37,9 +37,8 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
     """Times what ``options`` name.
 
     Returns:
-      What ``bench.json`` holds: ``options``; ``device`` and versions; ``product``, the repeats of
-      the large matrix product; and ``programs``, for each row its name, the repeats in ``ms``,
-      memory, flops and what else is known of it. All of it plain numbers, strings and lists.
+      What ``bench.json`` holds, all of it plain numbers, strings and lists; ``programs`` has the
+      rows, ``product`` the repeats of the large matrix product.
 
     Raises:
       UserError: options that do not fit together, or what ``--peft`` needs is not installed.

@@ -36,28 +36,16 @@ class Spread(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the table; figures that a row does not have are None.
+    """A row of the table; figures that a row does not have are None."""
 
-    Attributes:
-      name: of the step.
-      ms: milliseconds a step, over the repeats.
-      ratios: "floor" and "lora" -> the ratio to that row, over pairs of the same repeat.
-      rate: examples a second, from the median.
-      memory: bytes.
-      share: of the arithmetic limit: flops of the step over those that the large matrix product
-        reached in its best repeat, in the same time.
-      compile_seconds: until the step was compiled.
-      note: why there are no figures, or "".
-    """
-
-    name: str
-    ms: Spread | None
-    ratios: dict[str, Spread]
-    rate: float | None
-    memory: int | None
-    share: float | None
+    name: str  # of the step
+    ms: Spread | None  # a step, over the repeats
+    ratios: dict[str, Spread]  # to the rows "floor" and "lora", over pairs of the same repeat
+    rate: float | None  # examples a second, from the median
+    memory: int | None  # bytes
+    share: float | None  # flops over what the best repeat of the product did in the same time
     compile_seconds: float | None
-    note: str
+    note: str  # why there are no figures, or ""
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -112,16 +100,13 @@ def _figures(row: Row) -> tuple[str, ...]:
     memory = "" if row.memory is None else amount(row.memory)
     if row.ms is None:
         return row.note, "", "", "", "", memory, "", compiled
-    ratios = [_ratio(row.ratios.get(name)) for name in RATIOS]
+    ratios = ["", ""]
+    for i, name in enumerate(RATIOS):
+        if found := row.ratios.get(name):
+            ratios[i] = f"{found.median:.3f} ({found.low:.3f} - {found.high:.3f})"
     share = "" if row.share is None else f"{100 * row.share:.0f} %"
     quartiles = f"{number(row.ms.low)} - {number(row.ms.high)}"
     return number(row.ms.median), quartiles, *ratios, f"{row.rate:,.0f}", memory, share, compiled
-
-
-def _ratio(found: Spread | None) -> str:
-    if found is None:
-        return ""
-    return f"{found.median:.3f} ({found.low:.3f} - {found.high:.3f})"
 
 
 def number(value: float) -> str:

@@ -1,11 +1,9 @@
 """PyTorch's PEFT on the same shapes, for the rows of ``--peft``.
 
-LoRA of the same rank on the same linear layers of the model of transformers, weights at random, in
-eager mode; everything, the factors too, is in the compute dtype, which is PEFT at its fastest. The
-second row adds what the authors of RM-LoRA do, written anew from its description: after each
-backward pass a Python loop over the modules draws k of r rank directions and sets the gradients of
-the others to 0, and the penalty of every module is added to the loss. PyTorch and PEFT are
-installed by those who compare, and imported only then.
+LoRA of the same rank on the same linear layers of the model of transformers, in eager mode;
+everything, the factors too, is in the compute dtype, which is PEFT at its fastest. The second row
+adds what the authors of RM-LoRA do, written anew from its description: the penalty of every module
+is added to the loss, and a Python loop masks the gradients after each backward pass.
 """
 
 import dataclasses
@@ -32,7 +30,7 @@ PENALTY = 0.1
 
 
 def check_installed() -> None:
-    """Raises a UserError where something that ``--peft`` needs cannot be imported."""
+    """Raises a UserError where ``--peft`` cannot run."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
