@@ -52,12 +52,13 @@ def compile_only(config: Run, topology: str | None = None) -> None:
         words = too_large(need, limit, where, config, devices)
         raise UserError(words) from e
     found = collectives(program.as_text())
+    counted = terminal.count_devices(list(devices.mesh.devices.flat))
     rows = [
         ("model", f"{config.model.source}, {run.outputs} outputs"),
         ("method", config.method),
         ("parameters", terminal.parameters(run.trainable_parameters, run.total_parameters)),
         ("runs", f"{run.runs} at once" if run.runs > 1 else None),
-        ("devices", device_row(devices, topology)),
+        ("devices", counted + (f" ({topology})" if topology else "")),
         ("batch", batch_row(config, devices) + run.batch_words),
         ("compiled in", terminal.duration(time.monotonic() - began)),
         ("memory", memory_row(program, limit)),
@@ -65,17 +66,8 @@ def compile_only(config: Run, topology: str | None = None) -> None:
         *collective_rows(found, run),
     ]
     print(terminal.format_table("training step", rows), flush=True)
-    if not fits(memory.needed(program), limit):
+    if memory.needed(program) > limit:
         raise UserError(too_large(memory.needed(program), limit, where, config, devices))
-
-
-def fits(need: int, limit: int) -> bool:
-    return need <= limit
-
-
-def device_row(devices: Devices, topology: str | None) -> str:
-    row = terminal.count_devices(list(devices.mesh.devices.flat))
-    return f"{row} ({topology})" if topology else row
 
 
 def batch_row(config: Run, devices: Devices) -> str:
