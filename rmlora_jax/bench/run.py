@@ -58,7 +58,9 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
         def prepare(name=name, method=method, own=own):
             program = _program(method, entry, base, batches, own)
             programs.append(program._replace(name=name))
-            say(f"  {_told(programs[-1])}")
+            size = program.facts.get("memory_bytes")
+            told = [f"{program.facts['compile_seconds']:.1f} s", size and amount(size)]
+            say(f"  {', '.join(filter(None, [*told, program.facts['execution']]))}")
 
         with_memory(row, prepare)
         if row["error"]:
@@ -193,17 +195,6 @@ def _refusals(options: Options) -> Iterator[None]:
         if isinstance(error, ValueError):
             raise UserError(str(error)) from error
         raise
-
-
-def _told(program: Program) -> str:
-    """A line about a compiled program."""
-    facts = program.facts
-    parts = [f"{facts['compile_seconds']:.1f} s"]
-    if "memory_bytes" in facts:
-        parts.append(amount(facts["memory_bytes"]))
-    if facts.get("execution"):
-        parts.append(facts["execution"])
-    return ", ".join(parts)
 
 
 def _versions(with_torch: bool) -> dict[str, str]:

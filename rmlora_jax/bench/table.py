@@ -119,14 +119,6 @@ def number(value: float) -> str:
     return f"{value:,.{max(0, digits)}f}"
 
 
-def rate(flops: float) -> str:
-    """
-    >>> rate(39e9), rate(707e12)
-    ('39 GFLOP/s', '707 TFLOP/s')
-    """
-    return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"
-
-
 def what(results: Mapping[str, Any]) -> str:
     """One line about what was timed, without what is swept."""
     o = results["options"]
@@ -145,11 +137,11 @@ def what(results: Mapping[str, Any]) -> str:
 
 def footer(results: Mapping[str, Any]) -> str:
     """What the limit is."""
-    most = limit(results)
+    most, side = limit(results), results["product"]["side"]
     if most is None:
         return ""
-    side = results["product"]["side"]
-    return (f"limit: {rate(most)}, the best of a {results['options']['dtype']} product"
+    rate = f"{most / 1e12:.3g} TFLOP/s" if most >= 1e12 else f"{most / 1e9:.3g} GFLOP/s"
+    return (f"limit: {rate}, the best of a {results['options']['dtype']} product"
             f" of {side} x {side} on the same device")
 
 
@@ -165,20 +157,13 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join([head, table, *(note for note in notes if note)]) + "\n" + kernels
 
 
-def kind(kernel: str) -> str:
-    """
-    >>> kind("nvjet_tst_128x256"), kind("input_reduce_fusion"), kind("loop_add_fusion")
-    ('matrix products', 'sums', 'element by element')
-    """
-    return next((name for name, words in KINDS if re.search(words, kernel, re.I)), "other")
-
-
 def kernel_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table in Markdown: the sums by kind, then the longest kernels."""
     whole = sum(row["ms"] for row in rows)
     kinds = collections.Counter()
     for row in rows:
-        kinds[kind(row["kernel"])] += row["ms"]
+        name = next((k for k, words in KINDS if re.search(words, row["kernel"], re.I)), "other")
+        kinds[name] += row["ms"]
     lines = [("kernel", "ms a step", "share", "calls a step")]
     lines += [(f"**{k}**", number(ms), f"{100 * ms / whole:.0f} %", "")
               for k, ms in kinds.most_common()]

@@ -11,7 +11,7 @@ import importlib.util
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -123,9 +123,12 @@ def adapted_model(entry: Entry, rank: int):
       UserError: the installed transformers builds the encoder of other layers.
     """
     import peft  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]
 
     model = base_model(entry)
-    targets = list(encoder_linears(model))
+    linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    # Those inside numbered layers, whatever transformers calls them.
+    targets = [name for name in linears if re.search(r"\blayers?\.\d+\.", name)]
     expected = len(LINEARS) * entry.config.num_hidden_layers
     if len(targets) != expected:
         raise UserError(
@@ -159,15 +162,6 @@ def base_model(entry: Entry):
         fields["pos_att_type"] = list(c.pos_att_type)
     config = getattr(transformers, f"{kind}Config")(**fields)
     return getattr(transformers, f"{kind}ForSequenceClassification")(config)
-
-
-def encoder_linears(model) -> Iterator[str]:
-    """Names of the linear modules inside numbered layers, whatever transformers calls them."""
-    import torch  # pyright: ignore[reportMissingImports]
-
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and re.search(r"\blayers?\.\d+\.", name):
-            yield name
 
 
 def factors(model) -> list[tuple]:

@@ -52,11 +52,7 @@ def read_intrinsic(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The objects of one of the two files, as JSON has them; a last line that is torn is left out.
-
-    Raises:
-      UserError: as `read_metrics`.
-    """
+    """The objects of one of the two files, as JSON has them, without a torn last line."""
     return read_json_lines(
         path, "step", int, "is not a JSON object with a step.\n"
         "Delete that line, or start again with another --workdir.")
@@ -151,8 +147,8 @@ def number(value: float | None) -> str:
 def amount(size: int) -> str:
     """Bytes in the largest fitting unit.
 
-    >>> amount(123), amount(1536), amount(2 * 2**20), amount(3 * 2**30)
-    ('123 bytes', '1.5 KiB', '2.0 MiB', '3.0 GiB')
+    >>> amount(123), amount(1536)
+    ('123 bytes', '1.5 KiB')
     """
     for power, name in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
         if size >= 1024**power:

@@ -99,10 +99,8 @@ def caption(figure, text: str) -> None:
 
 
 def strip(ax, place: float, numbers: Sequence[float], tint: str, *, along: str) -> None:
-    """Mean and sample deviation at ``place``, a small dot for every number beside them.
-
-    ``along`` is the axis of the numbers, "x" or "y".
-    """
+    """Mean and sample deviation at ``place``, with a small dot for every number beside them, along
+    the axis "x" or "y"."""
     if not numbers:
         return
     beside = place + (0.24 if along == "x" else 0.09)

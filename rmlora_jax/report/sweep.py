@@ -180,7 +180,7 @@ def best_in_words(groups, labels, metric: str) -> str:
 
 def loss_panel(ax, groups, colours) -> None:
     """Validation loss of every run, bold for the mean of several; training loss faint."""
-    tops, last = [1e-3], 1
+    tops, last = [1e-3], groups[0][0].history[-1]["step"]
     for group, colour in zip(groups, colours, strict=True):
         for run in group:
             steps, train = finite(*series(run.history, "train/loss"))
@@ -189,7 +189,6 @@ def loss_panel(ax, groups, colours) -> None:
             start = max(train[:1].max(initial=0), validation[:1].max(initial=0))
             reached = max(smooth(train).max(initial=0), validation.max(initial=0))
             tops.append(min(reached, 2 * start))  # a run that diverges must not flatten the others
-            last = run.history[-1]["step"]
         curves(ax, group, colour, "eval/loss")
     ax.set_ylim(0, 1.06 * max(tops))
     several = max(map(len, groups)) > 1

@@ -21,7 +21,7 @@ Setting = dict[str, float]  # name of rmlora_jax.train.config.SWEEPABLE -> value
 
 
 def each_once(values: Sequence, what: str = "values, each once") -> str | None:
-    """A problem of values that repeat, or of no values at all."""
+    """The problem of values that repeat, or of no values at all."""
     return None if values and len(set(values)) == len(values) else f"must be {what}"
 
 

@@ -52,9 +52,9 @@ def program(
 ) -> Program:
     """The program of a cell; ``base``: the config that its runs share.
 
-    A single run has no sweep. All runs of a sweep have the same batches, in the order of the first
-    seed. With ``shared`` the relatives of rm_lora run as rm_lora, with penalty and keep among what
-    is swept whatever they are, so that their programs differ in their inputs only.
+    All runs of a sweep have the same batches, in the order of the first seed. With ``shared`` the
+    relatives of rm_lora run as rm_lora, with penalty and keep among what is swept whatever they
+    are, so that their programs differ in their inputs only.
     """
     own, also = base.own(methods.Rm), {}
     if shared and cell.method in plan.AS_RM_LORA and own.draw == "bernoulli":

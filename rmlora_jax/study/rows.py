@@ -61,9 +61,8 @@ def row_of(folder: Path, **known: Any) -> dict[str, Any]:
     """What a finished run's folder says of it, and what is ``known`` beside.
 
     ``validation`` and ``test`` are the values of ``metric`` at the last step, ``test_best`` that at
-    the step with the best validation; ``rank`` is the most that Delta W could have.
-    ``factor_parameters`` (whatever is not the head) and ``head_parameters`` are what the run ended
-    with, closed directions left out.
+    the step with the best validation; ``rank`` is the most that Delta W could have. The parameters
+    of factors (whatever is not the head) and head are those at the end, without closed directions.
     """
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     metric, steps = summary["metric"], summary["steps"]
@@ -109,10 +108,9 @@ def row_of(folder: Path, **known: Any) -> dict[str, Any]:
 
 def seconds_of(config: Mapping[str, Any], summary: Mapping[str, Any]) -> float | None:
     """The seconds of a run's training steps: its share, where several ran in one program."""
-    if summary.get("train_seconds") is not None:
-        return summary["train_seconds"]
     rate = summary.get("examples_per_second")
-    return summary["steps"] * config["batch_size"] / rate if rate else summary.get("wall_seconds")
+    alone = summary["steps"] * config["batch_size"] / rate if rate else summary.get("wall_seconds")
+    return summary.get("train_seconds", alone)
 
 
 def curve_of(history: list[dict], metric: str) -> dict[str, list]:

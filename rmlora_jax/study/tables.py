@@ -72,7 +72,7 @@ def varied_names(rows: Iterable[Row]) -> list[str]:
 
 
 def distinct(rows: Iterable[Row], name: str) -> list:
-    """The values under ``name``, each once, in the order in which they first occur."""
+    """The values under ``name``, each once."""
     return list(dict.fromkeys(row[name] for row in rows))
 
 
@@ -203,7 +203,7 @@ def spread(numbers: Sequence[float], digits: int = 2, *, alone: bool = False) ->
 
 
 def rates_table(rows: Sequence[Row]) -> str:
-    """How the rates were chosen: for each method the mean on validation at each of its rates."""
+    """For each method the mean on validation at each of its rates."""
     chosen = {(group.task, group.method, group.rate) for group in groups(rows)}
     cells = {}
     for group in groups(rows, CHOOSE):
