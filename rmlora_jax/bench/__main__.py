@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     try:
         given = options.parse(arguments)
         options.check_folder(given.out)
-        say(options.header(given))
+        say(run.header(given))
         if given.sweep:
             print(run.write_sweep(run.sweep(given, say), given.out))
         else:

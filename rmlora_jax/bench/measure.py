@@ -41,11 +41,7 @@ def measure(
     The turns go through the programs forwards and backwards by turns, so that a machine that grows
     slower meanwhile favours none of them. A program that runs out of memory takes no further part.
 
-    Args:
-      programs: what is timed; names are unique.
-      repeats: turns.
-      steps: steps of a stretch; None: as many as `enough` finds for each program.
-      say: where progress goes.
+    A stretch has ``steps`` steps; where they are None, as many as `enough` finds for each program.
 
     Returns:
       name -> ``{"steps": of a stretch, "ms": [a step's, for each repeat], "error": None}``, or with

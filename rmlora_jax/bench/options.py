@@ -16,7 +16,6 @@ from rmlora_jax.bench.variants import USUAL, VARIANTS
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.models.attention import IMPLEMENTATIONS
 from rmlora_jax.models.blocks import REMAT
-from rmlora_jax.train.terminal import format_table
 
 DTYPES = ("bfloat16", "float16", "float32")
 SWEEPS = {
@@ -143,27 +142,6 @@ def check_folder(out: str) -> None:
             raise PermissionError(13, "no permission to write")
     except OSError as error:
         raise UserError(f"--out={out}: {error.strerror}; type another folder") from None
-
-
-def header(options: Options) -> str:
-    """The table that the command begins with."""
-    devices = jax.devices()
-    others = f", the first of {len(devices)}" if len(devices) > 1 else ""
-    dtypes = options.dtype
-    if options.base_dtype != options.dtype:
-        dtypes += f", base in {options.base_dtype}"
-    swept = ", ".join(map(str, options.values))
-    return format_table("rmlora_jax.bench", [
-        ("device", devices[0].device_kind + others),
-        ("model", options.model),
-        ("batch", options.batch),
-        ("rank", f"{options.rank}, on {options.modules}"),
-        ("dtype", dtypes),
-        ("layers", f"unroll {options.unroll}, remat {options.remat}"),
-        (options.sweep or "sweep", swept or None),
-        ("variants", ", ".join(options.variants) + (", PEFT" if options.peft else "")),
-        ("out", options.out),
-    ])
 
 
 def _among(flag: str, value: str, known) -> None:

@@ -33,6 +33,13 @@ from rmlora_jax.report.style import markdown_table, png, text_table
 BATCHES = 4  # that the steps of a stretch go through in a circle
 
 
+def header(options: Options) -> str:
+    """What is going to be timed, in a line."""
+    known = {"options": vars(options), "tokens": models.tokens(options.entry)}
+    swept = f"; {options.sweep} {', '.join(map(str, options.values))}" if options.sweep else ""
+    return f"{what(known)}, on {jax.devices()[0].device_kind}{swept}"
+
+
 def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Times what ``options`` name.
 

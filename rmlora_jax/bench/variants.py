@@ -59,12 +59,11 @@ def task_loss(logits, labels) -> jax.Array:
 
 def _floor(model: nn.Module, entry: Entry) -> Variant:
     """What any method that trains in the first layer must compute on a frozen model: the loss, and
-    its gradient with respect to what enters the encoder.
+    its gradient with respect to what enters the encoder. Nothing is trained.
 
-    Nothing is trained. The gradient, (B, N, D), is taken with respect to a 0 that is added to the
-    output of the module ``embed``, by an interceptor of Flax that sees this module alone; all else
-    is the model's own code. The state is the sum of the losses so far, so that a step waits for the
-    one before it as the other variants' steps do.
+    The gradient, (B, N, D), is taken with respect to a 0 that an interceptor of Flax adds to the
+    output of the module ``embed``. The state is the sum of the losses so far, so that a step waits
+    for the one before it as the other variants' steps do.
     """
 
     def step(total, base, batch):

@@ -32,7 +32,6 @@ from rmlora_jax.tasks.task import Task
 
 __all__ = ["verdict", "write_report"]
 
-REPORT = "report.png"
 TONE = {"Healthy": "#1a7f4b", "Underfitting": "#b7791f", "Too early to tell": "#6b7280"}
 ALARM = "#c0322b"  # Overfitting, Oscillation, Diverged
 MOST_NAMES = 12  # names of module kinds that fit under the map
@@ -59,7 +58,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
             "Give the folder of a run, the one that run.py named as its workdir.")
     config, summary = _optional(workdir / "config.json"), _optional(workdir / "summary.json")
     figure = draw(history, config, summary, read_intrinsic(workdir))
-    return write_bytes_atomic(workdir / REPORT, style.png(figure))
+    return write_bytes_atomic(workdir / "report.png", style.png(figure))
 
 
 def draw(history, config: Mapping[str, Any], summary: Mapping[str, Any], intrinsic):

@@ -128,7 +128,14 @@ def dimension_picture(rows: Sequence[dict], along: str = "method"):
     for line, task in zip(axes, tasks, strict=True):
         here = [row for row in rows if along == "task" or row["task"] == task]
         _columns(line[0], here, along, columns, methods, lambda row: row["effective_rank"])
-        _bounds(line[0], here, along, columns)
+        for x, column in enumerate(columns):  # a dash at the most that Delta W's rank could be
+            for rank in sorted({row["rank"] for row in here if _along(row, along) == column}):
+                line[0].plot([x - 0.32, x + 0.32], [rank, rank], color=style.MUTED, lw=1.4,
+                             ls=(0, (3, 2)))
+                line[0].annotate(f"r = {rank}", (x, rank), xytext=(0, 3), ha="center",
+                                 textcoords="offset points", fontsize=8.5, color=style.MUTED)
+        low, high = line[0].get_ylim()
+        line[0].set_ylim(low, high + 0.1 * (high - low))
         label = "" if along == "task" else f"{task}: "
         style.finish(line[0], f"{label}one update", xlabel, "effective rank of ΔW")
         if wide:
@@ -145,18 +152,6 @@ def dimension_picture(rows: Sequence[dict], along: str = "method"):
     style.caption(figure, "Means over all modules and layers. One update ΔW = s A B has rank at "
                   "most r, dashed; what all its increments span may be larger.  " + CAPTION)
     return figure
-
-
-def _bounds(ax, rows, along, columns):
-    """Over each column a dash at the most that Delta W's rank could be."""
-    for x, column in enumerate(columns):
-        ranks = sorted({row["rank"] for row in rows if _along(row, along) == column})
-        for rank in ranks:
-            ax.plot([x - 0.32, x + 0.32], [rank, rank], color=style.MUTED, lw=1.4, ls=(0, (3, 2)))
-            ax.annotate(f"r = {rank}", (x, rank), xytext=(0, 3), textcoords="offset points",
-                        ha="center", fontsize=8.5, color=style.MUTED)
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high + 0.1 * (high - low))
 
 
 def _columns(ax, rows, along, columns, methods, value):
