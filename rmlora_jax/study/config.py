@@ -98,8 +98,7 @@ def open_tasks(study: Study) -> dict[str, ConfigDict]:
     for text in study.tasks:
         file, own, name = parse(text)
         config = load(file)
-        for field in (*study.fields, *own, *study.set):
-            override(config, field)
+        override(config, *study.fields, *own, *study.set)
         name = name or config.data.name.rsplit("/", 1)[-1].partition(":")[0]
         if name in opened:
             raise UserError(
@@ -152,27 +151,27 @@ def configured(study: Study, base: ConfigDict, method: str, variant=()):
     variant's."""
     config = copy.deepcopy(base)
     config.method = method
-    for field in (*study.method_set.get(method, ()), *variant):
-        override(config, field)
+    override(config, *study.method_set.get(method, ()), *variant)
     return config
 
 
-def override(config: ConfigDict, text: str) -> None:
+def override(config: ConfigDict, *texts: str) -> None:
     """Sets ``"a.b=value"``; a value is a Python literal, where the field is no text.
 
     Raises:
       UserError: there is no such field, or the value is of another type.
     """
-    path, equals, value = text.partition("=")
     flat = flatten(config)
-    if not equals or path not in flat:
-        hint = did_you_mean(path, flat)
-        raise UserError(f"{text!r}: must be a field and its value, such as epochs=4{hint}")
-    *parents, name = path.split(".")
-    node = config
-    for parent in parents:
-        node = node[parent]
-    try:
-        node[name] = value if node.get_type(name) is str else ast.literal_eval(value)
-    except (ValueError, SyntaxError, TypeError) as e:
-        raise UserError(f"{text!r}: must be like {flat[path]!r}") from e
+    for text in texts:
+        path, equals, value = text.partition("=")
+        if not equals or path not in flat:
+            hint = did_you_mean(path, flat)
+            raise UserError(f"{text!r}: must be a field and its value, such as epochs=4{hint}")
+        *parents, name = path.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        try:
+            node[name] = value if node.get_type(name) is str else ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError) as e:
+            raise UserError(f"{text!r}: must be like {flat[path]!r}") from e

@@ -1,7 +1,7 @@
 """One row a run: everything that a table or a picture needs, in a file of JSON lines.
 
-A row is written once its run is finished, in one write; a last line that a killed process left
-half written is dropped, and its run's row written again.
+A row is written once its run is finished. A last line that is half written is dropped, and its
+run's row written again.
 """
 
 import dataclasses
@@ -40,21 +40,14 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def append_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Adds the rows whose key the file does not have, each in one write."""
+    """Adds the rows whose key the file does not have; it is written anew as a whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    there = read_rows(path)
-    text = "".join(json.dumps(row) + "\n" for row in there)
-    if path.exists() and path.read_bytes() != text.encode():
-        write_text_atomic(path, text)  # without the torn line
-    keys = {row["key"] for row in there}
-    with open(path, "ab") as file:
-        for row in rows:
-            if row["key"] not in keys:
-                file.write(json.dumps(plain(row), allow_nan=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-                keys.add(row["key"])
+    whole = {row["key"]: row for row in read_rows(path)}
+    for row in rows:
+        whole.setdefault(row["key"], plain(row))
+    lines = [json.dumps(row, allow_nan=False) + "\n" for row in whole.values()]
+    write_text_atomic(path, "".join(lines))
 
 
 def row_of(folder: Path, **known: Any) -> dict[str, Any]:
