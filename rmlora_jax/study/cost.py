@@ -62,18 +62,11 @@ def steps_of(config: Run, sizes: dict) -> int | None:
     read = ("task", "data", *SECTIONS)
     what = str({k: v for k, v in flatten(config).items() if k.partition(".")[0] in read})
     if what not in sizes:
-        sizes[what] = training_examples(config)
-    if sizes[what] is None:
-        return None
+        try:
+            sizes[what] = TASKS[config.task].training_examples(config)
+        except UserError:
+            return None
     return max(1, round(config.epochs * sizes[what] / config.batch_size))
-
-
-def training_examples(config: Run) -> int | None:
-    """How many there are, without fetching anything."""
-    try:
-        return TASKS[config.task].training_examples(config)
-    except UserError:
-        return None
 
 
 def seconds_per_example(rows: Sequence[Mapping[str, Any]], cell: Cell) -> float | None:

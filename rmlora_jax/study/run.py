@@ -1,5 +1,6 @@
 """A study from its plan to its pictures; the same folder again goes on where it stopped."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +21,7 @@ def run_study(
     """Runs what of the study has no row yet in ``workdir/rows.jsonl``, writes its table and
     pictures, and returns its rows. With ``study.dry_run`` it prints the plan and its cost only.
 
-    Args:
-      given: the study, as `rmlora_jax.study.config.default_study` or resolved.
-      workdir: the study's folder.
-      trainer: in place of the library's, as `rmlora_jax.study.program.trainer`; in this process.
+    A ``trainer`` takes the place of `rmlora_jax.study.program.trainer`, in this process.
 
     Raises:
       UserError: what the person who started the study can put right.
@@ -41,36 +39,24 @@ def run_study(
         print(cost_table(cells, bases, read_rows(file), program_of), flush=True)
         return read_rows(file)
 
-    with opened(workdir, alone=True):
-        return _run(study, workdir, cells, program_of, trainer)
-
-
-def _run(study, workdir: Path, cells, program_of: Callable, trainer: Callable | None):
-    file = workdir / ROWS
-
-    def train(one: program.Program) -> list[dict]:
-        if trainer is not None:
-            return program.train(one, study.study, trainer=trainer)
-        run = program.in_own_process if study.processes else program.train
-        return run(one, study.study)
-
-    there = {row["key"]: row for row in read_rows(file)}
+    train = program.in_own_process if study.processes else program.train
+    if trainer is not None:
+        train = functools.partial(program.train, trainer=trainer)
     choice, rows = [], []
-    for number, cell in enumerate(cells, 1):
-        if cell.stage == plan.CHOOSE:
-            choice = program_of(cell).keys
-        one = program_of(plan.decided(cell, choice, there))
-        if any(key not in there for key in one.keys):
-            print(f"[{number}/{len(cells)}] {cell}: {runs(cell.runs)}", flush=True)
-            append_rows(file, train(one))
-            there = {row["key"]: row for row in read_rows(file)}
-        rows += [there[key] for key in one.keys]
-    write_results(study, workdir, rows)
+    with opened(workdir, alone=True):
+        there = {row["key"]: row for row in read_rows(file)}
+        for number, cell in enumerate(cells, 1):
+            if cell.stage == plan.CHOOSE:
+                choice = program_of(cell).keys
+            one = program_of(plan.decided(cell, choice, there))
+            if any(key not in there for key in one.keys):
+                runs = f"{cell.runs} run" + "s" * (cell.runs != 1)
+                print(f"[{number}/{len(cells)}] {cell}: {runs}", flush=True)
+                append_rows(file, train(one, study.study))
+                there = {row["key"]: row for row in read_rows(file)}
+            rows += [there[key] for key in one.keys]
+        write_results(study, workdir, rows)
     return rows
-
-
-def runs(count: int) -> str:
-    return f"{count} run" + "s" * (count != 1)
 
 
 def write_results(study: Study, workdir: Path, rows: list[dict]) -> None:
