@@ -179,8 +179,7 @@ def batch_ids(
 ) -> Iterator[np.ndarray]:
     """The example ids of each step from ``start_step``: int32 (global_batch / process_count,).
 
-    Endless. Element j is position ``process_index * global_batch / process_count + j`` of the
-    global batch. Each pass over the ``n`` examples is shuffled anew and none is dropped: a batch
+    Endless. Each pass over the ``n`` examples is shuffled anew and none is dropped: a batch
     may hold the end of one pass and the beginning of the next.
 
     >>> ids = batch_ids(10, 4, seed=0)
