@@ -25,8 +25,8 @@ T = TypeVar("T")
 class Request:
     """The data set that a run wants.
 
-    The fields are the arguments of `load_images`, `load_texts` and `packaged.load_speech`, which
-    explain them. Images have one reported split: ``test_splits={"test": split}``.
+    `load_images`, `load_texts` and `packaged.load_speech` explain the fields. Images
+    have one reported split: ``test_splits={"test": split}``.
     """
 
     name: str

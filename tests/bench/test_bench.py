@@ -28,10 +28,9 @@ from rmlora_jax.bench.models import Entry
 from rmlora_jax.bench.variants import compile_variant
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json
-from rmlora_jax.models import BertConfig, DebertaConfig, ViTConfig
-from rmlora_jax.models import bert as bert_module
-from rmlora_jax.models import deberta as deberta_module
+from rmlora_jax.models import Bert, BertConfig, DebertaConfig, ViTConfig
 from rmlora_jax.models import vit as vit_module
+from rmlora_jax.models.blocks import Parts
 from rmlora_jax.report.style import markdown_table, text_table
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -69,18 +68,15 @@ def compiled(function, *arguments):
 
 def by_parts(model, params, inputs):
     """Embedding and all behind it as separate functions, composed by hand."""
-    c, kinds = model.config, (model.dtype, model.param_dtype)
+    c, parts = model.config, Parts(model.config, model.dtype, model.param_dtype)
     cross = jnp.ones(inputs.shape[:2], bool)
     if isinstance(c, ViTConfig):
-        embed = vit_module.Embed(c, *kinds, True)
-        encoder = vit_module.Encoder(c, *kinds, "xla", True, False, 1, "none")
+        embed, encoder = vit_module.Embed(parts), vit_module.Encoder(parts)
         x = embed.apply({"params": params["embed"]}, inputs)
         extra = ()
     else:
-        module = bert_module if isinstance(c, BertConfig) else deberta_module
-        more = (jnp.zeros_like(inputs),) + ((cross,) if module is deberta_module else ())
-        x = module.Embed(c, *kinds, True).apply({"params": params["embed"]}, inputs, *more)
-        encoder = module.Encoder(c, *kinds, True, False, 1, "none")
+        embed, encoder = type(model).embed_type(parts), type(model).encoder_type(parts)
+        x = embed.apply({"params": params["embed"]}, inputs, jnp.zeros_like(inputs), cross)
         extra = (cross,)
 
     def after(x):
@@ -404,7 +400,7 @@ def test_refusals_that_need_the_machine(tmp_path):
     with pytest.raises(UserError, match=r"--out=.*file: .*type another folder"):
         options.check_folder(str(tmp_path / "file"))
     given = options.parse(["--model=minilm", "--attention=cudnn", "--variants=floor"])
-    fields = {field.name for field in dataclasses.fields(bert_module.Bert)}
+    fields = {field.name for field in dataclasses.fields(Bert)}
     if "attention" not in fields:
         with pytest.raises(UserError, match="--attention=cudnn does not fit Bert"):
             run.bench(given, say=str)
