@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from faults.small import on_one_device
 from flax.traverse_util import flatten_dict
 from marks import slow_but
 from test_train_methods import changed, trained
@@ -62,7 +63,9 @@ def made(tmp_path_factory):
     """(folder of the data, folder of the base's run)."""
     root = tmp_path_factory.mktemp("speech")
     write_set(root)
-    loop.train(small(root, "base"), root / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        on_one_device(patch)
+        loop.train(small(root, "base"), root / "base")
     return root, root / "base"
 
 
