@@ -22,9 +22,8 @@ from rmlora_jax.files import read_json, write_json
 from rmlora_jax.study import config as study_config
 from rmlora_jax.study import lines, plan, program, rows, tables
 from rmlora_jax.study.config import check_study, default_study, open_tasks
-from rmlora_jax.study.cost import cost_table, seconds_per_example
 from rmlora_jax.study.pictures import PICTURES, write_pictures
-from rmlora_jax.study.run import run_study
+from rmlora_jax.study.run import cost_table, run_study, seconds_per_example
 from rmlora_jax.sweep.grid import runs
 from rmlora_jax.train import snapshots
 from rmlora_jax.train.config import default_config, flatten, resolve
