@@ -64,11 +64,12 @@ def missing(kind: Kind, request: Request) -> list[str]:
     Returns:
       One line for each mistake: "config.FIELD=VALUE: what is wrong and what to type".
     """
-    given = Path(request.data_dir).expanduser() if request.data_dir else None
-    if given and given.exists() and not given.is_dir():
-        return [f"config.data.data_dir={request.data_dir!r}: it is a file; give a folder"]
     try:
-        return find_source(kind, request).missing(request)
+        source = find_source(kind, request)
+        given = Path(request.data_dir).expanduser() if request.data_dir else None
+        if given and given.exists() and not (given.is_dir() or source.takes_file):
+            return [f"config.data.data_dir={request.data_dir!r}: it is a file; give a folder"]
+        return source.missing(request)
     except UserError as error:
         return [f"config.data.name={request.name!r}: {error}"]
 
@@ -113,7 +114,7 @@ def open_images(request: Request) -> Dataset:
     train, validation = held_out(train, request.seed)
     data = Dataset(
         request.name, train, validation, test, len(found.class_names), found.class_names,
-        found.image_shape, found.channels, tuple(skipped.records),
+        found.image_shape, found.channels, tuple(skipped.records), found.notes,
     )
     if request.classes:
         data = with_classes(data, request.classes)
