@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from rmlora_jax.data.dataset import (
+    CHECKED_SIZE,
     LEAVE_OUT,
     BadRecord,
     FoundImages,
@@ -34,7 +35,6 @@ from rmlora_jax.data.vision import open_image, pixels
 from rmlora_jax.errors import UserError, first_line, progress
 
 ClassNames = tuple[str, ...] | None  # None for regression
-CHECKED_SIZE = 32  # to which `check` decodes: quick for JPEGs, and it reads all of a file
 
 # Images
 
