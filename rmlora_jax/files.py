@@ -61,7 +61,8 @@ def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
 def read_arrays(path: str | os.PathLike, names: Iterable[str]) -> list[np.ndarray] | None:
     """The arrays of these names that `write_arrays` kept; None for a missing or damaged file."""
     try:
-        with np.load(path, allow_pickle=False) as file:  # each array's checksum is verified
+        with open(path, "rb") as stored, np.load(stored, allow_pickle=False) as file:
+            # Each array's checksum is verified.
             return [file[name] for name in names]
     except Exception:  # numpy, zipfile and zlib raise many kinds for a damaged file
         return None

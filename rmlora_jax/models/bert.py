@@ -146,6 +146,7 @@ class Bert(TextClassifier):
     Source: Devlin et al. 2019, https://arxiv.org/abs/1810.04805, sections 3 and 4.1; Liu et al.
     2019, https://arxiv.org/abs/1907.11692.
 
+    >>> import jax
     >>> config = BertConfig(vocab_size=50, hidden_size=12, num_hidden_layers=2,
     ...                     num_attention_heads=3, intermediate_size=16)
     >>> model, tokens = Bert(config, num_labels=2), jnp.ones((4, 7), jnp.int32)

@@ -72,7 +72,7 @@ class Parts:
     Its methods are called inside the call of a module, which then owns the layer.
 
     Attributes:
-      config: the architecture, an `EncoderConfig`.
+      config: the architecture, an ``EncoderConfig``.
       dtype: compute dtype.
       param_dtype: dtype of new parameters.
       train: whether dropout is applied.

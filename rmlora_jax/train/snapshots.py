@@ -54,7 +54,7 @@ def read(workdir: str | os.PathLike) -> list[tuple[int, dict]]:
     found = []
     for path in sorted((pathlib.Path(workdir) / FOLDER).glob("*.npz")):
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 flat = {tuple(name.split("/")): arrays[name] for name in arrays.files}
             found.append((int(path.stem), unflatten_dict(flat)))
         except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:

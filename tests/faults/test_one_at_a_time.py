@@ -9,13 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ml_collections
 import numpy as np
 import pytest
 from faults.small import config_of
 from marks import slow
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.study.plan import Study
 from rmlora_jax.study.run import run_study
 from rmlora_jax.sweep import train as sweep
 from rmlora_jax.train import loop
@@ -62,11 +62,10 @@ def test_a_second_run_sweep_or_study_says_who_is_there(holder, tiny_vit, tmp_pat
     config.sweep.seeds = 2
     with pytest.raises(UserError, match=words):
         sweep.train(config, tmp_path / "run")
-    study = ml_collections.ConfigDict()
+    study = Study(study="a")
     with pytest.MonkeyPatch.context() as patch:  # what a study is does not matter here
         patch.setattr("rmlora_jax.study.run.check_study", lambda study: (study, {}))
         patch.setattr("rmlora_jax.study.run.plan.cells", lambda *_: [])
-        study.dry_run = False
         with pytest.raises(UserError, match=words):
             run_study(study, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == [FILE]  # nothing was written
