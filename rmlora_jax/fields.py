@@ -62,10 +62,14 @@ class Data:
     """Which data, which part of them, and how they are read."""
 
     name: str = field(
-        "cifar100", "digits, glue/cola ..., or a name of TFDS; with text.train_file any",
+        "cifar100",
+        "digits, folder (images in class folders in data_dir), glue/cola ..., or a name of TFDS; "
+        "with text.train_file any",
         problem=blank_problem("a name"),
     )
-    data_dir: str | None = field(None, "folder of TFDS; None: its own default", resume=FREE)
+    data_dir: str | None = field(
+        None, "folder of the data; None: TFDS's own default", resume=FREE
+    )
     train_split: str = field(
         "train", "a split or a slice, such as train[:80%]",
         problem=blank_problem("a split, such as train[:80%]"),

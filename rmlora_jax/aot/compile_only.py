@@ -52,37 +52,25 @@ def compile_only(config: Run, topology: str | None = None) -> None:
         words = too_large(need, limit, where, config, devices)
         raise UserError(words) from e
     found = collectives(program.as_text())
+    counted = terminal.count_devices(list(devices.mesh.devices.flat))
+    batch = f"{config.batch_size}, {config.batch_size // devices.count} a device"
+    if config.accumulate > 1:
+        batch += f" in {config.accumulate} micro-batches"
     rows = [
         ("model", f"{config.model.source}, {run.outputs} outputs"),
         ("method", config.method),
         ("parameters", terminal.parameters(run.trainable_parameters, run.total_parameters)),
         ("runs", f"{run.runs} at once" if run.runs > 1 else None),
-        ("devices", device_row(devices, topology)),
-        ("batch", batch_row(config, devices) + run.batch_words),
+        ("devices", counted + (f" ({topology})" if topology else "")),
+        ("batch", batch + run.batch_words),
         ("compiled in", terminal.duration(time.monotonic() - began)),
         ("memory", memory_row(program, limit)),
         ("flops", f"{flops(traced) / 1e12:.4g} TFLOP a device and step, products alone"),
         *collective_rows(found, run),
     ]
     print(terminal.format_table("training step", rows), flush=True)
-    if not fits(memory.needed(program), limit):
+    if memory.needed(program) > limit:
         raise UserError(too_large(memory.needed(program), limit, where, config, devices))
-
-
-def fits(need: int, limit: int) -> bool:
-    return need <= limit
-
-
-def device_row(devices: Devices, topology: str | None) -> str:
-    row = terminal.count_devices(list(devices.mesh.devices.flat))
-    return f"{row} ({topology})" if topology else row
-
-
-def batch_row(config: Run, devices: Devices) -> str:
-    row = f"{config.batch_size}, {config.batch_size // devices.count} a device"
-    if config.accumulate > 1:
-        row += f" in {config.accumulate} micro-batches"
-    return row
 
 
 def memory_row(program, limit: int) -> str:
@@ -99,11 +87,11 @@ def collective_rows(found: list[Collective], run: RunShapes) -> list[tuple[str, 
     """A line for each kind, size in all and turns of a loop, and what the gradients have."""
     groups = collections.defaultdict(list)
     for one in found:
-        groups[one.kind, one.times].append(one.bytes)
-    lines = [
-        f"{len(sizes)} {kind}{turns(times)}, {amount(sum(sizes))} in all"
-        for (kind, times), sizes in groups.items()
-    ]
+        loop = "" if one.times == 1 else f" in a loop of {one.times} turns"
+        if one.times is None:
+            loop = " in a loop without a known end"
+        groups[one.kind + loop].append(one.bytes)
+    lines = [f"{len(sizes)} {kind}, {amount(sum(sizes))} in all" for kind, sizes in groups.items()]
     gradients = 4 * run.trainable_parameters * run.runs
     whole = total_bytes(found)
     told = "in loops without a known end" if whole is None else f"{whole:,} bytes"
@@ -113,12 +101,6 @@ def collective_rows(found: list[Collective], run: RunShapes) -> list[tuple[str, 
     ]
 
 
-def turns(times: int | None) -> str:
-    if times is None:
-        return " in a loop without a known end"
-    return f" in a loop of {times} turns" if times > 1 else ""
-
-
 def refused(error: Exception) -> tuple[int, int] | None:
     """Bytes that were needed and that there are, where the TPU compiler gave up and says so.
 
@@ -126,13 +108,12 @@ def refused(error: Exception) -> tuple[int, int] | None:
     ...                      "(2.00G)."))
     (2684354560, 2147483648)
     """
-    found = re.search(
-        r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", str(error)
-    ) or re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
-    if found is None:
-        return None
-    need, limit = (int(float(x[:-1]) * 1024 ** " KMGT".index(x[-1])) for x in found.groups())
-    return need, limit
+    size = r"([\d.]+[KMGT])"
+    ways = (rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm")
+    for found in filter(None, (re.search(way, str(error)) for way in ways)):
+        need, limit = (int(float(x[:-1]) * 1024 ** " KMGT".index(x[-1])) for x in found.groups())
+        return need, limit
+    return None
 
 
 def too_large(
@@ -151,10 +132,9 @@ def too_large(
 
 def smaller(config: Run, devices: Devices) -> list[str]:
     """Overrides that make a step smaller, those that leave its numbers as they are first."""
-    words = []
     policies = list(REMAT)
     weaker = policies[policies.index(config.model.remat) + 1 :]
-    words += [f"--config.model.remat={policy}" for policy in weaker]
+    words = [f"--config.model.remat={policy}" for policy in weaker]
     local = config.batch_size // devices.count
     if local % (2 * config.accumulate) == 0:
         words.append(f"--config.accumulate={2 * config.accumulate}")

@@ -24,18 +24,11 @@ _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]")
 
 
 class Collective(NamedTuple):
-    """One collective instruction.
+    """One collective instruction."""
 
-    Attributes:
-      kind: one of ``KINDS``.
-      bytes: of its result on one device, each time that it runs.
-      times: how often it runs in one call of the program; None in a loop whose number of turns
-        the compiler does not tell.
-    """
-
-    kind: str
-    bytes: int
-    times: int | None
+    kind: str  # one of KINDS
+    bytes: int  # of its result on one device, each time that it runs
+    times: int | None  # in a call of the program; None in a loop of unknown turns
 
 
 def collectives(text: str) -> list[Collective]:
@@ -46,7 +39,13 @@ def collectives(text: str) -> list[Collective]:
     Raises:
       ValueError: the text is not that of a compiled program.
     """
-    computations, entry = _parse(text)
+    computations, entry, current = {}, None, None
+    for line in text.splitlines():
+        if begins := _COMPUTATION.match(line):
+            current = computations.setdefault(begins[2], [])
+            entry = begins[2] if begins[1] else entry
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            current.append(found.groups()[1:])  # shape, operation, operands and attributes
     if entry is None:
         raise ValueError("no ENTRY computation: give the text of compiled.as_text()")
     return list(_executed(computations, entry, 1))
@@ -56,23 +55,6 @@ def total_bytes(found: list[Collective]) -> int | None:
     """Bytes of all, each as often as it runs; None where that is not known of one."""
     known = [c.bytes * c.times for c in found if c.times is not None]
     return sum(known) if len(known) == len(found) else None
-
-
-class _Instruction(NamedTuple):
-    shape: str
-    op: str
-    rest: str  # operands and attributes
-
-
-def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
-    computations, entry, current = {}, None, None
-    for line in text.splitlines():
-        if begins := _COMPUTATION.match(line):
-            current = computations.setdefault(begins[2], [])
-            entry = begins[2] if begins[1] else entry
-        elif current is not None and (found := _INSTRUCTION.match(line)):
-            current.append(_Instruction(*found.groups()[1:]))
-    return computations, entry
 
 
 def _executed(computations, name: str, times: int | None) -> Iterator[Collective]:

@@ -22,24 +22,15 @@ STEPS = 1000  # where the config counts epochs; a step's program differs in cons
 
 
 class RunShapes(NamedTuple):
-    """What compiles a run's training step.
+    """What compiles a run's training step."""
 
-    Attributes:
-      step: as ``setup.Job.train_step``: ``step.lower(*arguments)``.
-      arguments: state, constants and batch, as shapes on the devices.
-      outputs: of the head.
-      trainable_parameters, total_parameters: of one run.
-      runs: trained at once; 1 where the config has no sweep.
-      batch_words: what a batch holds beside its examples.
-    """
-
-    step: Any
-    arguments: tuple
-    outputs: int
-    trainable_parameters: int
+    step: Any  # as setup.Job.train_step: step.lower(*arguments)
+    arguments: tuple  # state, constants and batch, as shapes on the devices
+    outputs: int  # of the head
+    trainable_parameters: int  # of one run
     total_parameters: int
-    runs: int
-    batch_words: str = ""
+    runs: int  # trained at once; 1 where the config has no sweep
+    batch_words: str = ""  # what a batch holds beside its examples
 
 
 def open_shapes(config: Run, devices: Devices) -> RunShapes:

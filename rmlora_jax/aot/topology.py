@@ -16,17 +16,11 @@ EXAMPLES = "v5e:4x4, v6e:8x8, v4:2x2x2 or v5p:2x2x2"
 
 
 class Chip(NamedTuple):
-    """A generation of TPU.
+    """A generation of TPU."""
 
-    Attributes:
-      memory: bytes of HBM of a chip.
-      axes: numbers in the name of a topology.
-      options: what makes libtpu give one device a chip.
-    """
-
-    memory: int
-    axes: int
-    options: dict
+    memory: int  # bytes of HBM of a chip
+    axes: int  # numbers in the name of a topology
+    options: dict  # what makes libtpu give one device a chip
 
 
 # Source: "HBM capacity" of https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e. A chip of v4
@@ -79,7 +73,12 @@ def tpu_devices(topology: str, fsdp: int = 1) -> Devices:
       UserError: no such topology, or no libtpu.
     """
     chip = chip_of(topology)
-    need_compiler()
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "--topology needs the TPU compiler, libtpu, which runs without a TPU on Linux on "
+            f"x86-64 (this machine: {platform.system()} on {platform.machine()}); "
+            "type pip install '.[tpu]'"
+        )
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
@@ -102,13 +101,3 @@ def tpu_devices(topology: str, fsdp: int = 1) -> Devices:
         )
     row = sorted(found, key=lambda d: (d.process_index, d.id))
     return in_groups(row, fsdp)
-
-
-def need_compiler() -> None:
-    """Raises a UserError where libtpu is missing."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "--topology needs the TPU compiler, libtpu, which runs without a TPU on Linux on "
-            f"x86-64 (this machine: {platform.system()} on {platform.machine()}); "
-            "type pip install '.[tpu]'"
-        )

@@ -1,5 +1,6 @@
 """The command: ``python -m rmlora_jax.bench --help``."""
 
+import functools
 import os
 import sys
 
@@ -12,10 +13,11 @@ def main(arguments: list[str]) -> int:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from rmlora_jax.bench import options, run
 
+    say = functools.partial(print, flush=True)
     try:
         given = options.parse(arguments)
         options.check_folder(given.out)
-        print(options.header(given), flush=True)
+        say(run.header(given))
         if given.sweep:
             print(run.write_sweep(run.sweep(given, say), given.out))
         else:
@@ -24,10 +26,6 @@ def main(arguments: list[str]) -> int:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 1
     return 0
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -18,22 +18,15 @@ import jax.numpy as jnp
 from rmlora_jax.parallel import memory
 
 LEAST_SECONDS = 0.2  # of a stretch
-OUT_OF_MEMORY = "out of memory"
 TRACED_STEPS = 3
 
 
 class Program(NamedTuple):
-    """Something that takes steps, of JAX or of another framework.
+    """Something that takes steps, of JAX or of another framework."""
 
-    Attributes:
-      name: of its row.
-      stretch: a number of steps -> the seconds they took.
-      facts: what else is known of it, for ``bench.json``.
-    """
-
-    name: str
-    stretch: Callable[[int], float]
-    facts: dict[str, Any]
+    name: str  # of its row
+    stretch: Callable[[int], float]  # a number of steps -> the seconds they took
+    facts: dict[str, Any]  # what else is known of it, for ``bench.json``
 
 
 def measure(
@@ -41,7 +34,6 @@ def measure(
     *,
     repeats: int,
     steps: int | None = None,
-    least: float = LEAST_SECONDS,
     say: Callable[[str], None] = print,
 ) -> dict[str, dict[str, Any]]:
     """Milliseconds a step of each program, over ``repeats`` turns of all of them.
@@ -49,11 +41,7 @@ def measure(
     The turns go through the programs forwards and backwards by turns, so that a machine that grows
     slower meanwhile favours none of them. A program that runs out of memory takes no further part.
 
-    Args:
-      programs: what is timed; names are unique.
-      repeats: turns.
-      steps: steps of a stretch; None: as many as take ``least`` seconds, for each program.
-      say: where progress goes.
+    A stretch has ``steps`` steps; where they are None, as many as `enough` finds for each program.
 
     Returns:
       name -> ``{"steps": of a stretch, "ms": [a step's, for each repeat], "error": None}``, or with
@@ -62,7 +50,7 @@ def measure(
     found = {p.name: {"steps": steps, "ms": [], "error": None} for p in programs}
     for program in programs:
         row = found[program.name]
-        with_memory(row, lambda p=program, r=row: r.update(steps=steps or enough(p, least)))
+        with_memory(row, lambda p=program, r=row: r.update(steps=steps or enough(p)))
     for repeat in range(repeats):
         for program in programs[:: -1 if repeat % 2 else 1]:
             row = found[program.name]
@@ -75,11 +63,11 @@ def measure(
     return found
 
 
-def enough(program: Program, least: float) -> int:
-    """Steps of a stretch of at least ``least`` seconds; the stretches tried warm the program up."""
+def enough(program: Program) -> int:
+    """Steps of a stretch of ``LEAST_SECONDS`` or more; those tried warm the program up."""
     steps, seconds = 1, program.stretch(1)
-    while seconds < least:
-        wanted = math.ceil(1.2 * steps * least / max(seconds, 1e-9))
+    while seconds < LEAST_SECONDS:
+        wanted = math.ceil(1.2 * steps * LEAST_SECONDS / max(seconds, 1e-9))
         steps = min(10 * steps, max(wanted, steps + 1))
         seconds = program.stretch(steps)
     return steps
@@ -94,7 +82,7 @@ def with_memory(row: dict, action: Callable[[], Any]) -> None:
     except Exception as error:
         if not is_short(error):
             raise
-        row.update(ms=[], error=OUT_OF_MEMORY)
+        row.update(ms=[], error="out of memory")
     if row["error"]:
         gc.collect()  # the frames of the error held what did not fit
 
@@ -125,19 +113,19 @@ def product_program(dtype: Any) -> tuple[Program, int]:
     return Program("product", stretch, {"side": side}), 2 * side**3
 
 
-def profile(program: Program, steps: int = TRACED_STEPS) -> list[dict[str, Any]]:
+def profile(program: Program) -> list[dict[str, Any]]:
     """What the device did in a step: ``[{"kernel", "ms", "calls"}, ...]``, the longest first.
 
-    The trace is of ``steps`` timed steps and of the one before them; the making of the first state,
-    which is in it, too, is small beside them. Empty where the platform traces no kernels (CPU).
+    The trace also holds the making of the first state, which is small beside the steps. Empty where
+    the platform traces no kernels (CPU).
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            program.stretch(steps)
+            program.stretch(TRACED_STEPS)
         events = []
         for file in Path(folder).rglob("*.trace.json.gz"):
             events += json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
-    return kernels(events, steps + 1)
+    return kernels(events, TRACED_STEPS + 1)  # and the step that is not timed
 
 
 def kernels(events: Iterable[Mapping[str, Any]], steps: int) -> list[dict[str, Any]]:
@@ -162,14 +150,11 @@ def kernels(events: Iterable[Mapping[str, Any]], steps: int) -> list[dict[str, A
             continue
         if not named.get((e["pid"], e.get("tid")), "").startswith("Stream"):
             continue  # the same again by module and by operation
-        total = found[_plain(e["name"])]
+        # XLA tells equal fusions apart by a number.
+        total = found[re.sub(r"(_\d+)+$", "", e["name"])]
         total[0] += e.get("dur", 0.0)
         total[1] += 1
-    rows = [{"kernel": k, "ms": us / 1000 / steps, "calls": n / steps} for k, (us, n) in
-            found.items()]
+    rows = [
+        {"kernel": k, "ms": us / 1000 / steps, "calls": n / steps} for k, (us, n) in found.items()
+    ]
     return sorted(rows, key=lambda row: -row["ms"])
-
-
-def _plain(name: str) -> str:
-    """Without the number by which XLA tells equal fusions apart."""
-    return re.sub(r"(_\d+)+$", "", name)

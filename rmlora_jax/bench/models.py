@@ -4,6 +4,7 @@ Sizes are as published, weights are drawn at random; nothing is downloaded.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -32,21 +33,14 @@ MODULES = {
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def _sizes(hidden: int, layers: int, heads: int, intermediate: int | None = None) -> dict:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": intermediate or 4 * hidden,
-    }
+def _sized(kind: Any, hidden: int, layers: int, heads: int, **fields) -> Any:
+    """A config of this class whose MLP is four times as wide as the model."""
+    return kind(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                intermediate_size=4 * hidden, **fields)
 
 
-def _vit(*sizes, **fields) -> ViTConfig:
-    return ViTConfig(**_sizes(*sizes), **fields)
-
-
-def _bert(*sizes, **fields) -> BertConfig:
-    return BertConfig(**_sizes(*sizes), **_NO_DROPOUT, **fields)
+_vit = functools.partial(_sized, ViTConfig)
+_bert = functools.partial(_sized, BertConfig, **_NO_DROPOUT)
 
 
 def _published(name: str) -> Any:
@@ -54,18 +48,11 @@ def _published(name: str) -> Any:
 
 
 class Entry(NamedTuple):
-    """A model that can be timed.
+    """A model that can be timed, with what a step has unless the command says otherwise."""
 
-    Attributes:
-      config: its architecture, a ViTConfig, BertConfig or DebertaConfig.
-      batch: examples a step, unless the command says otherwise.
-      length: tokens of an example, unless the command says otherwise; None for images, whose size
-        is the config's.
-    """
-
-    config: Any
-    batch: int
-    length: int | None = None
+    config: Any  # a ViTConfig, BertConfig or DebertaConfig
+    batch: int  # examples a step
+    length: int | None = None  # tokens of an example; None for images
 
 
 MODELS: dict[str, Entry] = {
@@ -100,20 +87,20 @@ def find_model(name: str, image_size: int | None = None, length: int | None = No
     if entry.length is None:
         if length is not None:
             raise UserError(f"{name} reads images, which have no --length; type --image_size")
-        return entry if image_size is None else _resized(name, entry, image_size)
+        if image_size is None:
+            return entry
+        patch = entry.config.patch_size
+        if image_size < patch:
+            raise UserError(
+                f"{name} has patches of {patch} pixels; type --image_size={patch} or more"
+            )
+        return entry._replace(config=dataclasses.replace(entry.config, image_size=image_size))
     if image_size is not None:
         raise UserError(f"{name} reads texts, which have no --image_size; type --length")
     longest = entry.config.longest  # None: positions are relative
     if length is not None and longest is not None and length > longest:
         raise UserError(f"{name} has positions for {longest} tokens; type --length={longest}")
     return entry if length is None else entry._replace(length=length)
-
-
-def _resized(name: str, entry: Entry, image_size: int) -> Entry:
-    patch = entry.config.patch_size
-    if image_size < patch:
-        raise UserError(f"{name} has patches of {patch} pixels; type --image_size={patch} or more")
-    return entry._replace(config=dataclasses.replace(entry.config, image_size=image_size))
 
 
 def build(
@@ -197,19 +184,14 @@ def step_flops(entry: Entry, batch: int, variant: str, rank: int = 4, modules: s
     It is what the method needs and not what a program does: rematerialisation and the products of
     ``execution="merged"`` are not counted, nor is anything but matrix products.
 
-    Args:
-      entry: the model and the length of its texts.
-      batch: B.
-      variant: one of ``rmlora_jax.bench.variants.VARIANTS``.
-      rank: r.
-      modules: a key of ``MODULES``, for the variants with factors.
-
     >>> [f"{step_flops(MODELS['vit-base'], 256, v) / 1e12:.1f}" for v in ("floor", "lora", "full")]
     ['18.3', '18.3', '26.9']
     """
     c = entry.config
     full, floor, head = (variant == name for name in ("full", "floor", "head"))
-    adapted = set() if full or floor or head else {n for n in LINEARS if _is_adapted(n, modules)}
+    paths = [f"encoder/layers/{'attention' if n in ATTENTION else 'mlp'}/{n}" for n in LINEARS]
+    found = {p.rpartition("/")[2] for p in paths if re.fullmatch(MODULES[modules], p)}
+    adapted = set() if full or floor or head else found
     moved = set(LINEARS) if full else adapted
     later = c.num_hidden_layers - 1
     products = [*_layer(entry, batch, moved, adapted, rank, full, reached=full or floor)]
@@ -222,11 +204,6 @@ def step_flops(entry: Entry, batch: int, variant: str, rank: int = 4, modules: s
         products.append((rows * c.hidden_size, 1 + (not floor)))
     products.append((rows * CLASSES, 1 + (not floor)))
     return sum(flops * (1 + sides) for flops, sides in products)
-
-
-def _is_adapted(name: str, modules: str) -> bool:
-    group = "attention" if name in ATTENTION else "mlp"
-    return re.fullmatch(MODULES[modules], f"encoder/layers/{group}/{name}") is not None
 
 
 def _layer(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
@@ -16,7 +16,6 @@ from rmlora_jax.bench.variants import USUAL, VARIANTS
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.models.attention import IMPLEMENTATIONS
 from rmlora_jax.models.blocks import REMAT
-from rmlora_jax.train.terminal import format_table
 
 DTYPES = ("bfloat16", "float16", "float32")
 SWEEPS = {
@@ -80,32 +79,25 @@ class Options:
         return find_model(self.model, self.image_size, self.length)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Its mistakes are ours to print."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}\n--help lists the flags")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m rmlora_jax.bench",
-        description="Times one training step of each method on the first device.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    for field in dataclasses.fields(Options):
-        parser.add_argument(f"--{field.name}", **field.metadata["argument"])
-    return parser
-
-
 def parse(arguments: Sequence[str]) -> Options:
     """The options of a command line.
 
     Raises:
       UserError: a flag or a value that does not exist or does not fit.
     """
-    given, unknown = _parser().parse_known_args(arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m rmlora_jax.bench",
+        description="Times one training step of each method on the first device.",
+        allow_abbrev=False,
+        exit_on_error=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for field in dataclasses.fields(Options):
+        parser.add_argument(f"--{field.name}", **field.metadata["argument"])
+    try:
+        given, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}\n--help lists the flags") from None
     if unknown:
         flags = [f"--{name}" for name in vars(given)]
         word = unknown[0].partition("=")[0]
@@ -122,6 +114,7 @@ def parse(arguments: Sequence[str]) -> Options:
     for name in ("peft", "profile"):
         if given.sweep and getattr(given, name):
             raise UserError(f"--{name} does not go with --sweep; leave one of them out")
+    name = (f"{datetime.now():%Y-%m-%d_%H-%M-%S}", "bench", given.model, given.sweep)
     dtype = given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     fields = vars(given) | {
         "batch": entry.batch if given.batch is None else given.batch,
@@ -131,11 +124,13 @@ def parse(arguments: Sequence[str]) -> Options:
         "unroll": _unroll(given.unroll, entry.config.num_hidden_layers),
         "variants": _variants(given.variants, given.sweep, entry.config.num_hidden_layers),
         "values": _values(given.sweep, given.values, given.model, entry),
-        "out": given.out or _folder(given),
+        "out": given.out or str(Path("runs", "_".join(filter(None, name)))),
     }
     options = Options(**fields)
     for name in ("batch", "rank", "repeats", "steps"):
-        _at_least_one(f"--{name}", getattr(options, name))
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value} must be a whole number of at least 1")
     return options
 
 
@@ -149,37 +144,11 @@ def check_folder(out: str) -> None:
         raise UserError(f"--out={out}: {error.strerror}; type another folder") from None
 
 
-def header(options: Options) -> str:
-    """The table that the command begins with."""
-    devices = jax.devices()
-    others = f", the first of {len(devices)}" if len(devices) > 1 else ""
-    dtypes = options.dtype
-    if options.base_dtype != options.dtype:
-        dtypes += f", base in {options.base_dtype}"
-    swept = ", ".join(map(str, options.values))
-    return format_table("rmlora_jax.bench", [
-        ("device", devices[0].device_kind + others),
-        ("model", options.model),
-        ("batch", options.batch),
-        ("rank", f"{options.rank}, on {options.modules}"),
-        ("dtype", dtypes),
-        ("layers", f"unroll {options.unroll}, remat {options.remat}"),
-        (options.sweep or "sweep", swept or None),
-        ("variants", ", ".join(options.variants) + (", PEFT" if options.peft else "")),
-        ("out", options.out),
-    ])
-
-
 def _among(flag: str, value: str, known) -> None:
     if value not in known:
         raise UserError(
             f"{flag}={value} must be one of {', '.join(known)}{did_you_mean(value, known)}"
         )
-
-
-def _at_least_one(flag: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise UserError(f"{flag}={value} must be a whole number of at least 1")
 
 
 def _unroll(text: str, layers: int) -> int:
@@ -223,17 +192,14 @@ def _values(sweep: str, text: str | None, model: str, entry: Entry) -> tuple:
     """What a sweep goes through."""
     if not sweep:
         return ()
-    if sweep == "length":
-        if entry.length is None:
-            raise UserError(
-                f"{model} reads images, which have no length to sweep; type another --model, or "
-                "--sweep=batch"
-            )
-        longest = entry.config.longest
-        if text is None:
-            return tuple(v for v in SWEEPS[sweep] if longest is None or v <= longest)
+    if sweep == "length" and entry.length is None:
+        raise UserError(
+            f"{model} reads images, which have no length to sweep; type another --model, or "
+            "--sweep=batch"
+        )
     if text is None:
-        return SWEEPS[sweep]
+        longest = entry.config.longest if sweep == "length" else None
+        return tuple(v for v in SWEEPS[sweep] if longest is None or v <= longest)
     values = tuple(dict.fromkeys(value.strip() for value in text.split(",")))
     if sweep == "modules":
         for value in values:
@@ -245,8 +211,3 @@ def _values(sweep: str, text: str | None, model: str, entry: Entry) -> tuple:
         for value in values:
             find_model(model, length=int(value))
     return tuple(map(int, values))
-
-
-def _folder(given) -> str:
-    kind = f"_{given.sweep}" if given.sweep else ""
-    return str(Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}_bench_{given.model}{kind}"))

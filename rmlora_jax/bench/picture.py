@@ -24,7 +24,9 @@ def bench_figure(results: Mapping[str, Any], rows: Sequence[Row]):
     figure = style.new_figure(11.5 if wide else 8.5, 1.6 + 0.62 * len(rows))
     grid = {"width_ratios": [2.1, 1]} if wide else {}
     time, *rest = figure.subplots(1, 1 + wide, sharey=True, gridspec_kw=grid, squeeze=False)[0]
-    _bars(time, rows, [row.ms.median if row.ms else 0 for row in rows])
+    tints = [colour(row.name) for row in rows]
+    bars = {"height": 0.62, "color": tints, "zorder": 2}
+    time.barh(range(len(rows)), [row.ms.median if row.ms else 0 for row in rows], **bars)
     reach = max([row.ms.high for row in rows if row.ms], default=1)
     for y, row in enumerate(rows):
         if row.ms is None:
@@ -54,7 +56,7 @@ def bench_figure(results: Mapping[str, Any], rows: Sequence[Row]):
         unit, one = ("GiB", 2**30) if max(row.memory or 0 for row in rows) >= 2**30 else (
             "MiB", 2**20)
         sizes = [(row.memory or 0) / one for row in rows]
-        _bars(memory, rows, sizes)
+        memory.barh(range(len(rows)), sizes, **bars)
         for y, row in enumerate(rows):
             if row.memory:
                 memory.annotate(amount(row.memory), (sizes[y], y), xytext=(6, 0),
@@ -66,7 +68,8 @@ def bench_figure(results: Mapping[str, Any], rows: Sequence[Row]):
     figure.tight_layout(w_pad=2)
     _title(figure, results)
     words = footer(results)
-    share = [f"{_name(row)} {100 * row.share:.0f} %" for row in rows if row.share]
+    share = [f"{row.name.replace('peft_', 'PEFT ')} {100 * row.share:.0f} %"
+             for row in rows if row.share]
     if share:
         words += f"; of it: {', '.join(share)}"
     style.caption(figure, words)
@@ -150,19 +153,10 @@ def colour(name: str) -> str:
     return TORCH if name.startswith("peft") else style.colour(name)
 
 
-def _bars(ax, rows: Sequence[Row], widths: Sequence[float]) -> None:
-    for y, (row, width) in enumerate(zip(rows, widths, strict=True)):
-        ax.barh(y, width, height=0.62, color=colour(row.name), zorder=2)
-
-
 def _label(name: str) -> str:
     """What stands at a bar: flags of its own below the method."""
     method, *own = name.split(":")
     return f"{method}\n{', '.join(own)}" if own else LABELS.get(name, name)
-
-
-def _name(row: Row) -> str:
-    return row.name.replace("peft_", "PEFT ")
 
 
 def _quiet(ax) -> None:

@@ -33,13 +33,19 @@ from rmlora_jax.report.style import markdown_table, png, text_table
 BATCHES = 4  # that the steps of a stretch go through in a circle
 
 
+def header(options: Options) -> str:
+    """What is going to be timed, in a line."""
+    known = {"options": vars(options), "tokens": models.tokens(options.entry)}
+    swept = f"; {options.sweep} {', '.join(map(str, options.values))}" if options.sweep else ""
+    return f"{what(known)}, on {jax.devices()[0].device_kind}{swept}"
+
+
 def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Times what ``options`` name.
 
     Returns:
-      What ``bench.json`` holds: ``options``; ``device`` and versions; ``product``, the repeats of
-      the large matrix product; and ``programs``, for each row its name, the repeats in ``ms``,
-      memory, flops and what else is known of it. All of it plain numbers, strings and lists.
+      What ``bench.json`` holds, all of it plain numbers, strings and lists; ``programs`` has the
+      rows, ``product`` the repeats of the large matrix product.
 
     Raises:
       UserError: options that do not fit together, or what ``--peft`` needs is not installed.
@@ -59,7 +65,9 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
         def prepare(name=name, method=method, own=own):
             program = _program(method, entry, base, batches, own)
             programs.append(program._replace(name=name))
-            say(f"  {_told(programs[-1])}")
+            size = program.facts.get("memory_bytes")
+            told = [f"{program.facts['compile_seconds']:.1f} s", size and amount(size)]
+            say(f"  {', '.join(filter(None, [*told, program.facts['execution']]))}")
 
         with_memory(row, prepare)
         if row["error"]:
@@ -194,17 +202,6 @@ def _refusals(options: Options) -> Iterator[None]:
         if isinstance(error, ValueError):
             raise UserError(str(error)) from error
         raise
-
-
-def _told(program: Program) -> str:
-    """A line about a compiled program."""
-    facts = program.facts
-    parts = [f"{facts['compile_seconds']:.1f} s"]
-    if "memory_bytes" in facts:
-        parts.append(amount(facts["memory_bytes"]))
-    if facts.get("execution"):
-        parts.append(facts["execution"])
-    return ", ".join(parts)
 
 
 def _versions(with_torch: bool) -> dict[str, str]:

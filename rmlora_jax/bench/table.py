@@ -36,28 +36,16 @@ class Spread(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the table; figures that a row does not have are None.
+    """A row of the table; figures that a row does not have are None."""
 
-    Attributes:
-      name: of the step.
-      ms: milliseconds a step, over the repeats.
-      ratios: "floor" and "lora" -> the ratio to that row, over pairs of the same repeat.
-      rate: examples a second, from the median.
-      memory: bytes.
-      share: of the arithmetic limit: flops of the step over those that the large matrix product
-        reached in its best repeat, in the same time.
-      compile_seconds: until the step was compiled.
-      note: why there are no figures, or "".
-    """
-
-    name: str
-    ms: Spread | None
-    ratios: dict[str, Spread]
-    rate: float | None
-    memory: int | None
-    share: float | None
+    name: str  # of the step
+    ms: Spread | None  # a step, over the repeats
+    ratios: dict[str, Spread]  # to the rows "floor" and "lora", over pairs of the same repeat
+    rate: float | None  # examples a second, from the median
+    memory: int | None  # bytes
+    share: float | None  # flops over what the best repeat of the product did in the same time
     compile_seconds: float | None
-    note: str
+    note: str  # why there are no figures, or ""
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -112,16 +100,13 @@ def _figures(row: Row) -> tuple[str, ...]:
     memory = "" if row.memory is None else amount(row.memory)
     if row.ms is None:
         return row.note, "", "", "", "", memory, "", compiled
-    ratios = [_ratio(row.ratios.get(name)) for name in RATIOS]
+    ratios = ["", ""]
+    for i, name in enumerate(RATIOS):
+        if found := row.ratios.get(name):
+            ratios[i] = f"{found.median:.3f} ({found.low:.3f} - {found.high:.3f})"
     share = "" if row.share is None else f"{100 * row.share:.0f} %"
     quartiles = f"{number(row.ms.low)} - {number(row.ms.high)}"
     return number(row.ms.median), quartiles, *ratios, f"{row.rate:,.0f}", memory, share, compiled
-
-
-def _ratio(found: Spread | None) -> str:
-    if found is None:
-        return ""
-    return f"{found.median:.3f} ({found.low:.3f} - {found.high:.3f})"
 
 
 def number(value: float) -> str:
@@ -132,14 +117,6 @@ def number(value: float) -> str:
     """
     digits = 2 - math.floor(math.log10(abs(value))) if value else 0
     return f"{value:,.{max(0, digits)}f}"
-
-
-def rate(flops: float) -> str:
-    """
-    >>> rate(39e9), rate(707e12)
-    ('39 GFLOP/s', '707 TFLOP/s')
-    """
-    return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"
 
 
 def what(results: Mapping[str, Any]) -> str:
@@ -160,11 +137,11 @@ def what(results: Mapping[str, Any]) -> str:
 
 def footer(results: Mapping[str, Any]) -> str:
     """What the limit is."""
-    most = limit(results)
+    most, side = limit(results), results["product"]["side"]
     if most is None:
         return ""
-    side = results["product"]["side"]
-    return (f"limit: {rate(most)}, the best of a {results['options']['dtype']} product"
+    rate = f"{most / 1e12:.3g} TFLOP/s" if most >= 1e12 else f"{most / 1e9:.3g} GFLOP/s"
+    return (f"limit: {rate}, the best of a {results['options']['dtype']} product"
             f" of {side} x {side} on the same device")
 
 
@@ -180,20 +157,13 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join([head, table, *(note for note in notes if note)]) + "\n" + kernels
 
 
-def kind(kernel: str) -> str:
-    """
-    >>> kind("nvjet_tst_128x256"), kind("input_reduce_fusion"), kind("loop_add_fusion")
-    ('matrix products', 'sums', 'element by element')
-    """
-    return next((name for name, words in KINDS if re.search(words, kernel, re.I)), "other")
-
-
 def kernel_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table in Markdown: the sums by kind, then the longest kernels."""
     whole = sum(row["ms"] for row in rows)
     kinds = collections.Counter()
     for row in rows:
-        kinds[kind(row["kernel"])] += row["ms"]
+        name = next((k for k, words in KINDS if re.search(words, row["kernel"], re.I)), "other")
+        kinds[name] += row["ms"]
     lines = [("kernel", "ms a step", "share", "calls a step")]
     lines += [(f"**{k}**", number(ms), f"{100 * ms / whole:.0f} %", "")
               for k, ms in kinds.most_common()]

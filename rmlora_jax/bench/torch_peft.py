@@ -1,11 +1,9 @@
 """PyTorch's PEFT on the same shapes, for the rows of ``--peft``.
 
-LoRA of the same rank on the same linear layers of the model of transformers, weights at random, in
-eager mode; everything, the factors too, is in the compute dtype, which is PEFT at its fastest. The
-second row adds what the authors of RM-LoRA do, written anew from its description: after each
-backward pass a Python loop over the modules draws k of r rank directions and sets the gradients of
-the others to 0, and the penalty of every module is added to the loss. PyTorch and PEFT are
-installed by those who compare, and imported only then.
+LoRA of the same rank on the same linear layers of the model of transformers, in eager mode;
+everything, the factors too, is in the compute dtype, which is PEFT at its fastest. The second row
+adds what the authors of RM-LoRA do, written anew from its description: the penalty of every module
+is added to the loss, and a Python loop masks the gradients after each backward pass.
 """
 
 import dataclasses
@@ -13,7 +11,7 @@ import importlib.util
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,7 +30,7 @@ PENALTY = 0.1
 
 
 def check_installed() -> None:
-    """Raises a UserError where something that ``--peft`` needs cannot be imported."""
+    """Raises a UserError where ``--peft`` cannot run."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -125,9 +123,12 @@ def adapted_model(entry: Entry, rank: int):
       UserError: the installed transformers builds the encoder of other layers.
     """
     import peft  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]
 
     model = base_model(entry)
-    targets = list(encoder_linears(model))
+    linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    # Those inside numbered layers, whatever transformers calls them.
+    targets = [name for name in linears if re.search(r"\blayers?\.\d+\.", name)]
     expected = len(LINEARS) * entry.config.num_hidden_layers
     if len(targets) != expected:
         raise UserError(
@@ -161,15 +162,6 @@ def base_model(entry: Entry):
         fields["pos_att_type"] = list(c.pos_att_type)
     config = getattr(transformers, f"{kind}Config")(**fields)
     return getattr(transformers, f"{kind}ForSequenceClassification")(config)
-
-
-def encoder_linears(model) -> Iterator[str]:
-    """Names of the linear modules inside numbered layers, whatever transformers calls them."""
-    import torch  # pyright: ignore[reportMissingImports]
-
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and re.search(r"\blayers?\.\d+\.", name):
-            yield name
 
 
 def factors(model) -> list[tuple]:

@@ -5,7 +5,7 @@ is an argument and never changes; a batch is (inputs, labels).
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import optax
 
 import rmlora_jax as rm
-from rmlora_jax.aot.counts import inner_programs
 from rmlora_jax.bench.measure import Program
 from rmlora_jax.bench.models import MODULES, Entry, tokens
 from rmlora_jax.optim.precision import clip_by_norm
@@ -29,21 +28,13 @@ LEARNING_RATE = 1e-3
 
 
 class Variant(NamedTuple):
-    """A step that can be timed.
+    """A step that can be timed; ``start`` and ``step`` are to be compiled."""
 
-    Attributes:
-      name: one of ``VARIANTS``.
-      start: (base parameters, inputs) -> the first state, in new buffers; to be compiled.
-      frozen: base parameters -> those of them that the step reads and does not change.
-      step: ``(state, frozen, batch) -> (state, output)``; to be compiled.
-      lora: the description of what is trained; None for the floor.
-    """
-
-    name: str
-    start: Callable[[dict, jax.Array], Any]
-    frozen: Callable[[dict], dict]
-    step: Callable[[Any, dict, tuple], tuple[Any, Any]]
-    lora: rm.LoRA | None
+    name: str  # one of VARIANTS
+    start: Callable[[dict, jax.Array], Any]  # base parameters, inputs -> state in new buffers
+    frozen: Callable[[dict], dict]  # base parameters -> those that the step does not change
+    step: Callable[[Any, dict, tuple], tuple[Any, Any]]  # as said above
+    lora: rm.LoRA | None  # what is trained; None for the floor
 
 
 def make_variant(
@@ -68,12 +59,11 @@ def task_loss(logits, labels) -> jax.Array:
 
 def _floor(model: nn.Module, entry: Entry) -> Variant:
     """What any method that trains in the first layer must compute on a frozen model: the loss, and
-    its gradient with respect to what enters the encoder.
+    its gradient with respect to what enters the encoder. Nothing is trained.
 
-    Nothing is trained. The gradient, (B, N, D), is taken with respect to a 0 that is added to the
-    output of the module ``embed``, by an interceptor of Flax that sees this module alone; all else
-    is the model's own code. The state is the sum of the losses so far, so that a step waits for the
-    one before it as the other variants' steps do.
+    The gradient, (B, N, D), is taken with respect to a 0 that an interceptor of Flax adds to the
+    output of the module ``embed``. The state is the sum of the losses so far, so that a step waits
+    for the one before it as the other variants' steps do.
     """
 
     def step(total, base, batch):
@@ -148,8 +138,7 @@ def compile_variant(variant: Variant, base: dict, batches: Sequence[tuple]) -> P
     start, frozen = jax.jit(variant.start), variant.frozen(base)
     state = jax.eval_shape(start, base, batches[0][0])
     began = time.perf_counter()
-    traced = jax.jit(variant.step, donate_argnums=0).trace(state, frozen, batches[0])
-    program = traced.lower().compile()
+    program = jax.jit(variant.step, donate_argnums=0).lower(state, frozen, batches[0]).compile()
     seconds = time.perf_counter() - began
 
     def stretch(steps: int) -> float:
@@ -161,72 +150,17 @@ def compile_variant(variant: Variant, base: dict, batches: Sequence[tuple]) -> P
         jax.block_until_ready((state, out))
         return time.perf_counter() - began
 
+    lora, execution = variant.lora, None
+    if lora is not None and lora.target is not None:
+        execution = "merged" if lora.execution == "merged" else "factored"
+    trained = [] if lora is None else jax.tree.leaves(state[0])
     facts = {
         "framework": "jax",
         "compile_seconds": seconds,
-        "execution": execution_of(traced.jaxpr, variant.lora, frozen),
-        "trained_parameters": 0 if variant.lora is None else _count(state[0]),
-        **_memory(program),
+        "execution": execution,
+        "trained_parameters": sum(x.size for x in trained),
     }
+    if plan := memory.planned(program):
+        facts["memory_bytes"] = memory.needed(program)
+        facts["memory_parts"] = {"arguments": plan.pop("argument"), **plan}
     return Program(variant.name, stretch, facts)
-
-
-def _count(trainable) -> int:
-    return sum(x.size for x in jax.tree.leaves(trainable))
-
-
-def _memory(program) -> dict[str, Any]:
-    """What XLA plans, in bytes: ``memory_bytes`` and its parts; nothing where it does not tell."""
-    plan = memory.planned(program)
-    if not plan:
-        return {}
-    parts = {"arguments" if kind == "argument" else kind: size for kind, size in plan.items()}
-    return {"memory_bytes": memory.needed(program), "memory_parts": parts}
-
-
-def execution_of(jaxpr, lora: rm.LoRA | None, frozen: dict) -> str | None:
-    """"merged" where W + s A B is formed for any adapted weight, else "factored".
-
-    Args:
-      jaxpr: the step's, as ``jax.jit(step).trace(...).jaxpr`` has it.
-      lora: what the step adapts; None, or a description without targets, for one without factors.
-      frozen: the base, arrays or ``jax.ShapeDtypeStruct``.
-
-    Returns:
-      None for a step without factors.
-    """
-    if lora is None or lora.target is None:
-        return None
-    # A weight has no axis of the rank's size; stacks of so many biases, and what the penalty
-    # multiplies, have one.
-    shapes = {leaf.shape[-2:] for leaf in jax.tree.leaves(frozen)}
-    weights = {shape for shape in shapes if len(shape) == 2 and lora.rank not in shape}
-    merges = any(_forms_weight(e, lora.rank, weights) for e in _equations(jaxpr.jaxpr))
-    return "merged" if merges else "factored"
-
-
-def _forms_weight(equation, rank: int, weights: set) -> bool:
-    """Whether an equation is A @ B, of one layer or of a stack of layers, in the shape of W.
-
-    The last axis of one meets the last but one of the other: x^T g, the gradient of a weight, which
-    has the same shapes where the batch is as large as the rank, contracts the same axis of both.
-    """
-    if equation.primitive.name != "dot_general":
-        return False
-    left, right = (v.aval.shape for v in equation.invars)
-    (of_left, of_right), (stacked, _) = equation.params["dimension_numbers"]
-    out = equation.outvars[0].aval.shape
-    return (
-        [left[i] for i in of_left] == [rank]
-        and {len(left) - of_left[0], len(right) - of_right[0]} == {1, 2}
-        and out[-2:] in weights
-        and len(out) == 2 + len(stacked)
-        and len(right) == 2 + len(stacked)
-    )
-
-
-def _equations(jaxpr) -> Iterator:
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in inner_programs(equation.params):
-            yield from _equations(inner)

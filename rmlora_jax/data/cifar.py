@@ -88,8 +88,9 @@ ARCHIVES = {
 }
 
 
-def archive_of(name: Name) -> Archive | None:
-    """The archive of a parsed TFDS name: CIFAR without a config, in the version built here."""
+def archive_of(request: Request) -> Archive | None:
+    """The archive of a TFDS name: CIFAR without a config, in the version built here."""
+    name = Name.parse(request.name)
     if name.config or name.version not in (None, VERSION):
         return None
     return ARCHIVES.get(name.name)
@@ -228,18 +229,14 @@ def _png(image: np.ndarray) -> io.BytesIO:
     return file
 
 
-def _archive(request: Request) -> Archive | None:
-    return archive_of(Name.parse(request.name))
-
-
 def _prepare(request: Request) -> Path:
-    archive = _archive(request)
+    archive = archive_of(request)
     assert archive is not None
     return prepare_cifar(archive, data_dir_of(request), base_url=request.base_url)
 
 
 def _known(request: Request) -> Known | None:
-    archive = _archive(request)
+    archive = archive_of(request)
     assert archive is not None
     classes = {feature: count for feature, _, count in archive.labels}
     if request.label_key not in classes:
@@ -249,7 +246,7 @@ def _known(request: Request) -> Known | None:
 
 
 SOURCE = Source(
-    handles=lambda request: _archive(request) is not None,
+    handles=lambda request: archive_of(request) is not None,
     missing=functools.partial(tfds_missing, prepare=_prepare),
     images=functools.partial(tfds_images, prepare=_prepare),
     known=_known,

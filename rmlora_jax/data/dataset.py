@@ -25,8 +25,8 @@ T = TypeVar("T")
 class Request:
     """The data set that a run wants.
 
-    The fields are the arguments of `load_images`, `load_texts` and `packaged.load_speech`, which
-    explain them. Images have one reported split: ``test_splits={"test": split}``.
+    `load_images`, `load_texts` and `packaged.load_speech` explain the fields. Images
+    have one reported split: ``test_splits={"test": split}``.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Source(NamedTuple):
       utterances: opens the speech of a request, a `packaged.SpeechDataset`.
       known: what is known without the data, for ``--compile_only``.
       prepare: fetches the data and prepares its folder; ``python -m rmlora_jax.data.prepare``.
+      takes_file: whether ``data.data_dir`` may be a file.
 
     Raises:
       UserError: ``images``, ``texts``, ``utterances`` and ``prepare``, with what to type.
@@ -80,6 +81,7 @@ class Source(NamedTuple):
     utterances: Callable[[Request], Any] | None = None
     known: Callable[[Request], "Known | None"] = lambda request: None
     prepare: Callable[[Request], Path] | None = None
+    takes_file: bool = False
 
 
 class Known(NamedTuple):
@@ -178,6 +180,7 @@ class FoundImages(NamedTuple):
       channels: 3, or 1 for grayscale.
       place: what error messages call the data, such as its folder.
       by_class: whether each class gives its share of what is held out.
+      notes: what a person should know of what was found, such as files that were ignored.
     """
 
     train: ImageSource
@@ -187,6 +190,7 @@ class FoundImages(NamedTuple):
     channels: int = 3
     place: object = "the data set"
     by_class: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +206,7 @@ class Dataset:
       image_shape: ``(H, W, C)``, or None where images differ in size.
       channels: 3, or 1 for grayscale (repeated to 3 on the device).
       skipped: the records that were left out because they cannot be used, and why.
+      notes: what a person should know of what the source found.
     """
 
     name: str
@@ -213,6 +218,7 @@ class Dataset:
     image_shape: tuple[int, int, int] | None
     channels: int = 3
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 # Texts
@@ -291,6 +297,7 @@ SHOWN = 5  # records that an error or a note names
 FIELD = "config.data.bad_records"
 # What to type where a record cannot be used and none may be left out.
 LEAVE_OUT = f"--{FIELD}=10 to leave out up to 10 such records (0, the default: none)"
+CHECKED_SIZE = 32  # to which an image is decoded to check it: quick for JPEGs, reads all of a file
 
 
 class BadRecord(UserError):

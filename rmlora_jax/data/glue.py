@@ -134,20 +134,19 @@ def write_predictions(
 # Preparation
 
 
-def is_glue(name: Name) -> bool:
+def _is_glue(name: Name) -> bool:
     return name.name == "glue" and name.config in TASKS and name.version in (None, VERSION)
 
 
-def prepare_glue(config: str, data_dir: str | os.PathLike) -> Path:
+def _prepare(request: Request) -> Path:
     """Makes ``data_dir/glue/<config>/2.0.0`` and returns it; see :func:`download.prepared_folder`.
 
     Published files are taken from ``data_dir/downloads`` if they lie there, and fetched otherwise,
     with the checksums that TFDS knows.
-
-    Raises:
-      UserError: no network, a damaged file, or a folder that cannot be written.
     """
-    make = functools.partial(_build, config, Path(data_dir).expanduser())
+    config, data_dir = Name.parse(request.name).config, data_dir_of(request)
+    assert config is not None
+    make = functools.partial(_build, config, data_dir)
     return prepared_folder(f"glue/{config}", VERSION, data_dir, make)
 
 
@@ -214,19 +213,13 @@ class _Files:
         return str(folder)
 
 
-def _prepare(request: Request) -> Path:
-    config = Name.parse(request.name).config
-    assert config is not None
-    return prepare_glue(config, data_dir_of(request))
-
-
 def _known(request: Request) -> Known | None:
     task = glue_task(request.name)
     return Known(len(task.words or (0, 1))) if task and not task.regression else None
 
 
 SOURCE = Source(
-    handles=lambda request: is_glue(Name.parse(request.name)),
+    handles=lambda request: _is_glue(Name.parse(request.name)),
     missing=functools.partial(tfds_missing, prepare=_prepare),
     texts=functools.partial(tfds_texts, prepare=_prepare),
     known=_known,

@@ -81,27 +81,19 @@ class SpeechDataset(NamedTuple):
     num_classes: int  # speakers, or clusters
 
 
-def load_speech(
-    *,
-    speakers: Sequence[int] = (),
-    clusters: int = 0,
-    validation: float = 0.1,
-    seed: int = 0,
-    limit: int = 0,
-    data_dir: str | os.PathLike | None = None,
-) -> SpeechDataset:
+def load_speech(request: Request) -> SpeechDataset:
     """Nine men say /ae/: 270 utterances to train on, 370 to test, 12 coefficients x 7 to 29 frames.
 
     Each coefficient is standardised by mean and deviation of the training split's frames.
 
-    Args:
+    Fields of the request that it reads:
       speakers: numbers from 1 to 9; (): all.
       clusters: 0: the labels are the speakers. Above 0: an example is an utterance with one frame
         hidden, and its label is the cluster of that frame; see :func:`hidden_frames`.
       validation: fraction (below 1) or number of training utterances to hold out, each speaker's
         share of them.
       seed: chooses them.
-      limit: use only this many training utterances, each speaker's share of them; 0: all.
+      limit: use only this many training utterances, each speaker's share of them; 0 or None: all.
       data_dir: folder with the two .ts files; None: in the package that ships them.
 
     Raises:
@@ -111,21 +103,21 @@ def load_speech(
     passing-through regions", Pattern Recognition Letters 20; https://doi.org/10.24432/C5NS47
     (CC BY 4.0).
     """
-    chosen = tuple(speakers) or SPEAKERS
+    chosen, limit = tuple(request.speakers) or SPEAKERS, request.limit
     if len(set(chosen)) != len(chosen) or len(chosen) < 2 or not set(chosen) <= set(SPEAKERS):
         raise UserError(
             f"config.speech.speakers={chosen}: must be two or more different numbers from 1 to 9"
         )
-    folder = find_files(data_dir)
+    folder = find_files(request.data_dir)
     parts = [read_ts(folder / f"{NAME}_{part}.ts") for part in ("TRAIN", "TEST")]
     longest = max(len(one) for series, _ in parts for one in series)
     train, test = (of_speakers(chosen, *part, longest) for part in parts)
 
     def parted(split: Utterances, count: int) -> tuple[Utterances, Utterances]:
-        kept, held = hold_out(len(split.labels), count, seed=seed, labels=split.labels)
+        kept, held = hold_out(len(split.labels), count, seed=request.seed, labels=split.labels)
         return split.take(kept), split.take(held)
 
-    train, held = parted(train, held_out_count(len(train.labels), validation))
+    train, held = parted(train, held_out_count(len(train.labels), request.validation))
     if limit and limit < len(train.labels):
         _, train = parted(train, limit)
     real = train.frames[_real(train)]
@@ -136,10 +128,10 @@ def load_speech(
         return split._replace(frames=np.where(_real(split)[..., None], frames, np.float32(0)))
 
     splits = [standardised(split) for split in (train, held, test)]
-    if clusters:
-        splits = hidden_frames(splits, clusters)
+    if request.clusters:
+        splits = hidden_frames(splits, request.clusters)
     train, held, test = splits
-    return SpeechDataset(train, held, test, chosen, clusters or len(chosen))
+    return SpeechDataset(train, held, test, chosen, request.clusters or len(chosen))
 
 
 def hidden_frames(splits: Sequence[Utterances], clusters: int) -> list[Utterances]:
@@ -229,17 +221,6 @@ def read_ts(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
     return series, labels
 
 
-def _vowels(request: Request) -> SpeechDataset:
-    return load_speech(
-        speakers=request.speakers,
-        clusters=request.clusters,
-        validation=request.validation,
-        seed=request.seed,
-        limit=request.limit or 0,
-        data_dir=request.data_dir,
-    )
-
-
 def _missing(request: Request) -> list[str]:
     folder = find_files(request.data_dir)
     if folder.is_dir():
@@ -250,5 +231,5 @@ def _missing(request: Request) -> list[str]:
 VOWELS = Source(
     handles=lambda request: request.name == "japanese_vowels",
     missing=_missing,
-    utterances=_vowels,
+    utterances=load_speech,
 )

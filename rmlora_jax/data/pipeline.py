@@ -7,6 +7,7 @@ any number of processes sees the same global batches in the same order, and a ru
 step.
 """
 
+import itertools
 import math
 import os
 import sys
@@ -44,15 +45,8 @@ class Storage(NamedTuple):
     nbytes: int
 
 
-def plan_storage(
-    data: Dataset,
-    image_size: int,
-    *,
-    mode: str = "auto",
-    resident_limit: int = RESIDENT_LIMIT,
-    storage_size: int | None = None,
-) -> Storage:
-    """Chooses how to hold ``data`` for a model of ``image_size`` pixels.
+def plan_storage(data: Dataset, image_size: int, **options) -> Storage:
+    """Chooses how to hold ``data`` for a model of ``image_size`` pixels; options: see `storage_of`.
 
     Square images of one size up to ``storage_size`` stay as they are. All others are brought to
     ``storage_size`` (default ``image_size * 256 / 224``, the common margin for random crops), of
@@ -67,7 +61,7 @@ def plan_storage(
     """
     splits = (data.train, data.validation, data.test)
     n, shape = sum(len(split) for split in splits if split is not None), data.image_shape
-    return storage_of(shape, data.channels, n, image_size, mode, resident_limit, storage_size)
+    return storage_of(shape, data.channels, n, image_size, **options)
 
 
 def storage_of(
@@ -185,8 +179,7 @@ def batch_ids(
 ) -> Iterator[np.ndarray]:
     """The example ids of each step from ``start_step``: int32 (global_batch / process_count,).
 
-    Endless. Element j is position ``process_index * global_batch / process_count + j`` of the
-    global batch. Each pass over the ``n`` examples is shuffled anew and none is dropped: a batch
+    Endless. Each pass over the ``n`` examples is shuffled anew and none is dropped: a batch
     may hold the end of one pass and the beginning of the next.
 
     >>> ids = batch_ids(10, 4, seed=0)
@@ -194,14 +187,7 @@ def batch_ids(
     True
     """
     share = _Share(n, local_size(global_batch, process_count), global_batch, process_index, seed)
-    return _id_batches(share, start_step)
-
-
-def _id_batches(share: "_Share", step: int) -> Iterator[np.ndarray]:
-    while True:
-        first = step * share.local
-        yield np.array([share(k) for k in range(first, first + share.local)], np.int32)
-        step += 1
+    return map(share.batch, itertools.count(start_step))
 
 
 class _Share:
@@ -221,6 +207,10 @@ class _Share:
         example = self.ids[step * self.global_batch + self.offset + j]
         assert example is not None
         return example
+
+    def batch(self, step: int) -> np.ndarray:
+        first = step * self.local
+        return np.array([self(k) for k in range(first, first + self.local)], np.int32)
 
 
 class _Load:
@@ -269,15 +259,12 @@ def stream_batches(
     local = local_size(global_batch, process_count)
     share = _Share(len(source), local, global_batch, process_index, seed)
     first = start_step * local
-    ids = grain.MapDataset.range(first, first + _endless(local)).map(share)
+    # A length that no run reaches, whole in batches and safe to count with in 64 bits.
+    endless = (sys.maxsize // 4 // local) * local
+    ids = grain.MapDataset.range(first, first + endless).map(share)
     for batch in _read(ids.map(_Load(source, size)), local, threads, workers):
         del batch["mask"]
         yield batch
-
-
-def _endless(local: int) -> int:
-    """A length that no run reaches, whole in batches and safe to count with in 64 bits."""
-    return (sys.maxsize // 4 // local) * local
 
 
 def eval_batches(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rmlora_jax.data import cifar, glue, packaged, text_files, tfds
+from rmlora_jax.data import cifar, folder, glue, packaged, text_files, tfds
 from rmlora_jax.data.dataset import (
     Dataset,
     FoundImages,
@@ -40,6 +40,7 @@ SOURCES = (
     packaged.DIGITS,
     packaged.VOWELS,
     text_files.SOURCE,
+    folder.SOURCE,
     cifar.SOURCE,
     glue.SOURCE,
     tfds.SOURCE,
@@ -64,11 +65,12 @@ def missing(kind: Kind, request: Request) -> list[str]:
     Returns:
       One line for each mistake: "config.FIELD=VALUE: what is wrong and what to type".
     """
-    given = Path(request.data_dir).expanduser() if request.data_dir else None
-    if given and given.exists() and not given.is_dir():
-        return [f"config.data.data_dir={request.data_dir!r}: it is a file; give a folder"]
     try:
-        return find_source(kind, request).missing(request)
+        source = find_source(kind, request)
+        given = Path(request.data_dir).expanduser() if request.data_dir else None
+        if given and given.exists() and not (given.is_dir() or source.takes_file):
+            return [f"config.data.data_dir={request.data_dir!r}: it is a file; give a folder"]
+        return source.missing(request)
     except UserError as error:
         return [f"config.data.name={request.name!r}: {error}"]
 
@@ -113,7 +115,7 @@ def open_images(request: Request) -> Dataset:
     train, validation = held_out(train, request.seed)
     data = Dataset(
         request.name, train, validation, test, len(found.class_names), found.class_names,
-        found.image_shape, found.channels, tuple(skipped.records),
+        found.image_shape, found.channels, tuple(skipped.records), found.notes,
     )
     if request.classes:
         data = with_classes(data, request.classes)
@@ -183,9 +185,11 @@ def load_images(
     """A labelled image data set with three fixed splits.
 
     Args:
-      name: "digits"; or a TFDS name: "cifar100", "eurosat/rgb", "beans:0.1.0". CIFAR-10 and
-        CIFAR-100 are fetched and prepared on first use; prepare others first (as array_record).
-      data_dir: of TFDS; default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      name: "digits"; "folder", image files in a folder for each class; or a TFDS name: "cifar100",
+        "eurosat/rgb", "beans:0.1.0". CIFAR-10 and CIFAR-100 are fetched and prepared on first use;
+        prepare others first (as array_record).
+      data_dir: the folder of image files; or of TFDS, default $TFDS_DATA_DIR, else
+        ~/tensorflow_datasets.
       validation: fraction (below 1) or number of training images to hold out; 0 for none.
       seed: chooses them. It is not the training's seed: use the same in all runs that you compare.
       train_split, test_split: TFDS split names or slices such as "train[:80%]". Without

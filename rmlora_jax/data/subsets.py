@@ -38,52 +38,34 @@ T = TypeVar("T")
 class Subset(ImageSource):
     """The elements of ``source`` at ``ids``, in that order.
 
+    With ``labels`` the label ``l`` is read as ``labels[l]``.
+
     >>> source = ArraySource(np.zeros((3, 8, 8, 3), np.uint8), np.array([3, 1, 4]))
-    >>> Subset(source, (2, 0))[0]["label"]
-    4
+    >>> Subset(source, (2, 0))[0]["label"], Subset(source, (1,), np.array([0, 7]))[0]["label"]
+    (4, 7)
     """
 
     source: ImageSource
     ids: Sequence[int] | np.ndarray
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
-        return self.source.load(int(self.ids[index]), size)
+        image, label = self.source.load(int(self.ids[index]), size)
+        return image, label if self.labels is None else int(self.labels[label])
 
     def identity(self) -> str | None:
-        return _identity(self.source, self.ids)
+        own = identity_of(self.source)
+        if own is None:
+            return None
+        own = f"{own} {_digest(self.ids)}"
+        return own if self.labels is None else f"relabelled {own} {_digest(self.labels)}"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Relabelled(ImageSource):
-    """``source`` with the label ``l`` read as ``labels[l]``.
-
-    >>> source = ArraySource(np.zeros((1, 8, 8, 3), np.uint8), np.array([2]))
-    >>> Relabelled(source, np.array([0, 0, 1]))[0]["label"]
-    1
-    """
-
-    source: ImageSource
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
-        image, label = self.source.load(index, size)
-        return image, int(self.labels[label])
-
-    def identity(self) -> str | None:
-        own = _identity(self.source, self.labels)
-        return own and f"relabelled {own}"
-
-
-def _identity(source: ImageSource, chosen: Sequence[int] | np.ndarray) -> str | None:
-    """The identity of ``source`` with these numbers chosen from it; None where it has none."""
-    own = identity_of(source)
-    return own and f"{own} {hashlib.sha256(np.asarray(chosen, np.int64).tobytes()).hexdigest()}"
+def _digest(numbers: Sequence[int] | np.ndarray) -> str:
+    return hashlib.sha256(np.asarray(numbers, np.int64).tobytes()).hexdigest()
 
 
 def identity_of(source: ImageSource) -> str | None:
@@ -104,14 +86,14 @@ def labels_of(source: ImageSource) -> np.ndarray:
     """Every label of a source, int (n,), without decoding an image where that can be helped."""
     if isinstance(source, ArraySource):
         return np.asarray(source.labels)
-    if isinstance(source, Relabelled):
-        return source.labels[labels_of(source.source)]
     if isinstance(source, Subset):
         ids = np.asarray(source.ids, np.int64)
         label = getattr(source.source, "label", None)
         if label and len(ids) < len(source.source):
-            return np.array([label(int(i)) for i in ids])
-        return labels_of(source.source)[ids]
+            found = np.array([label(int(i)) for i in ids])
+        else:
+            found = labels_of(source.source)[ids]
+        return found if source.labels is None else source.labels[found]
     label = getattr(source, "label", None) or (lambda i: source[i]["label"])
     return np.array([label(i) for i in range(len(source))])
 
@@ -376,7 +358,7 @@ def with_classes(data: Dataset, count: int, *, seed: int = SEED) -> Dataset:
                 f"config.data.classes={count}: the {name} split of {data.name} has no image of "
                 "these classes; give more classes, or a larger config.data.validation"
             )
-        return Relabelled(Subset(source, ids), labels)
+        return Subset(source, ids, labels)
 
     return dataclasses.replace(
         data,

@@ -98,27 +98,24 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
 
 def _checked(path: Path, line: int, raw: dict | str) -> dict:
     """A row as an object of strings."""
-    if isinstance(raw, str):
-        return _object(path, line, raw)
-    if None in raw:
-        raise BadRecord(
-            f"{path}, line {line}: more cells than the heading has names; put texts with commas or "
-            "tabs in double quotes"
-        )
-    return raw
-
-
-def _object(path: Path, number: int, line: str) -> dict:
-    if not _is_unicode(line):
-        raise BadRecord(f"{path}, line {number}: not UTF-8; convert it")
+    where = f"{path}, line {line}"
+    if isinstance(raw, dict):
+        if None in raw:
+            raise BadRecord(
+                f"{where}: more cells than the heading has names; put texts with commas or tabs in "
+                "double quotes"
+            )
+        return raw
+    if not _is_unicode(raw):
+        raise BadRecord(f"{where}: not UTF-8; convert it")
     try:
-        row = json.loads(line)
+        row = json.loads(raw)
         if isinstance(row, dict):
             return {k: v if v is None or isinstance(v, str) else json.dumps(v)
                     for k, v in row.items()}
     except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{path}, line {number}: not JSON ({error})") from None
-    raise BadRecord(f"{path}, line {number}: a {type(row).__name__}, not an object")
+        raise BadRecord(f"{where}: not JSON ({error})") from None
+    raise BadRecord(f"{where}: a {type(row).__name__}, not an object")
 
 
 def _cell(path: Path, line: int, row: dict, name: str) -> str:

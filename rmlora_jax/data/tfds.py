@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from rmlora_jax.data.dataset import (
+    CHECKED_SIZE,
     LEAVE_OUT,
     BadRecord,
     FoundImages,
@@ -34,7 +35,6 @@ from rmlora_jax.data.vision import open_image, pixels
 from rmlora_jax.errors import UserError, first_line, progress
 
 ClassNames = tuple[str, ...] | None  # None for regression
-CHECKED_SIZE = 32  # to which `check` decodes: quick for JPEGs, and it reads all of a file
 
 # Images
 
@@ -155,10 +155,11 @@ class TfdsImages(ImageSource):
 
     def _bad(self, index: int, why: str) -> BadRecord:
         folder, split, *_ = self._arguments
-        return BadRecord(
-            f"{folder} is damaged: image {index} of {split!r}: {why}\n"
-            f"Delete that folder and prepare it again, or type {LEAVE_OUT}"
-        )
+        return _damaged(f"{folder} is damaged: image {index} of {split!r}: {why}")
+
+
+def _damaged(what: str) -> BadRecord:
+    return BadRecord(f"{what}\nDelete that folder and prepare it again, or type {LEAVE_OUT}")
 
 
 def image_features(folder: Path, image_key: str, label_key: str):
@@ -280,10 +281,7 @@ def _read_texts(
             bar.update()
 
     def damaged(i: int, why: str) -> BadRecord:
-        return BadRecord(
-            f"{folder} is damaged: text {i} of {split!r}: {why}\n"
-            f"Delete that folder and prepare it again, or type {LEAVE_OUT}"
-        )
+        return _damaged(f"{folder} is damaged: text {i} of {split!r}: {why}")
 
     return usable_texts(TextSplit(texts, labels, ids), names, skipped, unread, damaged)
 

@@ -198,7 +198,8 @@ def eval_text_batches(
     """
     local = local_size(global_batch, process_count)
     mine = slice(process_index * local, (process_index + 1) * local)
-    lengths, n = (max_length,) if one_length else _doubling(max_length), len(labels)
+    doubling = (*(32 << i for i in range(30) if 32 << i < max_length), max_length)
+    lengths, n = (max_length,) if one_length else doubling, len(labels)
     order = np.argsort(tokens.lengths, kind="stable").astype(np.int32)
     rows = np.full(math.ceil(n / global_batch) * global_batch, order[-1])
     rows[:n] = order
@@ -208,13 +209,6 @@ def eval_text_batches(
         batch = padded(tokens, ids[mine], _bucket(tokens, ids, lengths), pad_id)
         mask = real[start : start + global_batch][mine]
         yield batch | {"label": labels[ids[mine]], "mask": mask}
-
-
-def _doubling(max_length: int) -> tuple[int, ...]:
-    lengths = [32]
-    while lengths[-1] < max_length:
-        lengths.append(2 * lengths[-1])
-    return (*lengths[:-1], max_length) if lengths[-1] > max_length else tuple(lengths)
 
 
 def _bucket(tokens: Tokens, ids: np.ndarray, lengths: tuple[int, ...]) -> int:

@@ -29,25 +29,6 @@ _MODES = {1: "L", 3: "RGB"}
 _MAX = 255.0
 
 
-def decode(encoded: bytes, channels: int = 3, size: int | None = None) -> np.ndarray:
-    """A PNG, JPEG or other image file as uint8 (H, W, channels).
-
-    Args:
-      encoded: the file's bytes. Palettes, alpha, CMYK and gray become ``channels`` channels.
-      channels: 1 or 3.
-      size: if given, the result is (size, size, channels): the shorter side is resized to ``size``
-        (bilinear, antialiased) and the middle taken. JPEGs are then decoded at the smallest of
-        1/1, 1/2, 1/4 and 1/8 of their size that is still large enough, which is several times
-        faster.
-
-    >>> file = io.BytesIO()
-    >>> Image.new("L", (6, 4), 7).save(file, "PNG")
-    >>> decode(file.getvalue()).shape, decode(file.getvalue(), 1, size=2).ravel().tolist()
-    ((4, 6, 3), [7, 7, 7, 7])
-    """
-    return pixels(open_image(encoded), channels, size)
-
-
 def open_image(encoded: bytes) -> Image.Image:
     """The file's header, read; its pixels are decoded when they are first needed.
 
@@ -62,7 +43,17 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def pixels(image: Image.Image, channels: int = 3, size: int | None = None) -> np.ndarray:
-    """`decode` of an image that pillow has opened. It changes how an unread file is decoded."""
+    """An image that `open_image` opened as uint8 (H, W, channels).
+
+    Args:
+      image: palettes, alpha, CMYK and gray become ``channels`` channels. How its file is decoded is
+        changed, where that has not happened yet.
+      channels: 1 or 3.
+      size: if given, the result is (size, size, channels): the shorter side is resized to ``size``
+        (bilinear, antialiased) and the middle taken. JPEGs are then decoded at the smallest of
+        1/1, 1/2, 1/4 and 1/8 of their size that is still large enough, which is several times
+        faster.
+    """
     mode = _MODES[channels]
     if size is not None:
         image.draft(mode, (size, size))
@@ -154,12 +145,16 @@ def augment(
 
     height, width = images.shape[1:3]
     if not train:
-        x = _middle(images, image_size, center)
+        top, h = _middle_window(height, center)
+        left, w = _middle_window(width, center)
+        x = resize(images[:, top : top + h, left : left + w], image_size)
     elif key is None or positions is None:
         raise ValueError("train=True draws at random: pass key and positions")
     else:
         keys = jax.vmap(lambda p: jax.random.fold_in(key, p))(positions)
-        mirrored = jax.vmap(_coin)(keys) if flip else jnp.zeros(len(images), bool)
+        mirrored = jnp.zeros(len(images), bool)
+        if flip:
+            mirrored = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 0)))(keys)
         if crop == "resized":
             top, left, h, w = jax.vmap(
                 lambda k: _random_box(k, height, width, scale, ratio)
@@ -215,19 +210,9 @@ def _separable(images, rows, columns) -> jax.Array:
     return jnp.einsum(f"{c},bowc->bopc", columns, x, precision=highest)
 
 
-def _middle(images, image_size, center) -> jax.Array:
-    top, h = _middle_window(images.shape[1], center)
-    left, w = _middle_window(images.shape[2], center)
-    return resize(images[:, top : top + h, left : left + w], image_size)
-
-
 def _middle_window(size: int, center: float) -> tuple[int, int]:
     length = round(size * center)
     return (size - length) // 2, length
-
-
-def _coin(key) -> jax.Array:
-    return jax.random.bernoulli(jax.random.fold_in(key, 0))
 
 
 def _shifted(images, keys, mirrored, *, reach, center, fill) -> jax.Array:

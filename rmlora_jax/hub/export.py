@@ -14,7 +14,7 @@ from rmlora_jax.hub.info import Info, write_info
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import CONFIG, EXTRAS, KINDS, PREPROCESSOR, read_json
 from rmlora_jax.hub.tokenizer import FILES
-from rmlora_jax.hub.weights import some, stored_tensors
+from rmlora_jax.hub.weights import differences, some, stored_tensors
 from rmlora_jax.models.family import flat_params, param_shapes
 
 CARD = "README.md"
@@ -195,14 +195,10 @@ def _checked(params: Any, base: Pretrained) -> dict[str, np.ndarray]:
                         "rm.merge(params, lora) returns")
     shapes = param_shapes(base.family, base.config, base.num_labels)
     known = {entry.path for entry in base.family.table}
-    parts = {
-        "lacks": sorted(shapes.keys() - flat.keys()),
-        "has unexpected": sorted((flat.keys() - shapes.keys()) | (flat.keys() - known)),
-    }
-    if any(parts.values()):
-        what = "; ".join(f"{verb} {some(paths)}" for verb, paths in parts.items() if paths)
-        raise UserError(f"params: {what}. A {base.family.classifier} cannot have them so; give the "
-                        "whole parameters of the unadapted model")
+    missing = sorted(shapes.keys() - flat.keys())
+    if wrong := differences(missing, sorted(flat.keys() - (shapes.keys() & known))):
+        raise UserError(f"params: {wrong}. A {base.family.classifier} cannot have them so; give "
+                        "the whole parameters of the unadapted model")
     for path, shape in shapes.items():
         if np.shape(flat[path]) != shape:
             raise UserError(f"params: {path!r} has shape {np.shape(flat[path])}, but "

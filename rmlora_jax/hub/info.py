@@ -16,16 +16,11 @@ from rmlora_jax.hub.source import CONFIG, PACKAGED, bundled, read_json
 from rmlora_jax.models.family import IMAGES, TEXTS, Inputs
 
 FILE = "rmlora.json"
-TASKS = {  # what a model of each is called with
-    "image_classification": IMAGES,
-    "text_classification": TEXTS,
-    "text_regression": TEXTS,
-}
-
-PIPELINES = {
-    "image_classification": "image-classification",
-    "text_classification": "text-classification",
-    "text_regression": "text-classification",
+# What a model of each task is called with, and what a hub calls the task.
+TASKS = {
+    "image_classification": (IMAGES, "image-classification"),
+    "text_classification": (TEXTS, "text-classification"),
+    "text_regression": (TEXTS, "text-classification"),
 }
 
 
@@ -60,11 +55,7 @@ class Info:
     @property
     def inputs(self) -> Inputs:
         """What the model is called with."""
-        return TASKS[self.task]
-
-    @property
-    def is_image(self) -> bool:
-        return self.inputs is IMAGES
+        return TASKS[self.task][0]
 
     @property
     def is_regression(self) -> bool:
@@ -149,19 +140,16 @@ model = PeftModel.from_pretrained(base, "FOLDER").eval()"""
             f"\n\nIt was trained on images of {base.image_size} pixels: call the model with "
             "`interpolate_pos_encoding=True`."
         )
+    whole = ", ".join(config["modules_to_save"] or ())
     text = [
-        _front({"library_name": "peft", "base_model": base.source,
-                **({"pipeline_tag": PIPELINES[info.task]} if info else {})}),
+        _front("peft", base, info),
         f"# Adapter of {base.source}",
         f"Low-rank factors (rank {config['r']}, alpha {config['lora_alpha']}) for "
         f"{', '.join(config['target_modules'])}"
-        + (f"; trained as a whole: {', '.join(config['modules_to_save'])}."
-           if config["modules_to_save"] else "."),
+        + (f"; trained as a whole: {whole}." if whole else "."),
         *_about(info),
         "## Use",
-        "In JAX, with `rmlora_jax`:",
-        _code("import rmlora_jax.hub\n\nmodel = rmlora_jax.hub.load(\"FOLDER\")\n"
-              f"print(model([{_example(info)}]))"),
+        *_in_jax(info),
         "In PyTorch, with `peft`:",
         _code(torch) + _where(base) + notes,
         *_config(info),
@@ -172,21 +160,26 @@ model = PeftModel.from_pretrained(base, "FOLDER").eval()"""
 def model_card(base: Pretrained, info: Info) -> str:
     """The card of a whole model."""
     auto = f"AutoModelFor{base.family.purpose}"
+    torch = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained(\"FOLDER\").eval()"
     text = [
-        _front({"library_name": "transformers", "base_model": base.source,
-                "pipeline_tag": PIPELINES[info.task]}),
+        _front("transformers", base, info),
         f"# {base.source}, fine-tuned",
         *_about(info),
         "## Use",
         "In PyTorch, with `transformers`:",
-        _code(f"from transformers import {auto}\n\n"
-              f"model = {auto}.from_pretrained(\"FOLDER\").eval()"),
-        "In JAX, with `rmlora_jax`:",
-        _code("import rmlora_jax.hub\n\nmodel = rmlora_jax.hub.load(\"FOLDER\")\n"
-              f"print(model([{_example(info)}]))"),
+        _code(torch),
+        *_in_jax(info),
         *_config(info),
     ]
     return "\n\n".join(text) + "\n"
+
+
+def _in_jax(info: Info | None) -> list[str]:
+    example = '"photo.jpg"'
+    if info is not None and info.inputs is TEXTS:
+        example = '"a text"' if len(info.columns) == 1 else '("a text", "another")'
+    code = "import rmlora_jax.hub\n\nmodel = rmlora_jax.hub.load(\"FOLDER\")\n"
+    return ["In JAX, with `rmlora_jax`:", _code(f"{code}print(model([{example}]))")]
 
 
 def _where(base: Pretrained) -> str:
@@ -222,14 +215,10 @@ def _config(info: Info | None) -> list[str]:
     return ["## Config of the run", _code(json.dumps(info.about["config"], indent=1), "json")]
 
 
-def _example(info: Info | None) -> str:
-    if info is None or info.is_image:
-        return '"photo.jpg"'
-    return '"a text"' if len(info.columns) == 1 else '("a text", "another")'
-
-
-def _front(fields: Mapping[str, str]) -> str:
+def _front(library: str, base: Pretrained, info: Info | None) -> str:
     """What model hubs read, in YAML; JSON's strings are strings there."""
+    fields = {"library_name": library, "base_model": base.source}
+    fields |= {"pipeline_tag": TASKS[info.task][1]} if info else {}
     return "\n".join(["---", *(f"{k}: {json.dumps(v)}" for k, v in fields.items()), "---"])
 
 

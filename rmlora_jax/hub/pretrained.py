@@ -90,38 +90,24 @@ def load_pretrained(
     >>> vit.config.hidden_size, vit.image_size, vit.new
     (192, 64, ('head/kernel', 'head/bias'))
     """
-    return _load(source, FAMILIES, num_labels, image_size, key, dtype, revision)
+    return _load(
+        source, FAMILIES, num_labels, image_size=image_size, key=key, dtype=dtype, revision=revision
+    )
 
 
-def load_vit(
-    source: str | Path,
-    *,
-    num_classes: int | None = None,
-    image_size: int | None = None,
-    key: jax.Array | None = None,
-    dtype=jnp.float32,
-    revision: str | None = None,
-) -> Pretrained:
+def load_vit(source: str | Path, *, num_classes: int | None = None, **options) -> Pretrained:
     """`load_pretrained` for models of images alone; ``num_classes`` is ``num_labels``.
 
     >>> load_vit("vit-tiny-patch8-64-tinyimagenet").num_classes
     200
     """
-    options = {"default": "vit", "argument": "num_classes"}
-    known = _families_of(IMAGES)
-    return _load(source, known, num_classes, image_size, key, dtype, revision, **options)
+    options |= {"default": "vit", "argument": "num_classes"}
+    return _load(source, _families_of(IMAGES), num_classes, **options)
 
 
-def load_text(
-    source: str | Path,
-    *,
-    num_labels: int | None = None,
-    key: jax.Array | None = None,
-    dtype=jnp.float32,
-    revision: str | None = None,
-) -> Pretrained:
+def load_text(source: str | Path, *, num_labels: int | None = None, **options) -> Pretrained:
     """`load_pretrained` for models of texts alone."""
-    return _load(source, _families_of(TEXTS), num_labels, None, key, dtype, revision)
+    return _load(source, _families_of(TEXTS), num_labels, **options)
 
 
 def _families_of(inputs: Inputs) -> dict[str, Family]:
@@ -132,11 +118,11 @@ def _load(
     source: str | Path,
     known: Mapping[str, Family],
     num_labels: int | None,
-    image_size: int | None,
-    key: jax.Array | None,
-    dtype,
-    revision: str | None,
     *,
+    image_size: int | None = None,
+    key: jax.Array | None = None,
+    dtype=jnp.float32,
+    revision: str | None = None,
     default: str | None = None,
     argument: str = "num_labels",
 ) -> Pretrained:

@@ -35,53 +35,29 @@ PACKAGED = {
     ),
 }
 
-_BERT = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-    "initializer_range": 0.02,
-}
-
-# What decides the architecture in the config.json of models that configs/ names.
+# What decides the architecture in the config.json of models that configs/ names, as far as it
+# differs from what a config.json without the field means.
 # Source: https://huggingface.co/NAME/raw/main/config.json of each.
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "google/vit-base-patch16-224-in21k": _BERT | {
-        "model_type": "vit",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "image_size": 224,
-        "patch_size": 16,
-        "num_channels": 3,
-        "layer_norm_eps": 1e-12,
-        "qkv_bias": True,
-    },
-    "microsoft/deberta-v3-base": _BERT | {
+    "google/vit-base-patch16-224-in21k": {"model_type": "vit"},
+    "microsoft/deberta-v3-base": {
         "model_type": "deberta-v2",
-        "vocab_size": 128100,
-        "type_vocab_size": 0,
-        "max_position_embeddings": 512,
-        "layer_norm_eps": 1e-7,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
         "relative_attention": True,
         "position_buckets": 256,
-        "max_relative_positions": -1,
         "norm_rel_ebd": "layer_norm",
         "share_att_key": True,
         "pos_att_type": "p2c|c2p",
         "position_biased_input": False,
     },
-    "FacebookAI/roberta-base": _BERT | {
+    "FacebookAI/roberta-base": {
         "model_type": "roberta",
-        "vocab_size": 50265,
         "type_vocab_size": 1,
         "max_position_embeddings": 514,
         "layer_norm_eps": 1e-5,
-        "pad_token_id": 1,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
     },
 }
 
@@ -113,19 +89,24 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
     'vit-tiny-patch8-64-tinyimagenet'
     """
     name = str(source)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    if folder := _local(name):
         return folder
-    if name in bundled():
-        return ASSETS / name
-    if name in PACKAGED:
-        return _packaged(name)
-    if folder.exists() or not HUB_NAME.fullmatch(name):
+    if Path(name).expanduser().exists() or not HUB_NAME.fullmatch(name):
         raise UserError(
             f"model {name!r} is not a folder. Give the folder that holds its {CONFIG} and "
             f"{KINDS[0][0]}, a name on the Hugging Face hub, or a bundled model: {_bundled_names()}"
         )
     return _cached(name, revision) or _download(name, revision)
+
+
+def _local(name: str) -> Path | None:
+    """A local folder, a bundled model or a packaged one of this name."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name in bundled():
+        return ASSETS / name
+    return _packaged(name) if name in PACKAGED else None
 
 
 def find_config(source: str) -> tuple[str, dict[str, Any]]:
@@ -137,15 +118,9 @@ def find_config(source: str) -> tuple[str, dict[str, Any]]:
     Raises:
       UserError: this machine does not have it.
     """
-    folder = Path(source).expanduser()
-    if source in bundled():
-        folder = ASSETS / source
-    elif source in PACKAGED:
-        folder = find_folder(source)
-    if folder.is_dir():
-        return str(folder / CONFIG), read_json(folder / CONFIG)
-    if cached := _cached_config(source):
-        return str(cached), read_json(cached)
+    folder = _local(source)
+    if where := folder / CONFIG if folder else _cached_config(source):
+        return str(where), read_json(where)
     if source in PUBLISHED:
         return source, PUBLISHED[source]
     raise UserError(
@@ -191,14 +166,8 @@ def _cached(name: str, revision: str | None) -> Path | None:
     config = _cached_config(name, revision)
     if config is None:
         return None
-    folder = config.parent
-    for whole, index in KINDS:
-        if (folder / whole).exists():
-            return folder
-        if (folder / index).exists():
-            complete = all((folder / shard).exists() for shard in shards(folder / index))
-            return folder if complete else None
-    return None
+    files = weight_files(config.parent)
+    return config.parent if files and all(map(Path.exists, files)) else None
 
 
 def _packaged(name: str) -> Path:
@@ -207,6 +176,16 @@ def _packaged(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"model {name!r} is a package that is not installed; type: {install}")
     return Path(spec.submodule_search_locations[0]) / inside
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that should hold a folder's weights, there or not; none without an index."""
+    for whole, index in KINDS:
+        if (folder / whole).exists():
+            return [folder / whole]
+        if (folder / index).exists():
+            return [folder / shard for shard in shards(folder / index)]
+    return []
 
 
 def shards(index: Path) -> list[str]:

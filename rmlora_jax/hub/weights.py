@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.pickled import PickledTensors
 from rmlora_jax.hub.safetensors_file import SafetensorsFile
-from rmlora_jax.hub.source import KINDS, shards
+from rmlora_jax.hub.source import KINDS, weight_files
 from rmlora_jax.models.family import Entry
 
 LFS_POINTER = b"version https://git-lfs"
@@ -35,7 +35,7 @@ class Tensors(Mapping[str, np.ndarray]):
     def __init__(self, folder: Path):
         self.folder = folder
         self._files = {}
-        for path in weight_files(folder):
+        for path in whole_files(folder):
             file = PickledTensors(path) if path.suffix == ".bin" else SafetensorsFile(path)
             if twice := sorted(self._files.keys() & file.keys()):
                 raise UserError(f"{folder}: {some(twice)} is in two shards; copy them again")
@@ -55,37 +55,28 @@ class Tensors(Mapping[str, np.ndarray]):
         return self._files[name].shape(name)
 
 
-def weight_files(folder: Path) -> list[Path]:
+def whole_files(folder: Path) -> list[Path]:
     """The files of a folder that hold its weights.
 
     Raises:
-      UserError: there are no weights, or a file that an index lists is missing.
+      UserError: there are no weights, or a file that an index lists is missing or only points to
+        its content, as Git LFS leaves it.
     """
-    for whole, index in KINDS:
-        if (folder / whole).exists():
-            return [_itself(folder / whole)]
-        if (folder / index).exists():
-            files = [folder / shard for shard in shards(folder / index)]
-            for file in files:
-                if not file.exists():
-                    raise UserError(
-                        f"{folder} lacks {file.name}, which its {index} lists; copy it too"
-                    )
-            return [_itself(file) for file in files]
-    names = ", ".join(name for kind in KINDS for name in kind)
-    raise UserError(f"{folder} has no weights ({names}); is it a model's folder?")
-
-
-def _itself(path: Path) -> Path:
-    """The path, if it is a file and not the pointer that Git LFS keeps in its place."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; copy the model's folder again")
-    with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(
-                f"{path} only points to its content; type `git lfs pull` where it was cloned"
-            )
-    return path
+    files = weight_files(folder)
+    for path in files:
+        if not path.exists():
+            raise UserError(f"{folder} lacks {path.name}, which its index lists; copy it too")
+        if not path.is_file():
+            raise UserError(f"{path} is not a file; copy the model's folder again")
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(
+                    f"{path} only points to its content; type `git lfs pull` where it was cloned"
+                )
+    if not files:
+        names = ", ".join(name for kind in KINDS for name in kind)
+        raise UserError(f"{folder} has no weights ({names}); is it a model's folder?")
+    return files
 
 
 class Read(NamedTuple):
@@ -131,11 +122,15 @@ def read_params(
       UserError: a tensor is missing, unexpected, twice there, of another shape, or not floating.
     """
     table = [entry for entry in table if entry.path in shapes]
+    places = [
+        (entry, layer)
+        for entry in table
+        for layer in range(shapes[entry.path][0] if entry.stacked else 1)
+    ]
     slots = {
         name: (entry.path, layer)
-        for entry in table
+        for entry, layer in places
         for spelling in entry.names
-        for layer in range(_layers(entry, shapes))
         for name in (spelling.format(layer), spelling.format(layer).removeprefix(prefix))
     }
     found: dict[tuple[str, int], str] = {}
@@ -157,27 +152,21 @@ def read_params(
         if any(re.fullmatch(pattern, entry.path) for pattern in optional)
         and entry.path.rpartition("/")[0] not in modules
     )
-    table = [entry for entry in table if entry.path not in absent]
     missing = [
         entry.names[0].format(layer)
-        for entry in table
-        for layer in range(_layers(entry, shapes))
-        if (entry.path, layer) not in found
+        for entry, layer in places
+        if entry.path not in absent and (entry.path, layer) not in found
     ]
     if missing or unexpected:
-        parts = [("lacks", missing), ("has unexpected", unexpected)]
-        what = "; ".join(f"{verb} {some(names)}" for verb, names in parts if names)
-        raise UserError(f"{tensors.folder}: {what}. {MISMATCH}")
+        raise UserError(f"{tensors.folder}: {differences(missing, unexpected)}. {MISMATCH}")
     flat = {}
     for entry in table:
+        if entry.path in absent:
+            continue
         exact = any(re.fullmatch(pattern, entry.path) for pattern in trained)
         kind = np.float32 if exact else dtype
         flat[entry.path] = _read(tensors, entry, found, shapes[entry.path], kind)
     return Read(unflatten_dict(flat, sep="/"), tuple(dropped), absent)
-
-
-def _layers(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return shapes[entry.path][0] if entry.stacked else 1
 
 
 def _read(tensors: Tensors, entry: Entry, found, shape, dtype) -> np.ndarray:
@@ -240,6 +229,12 @@ def stored_shape(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[
     (768, 3, 16, 16)
     """
     return shape if axes is None else tuple(shape[i] for i in np.argsort(axes))
+
+
+def differences(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """What is missing and what is there besides, for an error message."""
+    parts = [("lacks", missing), ("has unexpected", unexpected)]
+    return "; ".join(f"{verb} {some(names)}" for verb, names in parts if names)
 
 
 def some(names: Sequence[str], shown: int = 3) -> str:

@@ -19,12 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from rmlora_jax.data.folder import files_below, is_image, why_unreadable
 from rmlora_jax.data.pipeline import stored_as
 from rmlora_jax.data.tokens import eval_text_batches, tokenise
-from rmlora_jax.data.vision import FORMATS, SUFFIXES, augment, open_image, pixels
-from rmlora_jax.errors import UserError, first_line
+from rmlora_jax.data.vision import SUFFIXES, augment, open_image, pixels
+from rmlora_jax.errors import UserError
 from rmlora_jax.hub.info import Info
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.tokenizer import load_tokenizer
@@ -154,16 +155,7 @@ def find_images(path: str | Path) -> list[str]:
 
 
 def images_below(folder: Path) -> list[str]:
-    found = (p for p in folder.rglob("*") if is_image(p) and p.is_file())
-    return sorted(str(p) for p in found if not _hidden(p.relative_to(folder)))
-
-
-def is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return [str(Path(file)) for file in files_below(folder) if is_image(file)]
 
 
 def images_of(values: Sequence[str]) -> list[str]:
@@ -187,7 +179,7 @@ def _matching(pattern: str) -> list[str]:
     if os.path.exists(pattern):
         return find_images(pattern)
     paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-    found = [path for path in paths if is_image(Path(path)) and os.path.isfile(path)]
+    found = [path for path in paths if is_image(path) and os.path.isfile(path)]
     for folder in filter(os.path.isdir, paths):
         found += images_below(Path(folder))
     if not found:
@@ -261,10 +253,7 @@ def _image_batches(named, info, image_size, batch_size, failed) -> Iterator[tupl
         try:
             return read_image(image, info, image_size)
         except Exception as error:  # pillow raises many kinds
-            why = first_line(error)
-            if isinstance(error, UnidentifiedImageError):  # its message has an object's address
-                why = f"its content is none of {', '.join(FORMATS)}"
-            return UserError(f"{name} cannot be read as an image: {why}")
+            return UserError(f"{name} cannot be read as an image: {why_unreadable(error)}")
 
     rows = batch_rows(len(named), batch_size)
     waiting = defaultdict(list)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import jax
 from tqdm import tqdm
 
 from rmlora_jax.errors import UserError
-from rmlora_jax.files import write_bytes_atomic
+from rmlora_jax.files import is_writable, write_bytes_atomic
 from rmlora_jax.inference.classifier import Prediction, load
 from rmlora_jax.inference.inputs import is_image
 
@@ -130,10 +129,6 @@ def _writable(file: Path) -> Path:
     """``file``, if it can be written: said before the work is done."""
     if file.is_dir():
         raise UserError(f"--out={file} is a folder; name a file in it, such as {file / FILE}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={file} cannot be written ({error.strerror})") from None
-    if not os.access(file.parent, os.W_OK):
-        raise UserError(f"{file.parent} cannot be written to; name another file with --out=FILE")
+    if not is_writable(file.parent):
+        raise UserError(f"--out={file} cannot be written; name another file with --out=FILE")
     return file

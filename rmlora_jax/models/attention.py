@@ -59,21 +59,12 @@ def attend_with_dropout(query, key, value, drop: Callable, mask: jax.Array | Non
     ``drop`` is a function of the weights (B, H, N, N), such as ``nn.Dropout(rate)``.
     """
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    weights = masked_softmax(scores * query.shape[-1] ** -0.5, mask).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", drop(weights), value)
-
-
-def masked_softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Softmax over the last axis of (B, H, N, N) with weight exactly 0 where ``mask`` is False.
-
-    ``mask`` is bool (B, N) or None. A row without a key gets equal weights, never NaN.
-
-    >>> masked_softmax(jnp.zeros((1, 1, 1, 3)), jnp.array([[True, True, False]])).ravel().tolist()
-    [0.5, 0.5, 0.0]
-    """
+    scores *= query.shape[-1] ** -0.5
     if mask is not None:
+        # The weight is exactly 0 where it is False. A row without a key gets equal weights.
         scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min / 2)
-    return jax.nn.softmax(scores)
+    weights = jax.nn.softmax(scores).astype(value.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", drop(weights), value)
 
 
 def padded_attention(query, key, value, implementation: Kernel, keys: int | None = None):

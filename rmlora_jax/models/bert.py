@@ -1,37 +1,19 @@
 """BERT and RoBERTa as classifiers of texts: their config, model, and names in files."""
 
 import dataclasses
-import functools
-from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from rmlora_jax.models.attention import attend, attend_with_dropout
-from rmlora_jax.models.blocks import (
-    MLP,
-    REMAT,
-    bottleneck,
-    check_choices,
-    check_counts,
-    checked_tokens,
-    dense_layer,
-    embed_layer,
-    kept_with_attention,
-    layer_norm,
-    prefixed,
-    scan_layers,
-)
+from rmlora_jax.models.blocks import Parts, TextClassifier
 from rmlora_jax.models.config import EncoderConfig, check_fields, refuse
 from rmlora_jax.models.family import (
-    AS_IS,
     NEW_CLASSIFIER,
     TEXTS,
-    Entry,
     Family,
+    layer_entries,
     linear_entries,
-    norm_entries,
+    text_entries,
 )
 
 # Families that compute what RoBERTa does, over other vocabularies.
@@ -79,9 +61,6 @@ class BertConfig(EncoderConfig):
         check_fields(self, minimum={"pad_token_id": 0})
         if self.model_type not in self.model_types:
             refuse("model_type", self.model_type, f"one of {', '.join(self.model_types)}")
-        drop = self.classifier_dropout
-        if drop is not None and not (isinstance(drop, (int, float)) and 0 <= drop < 1):
-            refuse("classifier_dropout", drop, "a probability below 1, or null")
 
     @property
     def is_roberta(self) -> bool:
@@ -119,107 +98,28 @@ class BertConfig(EncoderConfig):
 class Embed(nn.Module):
     """Words, positions and token types, normalised: (B, N) -> (B, N, D)."""
 
-    config: BertConfig
-    dtype: Any
-    param_dtype: Any
-    deterministic: bool
+    parts: Parts
 
     @nn.compact
-    def __call__(self, input_ids, token_type_ids):
-        c = self.config
-        table = embed_layer(c, self.param_dtype, self.dtype)
-        x = table(c.vocab_size, c.hidden_size, name="word")(input_ids)
-        x += table(c.type_vocab_size, c.hidden_size, name="token_type")(token_type_ids)
-        position = table(c.max_position_embeddings, c.hidden_size, name="position")
-        x += position(self.positions(input_ids))
-        x = layer_norm(c.layer_norm_eps, self.dtype, self.param_dtype, "norm")(x)
-        return nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)(x)
-
-    def positions(self, input_ids):
-        if not self.config.is_roberta:
-            return jnp.arange(input_ids.shape[1])[None]
-        # The padding token has the position of its own number, the others count on from there.
-        pad = self.config.pad_token_id
-        real = (input_ids != pad).astype(jnp.int32)
-        return pad + jnp.cumsum(real, axis=1) * real
+    def __call__(self, input_ids, token_type_ids, mask=None):
+        parts, c = self.parts, self.parts.config
+        x = parts.table(c.vocab_size, c.hidden_size, "word")(input_ids)
+        x += parts.table(c.type_vocab_size, c.hidden_size, "token_type")(token_type_ids)
+        table = parts.table(c.max_position_embeddings, c.hidden_size, "position")
+        x += table(positions(c, input_ids))
+        return parts.dropout()(parts.norm("norm")(x))
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) -> (B, N, D), every projection a plain Dense."""
-
-    config: BertConfig
-    dtype: Any
-    param_dtype: Any
-    deterministic: bool
-
-    @nn.compact
-    def __call__(self, x, mask):
-        c = self.config
-        dense = dense_layer(c, self.param_dtype, self.dtype)
-        heads = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
-        query, key, value = (
-            kept_with_attention(dense(c.hidden_size, name=name)(x)).reshape(heads)
-            for name in ("query", "key", "value")
-        )
-        key, value, mask = prefixed(c, self.param_dtype, key, value, mask)
-        if c.attention_probs_dropout_prob and not self.deterministic:
-            drop = nn.Dropout(c.attention_probs_dropout_prob, deterministic=False)
-            mixed = attend_with_dropout(query, key, value, drop, mask)
-        else:
-            mixed = attend(query, key, value, mask=mask)
-        return kept_with_attention(dense(c.hidden_size, name="out")(mixed.reshape(x.shape)))
+def positions(config: BertConfig, input_ids):
+    """Rows of the position table, (1 or B, N)."""
+    if not config.is_roberta:
+        return jnp.arange(input_ids.shape[1])[None]
+    # The padding token has the position of its own number, the others count on from there.
+    real = (input_ids != config.pad_token_id).astype(jnp.int32)
+    return config.pad_token_id + jnp.cumsum(real, axis=1) * real
 
 
-class Layer(nn.Module):
-    """One post-norm layer as the body of a scan: x -> (x, x where ``collect``, else None)."""
-
-    config: BertConfig
-    dtype: Any
-    param_dtype: Any
-    deterministic: bool
-    collect: bool
-
-    @nn.compact
-    def __call__(self, x, mask):
-        c = self.config
-        norm = functools.partial(layer_norm, c.layer_norm_eps, self.dtype, self.param_dtype)
-        drop = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)
-        adapter = functools.partial(bottleneck, c, self.dtype, self.param_dtype)
-        attention = Attention(
-            c, self.dtype, self.param_dtype, self.deterministic, name="attention"
-        )
-        mlp = MLP(c, self.dtype, self.param_dtype, name="mlp")
-        x = norm("norm1")(x + adapter("bottleneck1")(drop(attention(x, mask))))
-        x = norm("norm2")(x + adapter("bottleneck2")(drop(mlp(x))))
-        return x, x if self.collect else None
-
-
-class Encoder(nn.Module):
-    """All layers: (B, N, D) -> (B, N, D), and every hidden state where ``collect``."""
-
-    config: Any  # BertConfig, or another with its fields of the layers
-    dtype: Any
-    param_dtype: Any
-    deterministic: bool
-    collect: bool
-    unroll: int
-    remat: str
-
-    @nn.compact
-    def __call__(self, x, mask):
-        c = self.config
-        layers = scan_layers(
-            Layer,
-            c.num_hidden_layers,
-            unroll=self.unroll,
-            remat=self.remat,
-            in_axes=nn.broadcast,
-        )(c, self.dtype, self.param_dtype, self.deterministic, self.collect, name="layers")
-        out, after = layers(x, mask)
-        return out, jnp.concatenate([x[None], after]) if self.collect else None
-
-
-class Bert(nn.Module):
+class Bert(TextClassifier):
     """BERT or RoBERTa with a classification head.
 
     Equals PyTorch's ``BertForSequenceClassification`` (the head on the pooler: a tanh layer over
@@ -256,98 +156,27 @@ class Bert(nn.Module):
     (4, 2)
     """
 
-    config: BertConfig
-    num_labels: int
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    unroll: int = 1
-    remat: str = "none"
+    embed_type = Embed
 
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: jax.Array,
-        attention_mask: jax.Array | None = None,
-        token_type_ids: jax.Array | None = None,
-        *,
-        train: bool = False,
-        hidden_states: bool = False,
-    ):
-        """Logits of a batch of tokenised texts.
-
-        Args:
-          input_ids: int (B, N).
-          attention_mask: bool or 0 and 1, (B, N): False for padding. None: no padding.
-          token_type_ids: int (B, N), which of two texts a token belongs to. None: 0.
-          train: apply the dropout of the config (needs the rng ``dropout`` where it is above 0).
-          hidden_states: also return the residual stream before the first and after every layer.
-
-        Returns:
-          (B, num_labels) float32 logits, which do not depend on how much padding there is; with
-          ``hidden_states`` a pair of the logits and an array (L + 1, B, N, D) in the compute dtype.
-
-        Raises:
-          TypeError: the tokens are not integers.
-          ValueError: shapes that do not fit, too many tokens, or an attribute out of its range.
-        """
-        c = self.config
-        check_choices("Bert", remat=(self.remat, REMAT))
-        check_counts("Bert", num_labels=self.num_labels, unroll=self.unroll)
-        input_ids, mask, types = checked_tokens(
-            "Bert", c.longest, input_ids, attention_mask, token_type_ids
-        )
-        x = Embed(c, self.dtype, self.param_dtype, not train, name="embed")(input_ids, types)
-        x, states = Encoder(
-            c,
-            self.dtype,
-            self.param_dtype,
-            not train,
-            hidden_states,
-            self.unroll,
-            self.remat,
-            name="encoder",
-        )(x, mask)
-        drop = nn.Dropout(c.head_dropout, deterministic=not train)
-        dense = dense_layer(c, self.param_dtype)
-        first = x[:, 0].astype(jnp.float32)
-        if c.is_roberta:
-            first = drop(first)
-        pooled = jnp.tanh(dense(c.hidden_size, name="pooler")(first))
-        logits = dense(self.num_labels, name="head")(drop(pooled))
-        return (logits, states) if hidden_states else logits
+    @nn.nowrap
+    def pooled(self, parts, first):
+        c = parts.config
+        drop = parts.dropout(c.head_dropout)
+        first = drop(first) if c.is_roberta else first
+        return drop(jnp.tanh(parts.dense(c.hidden_size, name="pooler")(first)))
 
 
-# Modules of a layer: path here, name there, whether it is a norm.
+# Modules of a layer: path here, name there.
 _LAYER = (
-    ("attention/query", "attention.self.query", False),
-    ("attention/key", "attention.self.key", False),
-    ("attention/value", "attention.self.value", False),
-    ("attention/out", "attention.output.dense", False),
-    ("norm1", "attention.output.LayerNorm", True),
-    ("mlp/fc1", "intermediate.dense", False),
-    ("mlp/fc2", "output.dense", False),
-    ("norm2", "output.LayerNorm", True),
+    ("attention/query", "attention.self.query"),
+    ("attention/key", "attention.self.key"),
+    ("attention/value", "attention.self.value"),
+    ("attention/out", "attention.output.dense"),
+    ("norm1", "attention.output.LayerNorm"),
+    ("mlp/fc1", "intermediate.dense"),
+    ("mlp/fc2", "output.dense"),
+    ("norm2", "output.LayerNorm"),
 )
-
-
-def _encoder_table(prefix: str) -> tuple[Entry, ...]:
-    """Embeddings and layers, whose names families of BERT's lineage share."""
-    embeddings = f"{prefix}embeddings"
-    return (
-        *(
-            Entry(f"embed/{path}/embedding", AS_IS, (f"{embeddings}.{path}_embeddings.weight",))
-            for path in ("word", "position", "token_type")
-        ),
-        *norm_entries("embed/norm", f"{embeddings}.LayerNorm"),
-        *(
-            entry
-            for path, name, is_norm in _LAYER
-            for entry in (norm_entries if is_norm else linear_entries)(
-                f"encoder/layers/{path}", f"{prefix}encoder.layer.{{}}.{name}"
-            )
-        ),
-    )
-
 
 BERT = Family(
     config=BertConfig,
@@ -356,7 +185,8 @@ BERT = Family(
     classifier="BertForSequenceClassification",
     prefix="bert.",
     table=(
-        *_encoder_table("bert."),
+        *text_entries("bert.embeddings"),
+        *layer_entries(["bert.encoder.layer.{}"], _LAYER),
         *linear_entries("pooler", "bert.pooler.dense"),
         *linear_entries("head", "classifier"),
     ),
@@ -364,18 +194,15 @@ BERT = Family(
     leftovers=(r"cls\..*", r"(bert\.)?embeddings\.position_ids"),
 )
 
-ROBERTA = Family(
-    config=BertConfig,
-    model=Bert,
-    inputs=TEXTS,
+ROBERTA = BERT._replace(
     classifier="RobertaForSequenceClassification",
     prefix="roberta.",
     table=(
-        *_encoder_table("roberta."),
+        *text_entries("roberta.embeddings"),
+        *layer_entries(["roberta.encoder.layer.{}"], _LAYER),
         *linear_entries("pooler", "classifier.dense"),
         *linear_entries("head", "classifier.out_proj"),
     ),
-    new=NEW_CLASSIFIER,
     # The pooler of the bare encoder is not what the classifier runs.
     leftovers=(
         r"lm_head\..*",

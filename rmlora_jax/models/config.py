@@ -114,6 +114,8 @@ class EncoderConfig(ModelConfig):
     layer_norm_eps: float = 1e-12
     bottleneck_width: int = 0
 
+    qkv_bias = True  # whether query, key and value have biases
+
     @property
     def kernel_init(self) -> nn.initializers.Initializer:
         """The initialiser of new kernels: N(0, ``initializer_range``^2)."""
@@ -124,8 +126,9 @@ def check_fields(config: Any, minimum: Mapping[str, int] = {}) -> None:
     """Checks the values of a dataclass of sizes and constants, by the types of its fields.
 
     int: a whole number from ``minimum[name]`` (1 by default) to 2**24; layers: to 1000. float:
-    finite and at least 0, below 1 where the name ends in ``_prob`` or ``dropout``. A name that
-    ends in ``act``: an activation. ``num_attention_heads`` must divide ``hidden_size``.
+    finite and at least 0, below 1 where the name ends in ``_prob`` or ``dropout``. float or None: a
+    dropout. A name that ends in ``act``: an activation. ``num_attention_heads`` must divide
+    ``hidden_size``.
 
     Raises:
       ValueError: naming the field, its value and what is allowed.
@@ -144,6 +147,8 @@ def check_fields(config: Any, minimum: Mapping[str, int] = {}) -> None:
             refuse(name, value, "a number of at least 0")
         if field.type is float and name.endswith(("_prob", "dropout")) and value >= 1:
             refuse(name, value, "a probability below 1")
+        if field.type == float | None and not (value is None or (number and 0 <= value < 1)):
+            refuse(name, value, "a probability below 1, or null")
         if name.endswith("act") and value not in ACTIVATIONS:
             refuse(name, value, f"one of {', '.join(ACTIVATIONS)}")
     if config.hidden_size % config.num_attention_heads:

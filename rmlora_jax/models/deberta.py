@@ -1,27 +1,14 @@
 """DeBERTa-v2 and v3 as classifiers of texts: their config, model, and names in files."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rmlora_jax.models.blocks import (
-    ACTIVATIONS,
-    MLP,
-    REMAT,
-    bottleneck,
-    check_choices,
-    check_counts,
-    checked_tokens,
-    dense_layer,
-    embed_layer,
-    kept_with_attention,
-    layer_norm,
-    scan_layers,
-)
+from rmlora_jax.models import blocks
+from rmlora_jax.models.blocks import ACTIVATIONS, Parts, TextClassifier, kept_with_attention
 from rmlora_jax.models.config import EncoderConfig, check_fields, refuse
 from rmlora_jax.models.family import (
     AS_IS,
@@ -30,8 +17,10 @@ from rmlora_jax.models.family import (
     TEXTS,
     Entry,
     Family,
+    layer_entries,
     linear_entries,
     norm_entries,
+    text_entries,
 )
 from rmlora_jax.models.positions import disentangled_scores, drop_rows, relative_rows
 
@@ -130,9 +119,6 @@ class DebertaConfig(EncoderConfig):
                     f"below 1 for none, or from 2 to {2 * most + 1}, so that half of it is below "
                     f"max_relative_positions - 1 = {most + 1}",
                 )
-        drop = self.cls_dropout
-        if drop is not None and not (isinstance(drop, (int, float)) and 0 <= drop < 1):
-            refuse("cls_dropout", drop, "a probability below 1, or null")
 
     @property
     def longest_distance(self) -> int:
@@ -195,44 +181,33 @@ class DebertaConfig(EncoderConfig):
 class Embed(nn.Module):
     """Words, positions and token types, normalised, 0 for padding: (B, N) -> (B, N, D)."""
 
-    config: DebertaConfig
-    dtype: Any
-    param_dtype: Any
-    deterministic: bool
+    parts: Parts
 
     @nn.compact
     def __call__(self, input_ids, token_type_ids, mask):
-        c = self.config
-        table = embed_layer(c, self.param_dtype, self.dtype)
+        parts, c = self.parts, self.parts.config
         width = c.embedding_width
-        x = table(c.vocab_size, width, name="word")(input_ids)
+        x = parts.table(c.vocab_size, width, "word")(input_ids)
         if c.position_biased_input:
-            positions = table(c.max_position_embeddings, width, name="position")
+            positions = parts.table(c.max_position_embeddings, width, "position")
             x += positions(jnp.arange(input_ids.shape[1]))
         if c.type_vocab_size:
-            x += table(c.type_vocab_size, width, name="token_type")(token_type_ids)
+            x += parts.table(c.type_vocab_size, width, "token_type")(token_type_ids)
         if width != c.hidden_size:
-            dense = dense_layer(c, self.param_dtype, self.dtype)
-            x = dense(c.hidden_size, use_bias=False, name="project")(x)
-        x = layer_norm(c.layer_norm_eps, self.dtype, self.param_dtype, "norm")(x)
-        x = jnp.where(mask[..., None], x, 0)
-        return nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)(x)
+            x = parts.dense(c.hidden_size, use_bias=False, name="project")(x)
+        return parts.dropout()(jnp.where(mask[..., None], parts.norm("norm")(x), 0))
 
 
-class Attention(nn.Module):
+class Attention(blocks.Attention):
     """Disentangled self-attention: (B, N, D) -> (B, N, D), every projection a plain Dense."""
-
-    config: DebertaConfig
-    dtype: Any
-    param_dtype: Any
-    deterministic: bool
 
     @nn.compact
     def __call__(self, x, mask, relative):
-        c = self.config
-        dense = dense_layer(c, self.param_dtype, self.dtype)
+        parts, c = self.parts, self.parts.config
         heads = (c.num_attention_heads, c.hidden_size // c.num_attention_heads)
-        content = {name: dense(c.hidden_size, name=name) for name in ("query", "key", "value")}
+        content = {
+            name: parts.dense(c.hidden_size, name=name) for name in ("query", "key", "value")
+        }
         query, key, value = (
             kept_with_attention(project(x)).reshape(*x.shape[:-1], *heads)
             for project in content.values()
@@ -241,10 +216,11 @@ class Attention(nn.Module):
         def positions(term, name):
             if term not in c.terms:
                 return None
-            own = content[name] if c.share_att_key else dense(c.hidden_size, name=f"pos_{name}")
+            shared = c.share_att_key
+            own = content[name] if shared else parts.dense(c.hidden_size, name=f"pos_{name}")
             return own(relative).reshape(-1, *heads)
 
-        if c.terms and c.hidden_dropout_prob and not self.deterministic:
+        if c.terms and c.hidden_dropout_prob and parts.train:
             rows = distance_rows(c, x.shape[1])
             relative = drop_rows(self.make_rng("dropout"), relative, rows, c.hidden_dropout_prob)
         scores = disentangled_scores(
@@ -255,41 +231,26 @@ class Attention(nn.Module):
         # A padded query looks at nothing, hence at everything alike, as in the original.
         pairs = mask[:, None, :, None] & mask[:, None, None, :]
         weights = nn.softmax(jnp.where(pairs, scores, jnp.finfo(scores.dtype).min / 2))
-        weights = weights.astype(value.dtype)
-        drop = nn.Dropout(c.attention_probs_dropout_prob, deterministic=self.deterministic)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", drop(weights), value)
-        return kept_with_attention(dense(c.hidden_size, name="out")(mixed.reshape(x.shape)))
-
-
-class Layer(nn.Module):
-    """One post-norm layer as the body of a scan: x -> (x, x where ``collect``, else None).
-
-    ``first`` tells the layer that the convolution stands beside.
-    """
-
-    config: DebertaConfig
-    dtype: Any
-    param_dtype: Any
-    deterministic: bool
-    collect: bool
-
-    @nn.compact
-    def __call__(self, x, first, mask, relative, beside):
-        c = self.config
-        norm = functools.partial(layer_norm, c.layer_norm_eps, self.dtype, self.param_dtype)
-        drop = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)
-        adapter = functools.partial(bottleneck, c, self.dtype, self.param_dtype)
-        attention = Attention(
-            c, self.dtype, self.param_dtype, self.deterministic, name="attention"
+        drop = parts.dropout(c.attention_probs_dropout_prob)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", drop(weights.astype(value.dtype)), value)
+        return kept_with_attention(
+            parts.dense(c.hidden_size, name="out")(mixed.reshape(x.shape))
         )
-        mlp = MLP(c, self.dtype, self.param_dtype, name="mlp")
-        x = norm("norm1")(x + adapter("bottleneck1")(drop(attention(x, mask, relative))))
-        x = norm("norm2")(x + adapter("bottleneck2")(drop(mlp(x))))
-        if beside is not None:
-            mixed, scale, bias = beside
-            mixed = normalised(x + mixed, scale, bias, c.layer_norm_eps)
-            x = jnp.where(first, jnp.where(mask[..., None], mixed, 0), x)
-        return x, x if self.collect else None
+
+
+class Layer(blocks.Layer):
+    """A layer; ``first`` tells the one that the convolution stands beside."""
+
+    attention_type = Attention
+
+    @nn.nowrap
+    def changed(self, x, first, mask, relative, beside):
+        x = super().changed(x, mask, relative)
+        if beside is None:
+            return x
+        mixed, scale, bias = beside
+        mixed = normalised(x + mixed, scale, bias, self.parts.config.layer_norm_eps)
+        return jnp.where(first, jnp.where(mask[..., None], mixed, 0), x)
 
 
 class Convolution(nn.Module):
@@ -299,27 +260,23 @@ class Convolution(nn.Module):
     layer has it; hence its parameters are handed over.
     """
 
-    config: DebertaConfig
-    dtype: Any
-    param_dtype: Any
-    deterministic: bool
+    parts: Parts
 
     @nn.compact
     def __call__(self, x, mask):
-        c = self.config
+        parts, c = self.parts, self.parts.config
         x = nn.Conv(
             c.hidden_size,
             (c.conv_kernel_size,),
             padding=c.conv_kernel_size // 2,
             feature_group_count=c.conv_groups,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.normal(c.initializer_range),
+            dtype=parts.dtype,
+            param_dtype=parts.param_dtype,
+            kernel_init=c.kernel_init,
             name="conv",
         )(x)
-        x = jnp.where(mask[..., None], x, 0)
-        x = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)(x)
-        affine = Affine(c.hidden_size, self.param_dtype, name="norm")()
+        x = parts.dropout()(jnp.where(mask[..., None], x, 0))
+        affine = Affine(c.hidden_size, parts.param_dtype, name="norm")()
         return ACTIVATIONS[c.conv_act](x), *affine
 
 
@@ -336,48 +293,26 @@ class Affine(nn.Module):
 
 
 class Encoder(nn.Module):
-    """All layers: (B, N, D) -> (B, N, D), and every hidden state where ``collect``."""
+    """All layers: (B, N, D) -> (B, N, D), and every hidden state where ``parts.collect``."""
 
-    config: DebertaConfig
-    dtype: Any
-    param_dtype: Any
-    deterministic: bool
-    collect: bool
-    unroll: int
-    remat: str
+    parts: Parts
 
     @nn.compact
     def __call__(self, x, mask):
-        c = self.config
-        layers = scan_layers(
-            Layer,
-            c.num_hidden_layers,
-            unroll=self.unroll,
-            remat=self.remat,
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-        )(c, self.dtype, self.param_dtype, self.deterministic, self.collect, name="layers")
+        parts, c = self.parts, self.parts.config
         first = jnp.arange(c.num_hidden_layers) == 0
-        beside = None
-        if c.conv_kernel_size:
-            beside = Convolution(
-                c, self.dtype, self.param_dtype, self.deterministic, name="conv"
-            )(x, mask)
-        out, after = layers(x, first, mask, self.relative(x.shape[1]), beside)
-        return out, jnp.concatenate([x[None], after]) if self.collect else None
-
-    def relative(self, length: int):
-        """The embeddings of the distances -N .. N - 1: (2 N, D), or None."""
-        c = self.config
-        if not c.relative_attention:
-            return None
-        table = embed_layer(c, self.param_dtype, self.dtype)
-        x = table(2 * c.span, c.hidden_size, name="relative")(distance_rows(c, length))
-        if c.norm_rel_ebd == "none":
-            return x
-        return layer_norm(c.layer_norm_eps, self.dtype, self.param_dtype, "relative_norm")(x)
+        beside = Convolution(parts, name="conv")(x, mask) if c.conv_kernel_size else None
+        relative = None  # the embeddings of the distances -N .. N - 1: (2 N, D)
+        if c.relative_attention:
+            table = parts.table(2 * c.span, c.hidden_size, "relative")
+            relative = table(distance_rows(c, x.shape[1]))
+            if c.norm_rel_ebd != "none":
+                relative = parts.norm("relative_norm")(relative)
+        same = (nn.broadcast,) * 3
+        return parts.layers(Layer, x, first, mask, relative, beside, in_axes=(0, *same))
 
 
-class Deberta(nn.Module):
+class Deberta(TextClassifier):
     """DeBERTa-v2 or v3 with a classification head.
 
     Equals PyTorch's ``DebertaV2ForSequenceClassification``.
@@ -408,68 +343,16 @@ class Deberta(nn.Module):
     (4, 2)
     """
 
-    config: DebertaConfig
-    num_labels: int
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    unroll: int = 1
-    remat: str = "none"
+    embed_type = Embed
+    encoder_type = Encoder
+    needs_mask = True
 
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: jax.Array,
-        attention_mask: jax.Array | None = None,
-        token_type_ids: jax.Array | None = None,
-        *,
-        train: bool = False,
-        hidden_states: bool = False,
-    ):
-        """Logits of a batch.
-
-        Args:
-          input_ids: int (B, N).
-          attention_mask: bool or 0 and 1, (B, N): False for padding. None: no padding.
-          token_type_ids: int (B, N), which of two texts a token belongs to; used where the config
-            has token types. None: 0.
-          train: apply the dropout of the config (needs the rng ``dropout`` where it is above 0).
-          hidden_states: also return the residual stream before the first and after every layer.
-
-        Returns:
-          (B, num_labels) float32 logits, which do not depend on how much padding there is; with
-          ``hidden_states`` a pair of the logits and an array (L + 1, B, N, D) in the compute dtype.
-
-        Raises:
-          TypeError: the tokens are not integers.
-          ValueError: shapes that do not fit, too many tokens, or an attribute out of its range.
-        """
-        c = self.config
-        check_choices("Deberta", remat=(self.remat, REMAT))
-        check_counts("Deberta", num_labels=self.num_labels, unroll=self.unroll)
-        input_ids, mask, types = checked_tokens(
-            "Deberta", c.longest, input_ids, attention_mask, token_type_ids
-        )
-        mask = jnp.ones(input_ids.shape, bool) if mask is None else mask
-        x = Embed(c, self.dtype, self.param_dtype, not train, name="embed")(
-            input_ids, types, mask
-        )
-        x, states = Encoder(
-            c,
-            self.dtype,
-            self.param_dtype,
-            not train,
-            hidden_states,
-            self.unroll,
-            self.remat,
-            name="encoder",
-        )(x, mask)
-        dense = dense_layer(c, self.param_dtype)
-        first = x[:, 0].astype(jnp.float32)
-        first = nn.Dropout(c.pooler_dropout, deterministic=not train)(first)
-        pooled = ACTIVATIONS[c.pooler_hidden_act](dense(c.hidden_size, name="pooler")(first))
-        pooled = nn.Dropout(c.head_dropout, deterministic=not train)(pooled)
-        logits = dense(self.num_labels, name="head")(pooled)
-        return (logits, states) if hidden_states else logits
+    @nn.nowrap
+    def pooled(self, parts, first):
+        c = parts.config
+        first = parts.dropout(c.pooler_dropout)(first)
+        pooled = ACTIVATIONS[c.pooler_hidden_act](parts.dense(c.hidden_size, name="pooler")(first))
+        return parts.dropout(c.head_dropout)(pooled)
 
 
 def distance_rows(config: DebertaConfig, length: int):
@@ -485,9 +368,19 @@ def normalised(x, scale, bias, epsilon: float):
     return (y * scale + bias).astype(x.dtype)
 
 
-_EMBEDDINGS = "deberta.embeddings"
 _ENCODER = "deberta.encoder"
-_LAYER = "deberta.encoder.layer.{}"
+# Modules of a layer: path here, name there.
+_LAYER = (
+    *(
+        (f"attention/{name}", f"attention.self.{name}_proj")
+        for name in ("query", "key", "value", "pos_key", "pos_query")
+    ),
+    ("attention/out", "attention.output.dense"),
+    ("norm1", "attention.output.LayerNorm"),
+    ("mlp/fc1", "intermediate.dense"),
+    ("mlp/fc2", "output.dense"),
+    ("norm2", "output.LayerNorm"),
+)
 
 # PyTorch's Conv1d keeps (out, in, width).
 _CONV1D = (2, 1, 0)
@@ -499,29 +392,13 @@ DEBERTA = Family(
     classifier="DebertaV2ForSequenceClassification",
     prefix="deberta.",
     table=(
-        *(
-            Entry(f"embed/{path}/embedding", AS_IS, (f"{_EMBEDDINGS}.{path}_embeddings.weight",))
-            for path in ("word", "position", "token_type")
-        ),
-        Entry("embed/project/kernel", LINEAR, (f"{_EMBEDDINGS}.embed_proj.weight",)),
-        *norm_entries("embed/norm", f"{_EMBEDDINGS}.LayerNorm"),
+        *text_entries("deberta.embeddings"),
+        Entry("embed/project/kernel", LINEAR, ("deberta.embeddings.embed_proj.weight",)),
         Entry("encoder/relative/embedding", AS_IS, (f"{_ENCODER}.rel_embeddings.weight",)),
         *norm_entries("encoder/relative_norm", f"{_ENCODER}.LayerNorm"),
-        Entry("encoder/conv/conv/kernel", _CONV1D, (f"{_ENCODER}.conv.conv.weight",)),
-        Entry("encoder/conv/conv/bias", AS_IS, (f"{_ENCODER}.conv.conv.bias",)),
+        *linear_entries("encoder/conv/conv", f"{_ENCODER}.conv.conv", axes=_CONV1D),
         *norm_entries("encoder/conv/norm", f"{_ENCODER}.conv.LayerNorm"),
-        *(
-            entry
-            for name in ("query", "key", "value", "pos_key", "pos_query")
-            for entry in linear_entries(
-                f"encoder/layers/attention/{name}", f"{_LAYER}.attention.self.{name}_proj"
-            )
-        ),
-        *linear_entries("encoder/layers/attention/out", f"{_LAYER}.attention.output.dense"),
-        *norm_entries("encoder/layers/norm1", f"{_LAYER}.attention.output.LayerNorm"),
-        *linear_entries("encoder/layers/mlp/fc1", f"{_LAYER}.intermediate.dense"),
-        *linear_entries("encoder/layers/mlp/fc2", f"{_LAYER}.output.dense"),
-        *norm_entries("encoder/layers/norm2", f"{_LAYER}.output.LayerNorm"),
+        *layer_entries([f"{_ENCODER}.layer.{{}}"], _LAYER),
         *linear_entries("pooler", "pooler.dense"),
         *linear_entries("head", "classifier"),
     ),

@@ -7,7 +7,7 @@ family it is.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -46,20 +46,39 @@ class Entry(NamedTuple):
         return "{}" in self.names[0]
 
 
-def linear_entries(path: str, *names: str) -> tuple[Entry, Entry]:
+def linear_entries(
+    path: str, *names: str, leaf: str = "kernel", axes: tuple[int, ...] | None = LINEAR
+) -> tuple[Entry, Entry]:
     """Kernel and bias of a linear layer with these spellings."""
     return (
-        Entry(f"{path}/kernel", LINEAR, tuple(f"{name}.weight" for name in names)),
+        Entry(f"{path}/{leaf}", axes, tuple(f"{name}.weight" for name in names)),
         Entry(f"{path}/bias", AS_IS, tuple(f"{name}.bias" for name in names)),
     )
 
 
 def norm_entries(path: str, *names: str) -> tuple[Entry, Entry]:
     """Scale and bias of a layer norm with these spellings."""
-    return (
-        Entry(f"{path}/scale", AS_IS, tuple(f"{name}.weight" for name in names)),
-        Entry(f"{path}/bias", AS_IS, tuple(f"{name}.bias" for name in names)),
-    )
+    return linear_entries(path, *names, leaf="scale", axes=AS_IS)
+
+
+def layer_entries(layers: Sequence[str], modules: Iterable[tuple[str, ...]]) -> Iterator[Entry]:
+    """Entries of the modules of every layer.
+
+    Args:
+      layers: the names of layer ``{}`` in files, one of each spelling.
+      modules: path in the layer, then its name in each spelling; ``norm1`` and ``norm2`` are norms.
+    """
+    for path, *names in modules:
+        entries = norm_entries if path.startswith("norm") else linear_entries
+        spelled = (f"{layer}.{name}" for layer, name in zip(layers, names, strict=True))
+        yield from entries(f"encoder/layers/{path}", *spelled)
+
+
+def text_entries(embeddings: str) -> Iterator[Entry]:
+    """Entries of the embeddings of texts, whose names families of BERT's lineage share."""
+    for path in ("word", "position", "token_type"):
+        yield Entry(f"embed/{path}/embedding", AS_IS, (f"{embeddings}.{path}_embeddings.weight",))
+    yield from norm_entries("embed/norm", f"{embeddings}.LayerNorm")
 
 
 class Inputs(NamedTuple):

@@ -1,14 +1,12 @@
 """A small transformer over frames, such as cepstral coefficients, as a classifier of sequences."""
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rmlora_jax.models.bert import Encoder
-from rmlora_jax.models.blocks import REMAT, check_choices, check_counts, dense_layer, layer_norm
+from rmlora_jax.models.blocks import Classifier, Encoder, Parts, with_token
 from rmlora_jax.models.config import EncoderConfig
 
 
@@ -41,27 +39,16 @@ class FramesConfig(EncoderConfig):
 class Embed(nn.Module):
     """Frames projected, a class token in front, positions: (B, N, C) -> (B, 1 + N, D)."""
 
-    config: FramesConfig
-    dtype: Any
-    param_dtype: Any
-    deterministic: bool
+    parts: Parts
 
     @nn.compact
     def __call__(self, frames):
-        c = self.config
-        dense = dense_layer(c, self.param_dtype, self.dtype)
-        x = dense(c.hidden_size, name="frame")(frames)
-        init = c.kernel_init
-        token = self.param("cls_token", init, (1, 1, c.hidden_size), self.param_dtype)
-        shape = (1, 1 + c.longest, c.hidden_size)
-        position = self.param("position", init, shape, self.param_dtype)
-        x = jnp.concatenate([jnp.tile(token.astype(x.dtype), (len(x), 1, 1)), x], axis=1)
-        x += position[:, : x.shape[1]].astype(x.dtype)
-        x = layer_norm(c.layer_norm_eps, self.dtype, self.param_dtype, "norm")(x)
-        return nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)(x)
+        parts, c = self.parts, self.parts.config
+        x = parts.dense(c.hidden_size, name="frame")(frames)
+        return parts.dropout()(parts.norm("norm")(with_token(self, parts, x, c.longest)))
 
 
-class Frames(nn.Module):
+class Frames(Classifier):
     """BERT's encoder over frames, the head on a class token in front of them.
 
     Parameters live under ``embed`` {frame, cls_token, position, norm}, ``encoder/layers`` as in
@@ -79,13 +66,6 @@ class Frames(nn.Module):
     (2, 3)
     """
 
-    config: FramesConfig
-    num_labels: int
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    unroll: int = 1
-    remat: str = "none"
-
     @nn.compact
     def __call__(self, frames: jax.Array, mask: jax.Array, *, train: bool = False):
         """Logits (B, num_labels), float32, of frames (B, N, C); ``mask`` (B, N): False for padding.
@@ -94,8 +74,7 @@ class Frames(nn.Module):
           ValueError: shapes that do not fit, too many frames, or an attribute out of its range.
         """
         c = self.config
-        check_choices("Frames", remat=(self.remat, REMAT))
-        check_counts("Frames", num_labels=self.num_labels, unroll=self.unroll)
+        parts = self.parts(train)
         if frames.ndim != 3 or frames.shape[2] != c.num_channels or frames.shape[1] > c.longest:
             raise ValueError(
                 f"Frames: frames have shape {frames.shape}; expected (batch, at most {c.longest}, "
@@ -103,18 +82,8 @@ class Frames(nn.Module):
             )
         if mask.shape != frames.shape[:2]:
             raise ValueError(f"Frames: mask has shape {mask.shape}; frames have {frames.shape}")
-        x = Embed(c, self.dtype, self.param_dtype, not train, name="embed")(frames)
+        x = Embed(parts, name="embed")(frames)
         mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)  # the class token
-        x, _ = Encoder(
-            c,
-            self.dtype,
-            self.param_dtype,
-            not train,
-            False,
-            self.unroll,
-            self.remat,
-            name="encoder",
-        )(x, mask)
-        drop = nn.Dropout(c.hidden_dropout_prob, deterministic=not train)
-        dense = dense_layer(c, self.param_dtype)
-        return dense(self.num_labels, name="head")(drop(x[:, 0].astype(jnp.float32)))
+        x, _ = Encoder(parts, name="encoder")(x, mask)
+        first = parts.dropout()(x[:, 0].astype(jnp.float32))
+        return parts.float32.dense(self.num_labels, name="head")(first)

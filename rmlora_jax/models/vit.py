@@ -1,7 +1,6 @@
 """The Vision Transformer as an image classifier: its config, model, and names in files."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,24 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmlora_jax.models.attention import (
-    IMPLEMENTATIONS,
-    attend,
-    attend_with_dropout,
-    filled_length,
-)
-from rmlora_jax.models.blocks import (
-    MLP,
-    REMAT,
-    bottleneck,
-    check_choices,
-    check_counts,
-    dense_layer,
-    kept_with_attention,
-    layer_norm,
-    prefixed,
-    scan_layers,
-)
+from rmlora_jax.models import blocks
+from rmlora_jax.models.attention import IMPLEMENTATIONS, filled_length
+from rmlora_jax.models.blocks import REMAT, Parts, check_fields, with_token
 from rmlora_jax.models.config import EncoderConfig, refuse
 from rmlora_jax.models.family import (
     AS_IS,
@@ -34,6 +18,7 @@ from rmlora_jax.models.family import (
     IMAGES,
     Entry,
     Family,
+    layer_entries,
     linear_entries,
     norm_entries,
 )
@@ -120,34 +105,25 @@ def truncated_normal(std: float):
 class Embed(nn.Module):
     """Patches, class token and position embeddings: (B, S, S, C) -> (B, 1 + grid^2, D)."""
 
-    config: ViTConfig
-    dtype: Any
-    param_dtype: Any
-    deterministic: bool
+    parts: Parts
 
     @nn.compact
     def __call__(self, images):
-        c = self.config
-        init = c.kernel_init
+        parts, c = self.parts, self.parts.config
         patch = (c.patch_size, c.patch_size)
         x = nn.Conv(
             c.hidden_size,
             patch,
             strides=patch,
             padding="VALID",
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=init,
+            dtype=parts.dtype,
+            param_dtype=parts.param_dtype,
+            kernel_init=c.kernel_init,
             conv_general_dilated=product_of_patches,
             name="patch",
         )(images)
         x = x.reshape(x.shape[0], c.grid**2, c.hidden_size)
-        token = self.param("cls_token", init, (1, 1, c.hidden_size), self.param_dtype)
-        shape = (1, 1 + c.grid**2, c.hidden_size)
-        position = self.param("position", init, shape, self.param_dtype)
-        token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, c.hidden_size))
-        x = jnp.concatenate([token, x], axis=1) + position.astype(x.dtype)
-        return nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)(x)
+        return parts.dropout()(with_token(self, parts, x, c.grid**2))
 
 
 def product_of_patches(images, kernel, strides, padding, *, precision=None, **_):
@@ -164,108 +140,28 @@ def product_of_patches(images, kernel, strides, padding, *, precision=None, **_)
     return jnp.matmul(x, kernel.reshape(x.shape[-1], -1), precision=precision)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) -> (B, N, D), every projection a plain Dense.
+class Layer(blocks.Layer):
+    """A layer with its norms before attention and MLP."""
 
-    Tokens from ``length`` on are padding: nothing attends to them.
-    """
-
-    config: ViTConfig
-    dtype: Any
-    param_dtype: Any
-    attention: str
-    deterministic: bool
-    length: int
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        dense = functools.partial(
-            dense_layer(c, self.param_dtype, self.dtype), c.hidden_size
-        )
-        heads = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
-        query, key, value = (
-            kept_with_attention(dense(use_bias=c.qkv_bias, name=name)(x)).reshape(heads)
-            for name in ("query", "key", "value")
-        )
-        key, value, _ = prefixed(c, self.param_dtype, key, value)
-        if c.attention_probs_dropout_prob and not self.deterministic:
-            drop = nn.Dropout(c.attention_probs_dropout_prob, deterministic=False)
-            mixed = attend_with_dropout(query, key, value, drop)
-        else:
-            padding = x.shape[1] - self.length
-            keys = key.shape[1] - padding if padding else None
-            mixed = attend(query, key, value, self.attention, keys=keys)
-        return kept_with_attention(dense(name="out")(mixed.reshape(x.shape)))
-
-
-class Layer(nn.Module):
-    """One pre-norm layer as the body of a scan: x -> (x, x where ``collect``, else None)."""
-
-    config: ViTConfig
-    dtype: Any
-    param_dtype: Any
-    attention: str
-    deterministic: bool
-    collect: bool
-    length: int
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        norm = functools.partial(layer_norm, c.layer_norm_eps, self.dtype, self.param_dtype)
-        drop = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)
-        adapter = functools.partial(bottleneck, c, self.dtype, self.param_dtype)
-        attention = Attention(
-            c,
-            self.dtype,
-            self.param_dtype,
-            self.attention,
-            self.deterministic,
-            self.length,
-            name="attention",
-        )
-        mlp = MLP(c, self.dtype, self.param_dtype, name="mlp")
-        x = x + adapter("bottleneck1")(drop(attention(norm("norm1")(x))))
-        x = x + adapter("bottleneck2")(drop(mlp(norm("norm2")(x))))
-        return x, x if self.collect else None
+    norm_first = True
 
 
 class Encoder(nn.Module):
     """All layers, then the norm of the class token: (B, N, D) -> (B, D) and the hidden states."""
 
-    config: ViTConfig
-    dtype: Any
-    param_dtype: Any
-    attention: str
-    deterministic: bool
-    collect: bool
-    unroll: int
-    remat: str
+    parts: Parts
 
     @nn.compact
     def __call__(self, x):
-        c, length = self.config, x.shape[1]
-        if self.deterministic or not (c.hidden_dropout_prob or c.attention_probs_dropout_prob):
+        parts, c, length, padding = self.parts, self.parts.config, x.shape[1], 0
+        if not (parts.train and (c.hidden_dropout_prob or c.attention_probs_dropout_prob)):
             head_dim = c.hidden_size // c.num_attention_heads
-            filled = filled_length(length, self.attention, self.dtype, head_dim)
-            x = jnp.pad(x, ((0, 0), (0, filled - length), (0, 0)))
-        layers = scan_layers(
-            Layer, c.num_hidden_layers, unroll=self.unroll, remat=self.remat
-        )(
-            c,
-            self.dtype,
-            self.param_dtype,
-            self.attention,
-            self.deterministic,
-            self.collect,
-            length,
-            name="layers",
-        )
-        out, after = layers(x)
-        token = layer_norm(c.layer_norm_eps, self.dtype, self.param_dtype, "norm")(out[:, 0])
-        states = jnp.concatenate([x[None], after])[:, :, :length] if self.collect else None
-        return token, states
+            filled = filled_length(length, parts.attention, parts.dtype, head_dim)
+            padding = filled - length
+            x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
+        out, states = parts.layers(Layer, x, in_axes=(), padding=padding)
+        token = parts.norm("norm")(out[:, 0])
+        return token, None if states is None else states[:, :, :length]
 
 
 class ViT(nn.Module):
@@ -280,13 +176,7 @@ class ViT(nn.Module):
     Attributes:
       config: the architecture.
       num_classes: outputs of the head.
-      dtype: compute dtype of everything but layer-norm statistics, softmax and head, which are
-        float32.
-      param_dtype: dtype of new parameters; loaded ones keep their own.
-      unroll: layers per iteration of the scan; a larger value compiles longer and runs faster.
-      remat: what the backward pass recomputes: ``"none"`` nothing, ``"dots"`` everything but
-        the outputs of the linear layers, ``"attention"`` everything but those in attention
-        and what cuDNN's kernel gives, ``"full"`` each layer from its input.
+      dtype, param_dtype, unroll, remat: as in `Bert`.
       attention: ``"xla"``, ``"cudnn"`` or ``"auto"``, see ``rmlora_jax.models.attention``.
 
     Source: Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, equations 1 to 4.
@@ -327,28 +217,19 @@ class ViT(nn.Module):
           TypeError: the images are not floating.
           ValueError: a wrong image shape, or an attribute out of its range.
         """
-        c = self.config
         self.check(images)
-        x = Embed(c, self.dtype, self.param_dtype, not train, name="embed")(images)
-        token, states = Encoder(
-            c,
-            self.dtype,
-            self.param_dtype,
-            self.attention,
-            not train,
-            hidden_states,
-            self.unroll,
-            self.remat,
-            name="encoder",
-        )(x)
-        logits = dense_layer(c, self.param_dtype)(self.num_classes, name="head")(token)
+        kinds = (self.dtype, self.param_dtype)
+        scan = (self.unroll, self.remat)
+        parts = Parts(self.config, *kinds, train, hidden_states, *scan, self.attention)
+        x = Embed(parts, name="embed")(images)
+        token, states = Encoder(parts, name="encoder")(x)
+        logits = parts.float32.dense(self.num_classes, name="head")(token)
         return (logits, states) if hidden_states else logits
 
     def check(self, images):
-        check_choices(
-            "ViT", remat=(self.remat, REMAT), attention=(self.attention, IMPLEMENTATIONS)
+        check_fields(
+            self, "num_classes", "unroll", remat=REMAT, attention=IMPLEMENTATIONS
         )
-        check_counts("ViT", num_classes=self.num_classes, unroll=self.unroll)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(
                 f"ViT: images are {images.dtype}; divide by 255, normalise and pass floats"
@@ -363,33 +244,22 @@ class ViT(nn.Module):
 
 
 # Modules of a layer: path here, name up to transformers 5.8, name since 5.9.
-_LINEARS = (
+_LAYER = (
     ("attention/query", "attention.attention.query", "attention.q_proj"),
     ("attention/key", "attention.attention.key", "attention.k_proj"),
     ("attention/value", "attention.attention.value", "attention.v_proj"),
     ("attention/out", "attention.output.dense", "attention.o_proj"),
     ("mlp/fc1", "intermediate.dense", "mlp.fc1"),
     ("mlp/fc2", "output.dense", "mlp.fc2"),
+    ("norm1", "layernorm_before", "layernorm_before"),
+    ("norm2", "layernorm_after", "layernorm_after"),
 )
-_NORMS = (("norm1", "layernorm_before"), ("norm2", "layernorm_after"))
-_OLD, _NEW = "vit.encoder.layer.{}", "vit.layers.{}"
-_PATCH = "vit.embeddings.patch_embeddings.projection"
 
 _TABLE = (
     Entry("embed/cls_token", AS_IS, ("vit.embeddings.cls_token",)),
     Entry("embed/position", AS_IS, ("vit.embeddings.position_embeddings",)),
-    Entry("embed/patch/kernel", CONV, (f"{_PATCH}.weight",)),
-    Entry("embed/patch/bias", AS_IS, (f"{_PATCH}.bias",)),
-    *(
-        entry
-        for path, old, new in _LINEARS
-        for entry in linear_entries(f"encoder/layers/{path}", f"{_OLD}.{old}", f"{_NEW}.{new}")
-    ),
-    *(
-        entry
-        for path, name in _NORMS
-        for entry in norm_entries(f"encoder/layers/{path}", f"{_OLD}.{name}", f"{_NEW}.{name}")
-    ),
+    *linear_entries("embed/patch", "vit.embeddings.patch_embeddings.projection", axes=CONV),
+    *layer_entries(["vit.encoder.layer.{}", "vit.layers.{}"], _LAYER),
     *norm_entries("encoder/norm", "vit.layernorm"),
     *linear_entries("head", "classifier"),
 )

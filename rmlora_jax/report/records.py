@@ -52,11 +52,7 @@ def read_intrinsic(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The objects of one of the two files, as JSON has them; a last line that is torn is left out.
-
-    Raises:
-      UserError: as `read_metrics`.
-    """
+    """The objects of one of the two files, as JSON has them, without a torn last line."""
     return read_json_lines(
         path, "step", int, "is not a JSON object with a step.\n"
         "Delete that line, or start again with another --workdir.")
@@ -72,8 +68,8 @@ def series(history: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray
 def bin_means(x: np.ndarray, y: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
     """Means of neighbouring points, cut into at most ``bins`` groups of near equal size."""
     bins = max(min(bins, len(x)), 1)
-    return (np.array([p.mean() for p in np.array_split(x, bins)]),
-            np.array([p.mean() for p in np.array_split(y, bins)]))
+    x, y = (np.array([part.mean() for part in np.array_split(z, bins)]) for z in (x, y))
+    return x, y
 
 
 def finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -108,8 +104,10 @@ def by_kind(modules: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[s
             kind, layer = path[:found.start()] + path[found.end():], int(found[1])
         gathered.setdefault(kind.lstrip("/") or "module", []).append((layer, values))
     names = _short_names(list(gathered))
+    last = {kind: kind.rsplit("/", 1)[-1] for kind in gathered}
+    place = {kind: ORDER.index(n) if n in ORDER else len(ORDER) for kind, n in last.items()}
     return {names[kind]: _stack([v for _, v in sorted(gathered[kind], key=lambda entry: entry[0])])
-            for kind in sorted(gathered, key=lambda k: (_place(k), k))}
+            for kind in sorted(gathered, key=lambda k: (place[k], k))}
 
 
 def _stack(layers):
@@ -120,11 +118,6 @@ def _stack(layers):
         target[: len(row)] = row
     ranks = np.concatenate([np.ravel(v.get("effective_rank", np.nan)) for v in layers])
     return {"singular_values": singular, "effective_rank": ranks}
-
-
-def _place(kind: str) -> int:
-    last = kind.rsplit("/", 1)[-1]
-    return ORDER.index(last) if last in ORDER else len(ORDER)
 
 
 def _short_names(paths: Sequence[str]) -> dict[str, str]:
@@ -154,8 +147,8 @@ def number(value: float | None) -> str:
 def amount(size: int) -> str:
     """Bytes in the largest fitting unit.
 
-    >>> amount(123), amount(1536), amount(2 * 2**20), amount(3 * 2**30)
-    ('123 bytes', '1.5 KiB', '2.0 MiB', '3.0 GiB')
+    >>> amount(123), amount(1536)
+    ('123 bytes', '1.5 KiB')
     """
     for power, name in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
         if size >= 1024**power:

@@ -32,7 +32,6 @@ from rmlora_jax.tasks.task import Task
 
 __all__ = ["verdict", "write_report"]
 
-REPORT = "report.png"
 TONE = {"Healthy": "#1a7f4b", "Underfitting": "#b7791f", "Too early to tell": "#6b7280"}
 ALARM = "#c0322b"  # Overfitting, Oscillation, Diverged
 MOST_NAMES = 12  # names of module kinds that fit under the map
@@ -59,7 +58,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
             "Give the folder of a run, the one that run.py named as its workdir.")
     config, summary = _optional(workdir / "config.json"), _optional(workdir / "summary.json")
     figure = draw(history, config, summary, read_intrinsic(workdir))
-    return write_bytes_atomic(workdir / REPORT, style.png(figure))
+    return write_bytes_atomic(workdir / "report.png", style.png(figure))
 
 
 def draw(history, config: Mapping[str, Any], summary: Mapping[str, Any], intrinsic):
@@ -69,7 +68,10 @@ def draw(history, config: Mapping[str, Any], summary: Mapping[str, Any], intrins
     kinds = [kinds for _, kinds in grouped if kinds]
     height = HEIGHT if kinds else SHORT
     figure = style.new_figure(WIDTH, height)
-    _masthead(figure, height, facts_title(config, summary), verdict(history))
+    method = summary.get("method") or config.get("method") or "run"
+    dataset = summary.get("dataset") or flatten(config).get("data.name")
+    title = f"{method} on {dataset}" if dataset else method
+    _masthead(figure, height, title, verdict(history))
     grid = figure.add_gridspec(
         2 if kinds else 1, 3, left=0.05, right=0.975, top=1 - 2.05 / height, bottom=0.62 / height,
         hspace=0.46, wspace=0.2, width_ratios=(1, 1, 0.9))
@@ -82,13 +84,6 @@ def draw(history, config: Mapping[str, Any], summary: Mapping[str, Any], intrins
         singular_value_panel(figure.add_subplot(grid[1, :2]), steps[-1], kinds[-1])
         effective_rank_panel(figure.add_subplot(grid[1, 2]), steps, kinds)
     return figure
-
-
-def facts_title(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """``rm_lora on cifar100``."""
-    method = summary.get("method") or config.get("method") or "run"
-    dataset = summary.get("dataset") or flatten(config).get("data.name")
-    return f"{method} on {dataset}" if dataset else str(method)
 
 
 def task(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Task:
@@ -109,10 +104,9 @@ def headline(history, summary: Mapping[str, Any]) -> tuple[str, str] | None:
     name, value = describe(key)[0].long, (summary.get("eval") or {}).get(key)
     if value is not None:
         return shown(key, value), f"test {name} at the last step"
-    measured = finite(*series(history, f"eval/{key}"))
-    if measured[0].size:
-        step, value = (int(measured[0][-1]), measured[1][-1])
-        return shown(key, value), f"validation {name} at step {step:,}"
+    steps, measured = finite(*series(history, f"eval/{key}"))
+    if measured.size:
+        return shown(key, measured[-1]), f"validation {name} at step {int(steps[-1]):,}"
     return None
 
 
@@ -175,8 +169,7 @@ def _say(words: str, value: Any) -> str:
 def loss_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any],
                unit: str = "nats per example") -> None:
     """Training loss (each line faint, smoothed in bold), validation loss, test loss."""
-    steps, train = finite(*series(history, "train/loss"))
-    eval_steps, validation = finite(*series(history, "eval/loss"))
+    train, eval_steps, validation = _curves(ax, history, "loss")
     broken = first_broken(history)
     title = "Loss"
     if broken is not None:
@@ -185,7 +178,6 @@ def loss_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[str,
         title += f": validation ended at {validation[-1]:.2f}, lowest {validation.min():.2f}"
     elif train.size:
         title += f": training ended at {bin_means(train, train, 20)[1][-1]:.2f}"
-    _curves(ax, steps, train, eval_steps, validation)
     if validation.size:
         lowest = int(np.argmin(validation))
         ax.plot(eval_steps[lowest], validation[lowest], "o", ms=9, mfc="white", mew=2,
@@ -204,34 +196,35 @@ def metric_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[st
                  key: str = "accuracy") -> None:
     """A metric in training where it is measured there, on validation, and twice on test."""
     metric, _ = describe(key)
-    steps, train = finite(*series(history, f"train/{key}"))
-    eval_steps, validation = finite(*series(history, f"eval/{key}"))
+    train, _, validation = _curves(ax, history, key)
     parts = []
     if train.size:
         parts.append(f"train {bin_means(train, train, 20)[1][-1]:.3f}")
     if validation.size:
         parts.append(f"validation {validation[-1]:.3f}")
-    _curves(ax, steps, train, eval_steps, validation)
     test = _test_points(ax, summary, key, ("test, last step", "test, best step"))
     values = np.concatenate([train, validation, test, [0.05]])
     top, bottom = values.max(), min(values.min(), 0)
     if bottom < 0:
         ax.axhline(0, color=style.MUTED, lw=1.2)
     ax.set_ylim(1.2 * bottom, 1.02 if 0.7 < top <= 1 else 1.2 * top)
-    title = metric.long[0].upper() + metric.long[1:]
-    style.finish_panel(ax, title + (f": {', '.join(parts)}" if parts else ""), "step", metric.axis,
+    title = metric.title + (f": {', '.join(parts)}" if parts else "")
+    style.finish_panel(ax, title, "step", metric.axis,
                        last=history[-1]["step"])
 
 
 def singular_value_panel(ax, step: int, kinds: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Heat map: a row a layer, a block of columns a module kind, within it the singular values."""
-    top = max(float(np.nanmax(k["singular_values"], initial=0)) for k in kinds.values())
-    deepest = max(len(k["singular_values"]) for k in kinds.values())
-    most = max(k["singular_values"].shape[1] for k in kinds.values())
-    shown = _worth_showing([k["singular_values"] for k in kinds.values()], top)
-    mesh = None
-    for i, values in enumerate(kinds.values()):
-        block = values["singular_values"][:, :shown]
+    """Heat map: a row a layer, a block of columns a module kind, within it the singular values.
+
+    Of more than 16 values those are shown that reach 1 % of the largest anywhere.
+    """
+    blocks = [kind["singular_values"] for kind in kinds.values()]
+    top = max(float(np.nanmax(block, initial=0)) for block in blocks)
+    deepest, most = max(map(len, blocks)), max(block.shape[1] for block in blocks)
+    reach = max(int((block >= 0.01 * top).any(0).sum()) for block in blocks)
+    shown, mesh = min(most, max(reach, 16)), None
+    for i, block in enumerate(blocks):
+        block = block[:, :shown]
         layers, rank = block.shape
         mesh = ax.pcolormesh(i + np.linspace(0.03, 0.97, rank + 1), np.arange(layers + 1) + 0.5,
                              block, cmap="YlGnBu", vmin=0, vmax=max(top, 1e-12), rasterized=True)
@@ -247,7 +240,11 @@ def singular_value_panel(ax, step: int, kinds: Mapping[str, Mapping[str, np.ndar
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=style.MUTED, labelsize=9.5, length=0)
     title = f"What moved: singular values of \u0394W, layer by layer, at step {step:,}"
-    style.finish_panel(ax, title, "", "layer", caption=_blocks_caption(shown, most))
+    caption = "a block is one kind of module: its only singular value"
+    if most > 1:
+        count = f"{most}" if shown == most else f"largest {shown} of {most}"
+        caption = f"a block is one kind of module: its {count} singular values from left to right"
+    style.finish_panel(ax, title, "", "layer", caption=caption)
     for i, label in enumerate(ax.get_xticklabels()):
         label.set(color=style.PALETTE[i % len(style.PALETTE)], fontweight="bold",
                   fontsize=11 if len(names) <= 8 else 9.5)
@@ -261,17 +258,15 @@ def effective_rank_panel(ax, steps: Sequence[int],
     rank = max(k["singular_values"].shape[1] for k in records[-1].values())
     last = []
     for i, name in enumerate(names):
-        centre, low, high = [], [], []
+        found = []
         for record in records:
             values = record[name]["effective_rank"] if name in record else np.array([])
             values = values[values >= 1 - 1e-3]  # a Delta W that is exactly 0 has no rank to show
-            spread = values.std() if values.size else np.nan
-            mean = values.mean() if values.size else np.nan
-            centre.append(mean)
-            low.append(mean - spread)
-            high.append(mean + spread)
+            found.append((values.mean(), values.std()) if values.size else (np.nan, np.nan))
+        centre, spread = np.array(found).T
         colour = style.PALETTE[i % len(style.PALETTE)]
-        ax.fill_between(steps, low, np.minimum(high, rank), color=colour, alpha=0.10, lw=0)
+        ax.fill_between(steps, centre - spread, np.minimum(centre + spread, rank), color=colour,
+                        alpha=0.10, lw=0)
         ax.plot(steps, centre, "-o" if len(steps) <= 25 else "-", color=colour, lw=2, ms=4,
                 label=name)
         last.append(centre[-1])
@@ -306,21 +301,10 @@ def facts_panel(ax, headline: tuple[str, str] | None, facts: Sequence[tuple[str,
         y -= gap
 
 
-def _worth_showing(blocks: Sequence[np.ndarray], top: float) -> int:
-    """How many singular values: all up to 16, of more those that reach 1 % of the largest."""
-    most = max(b.shape[1] for b in blocks)
-    reach = max((int((b >= 0.01 * top).any(0).sum()) for b in blocks), default=0)
-    return min(most, max(reach, 16))
-
-
-def _blocks_caption(shown: int, most: int) -> str:
-    if most == 1:
-        return "a block is one kind of module: its only singular value"
-    count = f"{most}" if shown == most else f"largest {shown} of {most}"
-    return f"a block is one kind of module: its {count} singular values from left to right"
-
-
-def _curves(ax, steps, train, eval_steps, validation):
+def _curves(ax, history, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draws both curves; returns training, the steps of validation, validation."""
+    steps, train = finite(*series(history, f"train/{key}"))
+    eval_steps, validation = finite(*series(history, f"eval/{key}"))
     if not train.size and not validation.size:
         ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color=style.MUTED,
                 fontsize=11)
@@ -330,6 +314,7 @@ def _curves(ax, steps, train, eval_steps, validation):
     if validation.size:
         ax.plot(eval_steps, validation, "-o" if len(eval_steps) <= 40 else "-", ms=4.5, lw=2.2,
                 color=style.VALIDATION, label="validation")
+    return train, eval_steps, validation
 
 
 def _test_points(ax, summary, key, labels):

@@ -83,6 +83,13 @@ def finish_panel(ax, title, xlabel, ylabel, *, last=None, grid="", caption="", l
         ax.set_xlim(-0.02 * last, 1.02 * max(last, 1))
 
 
+def key(ax, names: Sequence[str], marker: str, **where) -> None:
+    """A legend of methods by their colours."""
+    for name in names:
+        ax.plot([], [], marker, color=colour(name, names), label=name)
+    ax.legend(frameon=False, fontsize=10, **where)
+
+
 def caption(figure, text: str) -> None:
     """Small words under everything, as wide as the figure."""
     width, height = figure.get_size_inches()
@@ -92,10 +99,8 @@ def caption(figure, text: str) -> None:
 
 
 def strip(ax, place: float, numbers: Sequence[float], tint: str, *, along: str) -> None:
-    """Mean and sample deviation at ``place``, a small dot for every number beside them.
-
-    ``along`` is the axis of the numbers, "x" or "y".
-    """
+    """Mean and sample deviation at ``place``, with a small dot for every number beside them, along
+    the axis "x" or "y"."""
     if not numbers:
         return
     beside = place + (0.24 if along == "x" else 0.09)

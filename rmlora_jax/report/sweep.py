@@ -21,6 +21,7 @@ from rmlora_jax.tasks.scores import describe, higher_is_better, shown
 WIDTH = 16.0  # inches at 100 dots each
 NAMED = 24  # settings whose names are written large
 MOST = 40  # characters of such a name
+BOLD = "; bold: mean of the seeds"
 
 
 class Finished(NamedTuple):
@@ -51,8 +52,8 @@ def write_sweep_report(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
 def table(runs: Sequence[Finished], summary: dict[str, Any]) -> str:
     """Markdown: a row for each run, and of several seeds one for each setting."""
     metric, first = summary["metric"], runs[0].summary
-    name = describe(metric)[0].long
-    swept = list(runs[0].setting)
+    named, swept = describe(metric)[0], list(runs[0].setting)
+    name = named.long
     head = ["seed", *swept, f"{name}, last", f"{name}, best", "best step", "loss", "train loss",
             "effective rank"]
     rows = [
@@ -71,7 +72,7 @@ def table(runs: Sequence[Finished], summary: dict[str, Any]) -> str:
     text = [
         f"# {len(runs)} runs of {first['method']} on {first['dataset']}, {first['steps']:,} steps",
         "",
-        f"{name[0].upper()}{name[1:]} and loss are those of the test split at the last step; best "
+        f"{named.title} and loss are those of the test split at the last step; best "
         "is its value at the step that is best on validation. Train loss is the mean of the "
         "last twentieth of the steps, effective rank that of \u0394W over all layers.",
         "",
@@ -179,7 +180,7 @@ def best_in_words(groups, labels, metric: str) -> str:
 
 def loss_panel(ax, groups, colours) -> None:
     """Validation loss of every run, bold for the mean of several; training loss faint."""
-    tops, last = [1e-3], 1
+    tops, last = [1e-3], groups[0][0].history[-1]["step"]
     for group, colour in zip(groups, colours, strict=True):
         for run in group:
             steps, train = finite(*series(run.history, "train/loss"))
@@ -188,25 +189,21 @@ def loss_panel(ax, groups, colours) -> None:
             start = max(train[:1].max(initial=0), validation[:1].max(initial=0))
             reached = max(smooth(train).max(initial=0), validation.max(initial=0))
             tops.append(min(reached, 2 * start))  # a run that diverges must not flatten the others
-            last = run.history[-1]["step"]
         curves(ax, group, colour, "eval/loss")
     ax.set_ylim(0, 1.06 * max(tops))
+    several = max(map(len, groups)) > 1
     style.finish_panel(ax, "Loss", "step", "loss", last=last,
-                       caption="strong: validation, faint: train" + bold_words(groups))
+                       caption="strong: validation, faint: train" + BOLD * several)
 
 
 def metric_panel(ax, groups, colours, metric: str) -> None:
     """The metric that picks the best step, on validation, of every run."""
     for group, colour in zip(groups, colours, strict=True):
         curves(ax, group, colour, f"eval/{metric}")
-    named, _ = describe(metric)
-    title = f"{named.long[0].upper()}{named.long[1:]} on validation"
-    style.finish_panel(ax, title, "step", named.axis, last=groups[0][0].history[-1]["step"],
-                       caption="coloured as on the right" + bold_words(groups))
-
-
-def bold_words(groups) -> str:
-    return "; bold: mean of the seeds" if max(map(len, groups)) > 1 else ""
+    named, last = describe(metric)[0], groups[0][0].history[-1]["step"]
+    several = max(map(len, groups)) > 1
+    style.finish_panel(ax, f"{named.title} on validation", "step", named.axis, last=last,
+                       caption="coloured as on the right" + BOLD * several)
 
 
 def curves(ax, group, colour, key: str) -> None:

@@ -47,14 +47,11 @@ def verdict(history: Sequence[Mapping[str, float]]) -> str:
     """One sentence or two on how a run went, first word first, from the lines of its metrics.
 
     Args:
-      history: the lines of metrics.jsonl (`rmlora_jax.report.records.read_metrics`), of which
-        "step", "train/loss", "train/accuracy", "eval/loss", "eval/accuracy" and the correlations
-        "eval/matthews", "eval/pearson" and "eval/spearman" are read; losses in nats or squared
-        units, accuracies in [0, 1]. Each but "step" may be absent from any line.
+      history: the lines of metrics.jsonl, as `rmlora_jax.report.records.read_metrics` reads them;
+        losses in nats or squared units, accuracies in [0, 1]. Any but "step" may be absent.
 
     Returns:
-      A text that begins with one of "Healthy", "Overfitting", "Underfitting", "Oscillation",
-      "Diverged", "Too early to tell" and a colon. The module's docstring has the rules.
+      A text that begins with the name of a rule of the module's docstring and a colon.
 
     >>> falling = [{"step": s, "train/loss": 0.1 + 2 * 0.9**s, "eval/loss": 0.2 + 2 * 0.9**s}
     ...            for s in range(1, 60)]
@@ -79,7 +76,8 @@ def verdict(history: Sequence[Mapping[str, float]]) -> str:
         _oscillation(level_steps, levels, eval_steps, eval_loss, descent)
         or _overfitting(steps, loss, eval_steps, eval_loss)
         or _underfitting(history, level_steps, levels, descent)
-        or _healthy(levels, eval_loss)
+        or f"Healthy: training loss settled at {levels[-1]:.2f}"
+        + (f", validation loss at {eval_loss[-1]:.2f}." if eval_loss.size else ".")
     )
 
 
@@ -149,8 +147,3 @@ def _underfitting(history, steps, levels, descent):
         return (f"Underfitting: training loss went from {levels[0]:.2f} to {levels[-1]:.2f} only. "
                 "Raise the learning rate, train longer, or adapt more layers.")
     return None
-
-
-def _healthy(levels, eval_loss):
-    text = f"Healthy: training loss settled at {levels[-1]:.2f}"
-    return text + (f", validation loss at {eval_loss[-1]:.2f}." if eval_loss.size else ".")

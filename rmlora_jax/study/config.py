@@ -6,7 +6,6 @@ A task is a config file of runs, with fields that are set on top.
 import ast
 import copy
 import importlib.util
-import re
 import sys
 from pathlib import Path
 
@@ -37,13 +36,7 @@ def check_study(given: ConfigDict | Study) -> tuple[Study, dict[tuple, Run]]:
     Raises one UserError that lists every mistake.
     """
     c, wrong = fields.read(Study, given)
-    stated = fields.flatten(given)
-    lines: list[str] = []
-
-    def need(ok: bool, field: str, allowed: str):
-        if not ok:
-            value = repr(stated.get(field))[:200]
-            wrong.setdefault(field, f"config.{field}={value}: must be {allowed}")
+    lines = list(wrong.values())
 
     def known(field: str, names, allowed, what: str):
         for name in names:
@@ -53,39 +46,29 @@ def check_study(given: ConfigDict | Study) -> tuple[Study, dict[tuple, Run]]:
                     f"config.{field}: no {what} {name!r}: there are {', '.join(allowed)}{hint}"
                 )
 
-    named = re.fullmatch(r"\w[\w.-]{0,99}", c.study) is not None
-    need(named, "study", "the study's name, of letters, digits, -, _ and .")
-    need(len(c.tasks) > 0, "tasks", "one config file or more")
-    need(len(c.methods) > 0, "methods", "one method or more")
-    need(len(set(c.methods)) == len(c.methods), "methods", "methods, each of them once")
     known("methods", c.methods, METHODS, "method")
     known("method_set", c.method_set, METHODS, "method")
     known("pictures", c.pictures, tuple(PICTURES), "picture")
-    need(len(set(c.pictures)) == len(c.pictures), "pictures", "pictures, each of them once")
-    for name in ("rates", "full_rates", "head_rates"):
-        values = getattr(c, name)
-        fine = len(values) > 0 and all(v > 0 for v in values)
-        need(fine and len(set(values)) == len(values), name, "numbers above 0, each once")
-    need(c.seeds <= plan.FIRST_CHOOSE_SEED, "seeds",
-         f"at most {plan.FIRST_CHOOSE_SEED}: seeds from there on choose the rate")
-    need(len(c.variants) > 0, "variants", "one tuple of fields or more; ((),) for none")
     known("grid", c.grid, tuple(SWEEPABLE), "name")
     for name, values in c.grid.items():
-        fine = isinstance(values, tuple | list) and len(values) > 0
-        fine = fine and all(map(is_number, values)) and len(set(values)) == len(values)
-        need(fine, f"grid.{name}", "a tuple of numbers, each once")
+        fine = isinstance(values, tuple | list) and all(map(is_number, values))
+        if not fine or plan.each_once(values):
+            lines.append(f"config.grid.{name}={values!r}: must be a tuple of numbers, each once")
         if name == "learning_rate":
             lines.append("config.grid.learning_rate: give the rates as config.rates")
         idle = [m for m in c.methods if name in SWEEPABLE and m not in readers(name)]
         if idle:
             lines.append(f"config.grid.{name}: it changes nothing with {', '.join(idle)}")
     for method, values in c.method_set.items():
-        allowed = "a tuple of fields, such as ('lora.rank=2',)"
-        need(is_names(values), f"method_set.{method}", allowed)
+        if not is_names(values):
+            lines.append(
+                f"config.method_set.{method}={values!r}: must be a tuple of fields, such as "
+                "('lora.rank=2',)"
+            )
     axes = ("method", "task", *c.grid, *plan.varied_fields(c.variants))
     known("along", (c.along,), axes, "axis")
-    if wrong or lines:
-        raise UserError("\n".join([*wrong.values(), *lines]))
+    if lines:
+        raise UserError("\n".join(lines))
 
     opened, bases = open_tasks(c), {}
     for cell in plan.cells(c, opened):
@@ -115,8 +98,7 @@ def open_tasks(study: Study) -> dict[str, ConfigDict]:
     for text in study.tasks:
         file, own, name = parse(text)
         config = load(file)
-        for field in (*study.fields, *own, *study.set):
-            override(config, field)
+        override(config, *study.fields, *own, *study.set)
         name = name or config.data.name.rsplit("/", 1)[-1].partition(":")[0]
         if name in opened:
             raise UserError(
@@ -169,27 +151,27 @@ def configured(study: Study, base: ConfigDict, method: str, variant=()):
     variant's."""
     config = copy.deepcopy(base)
     config.method = method
-    for field in (*study.method_set.get(method, ()), *variant):
-        override(config, field)
+    override(config, *study.method_set.get(method, ()), *variant)
     return config
 
 
-def override(config: ConfigDict, text: str) -> None:
+def override(config: ConfigDict, *texts: str) -> None:
     """Sets ``"a.b=value"``; a value is a Python literal, where the field is no text.
 
     Raises:
       UserError: there is no such field, or the value is of another type.
     """
-    path, equals, value = text.partition("=")
     flat = flatten(config)
-    if not equals or path not in flat:
-        hint = did_you_mean(path, flat)
-        raise UserError(f"{text!r}: must be a field and its value, such as epochs=4{hint}")
-    *parents, name = path.split(".")
-    node = config
-    for parent in parents:
-        node = node[parent]
-    try:
-        node[name] = value if node.get_type(name) is str else ast.literal_eval(value)
-    except (ValueError, SyntaxError, TypeError) as e:
-        raise UserError(f"{text!r}: must be like {flat[path]!r}") from e
+    for text in texts:
+        path, equals, value = text.partition("=")
+        if not equals or path not in flat:
+            hint = did_you_mean(path, flat)
+            raise UserError(f"{text!r}: must be a field and its value, such as epochs=4{hint}")
+        *parents, name = path.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        try:
+            node[name] = value if node.get_type(name) is str else ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError) as e:
+            raise UserError(f"{text!r}: must be like {flat[path]!r}") from e

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from rmlora_jax.report import style
-from rmlora_jax.study.tables import Group, distinct, groups, scale, shown, unit, values
+from rmlora_jax.study.tables import Group, by_task, distinct, scale, shown, unit, values
 
 CAPTION = "small: one seed.  large: mean; bar: sample standard deviation over seeds."
 SHARE = 0.9  # of the final gain
-FIELDS = ("rm.resample_every", "rm.start_step")
-DEFAULTS = {"rm.resample_every": "1", "rm.start_step": "1"}
-KNOWN_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
+FIELDS = {
+    "rm.resample_every": "steps between draws of the mask",
+    "rm.start_step": "first masked step",
+}
+CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "glue/mnli": 3}  # elsewhere 2
 
 
 def gap_picture(rows: Sequence[dict], along: str = "method"):
@@ -21,12 +23,11 @@ def gap_picture(rows: Sequence[dict], along: str = "method"):
     The metric is that of the task where training measures it too, or else the loss. Held out is
     test where the run followed it, or else the validation split.
     """
-    tasks = distinct(rows, "task")
+    tasks = by_task(rows)
     figure, tested = style.new_figure(15, 3.9 * len(tasks)), False
     axes = figure.subplots(len(tasks), 3, squeeze=False,
                            gridspec_kw={"width_ratios": (1, 1, 0.85)})
-    for (left, middle, right), task in zip(axes, tasks, strict=True):
-        found = [group for group in groups(rows) if group.task == task]
+    for (left, middle, right), (task, found) in zip(axes, tasks.items(), strict=True):
         names = [group.label for group in found]
         by_loss = any(v is None for g in found for r in g.rows for v in r["curve"]["train"])
         metric = "loss" if by_loss else found[0].rows[0]["metric"]
@@ -34,8 +35,8 @@ def gap_picture(rows: Sequence[dict], along: str = "method"):
         tested = all(v is not None for g in found for r in g.rows for v in r["curve"]["test"])
         held = "test" if tested else "validation"
         keys = ("train_loss", f"{held}_loss") if by_loss else ("train", held)
-        for i, (group, name) in enumerate(zip(found, names, strict=True)):
-            tint = _tint(group, name, names)
+        tints = [style.colour(name, names) for name in names]
+        for i, (group, name, tint) in enumerate(zip(found, names, tints, strict=True)):
             ends = []
             for ax, key in zip((left, middle), keys, strict=True):
                 steps, curves = curves_of(group, key, factor)
@@ -61,8 +62,8 @@ def gap_picture(rows: Sequence[dict], along: str = "method"):
         right.set_ylim(len(names) - 0.5, -0.5)
         right.set_yticks(range(len(names)), names)
         right.tick_params(axis="y", labelsize=10.5)
-        for label, name, group in zip(right.get_yticklabels(), names, found, strict=True):
-            label.set(color=_tint(group, name, names), fontweight="bold")  # the curves' key
+        for label, tint in zip(right.get_yticklabels(), tints, strict=True):
+            label.set(color=tint, fontweight="bold")  # the curves' key
         right.spines["left"].set_visible(False)
     for ax in axes[:, :2].flat:
         ax.xaxis.set_major_formatter("{x:,.0f}")
@@ -71,10 +72,6 @@ def gap_picture(rows: Sequence[dict], along: str = "method"):
     style.caption(figure, "line: mean over seeds; band: sample standard deviation.  train: as it "
                   "is optimised, with augmentation and dropout." + followed + "  " + CAPTION)
     return figure
-
-
-def _tint(group: Group, name: str, names: list[str]) -> str:
-    return style.colour(name if group.varied else group.method, names)
 
 
 def curves_of(group: Group, key: str, factor: float = 1.0) -> tuple[list[int], np.ndarray]:
@@ -103,11 +100,11 @@ def frequency_picture(rows: Sequence[dict], along: str = "rm.resample_every"):
             left, right = line[2 * i], line[2 * i + 1]
             # The other field at its default: one thing at a time.
             kept = [row for row in here if set(row["variant"]) <= {field}]
-            marks = sorted({_value(row, field) for row in kept}, key=float)
+            marks = sorted({row["variant"].get(field, "1") for row in kept}, key=float)
             for method in methods:
                 tint = style.colour(method, methods)
-                runs = [[r for r in kept if r["method"] == method and _value(r, field) == m]
-                        for m in marks]
+                runs = [[r for r in kept if r["method"] == method
+                         and r["variant"].get(field, "1") == m] for m in marks]
                 _series(left, [[scale(metric) * v for v in values(r, "test")] for r in runs], tint)
                 soon = [[steps_to_gain(row) for row in r] for r in runs]
                 _series(right, [[s for s in steps if s is not None] for steps in soon], tint)
@@ -115,14 +112,11 @@ def frequency_picture(rows: Sequence[dict], along: str = "rm.resample_every"):
                 ax.set_xticks(range(len(marks)), [shown(m) for m in marks])
                 ax.set_xlim(-0.4, len(marks) - 0.6)
             right.set_ylim(0, 1.08 * right.get_ylim()[1])
-            words = {"rm.resample_every": "steps between draws of the mask",
-                     "rm.start_step": "first masked step"}[field]
-            style.finish(left, f"{whose}: at the end", words, f"test {unit(metric)}")
-            style.finish(right, "how soon", words, f"steps to {SHARE:.0%} of the final gain")
+            style.finish(left, f"{whose}: at the end", FIELDS[field], f"test {unit(metric)}")
+            style.finish(right, "how soon", FIELDS[field],
+                         f"steps to {SHARE:.0%} of the final gain")
     if len(methods) > 1:
-        for method in methods:
-            axes[0][-1].plot([], [], "o-", color=style.colour(method, methods), label=method)
-        axes[0][-1].legend(frameon=False, fontsize=10, loc="best")
+        style.key(axes[0][-1], methods, "o-", loc="best")
     figure.tight_layout(w_pad=2, h_pad=2.2)
     style.caption(figure, f"gain: validation metric above guessing; reached at the first "
                   f"evaluation with {SHARE:.0%} of the last.  never: one draw for the whole run; "
@@ -154,10 +148,7 @@ def guessing(row: dict) -> float:
     """The metric of an answer that ignores its input, where all classes are of one size."""
     if row["metric"] != "accuracy":
         return 0.0
-    classes = row["classes"] or KNOWN_CLASSES.get(row["dataset"].partition(":")[0])
-    if classes is None:
-        classes = 3 if row["dataset"] in ("glue/mnli",) else 2
-    return 1 / classes
+    return 1 / (row["classes"] or CLASSES.get(row["dataset"].partition(":")[0], 2))
 
 
 def _series(ax, columns, tint):
@@ -167,7 +158,3 @@ def _series(ax, columns, tint):
         ax.plot(*zip(*means, strict=True), "-", color=tint, lw=1.4, alpha=0.6, zorder=2)
     for x, numbers in enumerate(columns):
         style.strip(ax, x, numbers, tint, along="y")
-
-
-def _value(row: dict, field: str) -> str:
-    return row["variant"].get(field, DEFAULTS[field])

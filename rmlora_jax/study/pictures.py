@@ -15,6 +15,7 @@ from rmlora_jax.study.lines import CAPTION, frequency_picture, gap_picture
 from rmlora_jax.study.plan import FINAL
 from rmlora_jax.study.tables import (
     Group,
+    by_task,
     distinct,
     groups,
     parameters,
@@ -27,22 +28,20 @@ from rmlora_jax.study.tables import (
 )
 
 ACROSS = 4  # maps of layers beside each other
+LONG = {"penalty": "penalty strength λ", "keep": "keep probability"}
 
 
 def write_pictures(
     rows: Sequence[dict[str, Any]], folder: str | os.PathLike, names: Iterable[str], along: str
 ) -> list[Path]:
-    """Draws ``folder/NAME.png`` for each of ``names`` and returns the paths.
-
-    A picture of which no row has the figures (the effective rank of methods without factors) is
-    left out.
-    """
+    """Draws ``folder/NAME.png`` for each of ``names`` and returns the paths of those drawn."""
     drawn = [draw(rows, Path(folder) / f"{name}.png", name, along) for name in names]
     return [path for path in drawn if path is not None]
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path, name: str, along: str) -> Path | None:
-    """One of `PICTURES`, of the rows of stage "final", or None where they have no such figures."""
+    """One of `PICTURES`, of the rows of stage "final"; None where they have no such figures, as
+    methods without factors have no effective rank."""
     final = [row for row in rows if row["stage"] == FINAL]
     figure = PICTURES[name](final, along) if final else None
     if figure is None:
@@ -52,22 +51,20 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, name: str, along: str) -> P
 
 def table_picture(rows: Sequence[dict], along: str = "method"):
     """A panel a task: for each method its seeds, mean and deviation, and what it trains."""
-    tasks = distinct(rows, "task")
+    tasks = by_task(rows)
     names = list(dict.fromkeys(group.label for group in groups(rows)))
     room = 1.0 + 0.08 * max(map(len, names))  # inches for the names
     panel, figures = 3.3, 2.2  # for the dots, and beside them for numbers
     width, height = room + len(tasks) * (panel + figures), 1.3 + 0.46 * len(names)
     figure = style.new_figure(width, height)
     limits = {}  # by data set: two tasks of one data set have one axis
-    for place, task in enumerate(tasks):
+    for place, (task, own) in enumerate(tasks.items()):
         left = room + place * (panel + figures)
         ax = figure.add_axes((left / width, 0.65 / height, panel / width, 1 - 1.25 / height))
-        found = {g.label: g for g in groups(rows) if g.task == task}
-        metric = next(iter(found.values())).rows[0]["metric"]
+        found, first = {group.label: group for group in own}, own[0].rows[0]
         results = {name: group.scaled("test") for name, group in found.items()}
-        data = next(iter(found.values())).rows[0]["dataset"]
         low, high = _limits(found, results)
-        limits.setdefault(data, []).append((ax, low, high))
+        limits.setdefault(first["dataset"], []).append((ax, low, high))
         for y, name in enumerate(names):
             if name not in found:
                 continue
@@ -89,7 +86,7 @@ def table_picture(rows: Sequence[dict], along: str = "method"):
         ax.text(1.56, 1.02, "trained", ha="right", **head)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.set_yticks(range(len(names)), names)
-        style.finish(ax, task, f"test {unit(metric)}", grid="x")
+        style.finish(ax, task, f"test {unit(first['metric'])}", grid="x")
         ax.tick_params(axis="y", labelsize=10.5, labelcolor=style.INK, labelleft=place == 0)
         ax.spines["left"].set_visible(False)
     for panels in limits.values():
@@ -131,7 +128,14 @@ def dimension_picture(rows: Sequence[dict], along: str = "method"):
     for line, task in zip(axes, tasks, strict=True):
         here = [row for row in rows if along == "task" or row["task"] == task]
         _columns(line[0], here, along, columns, methods, lambda row: row["effective_rank"])
-        _bounds(line[0], here, along, columns)
+        for x, column in enumerate(columns):  # a dash at the most that Delta W's rank could be
+            for rank in sorted({row["rank"] for row in here if _along(row, along) == column}):
+                line[0].plot([x - 0.32, x + 0.32], [rank, rank], color=style.MUTED, lw=1.4,
+                             ls=(0, (3, 2)))
+                line[0].annotate(f"r = {rank}", (x, rank), xytext=(0, 3), ha="center",
+                                 textcoords="offset points", fontsize=8.5, color=style.MUTED)
+        low, high = line[0].get_ylim()
+        line[0].set_ylim(low, high + 0.1 * (high - low))
         label = "" if along == "task" else f"{task}: "
         style.finish(line[0], f"{label}one update", xlabel, "effective rank of ΔW")
         if wide:
@@ -142,23 +146,12 @@ def dimension_picture(rows: Sequence[dict], along: str = "method"):
                          "effective rank of the trajectory")
             line[1].set_ylim(0, 1.15 * max(r["trajectory"]["effective_rank"][-1] for r in kept))
     if along != "method" and len(methods) > 1:
-        _key(axes[0][-1], methods)
+        style.key(axes[0][-1], methods, "o", loc="upper left", bbox_to_anchor=(1.01, 1),
+                  handletextpad=0.2)
     figure.tight_layout(w_pad=2.5, h_pad=2)
     style.caption(figure, "Means over all modules and layers. One update ΔW = s A B has rank at "
                   "most r, dashed; what all its increments span may be larger.  " + CAPTION)
     return figure
-
-
-def _bounds(ax, rows, along, columns):
-    """Over each column a dash at the most that Delta W's rank could be."""
-    for x, column in enumerate(columns):
-        ranks = sorted({row["rank"] for row in rows if _along(row, along) == column})
-        for rank in ranks:
-            ax.plot([x - 0.32, x + 0.32], [rank, rank], color=style.MUTED, lw=1.4, ls=(0, (3, 2)))
-            ax.annotate(f"r = {rank}", (x, rank), xytext=(0, 3), textcoords="offset points",
-                        ha="center", fontsize=8.5, color=style.MUTED)
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high + 0.1 * (high - low))
 
 
 def _columns(ax, rows, along, columns, methods, value):
@@ -172,13 +165,6 @@ def _columns(ax, rows, along, columns, methods, value):
             style.strip(ax, x + shift, numbers, style.colour(method, methods), along="y")
     ax.set_xlim(-0.5, len(columns) - 0.5)
     ax.set_xticks(range(len(columns)), [shown(c) for c in columns])
-
-
-def _key(ax, methods):
-    for method in methods:
-        ax.plot([], [], "o", color=style.colour(method, methods), label=method)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=10,
-              handletextpad=0.2)
 
 
 def _along(row: dict, along: str):
@@ -212,18 +198,14 @@ def heat_picture(rows: Sequence[dict], along: str = "keep"):
         _cells(ax, means, spreads)
         ax.set_xticks(range(len(xs)), [shown(x) for x in xs])
         ax.set_yticks(range(len(ys)), [shown(y) for y in ys])
-        style.finish(ax, f"{task}: test {unit(metric)}", _long(across),
-                     _long(down) if place == 0 else "", grid="")
+        names = [LONG.get(name, short(name)) for name in (across, down)]
+        style.finish(ax, f"{task}: test {unit(metric)}", names[0], names[1] * (place == 0), grid="")
         ax.tick_params(labelsize=10.5, labelcolor=style.INK)
     count = max(len(group.rows) for group in groups(rows))
     figure.tight_layout(w_pad=3)
     style.caption(figure, f"Mean of {count} seeds at the last step, below it the sample standard "
                   "deviation; framed: the largest mean. Penalty 0 and keep 1 is plain LoRA.")
     return figure
-
-
-def _long(name: str) -> str:
-    return {"penalty": "penalty strength λ", "keep": "keep probability"}.get(name, short(name))
 
 
 def _cells(ax, means, spreads):

@@ -5,13 +5,14 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rmlora_jax.config import NUMBERS, Elements, field, is_names, leaves
+from rmlora_jax.config import Elements, field, is_names, is_number, leaves
 from rmlora_jax.tasks.scores import higher_is_better
-from rmlora_jax.train.config import FREE_ON_RESUME, SWEEPABLE, RunConfig, flatten
+from rmlora_jax.train.config import FREE_ON_RESUME, RunConfig, flatten
 
 CHOOSE, FINAL = "choose", "final"
 FIRST_CHOOSE_SEED = 100
@@ -19,17 +20,38 @@ FIRST_CHOOSE_SEED = 100
 Setting = dict[str, float]  # name of rmlora_jax.train.config.SWEEPABLE -> value
 
 
+def each_once(values: Sequence, what: str = "values, each once") -> str | None:
+    """The problem of values that repeat, or of no values at all."""
+    return None if values and len(set(values)) == len(values) else f"must be {what}"
+
+
+def rate_field(default: tuple[float, ...], help: str) -> Any:
+    """A field of learning rates."""
+    words = "numbers above 0, each once"
+    above = Elements(words, lambda value: is_number(value) and value > 0)
+    return field(default, help, elements=above, problem=lambda values: each_once(values, words))
+
+
+def _unnamed(study: str) -> str | None:
+    fine = re.fullmatch(r"\w[\w.-]{0,99}", study)
+    return None if fine else "must be the study's name, of letters, digits, -, _ and ."
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
     """Every field of a study."""
 
-    study: str = field("", "its name; its folder and its rows bear it")
+    study: str = field("", "its name; its folder and its rows bear it", problem=_unnamed)
     tasks: tuple = field(
         (),
         "config files of runs, each with fields of its own and, where two would be called the "
         "same, a name: 'configs/minilm_glue.py:rte epochs=20 as rte_long'",
+        problem=lambda files: None if files else "must be one config file or more",
     )
-    methods: tuple = field((), "of --config.method")
+    methods: tuple = field(
+        (), "of --config.method",
+        problem=lambda names: each_once(names, "one method or more, each of them once"),
+    )
     fields: tuple = field(
         (), "fields of every run that make the study what it is, such as ('steps=2000',)"
     )
@@ -40,19 +62,20 @@ class Study:
     variants: tuple = field(
         ((),), "fields of runs that are compared, such as (('lora.rank=2',), ())",
         elements=Elements("tuples of fields, such as (('lora.rank=2',), ())", is_names),
+        problem=lambda sets: None if sets else "must be one tuple or more; ((),) for no fields",
     )
     grid: dict = field({}, "values that are compared: penalty, keep, alpha, ...")
-    rates: tuple = field(
+    rates: tuple = rate_field(
         (3e-4, 1e-3, 3e-3, 1e-2),
         "learning rates to choose from, by validation at the last step; with one rate there is no "
         "choice",
-        elements=NUMBERS,
     )
-    full_rates: tuple = field((2e-5, 5e-5, 1e-4, 2e-4), "of method full", elements=NUMBERS)
-    head_rates: tuple = field((1e-3, 3e-3, 1e-2, 3e-2), "of method head", elements=NUMBERS)
+    full_rates: tuple = rate_field((2e-5, 5e-5, 1e-4, 2e-4), "of method full")
+    head_rates: tuple = rate_field((1e-3, 3e-3, 1e-2, 3e-2), "of method head")
     choose_seeds: int = field(2, "runs for each rate: seeds 100, 101, ...", least=1)
     seeds: int = field(
-        5, "runs that are reported, on test at the last step: seeds 0, 1, ...", least=1
+        5, "runs that are reported, on test at the last step: seeds 0, 1, ...",
+        least=1, most=FIRST_CHOOSE_SEED,
     )
     at_once: int = field(
         0, "runs that are trained at once; 0: as many of a program as fit in memory", least=0
@@ -69,7 +92,10 @@ class Study:
     along: str = field(
         "method", "what pictures compare: method, task, or a name of grid or variants"
     )
-    pictures: tuple = field(("table",), "table, heat, frequency, gap, layers, dimension")
+    pictures: tuple = field(
+        ("table",), "table, heat, frequency, gap, layers, dimension",
+        problem=lambda names: each_once(names, "pictures, each of them once") if names else None,
+    )
     dry_run: bool = field(False, "print the plan and what it costs, and stop")
 
 # rm_lora at special values of its own fields: bit for bit these methods.
@@ -85,8 +111,7 @@ class Cell(NamedTuple):
     """Runs that differ in their setting and their seed only.
 
     Of stage "choose" the settings are the rates, and validation picks one; of stage "final" they
-    are the study's grid, and test is reported. A final setting without ``learning_rate`` waits for
-    that choice.
+    are the study's grid, without ``learning_rate`` where it waits for that choice.
     """
 
     task: str
@@ -111,7 +136,8 @@ def cells(study: Study, tasks: Iterable[str]) -> tuple[Cell, ...]:
     final = tuple(range(study.seeds))
     found = []
     for task, method in itertools.product(tasks, study.methods):
-        rates = rates_of(study, method)
+        own = {"full": study.full_rates, "head": study.head_rates}
+        rates = [float(rate) for rate in own.get(method, study.rates)]
         grid = grid_settings(study)
         if len(rates) == 1:
             grid = tuple({"learning_rate": rates[0], **setting} for setting in grid)
@@ -120,12 +146,6 @@ def cells(study: Study, tasks: Iterable[str]) -> tuple[Cell, ...]:
             found.append(Cell(task, method, CHOOSE, candidates, choose))
         found += [Cell(task, method, FINAL, grid, final, tuple(v)) for v in study.variants]
     return tuple(found)
-
-
-def rates_of(study: Study, method: str) -> tuple[float, ...]:
-    """The learning rates that a method chooses from."""
-    grids = {"full": study.full_rates, "head": study.head_rates}
-    return tuple(float(rate) for rate in grids.get(method, study.rates))
 
 
 def grid_settings(study: Study) -> tuple[Setting, ...]:
@@ -179,12 +199,6 @@ def decided(cell: Cell, choice: Sequence[str], rows: Mapping[str, Mapping[str, A
 def place(cell: Cell) -> tuple:
     """What decides the config that a cell's runs share."""
     return cell.task, cell.method, cell.variant
-
-
-def setting_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
-    """The values that a run's config has of these settings."""
-    flat = flatten(config)
-    return {name: flat[SWEEPABLE[name]] for name in names}
 
 
 def identity(config: Any, stage: str) -> str:

@@ -1,7 +1,7 @@
 """One row a run: everything that a table or a picture needs, in a file of JSON lines.
 
-A row is written once its run is finished, in one write; a last line that a killed process left
-half written is dropped, and its run's row written again.
+A row is written once its run is finished. A last line that is half written is dropped, and its
+run's row written again.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ import numpy as np
 import rmlora_jax as rm
 from rmlora_jax.files import plain, read_json, read_json_lines, write_text_atomic
 from rmlora_jax.methods import description
-from rmlora_jax.optim.factors import find_factors, flatten
 from rmlora_jax.report.records import by_kind, read_intrinsic, read_metrics
 from rmlora_jax.train import snapshots
 from rmlora_jax.train.config import read_config
@@ -41,37 +40,22 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def append_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Adds the rows whose key the file does not have, each in one write."""
+    """Adds the rows whose key the file does not have; it is written anew as a whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    there = read_rows(path)
-    text = "".join(json.dumps(row) + "\n" for row in there)
-    if path.exists() and path.read_bytes() != text.encode():
-        write_text_atomic(path, text)  # without the torn line
-    keys = {row["key"] for row in there}
-    with open(path, "ab") as file:
-        for row in rows:
-            if row["key"] not in keys:
-                file.write(json.dumps(plain(row), allow_nan=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-                keys.add(row["key"])
-
-
-def finished(folder: str | os.PathLike) -> list[Path]:
-    """The folders of the finished runs of a program: those inside it, or ``folder`` itself."""
-    folder = Path(folder)
-    inside = sorted(path.parent for path in folder.glob("*/summary.json"))
-    return inside or [path.parent for path in folder.glob("summary.json")]
+    whole = {row["key"]: row for row in read_rows(path)}
+    for row in rows:
+        whole.setdefault(row["key"], plain(row))
+    lines = [json.dumps(row, allow_nan=False) + "\n" for row in whole.values()]
+    write_text_atomic(path, "".join(lines))
 
 
 def row_of(folder: Path, **known: Any) -> dict[str, Any]:
     """What a finished run's folder says of it, and what is ``known`` beside.
 
     ``validation`` and ``test`` are the values of ``metric`` at the last step, ``test_best`` that at
-    the step with the best validation; ``rank`` is the most that Delta W could have.
-    ``factor_parameters`` (whatever is not the head) and ``head_parameters`` are what the run ended
-    with, closed directions left out.
+    the step with the best validation; ``rank`` is the most that Delta W could have. The parameters
+    of factors (whatever is not the head) and head are those at the end, without closed directions.
     """
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     metric, steps = summary["metric"], summary["steps"]
@@ -117,17 +101,14 @@ def row_of(folder: Path, **known: Any) -> dict[str, Any]:
 
 def seconds_of(config: Mapping[str, Any], summary: Mapping[str, Any]) -> float | None:
     """The seconds of a run's training steps: its share, where several ran in one program."""
-    if summary.get("train_seconds") is not None:
-        return summary["train_seconds"]
     rate = summary.get("examples_per_second")
-    return summary["steps"] * config["batch_size"] / rate if rate else summary.get("wall_seconds")
+    alone = summary["steps"] * config["batch_size"] / rate if rate else summary.get("wall_seconds")
+    return summary.get("train_seconds", alone)
 
 
 def curve_of(history: list[dict], metric: str) -> dict[str, list]:
-    """Loss and metric at every evaluation: on training the mean of the lines since the one before.
-
-    ``test`` and ``test_loss`` are None where the run does not evaluate test on its way.
-    """
+    """Loss and metric at every evaluation: on training the mean of the lines since the one before,
+    None where the run does not evaluate a split on its way."""
     keys = {"validation": f"eval/{metric}", "validation_loss": "eval/loss",
             "test": f"test/{metric}", "test_loss": "test/loss"}
     curve = {name: [] for name in ("step", "train", "train_loss", *keys)}
@@ -155,10 +136,8 @@ def layers_of(folder: Path) -> dict[str, list] | None:
     found = {"step": [], "effective_rank": []}
     for record in _evenly(records, MOST_TIMES):
         kinds = [kind["effective_rank"] for kind in by_kind(record["modules"]).values()]
-        deepest = max(map(len, kinds), default=0)
-        ranks = np.mean([ranks for ranks in kinds if len(ranks) == deepest], axis=0)
         found["step"].append(record["step"])
-        found["effective_rank"].append([round(float(r), 4) for r in ranks])
+        found["effective_rank"].append(_by_layer(kinds))
     return found
 
 
@@ -186,10 +165,15 @@ def trajectory(folder: Path) -> dict[str, list] | None:
             found[name].append(round(float(values.mean()), 4))
         bounds = [m["singular_values"].shape[-1] for m in modules.values()]
         found["bound"].append(round(float(np.mean(bounds)), 4))
-    ranks = [np.ravel(m["effective_rank"]) for m in modules.values()]
-    deepest = max(map(len, ranks))
-    layers = np.mean([r for r in ranks if len(r) == deepest], axis=0)
-    return found | {"layers": [round(float(r), 4) for r in layers]}
+    layers = _by_layer([np.ravel(m["effective_rank"]) for m in modules.values()])
+    return found | {"layers": layers}
+
+
+def _by_layer(kinds: list[np.ndarray]) -> list[float]:
+    """The mean of each layer over those kinds of modules that are in every layer."""
+    deepest = max(map(len, kinds))
+    means = np.mean([ranks for ranks in kinds if len(ranks) == deepest], axis=0)
+    return [round(float(mean), 4) for mean in means]
 
 
 def dimension(factors: list[dict], lora: rm.LoRA) -> dict[str, dict[str, jax.Array]]:
@@ -199,20 +183,13 @@ def dimension(factors: list[dict], lora: rm.LoRA) -> dict[str, dict[str, jax.Arr
 
 def _with_weights(tree: dict, lora: rm.LoRA) -> dict:
     """The tree with a weight of zeros, which takes no memory, beside every pair of factors."""
-    leaves, _, _ = flatten(tree)
-    pairs = {}
-    for factor in find_factors(tree):
-        pairs.setdefault(factor.module, {})[factor.side] = leaves[factor.index]
-    whole = {}
-    for module, pair in pairs.items():
-        a, b = pair["a"], pair["b"]
-        shape = (*a.shape[:-1], b.shape[-1])
-        node = whole
-        for name in filter(None, module.split("/")):
-            node = node.setdefault(name, {})
-        weight = np.broadcast_to(np.float32(0), shape)
-        node |= {"lora_a": a, "lora_b": b, lora.weights[0]: weight}
-    return whole
+    whole = {name: _with_weights(below, lora) for name, below in tree.items()
+             if isinstance(below, dict)}
+    if "lora_a" not in tree:
+        return whole
+    a, b = tree["lora_a"], tree["lora_b"]
+    weight = np.broadcast_to(np.float32(0), (*a.shape[:-1], b.shape[-1]))
+    return whole | {"lora_a": a, "lora_b": b, lora.weights[0]: weight}
 
 
 def _evenly(items: list, most: int) -> list:

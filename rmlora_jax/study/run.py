@@ -1,17 +1,27 @@
-"""A study from its plan to its pictures; the same folder again goes on where it stopped."""
+"""A study from its plan to its pictures, and what it will cost; the same folder again goes on."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rmlora_jax.config import ConfigDict
+from rmlora_jax.errors import UserError
+from rmlora_jax.fields import Run
 from rmlora_jax.files import write_text_atomic
+from rmlora_jax.report.records import duration
+from rmlora_jax.report.style import text_table
 from rmlora_jax.study import plan, program, tables
 from rmlora_jax.study.config import check_study
-from rmlora_jax.study.cost import cost_table
 from rmlora_jax.study.pictures import write_pictures
 from rmlora_jax.study.plan import Cell, Study
 from rmlora_jax.study.rows import ROWS, append_rows, read_rows
+from rmlora_jax.tasks import SECTIONS, TASKS
+from rmlora_jax.train.config import flatten
 from rmlora_jax.train.workdir import opened
+
+HEADS = ("program", "runs", "left", "steps a run", "examples left", "time left")
+
 
 
 def run_study(
@@ -20,10 +30,7 @@ def run_study(
     """Runs what of the study has no row yet in ``workdir/rows.jsonl``, writes its table and
     pictures, and returns its rows. With ``study.dry_run`` it prints the plan and its cost only.
 
-    Args:
-      given: the study, as `rmlora_jax.study.config.default_study` or resolved.
-      workdir: the study's folder.
-      trainer: in place of the library's, as `rmlora_jax.study.program.trainer`; in this process.
+    A ``trainer`` takes the place of `rmlora_jax.study.program.trainer`, in this process.
 
     Raises:
       UserError: what the person who started the study can put right.
@@ -41,36 +48,24 @@ def run_study(
         print(cost_table(cells, bases, read_rows(file), program_of), flush=True)
         return read_rows(file)
 
-    with opened(workdir, alone=True):
-        return _run(study, workdir, cells, program_of, trainer)
-
-
-def _run(study, workdir: Path, cells, program_of: Callable, trainer: Callable | None):
-    file = workdir / ROWS
-
-    def train(one: program.Program) -> list[dict]:
-        if trainer is not None:
-            return program.train(one, study.study, trainer=trainer)
-        run = program.in_own_process if study.processes else program.train
-        return run(one, study.study)
-
-    there = {row["key"]: row for row in read_rows(file)}
+    train = program.in_own_process if study.processes else program.train
+    if trainer is not None:
+        train = functools.partial(program.train, trainer=trainer)
     choice, rows = [], []
-    for number, cell in enumerate(cells, 1):
-        if cell.stage == plan.CHOOSE:
-            choice = program_of(cell).keys
-        one = program_of(plan.decided(cell, choice, there))
-        if any(key not in there for key in one.keys):
-            print(f"[{number}/{len(cells)}] {cell}: {runs(cell.runs)}", flush=True)
-            append_rows(file, train(one))
-            there = {row["key"]: row for row in read_rows(file)}
-        rows += [there[key] for key in one.keys]
-    write_results(study, workdir, rows)
+    with opened(workdir, alone=True):
+        there = {row["key"]: row for row in read_rows(file)}
+        for number, cell in enumerate(cells, 1):
+            if cell.stage == plan.CHOOSE:
+                choice = program_of(cell).keys
+            one = program_of(plan.decided(cell, choice, there))
+            if any(key not in there for key in one.keys):
+                runs = f"{cell.runs} run" + "s" * (cell.runs != 1)
+                print(f"[{number}/{len(cells)}] {cell}: {runs}", flush=True)
+                append_rows(file, train(one, study.study))
+                there = {row["key"]: row for row in read_rows(file)}
+            rows += [there[key] for key in one.keys]
+        write_results(study, workdir, rows)
     return rows
-
-
-def runs(count: int) -> str:
-    return f"{count} run" + "s" * (count != 1)
 
 
 def write_results(study: Study, workdir: Path, rows: list[dict]) -> None:
@@ -83,3 +78,71 @@ def write_results(study: Study, workdir: Path, rows: list[dict]) -> None:
     ]
     print(markdown)
     print("\n".join(map(str, written)), flush=True)
+
+
+def cost_table(
+    cells: Sequence[Cell],
+    bases: Mapping[tuple, Run],
+    rows: Sequence[Mapping[str, Any]],
+    program_of: Callable,
+) -> str:
+    """A line a program: its runs, those that have no row yet, and what they cost.
+
+    Steps are unknown ("?") where the data would have to be fetched first, times ("?") where no run
+    of the task has been measured yet.
+    """
+    there = {row["key"]: row for row in rows}
+    lines, sizes, choice = [], {}, []
+    totals, unknown = [0, 0, 0, 0.0], 0
+    for cell in cells:
+        base = bases[plan.place(cell)]
+        if cell.stage == plan.CHOOSE:
+            choice = program_of(cell).keys
+        cell = plan.decided(cell, choice, there)
+        # Runs whose rate is not chosen yet are all left.
+        done = 0 if plan.waits(cell) else sum(k in there for k in program_of(cell).keys)
+        left = cell.runs - done
+        steps = steps_of(base, sizes)
+        examples = None if steps is None else left * steps * base.batch_size
+        pace = seconds_per_example(rows, cell)
+        seconds = 0.0 if not left else None
+        if left and examples is not None and pace is not None:
+            seconds = examples * pace
+        unknown += seconds is None
+        found = (cell.runs, left, examples or 0, seconds or 0.0)
+        totals = [a + b for a, b in zip(totals, found, strict=True)]
+        lines.append((str(cell), cell.runs, left, steps, examples,
+                      "?" if seconds is None else duration(seconds)))
+    end = duration(totals[3]) if not unknown else "?"
+    if unknown and totals[3]:
+        end = f"{duration(totals[3])} and {unknown} unknown"
+    lines.append((f"all {len(cells)}", *totals[:2], "", totals[2], end))
+    return text_table([HEADS, *([_text(v) for v in line] for line in lines)])
+
+
+def steps_of(config: Run, sizes: dict) -> int | None:
+    """The steps of a run; None where they depend on data that are not here. ``sizes`` is kept."""
+    if config.steps:
+        return config.steps
+    read = ("task", "data", *SECTIONS)
+    what = str({k: v for k, v in flatten(config).items() if k.partition(".")[0] in read})
+    if what not in sizes:
+        try:
+            sizes[what] = TASKS[config.task].training_examples(config)
+        except UserError:
+            return None
+    return max(1, round(config.epochs * sizes[what] / config.batch_size))
+
+
+def seconds_per_example(rows: Sequence[Mapping[str, Any]], cell: Cell) -> float | None:
+    """The mean over the measured runs of the method on the task, or else of any on the task."""
+    here = [row for row in rows if row["task"] == cell.task and row["seconds"] is not None]
+    same = [row for row in here if row["method"] == cell.method]
+    paces = [row["seconds"] / (row["steps"] * row["batch_size"]) for row in same or here]
+    return sum(paces) / len(paces) if paces else None
+
+
+def _text(value) -> str:
+    if value is None:
+        return "?"
+    return f"{value:,}" if isinstance(value, int) else str(value)

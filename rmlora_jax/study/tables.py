@@ -58,8 +58,21 @@ def varied(row: Row) -> tuple[tuple[str, Any], ...]:
     return tuple({**row["variant"], **settings}.items())
 
 
+def by_task(rows: Iterable[Row]) -> dict[str, list[Group]]:
+    """The groups of the reported runs of each task."""
+    found = {}
+    for group in groups(rows):
+        found.setdefault(group.task, []).append(group)
+    return found
+
+
+def varied_names(rows: Iterable[Row]) -> list[str]:
+    """The names of all that is compared, each once."""
+    return list(dict.fromkeys(name for group in groups(rows) for name, _ in group.varied))
+
+
 def distinct(rows: Iterable[Row], name: str) -> list:
-    """The values under ``name``, each once, in the order in which they first occur."""
+    """The values under ``name``, each once."""
     return list(dict.fromkeys(row[name] for row in rows))
 
 
@@ -101,41 +114,33 @@ def parameters(rows: Sequence[Row]) -> tuple[int, int]:
     return factors, factors + head
 
 
-def unequal(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each task whose methods with factors end with numbers of parameters that
-    differ by more than 2 % of the smallest, the head left out."""
-    found = []
-    for task in distinct(rows, "task"):
-        counts = {}
-        for group in groups(rows):
-            count, _ = parameters(group.rows)
-            if group.task == task and count and values(group.rows, "effective_rank"):
-                counts.setdefault(group.method, count)
-        least = min(counts.values(), default=0)
-        over = [m for m, count in counts.items() if count > (1 + TOLERANCE) * least]
-        if over:
-            found.append(
-                f"{task}: {', '.join(over)} trained more than 2 % more parameters than the "
-                f"method with the fewest, {least:,}."
-            )
-    return found
+def unequal(found: Sequence[Group]) -> list[str]:
+    """A sentence where the methods with factors among the groups of a task end with numbers of
+    parameters that differ by more than 2 % of the smallest, the head left out."""
+    counts = {}
+    for group in found:
+        count, _ = parameters(group.rows)
+        if count and values(group.rows, "effective_rank"):
+            counts.setdefault(group.method, count)
+    least = min(counts.values(), default=0)
+    over = [m for m, count in counts.items() if count > (1 + TOLERANCE) * least]
+    if not over:
+        return []
+    return [f"{found[0].task}: {', '.join(over)} trained more than 2 % more parameters than the "
+            f"method with the fewest, {least:,}."]
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """A table for each task: a line a method, and for every value that the study compares."""
-    parts = []
-    names = list(dict.fromkeys(name for g in groups(rows) for name, _ in g.varied))
-    for task in distinct(rows, "task"):
-        found = [group for group in groups(rows) if group.task == task]
-        if not found:
-            continue
+    parts, names = [], varied_names(rows)
+    for task, found in by_task(rows).items():
         first = found[0].rows[0]
         test = f"test {unit(first['metric'], 'short')}"
         heads = ["method", *map(short, names), "rate", "seeds", test, "test loss", "train loss",
                  "effective rank", "parameters", "with head", "seconds", "GiB"]
         lines, edges = [heads], False
         for group in found:
-            rate = _number(group.rate)
+            rate = _value(group.rate)
             if at_edge(group, rows):
                 rate, edges = rate + " *", True
             lines.append([group.method, *(_value(dict(group.varied).get(n)) for n in names),
@@ -145,7 +150,7 @@ def markdown(rows: Sequence[Row]) -> str:
         lines.insert(1, "|" + "---|" * len(known))
         notes = [together(found, [heads[i] for i in known])]
         notes += ["\\* at the edge of the rates it was chosen from."] if edges else []
-        notes += [text for text in unequal(rows) if text.startswith(f"{task}: ")]
+        notes += unequal(found)
         title = f"**{task}**: {first['dataset']}, {first['model']}, {first['steps']:,} steps"
         parts += [title, "\n".join(lines), *notes]
     return "\n\n".join(parts)
@@ -198,27 +203,18 @@ def spread(numbers: Sequence[float], digits: int = 2, *, alone: bool = False) ->
 
 
 def rates_table(rows: Sequence[Row]) -> str:
-    """How the rates were chosen: for each method the mean on validation at each of its rates."""
-    lines = []
-    for task in distinct(rows, "task"):
-        for method in dict.fromkeys(row["method"] for row in rows if row["task"] == task):
-            found = [g for g in groups(rows, CHOOSE) if (g.task, g.method) == (task, method)]
-            chosen = chosen_rates(rows, task, method)
-            cells = []
-            for group in found:
-                text = spread(group.scaled("validation"), alone=True)
-                text = f"{_number(group.rate)}: {text}"
-                cells.append(f"**{text}**" if group.rate in chosen else text)
-            if cells:
-                lines.append(_line([task, method, ", ".join(cells)]))
-    if not lines:
+    """For each method the mean on validation at each of its rates."""
+    chosen = {(group.task, group.method, group.rate) for group in groups(rows)}
+    cells = {}
+    for group in groups(rows, CHOOSE):
+        text = f"{_value(group.rate)}: {spread(group.scaled('validation'), alone=True)}"
+        if (group.task, group.method, group.rate) in chosen:
+            text = f"**{text}**"
+        cells.setdefault((group.task, group.method), []).append(text)
+    if not cells:
         return ""
     return "\n".join(["| task | method | rate: validation, mean of the runs that choose |",
-                      "|---|---|---|", *lines])
-
-
-def chosen_rates(rows: Iterable[Row], task: str, method: str) -> set[float | None]:
-    return {group.rate for group in groups(rows) if (group.task, group.method) == (task, method)}
+                      "|---|---|---|", *(_line([*k, ", ".join(v)]) for k, v in cells.items())])
 
 
 def at_edge(group: Group, rows: Iterable[Row]) -> bool:
@@ -231,7 +227,7 @@ def at_edge(group: Group, rows: Iterable[Row]) -> bool:
 
 def csv_text(rows: Sequence[Row]) -> str:
     """The figures of every group with all their digits, by names without spaces."""
-    names = list(dict.fromkeys(name for g in groups(rows) for name, _ in g.varied))
+    names = varied_names(rows)
     spreads = ("test", "test_best", "validation", "test_loss", "train_loss", "effective_rank")
     heads = ["study", "task", "dataset", "model", "method", *names, "learning_rate", "metric",
              "seeds", *(f"{n}_{what}" for n in spreads for what in ("mean", "std")), "steps",
@@ -258,19 +254,14 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:g}"
-
-
 def _value(value: Any) -> str:
-    return _number(value) if isinstance(value, int | float) or value is None else str(value)
+    if value is None:
+        return "-"
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def short(field: str) -> str:
-    """
-    >>> short("rm.resample_every"), short("penalty")
-    ('resample every', 'penalty')
-    """
+    """The last word of a field, such as "resample every"."""
     return field.rpartition(".")[2].replace("_", " ")
 
 

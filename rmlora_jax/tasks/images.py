@@ -78,7 +78,7 @@ def open_problem(config: Run, opening: Opening) -> Problem:
         open_feed=lambda: open_feed(config, images, pretrained, opening.devices),
         objective=classification(config.optimizer.label_smoothing),
         metrics=("accuracy",),
-        notes=checkpoint_notes(pretrained),
+        notes=(*checkpoint_notes(pretrained), *images.notes),
         pretrained=pretrained,
         info=info(config, images, size),
         skipped=images.skipped,

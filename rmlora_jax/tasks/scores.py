@@ -16,6 +16,10 @@ class Metric(NamedTuple):
     long: str
     axis: str
 
+    @property
+    def title(self) -> str:
+        return self.long[0].upper() + self.long[1:]
+
 
 def score(
     predictions: np.ndarray, labels: np.ndarray, names: Iterable[str]

@@ -92,7 +92,7 @@ class Problem(NamedTuple):
     open_feed: Callable[[], Feed]  # what takes long (decoding, tokenising) happens here
     objective: Objective
     metrics: tuple[str, ...]  # names of tasks/scores.py; the first picks the best step
-    notes: tuple[str, ...]  # what a person should know of the checkpoint that was read
+    notes: tuple[str, ...]  # what a person should know of the checkpoint and the data
     write_predictions: Callable[..., Any] | None = None  # (folder, split, ids, predictions)
     pretrained: Pretrained | PretrainedText | None = None  # None: a model that is only ours
     info: Info | None = None  # what else a user of the trained model must know

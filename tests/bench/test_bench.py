@@ -25,13 +25,12 @@ import rmlora_jax as rm
 from rmlora_jax.bench import measure, models, options, picture, run, table, variants
 from rmlora_jax.bench.measure import Program
 from rmlora_jax.bench.models import Entry
-from rmlora_jax.bench.variants import compile_variant, execution_of
+from rmlora_jax.bench.variants import compile_variant
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json
-from rmlora_jax.models import BertConfig, DebertaConfig, ViTConfig
-from rmlora_jax.models import bert as bert_module
-from rmlora_jax.models import deberta as deberta_module
+from rmlora_jax.models import Bert, BertConfig, DebertaConfig, ViTConfig
 from rmlora_jax.models import vit as vit_module
+from rmlora_jax.models.blocks import Parts
 from rmlora_jax.report.style import markdown_table, text_table
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -69,18 +68,15 @@ def compiled(function, *arguments):
 
 def by_parts(model, params, inputs):
     """Embedding and all behind it as separate functions, composed by hand."""
-    c, kinds = model.config, (model.dtype, model.param_dtype)
+    c, parts = model.config, Parts(model.config, model.dtype, model.param_dtype)
     cross = jnp.ones(inputs.shape[:2], bool)
     if isinstance(c, ViTConfig):
-        embed = vit_module.Embed(c, *kinds, True)
-        encoder = vit_module.Encoder(c, *kinds, "xla", True, False, 1, "none")
+        embed, encoder = vit_module.Embed(parts), vit_module.Encoder(parts)
         x = embed.apply({"params": params["embed"]}, inputs)
         extra = ()
     else:
-        module = bert_module if isinstance(c, BertConfig) else deberta_module
-        more = (jnp.zeros_like(inputs),) + ((cross,) if module is deberta_module else ())
-        x = module.Embed(c, *kinds, True).apply({"params": params["embed"]}, inputs, *more)
-        encoder = module.Encoder(c, *kinds, True, False, 1, "none")
+        embed, encoder = type(model).embed_type(parts), type(model).encoder_type(parts)
+        x = embed.apply({"params": params["embed"]}, inputs, jnp.zeros_like(inputs), cross)
         extra = (cross,)
 
     def after(x):
@@ -208,20 +204,14 @@ def test_the_state_is_donated_and_the_base_survives():
     assert program.facts["trained_parameters"] == sum(x.size for x in jax.tree.leaves(params))
 
 
-# bert with as many texts as the rank: its pooler's gradient is a product of A's and B's shapes; its
-# layers are as many, too: the penalty's products have the shape of all their biases.
-@pytest.mark.parametrize(("model", "size"), [("vit", 3), slow("bert", 2)])
-@pytest.mark.parametrize("execution", ["factored", "merged"])
-def test_execution_is_read_off_the_program(execution, model, size):
-    entry = ENTRIES[model]
+@pytest.mark.parametrize("execution", ["auto", "factored", "merged"])
+def test_the_execution_is_told(execution):
+    entry = ENTRIES["vit"]
     model, params = built(entry)
-    variant = variants.make_variant("rm_lora", model, entry, rank=2, execution=execution)
-    (batch,) = models.random_batches(entry, size, 1, model.dtype)
-    state = jax.eval_shape(variant.start, params, batch[0])
-    frozen = variant.frozen(params)
-    traced = jax.jit(variant.step).trace(state, frozen, batch)
-    assert execution_of(traced.jaxpr, variant.lora, frozen) == execution
-    assert execution_of(traced.jaxpr, None, frozen) is None
+    batches = models.random_batches(entry, 3, 1, model.dtype)
+    variant = variants.make_variant("lora", model, entry, execution=execution)
+    told = compile_variant(variant, params, batches).facts["execution"]
+    assert told == ("merged" if execution == "merged" else "factored")
 
 
 COUNTED = {
@@ -410,7 +400,7 @@ def test_refusals_that_need_the_machine(tmp_path):
     with pytest.raises(UserError, match=r"--out=.*file: .*type another folder"):
         options.check_folder(str(tmp_path / "file"))
     given = options.parse(["--model=minilm", "--attention=cudnn", "--variants=floor"])
-    fields = {field.name for field in dataclasses.fields(bert_module.Bert)}
+    fields = {field.name for field in dataclasses.fields(Bert)}
     if "attention" not in fields:
         with pytest.raises(UserError, match="--attention=cudnn does not fit Bert"):
             run.bench(given, say=str)

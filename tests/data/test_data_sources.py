@@ -33,7 +33,8 @@ class Damaged(ArraySource):
 def images(request):
     pixels = np.arange(40, dtype=np.uint8)[:, None, None, None] + np.zeros((8, 8, 3), np.uint8)
     return FoundImages(
-        Damaged(pixels, LABELS), None, ("a", "b", "c", "d"), (8, 8, 3), place="made", by_class=True
+        Damaged(pixels, LABELS), None, ("a", "b", "c", "d"), (8, 8, 3), place="made",
+        by_class=True, notes=("ignored: a.txt",),
     )
 
 
@@ -60,6 +61,7 @@ def test_an_added_source_is_treated_like_all_others(made):
         open_images(Request("made", validation=0))
     data = open_images(Request("made", validation=4, seed=1, bad_records=1, per_class=5, limit=18))
     assert data.skipped == ("made: image 7 is damaged",)
+    assert data.notes == ("ignored: a.txt",)
     assert (len(data.train), len(data.validation), len(data.test)) == (18, 4, 4)
     numbers = {n: [int(s[i]["image"][0, 0, 0]) for i in range(len(s))]
                for n, s in (("test", data.test), ("validation", data.validation))}
@@ -88,7 +90,7 @@ def test_the_source_in_the_readme(monkeypatch):
     assert data.class_names == ("cat", "dog")
 
 
-def test_what_is_missing(made, tmp_path):
+def test_what_is_missing(made, tmp_path, monkeypatch):
     assert missing("images", Request("made")) == ["config.data.data_dir=None: give a folder"]
     assert missing("images", Request("digits")) == []
     assert missing("images", Request("cifar100", data_dir=tmp_path)) == []  # it can be fetched
@@ -97,6 +99,9 @@ def test_what_is_missing(made, tmp_path):
     assert line.startswith("config.data.name='cifar100': cifar100 is not prepared in ")
     (line,) = missing("images", Request("digits", data_dir=__file__))
     assert line == f"config.data.data_dir={__file__!r}: it is a file; give a folder"
+    takes = registry.SOURCES[0]._replace(takes_file=True, missing=lambda request: [])
+    monkeypatch.setattr(registry, "SOURCES", (takes, *registry.SOURCES[1:]))
+    assert missing("images", Request("made", data_dir=__file__)) == []
     (line,) = missing("utterances", Request("digits"))
     assert line == "config.data.name='digits': no data set of utterances is called 'digits'"
     (line,) = missing("utterances", Request("japanese_vowels", data_dir=tmp_path / "x"))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from rmlora_jax.data import load_images, load_resident, plan_storage
 from rmlora_jax.data import prepare as prepare_command
-from rmlora_jax.data.vision import decode
+from rmlora_jax.data.vision import open_image, pixels
 from rmlora_jax.errors import UserError
 
 
@@ -190,11 +190,11 @@ def test_photos_of_many_sizes_are_cut_to_one(folder):
 
 def test_decoding_of_modes():
     rgb = np.random.RandomState(0).randint(0, 256, (6, 6, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(decode(encoded(rgb)), rgb)
+    np.testing.assert_array_equal(pixels(open_image(encoded(rgb))), rgb)
     alpha = np.concatenate([rgb, np.full((6, 6, 1), 9, np.uint8)], -1)
-    np.testing.assert_array_equal(decode(encoded(alpha)), rgb)
+    np.testing.assert_array_equal(pixels(open_image(encoded(alpha))), rgb)
     palette = encoded(np.full((6, 6, 3), 51, np.uint8), mode="P")
-    np.testing.assert_array_equal(decode(palette), np.full((6, 6, 3), 51))
+    np.testing.assert_array_equal(pixels(open_image(palette)), np.full((6, 6, 3), 51))
 
 
 def test_newest_version_and_default_config(folder):

@@ -10,7 +10,7 @@ from fixtures.text.tiny import write_model
 from PIL import Image
 
 from rmlora_jax.data import tokens
-from rmlora_jax.data.vision import MOST_PIXELS_A_BYTE, decode
+from rmlora_jax.data.vision import MOST_PIXELS_A_BYTE, open_image, pixels
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_json_lines
 from rmlora_jax.hub import load_text, load_tokenizer, load_vit
@@ -126,9 +126,9 @@ def test_an_image_of_more_pixels_than_bytes_can_hold(tmp_path):
     blank = tmp_path / "blank.png"
     Image.new("1", (4096, 4096)).save(blank)
     assert blank.stat().st_size * MOST_PIXELS_A_BYTE > 4096**2  # an empty page is read
-    assert decode(blank.read_bytes(), 1).shape == (4096, 4096, 1)
+    assert pixels(open_image(blank.read_bytes()), 1).shape == (4096, 4096, 1)
     with pytest.raises(ValueError, match="claims 9000 x 9000 pixels in 17 bytes"):
-        decode(b"P5 9000 9000 255\n")
+        open_image(b"P5 9000 9000 255\n")
 
 
 def test_a_cache_that_claims_more_than_memory(tmp_path):

@@ -14,7 +14,7 @@ from PIL import EpsImagePlugin, Image
 
 import rmlora_jax as rm
 from rmlora_jax import data, hub
-from rmlora_jax.data.vision import decode
+from rmlora_jax.data.vision import open_image, pixels
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.info import Info, write_info
 from rmlora_jax.inference import inputs
@@ -105,7 +105,7 @@ class Files:
         return len(self.files)
 
     def load(self, index, size=None):
-        return decode(self.files[index], 3, size), index % 5
+        return pixels(open_image(self.files[index]), 3, size), index % 5
 
 
 def as_trained(config, dataset, base, split, dtype="float32"):

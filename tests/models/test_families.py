@@ -18,7 +18,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.hub.pretrained import find_architecture
 from rmlora_jax.inference.classifier import info_of
 from rmlora_jax.models import FAMILIES, Family
-from rmlora_jax.models.blocks import dense_layer, embed_layer
+from rmlora_jax.models.blocks import Parts
 from rmlora_jax.models.config import EncoderConfig
 from rmlora_jax.models.family import AS_IS, TEXTS, Entry, linear_entries, param_shapes
 
@@ -43,12 +43,11 @@ class Bag(nn.Module):
     @nn.compact
     def __call__(self, input_ids, attention_mask=None, token_type_ids=None, *, train=False):
         c = self.config
-        x = embed_layer(c, jnp.float32, self.dtype)(c.vocab_size, c.hidden_size, name="word")(
-            input_ids
-        )
+        parts = Parts(c, self.dtype)
+        x = parts.table(c.vocab_size, c.hidden_size, "word")(input_ids)
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
         mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
-        return dense_layer(c, jnp.float32)(self.num_labels, name="head")(mean)
+        return parts.float32.dense(self.num_labels, name="head")(mean)
 
 
 BAG = Family(

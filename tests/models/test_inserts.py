@@ -12,7 +12,7 @@ from marks import slow
 
 from rmlora_jax.models import Bert, BertConfig, Deberta, DebertaConfig, ViT, ViTConfig
 from rmlora_jax.models.attention import padded_attention
-from rmlora_jax.models.blocks import Bottleneck, Prefix, with_inserts
+from rmlora_jax.models.blocks import Attention, Bottleneck, Parts, Prefix, with_inserts
 
 SIZES = {
     "hidden_size": 12,
@@ -78,7 +78,7 @@ def test_a_bottleneck_is_its_formula():
         for i, shape in enumerate(((2, 5, 12), (12, 4), (4, 12)))
     )
     params = {"down": {"kernel": down}, "up": {"kernel": up}}
-    found = Bottleneck(4, 0.02, jnp.float32, jnp.float32).apply({"params": params}, y)
+    found = Bottleneck(Parts(BertConfig(bottleneck_width=4))).apply({"params": params}, y)
     hidden = y @ down
     expected = y + hidden * scipy.special.ndtr(hidden) @ up
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -111,14 +111,8 @@ def test_a_prefix_is_keys_and_values_in_front(name):
         mixed[..., part] = weights @ value[..., part]
     expected = mixed @ p["out"]["kernel"] + p["out"]["bias"]
 
-    if name == "vit":
-        from rmlora_jax.models.vit import Attention
-
-        module, inputs = Attention(model.config, *(jnp.float32,) * 2, "xla", True, 5), (x,)
-    else:
-        from rmlora_jax.models.bert import Attention
-
-        module, inputs = Attention(model.config, *(jnp.float32,) * 2, True), (x, mask)
+    module = Attention(Parts(model.config))
+    inputs = (x,) if name == "vit" else (x, mask)
     inputs = [jnp.asarray(i, bool if i.dtype == bool else jnp.float32) for i in inputs]
     one = jax.tree.map(lambda leaf: leaf[1], more["encoder"]["layers"]["attention"])
     np.testing.assert_allclose(module.apply({"params": one}, *inputs), expected, rtol=2e-4,
@@ -159,6 +153,6 @@ def test_the_padding_for_the_fused_kernel_allows_more_keys_than_queries(keys):
 
 def test_prefix_keeps_the_dtype_of_the_computation():
     key = jnp.ones((2, 4, 3, 8), jnp.bfloat16)
-    prefix = Prefix(2, 0.02, jnp.float32)
+    prefix = Prefix(Parts(BertConfig(prefix_length=2)))
     (keys, values, mask), _ = prefix.init_with_output(jax.random.key(0), key, key, None)
     assert keys.dtype == values.dtype == jnp.bfloat16 and mask is None and keys.shape[1] == 6

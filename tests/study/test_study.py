@@ -22,9 +22,8 @@ from rmlora_jax.files import read_json, write_json
 from rmlora_jax.study import config as study_config
 from rmlora_jax.study import lines, plan, program, rows, tables
 from rmlora_jax.study.config import check_study, default_study, open_tasks
-from rmlora_jax.study.cost import cost_table, seconds_per_example
 from rmlora_jax.study.pictures import PICTURES, write_pictures
-from rmlora_jax.study.run import run_study
+from rmlora_jax.study.run import cost_table, run_study, seconds_per_example
 from rmlora_jax.sweep.grid import runs
 from rmlora_jax.train import snapshots
 from rmlora_jax.train.config import default_config, flatten, resolve
@@ -166,8 +165,8 @@ def test_a_program_holds_the_runs_of_its_cell():
     assert config.is_sweep and config.sweep.at_once == 3
     found = [(r.config.rm.keep, r.config.rm.penalty, r.config.seed) for r in runs(config)]
     assert found == [(0.5, 0, 4), (0.5, 0, 5), (1, 0.2, 4), (1, 0.2, 5)]
-    for (key, setting, seed), run in zip(one.runs, runs(config), strict=True):
-        assert program.run_of(nested(flatten(run.config)), one.runs) == (key, setting, seed)
+    for (_, setting, seed), run in zip(one.runs, runs(config), strict=True):
+        assert (run.setting, run.config.seed) == (setting, seed)
     single = program.program(cell._replace(settings=settings[1:], seeds=(7,)), c, Path("w"))
     config = resolve(single.config)
     assert not config.is_sweep and (config.seed, config.rm.keep) == (7, 1)
@@ -239,7 +238,7 @@ def test_tasks_are_files_with_fields_and_names():
     ("tasks", ("configs/quickstart.py",) * 2, "two are called 'digits'; name one of them"),
     ("tasks", ("configs/minilm_glue.py:cole",), "no GLUE task 'cole'"),
     ("methods", (), "config.methods=(): must be one method or more"),
-    ("methods", ("lora", "lora"), "must be methods, each of them once"),
+    ("methods", ("lora", "lora"), "must be one method or more, each of them once"),
     ("methods", ("rmlora",), "no method 'rmlora'"),
     ("methods", ("rmlora",), "did you mean rm_lora?"),
     ("rates", (), "config.rates=(): must be numbers above 0, each once"),
@@ -374,7 +373,8 @@ def test_other_settings_are_other_runs(study, tmp_path):
 def test_a_program_that_lacks_a_run_is_refused(study, tmp_path):
 
     def trainer(config, workdir):
-        leave(workdir / "a", nested(flatten(runs(config)[0].config)))
+        first, *_ = runs(config)
+        leave(workdir / first.name, nested(flatten(first.config)))
 
     with pytest.raises(UserError, match="3 of 4 runs left no summary"):
         run_study(study, tmp_path, trainer=trainer)

@@ -13,8 +13,9 @@ from test_train_methods import changed, trained
 
 import rmlora_jax as rm
 from configs import speech as speech_config
+from rmlora_jax.data import Request
 from rmlora_jax.data import packaged as data
-from rmlora_jax.data.packaged import load_speech, read_ts
+from rmlora_jax.data.packaged import read_ts
 from rmlora_jax.errors import UserError
 from rmlora_jax.methods import METHODS
 from rmlora_jax.models.frames import Frames, FramesConfig
@@ -23,6 +24,10 @@ from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import loop, setup
 from rmlora_jax.train.checkpoint import read_base
 from rmlora_jax.train.config import resolve
+
+
+def load_speech(**fields):
+    return data.load_speech(Request("japanese_vowels", **fields))
 
 
 def write_set(folder, channels=3, each=(6, 4)):
