@@ -194,3 +194,10 @@ def test_one_batch_is_followed_in_ten_files():
     for one, other in itertools.pairwise(modules):
         assert joined(one, other), f"{one} and {other} do not import each other"
     assert any("tx.update" in MODULES[module].read_text() for module in modules)
+
+
+def test_contributing_names_files_that_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:rmlora_jax|tests|configs)/[\w/.]+|\.ci/\w+)`", text)
+    assert len(named) > 15
+    assert not [path for path in named if "NAME" not in path and not (ROOT / path).exists()]
