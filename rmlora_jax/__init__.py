@@ -6,6 +6,7 @@ from rmlora_jax.adapt.combine import (
     combine_adapters,  # one adapter out of several of the same base
 )
 from rmlora_jax.adapt.diagonal import AdaLoRA, SoRA
+from rmlora_jax.adapt.dora import DoRA
 from rmlora_jax.adapt.intrinsic import (
     intrinsic_dimension,  # the spectrum of each Delta W, from its factors
     trajectory_dimension,  # the spectrum of what training explored
@@ -55,6 +56,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaLoRA",
+    "DoRA",
     "Layer",
     "LoRA",
     "SoRA",

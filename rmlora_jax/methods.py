@@ -440,9 +440,9 @@ def check_adalora(config: Run) -> Iterator[Mistake]:
         )
 
 
-def check_sora(config: Run) -> Iterator[Mistake]:
+def check_init(config: Run) -> Iterator[Mistake]:
     if config.lora.init == "pissa":
-        yield "lora.init", "another than pissa for sora"
+        yield "lora.init", f"another than pissa for {config.method}"
 
 
 def check_bitfit(config: Run) -> Iterator[Mistake]:
@@ -491,8 +491,12 @@ METHODS: dict[str, Method] = {
     ),
     "sora": Method(
         "SoRA: closes rank directions by gates while it trains", factors(rm.SoRA, Sora), sora,
-        adapts=True, sweeps=("alpha", "sparsity", "shrink", "l1"), check=check_sora, gated=True,
+        adapts=True, sweeps=("alpha", "sparsity", "shrink", "l1"), check=check_init, gated=True,
         section=Sora,
+    ),
+    "dora": Method(
+        "DoRA: LoRA with a trained magnitude for each output", factors(rm.DoRA), plain,
+        adapts=True, sweeps=("alpha",), check=check_init, continues=True,
     ),
     # Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199.
     "bitfit": Method(

@@ -5,6 +5,7 @@ import copy
 import flax.linen as nn
 
 from rmlora_jax.adapt.diagonal import AdaLoRA, SoRA
+from rmlora_jax.adapt.dora import DoRA
 from rmlora_jax.adapt.linen import Adapted, adapt_linen
 from rmlora_jax.adapt.lora import LoRA
 from rmlora_jax.adapt.tree import is_nnx, nnx_functions
@@ -12,7 +13,7 @@ from rmlora_jax.adapt.tree import is_nnx, nnx_functions
 __all__ = ["DESCRIPTIONS", "Adapted", "adapt"]
 
 # The registry of forms, by their descriptions.
-DESCRIPTIONS = (LoRA, AdaLoRA, SoRA)
+DESCRIPTIONS = (LoRA, AdaLoRA, SoRA, DoRA)
 
 
 def adapt(module, lora: LoRA, *, rngs=None):

@@ -19,7 +19,7 @@ import numpy as np
 from rmlora_jax.adapt import geometry as geo
 
 # The registry: every leaf that some form has beside a weight. A new form adds its own.
-LEAVES = ("lora_a", "lora_b", "lora_e")
+LEAVES = ("lora_a", "lora_b", "lora_e", "lora_m")
 FACTORS = LEAVES[:2]
 INITS = ("kaiming", "normal", "gaussian", "orthogonal", "pissa")
 

@@ -211,11 +211,21 @@ def with_new(
 
 
 def from_adapter(config: Run, problem: Problem, params: dict) -> tuple[dict, rm.LoRA]:
-    """The factors of ``model.adapter``, and its head where that is for as many classes."""
+    """The factors of ``model.adapter``, and its head where that is for as many classes.
+
+    Raises:
+      UserError: they are of another form than those of the method.
+    """
     folder, base = Path(config.model.adapter).expanduser(), problem.pretrained
     assert base is not None  # the task's check refuses model.adapter otherwise
     whole = hub.stored_labels(folder) == base.num_labels
     params, lora = hub.load_peft(folder, base._replace(params=params), saved=whole)
+    found, own = type(lora).__name__, type(methods.description(config)).__name__
+    if found != own:
+        raise UserError(
+            f"config.model.adapter={config.model.adapter!r} holds {found} factors, and method "
+            f"{config.method} trains {own} factors; type --config.method={found.lower()}"
+        )
     rules = [*map(re.escape, lora.train or ()), config.lora.train]
     return params, dataclasses.replace(lora, train="|".join(rules), dropout=config.lora.dropout)
 

@@ -176,9 +176,9 @@ def equations(jaxpr):
                 yield from equations(inner.jaxpr)
 
 
-def weight_sized_products(model, x, execution, width):
+def weight_sized_products(model, x, execution, width, kind=LoRA):
     """Matrix products of the whole gradient whose result is as large as a weight."""
-    lora = LoRA(rank=2, target=r".*fc\d", execution=execution)
+    lora = kind(rank=2, target=r".*fc\d", execution=execution)
     _, _, params = prepared(model, x, lora)
     trainable, frozen = split(params, lora)
     adapted = adapt(model, lora)

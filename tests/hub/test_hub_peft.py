@@ -255,6 +255,55 @@ def test_pissa_is_written_as_the_change_to_the_untouched_base(bases, tmp_path):
     np.testing.assert_allclose(out, logits, atol=2e-5)
 
 
+def test_magnitudes_are_stored_as_peft_does(bases, tmp_path):
+    for case, name, target in (("plain", "vit", r"embed/patch|encoder/layers/mlp/fc1"),
+                               ("bert", "bert", "embed/word")):
+        model, base = bases[case]
+        lora = rm.DoRA(rank=2, alpha=3, target=target, train="head")
+        params, logits = adapted(model, base, lora, inputs_of(name))
+        save_peft(tmp_path / case, params, lora, base)
+        assert json.loads((tmp_path / case / "adapter_config.json").read_text())["use_dora"] is True
+        found = load_file(tmp_path / case / "adapter_model.safetensors")
+        stored = {key.removeprefix("base_model.model."): x for key, x in found.items()
+                  if key.endswith(".lora_magnitude_vector")}
+        if case == "bert":
+            (key, word), = stored.items()
+            assert key == "bert.embeddings.word_embeddings.lora_magnitude_vector"
+            np.testing.assert_array_equal(word, params["embed"]["word"]["lora_m"])
+        else:
+            patch = stored.pop("vit.embeddings.patch_embeddings.projection.lora_magnitude_vector")
+            assert patch.shape == (1, 24, 1, 1)
+            np.testing.assert_array_equal(patch.ravel(), params["embed"]["patch"]["lora_m"])
+            fc1 = params["encoder"]["layers"]["mlp"]["fc1"]["lora_m"]
+            assert fc1.shape == (3, 40) and len(stored) == 3
+            for layer, magnitudes in enumerate(fc1):
+                key = f"vit.layers.{layer}.mlp.fc1.lora_magnitude_vector"
+                np.testing.assert_array_equal(stored[key], magnitudes)
+        again, description = load_peft(tmp_path / case, base)
+        assert type(description) is rm.DoRA
+        equal(params, again)
+        whole = rm.adapt(model, description)
+        np.testing.assert_array_equal(logits_of(whole, again, inputs_of(name)), logits)
+
+
+def test_a_layer_that_an_adapter_with_magnitudes_leaves_out_is_the_bases(bases, tmp_path):
+    _, base = bases["bert"]
+
+    def without_layer_1(tensors):
+        for key in [key for key in tensors if ".layer.1." in key]:
+            del tensors[key]
+
+    folder = rewritten(cases.HERE / "dora_bert", tmp_path, {"layers_to_transform": [0]},
+                       without_layer_1)
+    params, lora = load_peft(folder, base)
+    merged, kernel = (p["encoder"]["layers"]["attention"]["value"]["kernel"]
+                      for p in (rm.merge(params, lora), base.params))
+    np.testing.assert_allclose(merged[1], kernel[1], rtol=1e-6)
+    assert np.abs(merged[0] - kernel[0]).max() > 0.01
+    save_peft(tmp_path / "again", params, lora, base)
+    equal(params, load_peft(tmp_path / "again", base)[0])
+
+
 def test_what_is_trained_beside_the_factors_is_saved_whole(bases, tmp_path):
     model, base = bases["plain"]
     train = r"head|encoder/layers/norm1|encoder/layers/mlp/fc2|embed"
@@ -339,7 +388,8 @@ def rewritten(folder, tmp_path, config=None, tensors=None):
 LAYER0 = "base_model.model.vit.layers.0.mlp.fc1"
 REFUSED_CONFIGS = [
     ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'; it must be 'LORA'"),
-    ({"use_dora": True}, "use_dora is True, which is more than low-rank factors; merge that"),
+    ({"lora_bias": True}, "lora_bias is True, which is more than low-rank factors; merge that"),
+    ({"use_dora": True}, r"lacks 'base_model.*projection.lora_magnitude_vector', '.*Is it an"),
     ({"bias": "all"}, "bias is 'all'; it must be 'none'"),
     ({"r": 0}, "r is 0; it must be a whole number from 1"),
     ({"r": 2.0}, "r is 2.0; it must be a whole number"),

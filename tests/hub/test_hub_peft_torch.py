@@ -53,7 +53,7 @@ def close(ours, theirs, base_ours, base_theirs):
     assert np.abs(theirs - base_theirs).max() > 0.1  # and the adapter does something
 
 
-@pytest.mark.parametrize("kind", [rm.LoRA, rm.SoRA])
+@pytest.mark.parametrize("kind", [rm.LoRA, rm.SoRA, rm.DoRA])
 def test_peft_opens_our_adapters(family, kind, tmp_path):
     model, base, args, target, train = family
     lora = kind(rank=3, alpha=6, target=target, train=train, rs=kind is rm.LoRA,
@@ -69,15 +69,18 @@ def test_peft_opens_our_adapters(family, kind, tmp_path):
     close(logits, theirs, logits_of(model, base.params, args), base_theirs)
 
 
-def test_adapters_go_on_there_and_here(family, tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_go_on_there_and_here(family, dora, tmp_path):
     """PEFT trains one, we open it and train it, PEFT opens that and trains it, we open that."""
     model, base, args, *_ = family
     names = TARGETS.get(base.family.classifier, ["query", "value"])
-    config = {"r": 3, "lora_alpha": 6, "target_modules": names, "modules_to_save": ["classifier"]}
+    config = {"r": 3, "lora_alpha": 6, "target_modules": names, "modules_to_save": ["classifier"],
+              "use_dora": dora}
     theirs, base_theirs = torch_logits(
         tmp_path, "train", base, "-", tmp_path / "first", json.dumps(config))
     base_ours = logits_of(model, base.params, args)
     params, lora = load_peft(tmp_path / "first", base)
+    assert type(lora) is (rm.DoRA if dora else rm.LoRA)
     whole = rm.adapt(model, lora)
     close(logits_of(whole, params, args), theirs, base_ours, base_theirs)
 

@@ -123,6 +123,14 @@ def test_seeds_and_grid_equal_their_single_runs(config, singles):
 
 
 @pytest.mark.slow
+def test_dora_with_alphas(config):
+    config.method = "dora"
+    config.sweep.grid = "{'alpha': (5, 48), 'learning_rate': (1e-2,)}"
+    _, seen = check_equal(config, all_devices(limit=1))
+    assert differ(seen, "loss") == 2
+
+
+@pytest.mark.slow
 def test_lora_with_rates_decays_and_alphas(config):
     config.method, config.accumulate = "lora", 2
     config.optimizer.warmup = 0.2

@@ -174,6 +174,38 @@ def test_a_run_goes_on_from_an_adapter(config, tmp_path, capsys):
     assert (tmp_path / "second" / "adapter" / "adapter_config.json").exists()
 
 
+def test_dora_leaves_an_adapter_of_peft_and_goes_on_from_it(config, tmp_path):
+    first = short(config, method="dora")
+    first.steps = first.eval_every = 2
+    loop.train(first, tmp_path / "first")
+    folder = tmp_path / "first" / "adapter"
+    assert json.loads((folder / "adapter_config.json").read_text())["use_dora"] is True
+    base = load_pretrained(config.model.source, num_labels=10, image_size=16)
+    params, lora = load_peft(folder, base)
+    assert type(lora) is rm.DoRA
+    np.testing.assert_allclose(
+        model_logits(base, params, lora, images_of(base)), restored(first, tmp_path / "first"),
+        atol=2e-5)
+
+    again = short(config, method="dora", model__adapter=str(folder))
+    check_config(again)
+    job = setup.build(resolve(again), all_devices(limit=1))
+    assert type(job.lora[0]) is rm.DoRA
+    best = flatten_dict(checkpoint.best_trainable(tmp_path / "first"), sep="/")
+    start = flatten_dict(jax.device_get(job.state.trainable), sep="/")
+    assert best.keys() == start.keys()
+    weights = flatten_dict(base.params, sep="/")
+    for path in best:
+        np.testing.assert_array_equal(best[path], start[path])
+        if path.endswith("lora_m"):  # trained, from the norms of the base
+            begun = np.linalg.norm(weights[path.replace("lora_m", "kernel")], axis=-2)
+            assert 1e-3 < np.abs(best[path] - begun).max() < 0.1
+    with pytest.raises(UserError, match=r"DoRA factors, and .* lora trains LoRA .*method=dora"):
+        setup.build(resolve(changed(again, method="lora")), all_devices(limit=1))
+    with pytest.raises(UserError, match=r"lora\.init.*another than pissa for dora"):
+        check_config(changed(first, lora__init="pissa"))
+
+
 @pytest.mark.slow
 def test_factors_go_on_to_a_task_of_other_classes(config, tmp_path):
     loop.train(short(config, method="lora"), tmp_path / "first")
