@@ -97,18 +97,15 @@ def check_used(work, name):
     """Predictions, and the weights of the whole model."""
     case, expected = RUNS[name], expected_of(name).get("used", {})
     place = f"{name}/{case.used}".rstrip("/")
-    export = [f"--workdir={place}", "--export=merged"]
+    for flags in make_runs.flags_of_use(case):
+        run(work, f"--workdir={place}", *flags)
     if "csv" in expected:
-        if case.fields.get("method") == "full":
-            run(work, *export)
-        run(work, f"--workdir={place}", f"--predict={case.inputs}", "--top=3", "--out=out.csv")
         found, wanted = (list(csv.reader(io.StringIO(text)))
                          for text in ((work / "out.csv").read_text(), expected["csv"]))
         assert [row[:2] for row in found] == [row[:2] for row in wanted]
         for row, other in zip(found[1:], wanted[1:], strict=True):
             assert float(row[2]) == pytest.approx(float(other[2]), abs=2e-5)
     if "merged" in expected:
-        run(work, *export)
         check_equal(make_runs.sums(work / place), expected["merged"])
 
 
