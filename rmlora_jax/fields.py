@@ -63,8 +63,8 @@ class Data:
 
     name: str = field(
         "cifar100",
-        "digits, folder (images in class folders in data_dir), glue/cola ..., or a name of TFDS; "
-        "with text.train_file any",
+        "digits, folder (images in class folders in data_dir), datasets (parquet or save_to_disk "
+        "in data_dir), glue/cola ..., or a name of TFDS; with text.train_file any",
         problem=blank_problem("a name"),
     )
     data_dir: str | None = field(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rmlora_jax.data import cifar, folder, glue, packaged, text_files, tfds
+from rmlora_jax.data import cifar, folder, glue, hf_datasets, packaged, text_files, tfds
 from rmlora_jax.data.dataset import (
     Dataset,
     FoundImages,
@@ -41,6 +41,7 @@ SOURCES = (
     packaged.VOWELS,
     text_files.SOURCE,
     folder.SOURCE,
+    hf_datasets.SOURCE,
     cifar.SOURCE,
     glue.SOURCE,
     tfds.SOURCE,
@@ -185,11 +186,10 @@ def load_images(
     """A labelled image data set with three fixed splits.
 
     Args:
-      name: "digits"; "folder", image files in a folder for each class; or a TFDS name: "cifar100",
-        "eurosat/rgb", "beans:0.1.0". CIFAR-10 and CIFAR-100 are fetched and prepared on first use;
-        prepare others first (as array_record).
-      data_dir: the folder of image files; or of TFDS, default $TFDS_DATA_DIR, else
-        ~/tensorflow_datasets.
+      name: "digits"; "folder", image files in a folder for each class; "datasets", files of
+        Hugging Face's library; or a TFDS name: "cifar100", "eurosat/rgb", "beans:0.1.0". CIFAR-10
+        and CIFAR-100 are fetched and prepared on first use; prepare others first (as array_record).
+      data_dir: of the data; for TFDS by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       validation: fraction (below 1) or number of training images to hold out; 0 for none.
       seed: chooses them. It is not the training's seed: use the same in all runs that you compare.
       train_split, test_split: TFDS split names or slices such as "train[:80%]". Without
@@ -245,11 +245,12 @@ def load_texts(
 
     Args:
       name: of TFDS: "glue/cola", "imdb_reviews:1.0.0". GLUE is fetched and prepared on first use;
-        prepare others first (as array_record). With ``train_file``, any word.
+        prepare others first (as array_record). "datasets": files of Hugging Face's library. With
+        ``train_file``, any word.
       columns: names of one feature, or two for pairs.
       label_key: name of the label.
       regression: whether labels are numbers rather than classes.
-      data_dir: of TFDS; default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      data_dir: of the data; for TFDS by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       validation: fraction (below 1) or number of training texts to hold out, with the classes in
         their proportions.
       seed: chooses them; use the same in all runs that you compare.
