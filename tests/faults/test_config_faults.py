@@ -11,6 +11,9 @@ from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import loop, setup
 from rmlora_jax.train.config import default_config, flatten, mistakes
 
+# What Python says of the regular expression "[[", which is among the hostile values.
+pytestmark = pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")
+
 HOSTILE = {
     int: [-1, 0, 7, 2**31, 2**63, 10**30, -(10**30)],
     float: [-1.0, 0.0, 0.3, 1.5, math.nan, math.inf, -math.inf, 1e308, 5e-324],
