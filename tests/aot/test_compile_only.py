@@ -167,7 +167,7 @@ def test_a_folder_needs_its_config_alone(tiny_vit, tmp_path):
 def test_memory_decides(config, monkeypatch, capsys):
     config.compilation_cache = ""
     monkeypatch.setattr(memory, "available", lambda: 2**40)
-    compile_only(config)
+    compile_only(resolve(config))
     said = capsys.readouterr().out
     run = open_shapes(resolve(config), all_devices())
     need = memory.needed(run.step.lower(*run.arguments).compile())

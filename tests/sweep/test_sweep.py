@@ -393,15 +393,15 @@ def test_killed_and_resumed_ends_bit_identical(
 @pytest.mark.slow
 def test_killed_between_folders(whole, tiny_vit, tmp_path, monkeypatch):
     config = seeds_config(tiny_vit)
-    write = sweep.write_checkpoints
+    settle = sweep.AtOnce.settle
 
-    def then_die(folder, *rest):
-        write(folder, *rest)
+    def then_die(self, i, folder, *rest):
+        settle(self, i, folder, *rest)
         if folder.name == "seed=1":
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "write_checkpoints", then_die)
+        patch.setattr(sweep.AtOnce, "settle", then_die)
         with pytest.raises(Killed):
             sweep.train(config, tmp_path)
     before = (tmp_path / "seed=0" / "summary.json").read_bytes()
