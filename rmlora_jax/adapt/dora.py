@@ -1,4 +1,4 @@
-"""DoRA's form, a magnitude for each output beside a low-rank direction, and its description."""
+"""DoRA's form, m (W + s A B) / ||W + s A B||, and its description."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ MAGNITUDES = "lora_m"
 class Magnitudes(Form):
     """m (W + s A B) / ||W + s A B|| with m = ``lora_m`` (*stack, out): the form of ``DoRA``.
 
-    The norm of an output goes over all its inputs. Its gradient is not taken.
+    Each output has a norm, over all inputs. Gradients take the norm as a constant.
     """
 
     leaves: ClassVar = (*FACTORS, MAGNITUDES)
@@ -61,10 +61,10 @@ class Magnitudes(Form):
         return geo.from_matrix(matrix, weight.shape, axes).astype(weight.dtype)
 
     def output(self, call, factors):
-        """y + (g - 1) y', where y is what plain LoRA computes, y' is y without what does not come
-        from the weight (the bias), and g = m / ||W + s A B||.
+        """y + (g - 1) p with g = m / ||W + s A B||, where y is the output of plain LoRA and p is
+        the part of it that comes from the weight: all but the bias.
 
-        Under dropout y' is computed of the dropped x, W's part as well.
+        Under dropout all of p, x W included, is computed from the dropped x.
         """
         pair, g = self.pair(factors), gains(call.weight, factors, call.scale, call.axes)
         if call.attends:  # q W'^T = (q g) (W + s A B)^T
@@ -81,12 +81,12 @@ class Magnitudes(Form):
         return y + _along(call, g - 1, y) * product
 
     def idle(self, weight, shapes):
-        """A = 0, B = 0 and the norms of ``weight``. Training moves these, as any magnitudes."""
+        """A = 0, B = 0 and the norms of ``weight``. The magnitudes do not rest in training."""
         a, b = super().idle(weight, shapes[:2])
         return a, b, np.array(norms(weight, a, b, 1.0))
 
     def peft_shapes(self, shape, rank):
-        """As of ``Form``. PEFT keeps the magnitudes of a convolution where its input channels are.
+        """As in ``Form``. A convolution's magnitudes are stored on the axis of its input channels.
 
         >>> Magnitudes().peft_shapes((3, 3, 8, 16), 2)[2], Magnitudes().peft_shapes((8, 16), 2)[2]
         ((1, 1, 16, 1), (16,))
@@ -97,7 +97,7 @@ class Magnitudes(Form):
 
 
 def norms(weight, a, b, scale: float, axes: geo.Layout | None = None) -> jax.Array:
-    """||W + s A B|| over the inputs, (*stack, out), in float32 at least; a constant to gradients.
+    """||W + s A B|| over the inputs, (*stack, out), in float32 at least. No gradient passes.
 
     The squares are ||w||^2 + s b^T (2 A^T w + s A^T A b) for a column w of W and b of B, so that
     A B (in x out) is never formed.
@@ -125,9 +125,9 @@ def gains(weight, factors, scale: float, axes: geo.Layout | None = None) -> jax.
 def _product(call: Call, x, y):
     """x W in the dtype of ``y``, without what the layer adds."""
     if call.affine:
-        plain = call.layer(x, call.weight)
+        plain = call.layer(x, call.weight)  # a Linen layer runs on ``None`` only once
         return plain if call.bias is None else plain - _bias(call, plain)
-    # A class of the user's own: what it adds is not known, but its equation is.
+    # A class of the user's own may add anything, but its equation is known.
     assert isinstance(call.geometry, geo.Contraction)
     x, weight = x.astype(y.dtype), call.weight.astype(y.dtype)
     return jnp.einsum(call.geometry.equation, x, weight, precision=call.precision)
@@ -139,7 +139,7 @@ def _bias(call: Call, y):
 
 
 def _along(call: Call, values, y):
-    """One value for each output (*batch, out), flat, along the axes of ``y`` and in its dtype."""
+    """``values`` (*batch, out), one for each output, along the axes of ``y`` and in its dtype."""
     if isinstance(call.geometry, geo.Contraction):
         _, weight, labels = geo.terms(call.geometry.equation)
         kept = [i for i in call.axes.order if i not in call.axes.inputs]
@@ -170,19 +170,20 @@ class DoRA(LoRA):
 
     .. math:: W' = m \frac{W_0 + s A B}{\lVert W_0 + s A B \rVert}, \qquad s = \alpha / r
 
-    with m = ``lora_m`` (*stack, out) in float32, which begins as the norms of W_0, and B as 0, so
-    that the output is the base's up to rounding. The norm of an output goes over all inputs of the
-    weight (the rows of an embedding, all but the output channels of a convolution); gradients take
-    it as a constant. The bias is added behind. Under dropout (g - 1) x W_0 has the dropped x, with
-    g = m / norm, and costs a second product with W_0. All as in PEFT's ``use_dora``.
+    with m = ``lora_m`` (*stack, out) in float32. m begins as the norms of W_0 and B as 0, so that
+    the output is the base's up to rounding. Each output has a norm, over all inputs: over the rows
+    of an embedding, over all but the output channels of a convolution. Gradients take the norm as
+    a constant. The bias is not scaled. All this is PEFT's ``use_dora``, and so is dropout: with
+    g = m / norm, the output is x W_0 + (g - 1) x' W_0 + g s x' A B for the dropped x', which costs
+    a second product with W_0. Where a norm is 0, g is 1 here and NaN in PEFT.
 
-    Factored execution never forms A B, nor W'. Merged execution forms W_0 + s A B and scales its
-    output; ``merge`` gives W'. ``Embed.attend`` multiplies by W' as well. A class of ``layers``
-    computes x W_0 once more, beside itself. An output whose norm is 0 stays as plain LoRA has it.
+    Factored execution forms neither A B nor W'. Merged execution forms W_0 + s A B and scales its
+    output. ``merge`` gives W'. ``Embed.attend`` multiplies by W', too. For a class in ``layers``,
+    x W_0 is computed once more.
 
     Its arguments are those of ``LoRA`` ("pissa" is refused as ``init``). The mask and the penalty
-    of ``rm_lora`` act on A and B alone, ``intrinsic_dimension`` looks at s A B, and ``pad_rank``
-    and the like refuse it.
+    of ``rm_lora`` act on A and B alone. ``intrinsic_dimension`` describes s A B. ``pad_rank``,
+    ``reduce_rank``, ``combine_adapters`` and ``align_adapters`` refuse it.
 
     Example:
         >>> lora = DoRA(rank=2)

@@ -281,7 +281,7 @@ def test_dropout_acts_in_training_alone_and_at_m_of_the_norm_spares_the_base():
 
 
 class Scores(nn.Module):
-    """A class of the user's own, which adds what nobody knows of."""
+    """A class of the user's own that adds something to its product."""
 
     @nn.compact
     def __call__(self, x):
