@@ -104,8 +104,8 @@ def check_used(work, name):
                          for text in ((work / "out.csv").read_text(), expected["csv"]))
         assert [row[:2] for row in found] == [row[:2] for row in wanted]
         for row, other in zip(found[1:], wanted[1:], strict=True):
-            # Another processor or another XLA moved them by up to 7e-5.
-            assert float(row[2]) == pytest.approx(float(other[2]), abs=3e-4)
+            # Pillow before 13 rounds a reduced photo otherwise, which moves them by up to 7e-5.
+            assert float(row[2]) == pytest.approx(float(other[2]), abs=2e-5)
     if "merged" in expected:
         check_equal(make_runs.sums(work / place), expected["merged"])
 
