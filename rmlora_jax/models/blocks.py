@@ -118,8 +118,8 @@ class Parts:
 
     def dropout(self, rate: float | None = None) -> nn.Dropout:
         """Dropout with ``rate``, by default ``config.hidden_dropout_prob``."""
-        rate = self.config.hidden_dropout_prob if rate is None else rate
-        return nn.Dropout(rate, deterministic=not self.train)  # pyright: ignore[reportArgumentType]
+        default = self.config.hidden_dropout_prob
+        return nn.Dropout(default if rate is None else rate, deterministic=not self.train)
 
     def bottleneck(self, name: str) -> Callable:
         """The adapter of a layer whose config asks for one, else the identity."""
@@ -152,7 +152,7 @@ class Parts:
             unroll=self.unroll,
         )
         out, after = scanned(self, padding, name="layers")(x, *inputs)
-        return out, jnp.concatenate([x[None], after]) if self.collect else None  # pyright: ignore[reportArgumentType]
+        return out, None if after is None else jnp.concatenate([x[None], after])
 
 
 class MLP(nn.Module):
