@@ -289,9 +289,7 @@ def check_adalora(config: Run) -> Iterator[Mistake]:
     own = config.own(AdaLora)
     end = own.target or config.lora.rank
     if not own.initial_rank > end:
-        yield "adalora.initial_rank", (
-            f"above adalora.target or lora.rank, {end}, which is what is left"
-        )
+        yield "adalora.initial_rank", f"above adalora.target or lora.rank, {end}, the final rank"
 
 
 def check_init(config: Run) -> Iterator[Mistake]:
@@ -314,9 +312,7 @@ METHODS: dict[str, Method] = {
         adapts=True, sweeps=("penalty", "keep", "alpha"), masks=True, continues=True,
         section=Rm,
     ),
-    "lora": Method(
-        "LoRA", factors(), plain, adapts=True, sweeps=("alpha",), continues=True
-    ),
+    "lora": Method("LoRA", factors(), plain, adapts=True, sweeps=("alpha",), continues=True),
     "reg_only": Method(
         "half of rm_lora: the penalty without the mask", factors(),
         functools.partial(rm_lora, mask=False), adapts=True, sweeps=("penalty", "alpha"),

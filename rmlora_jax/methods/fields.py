@@ -13,27 +13,27 @@ class Rm:
     """The two parts of RM-LoRA."""
 
     penalty: float = field(0.1, "weight of the orthogonality penalty", least=0, sweep="penalty")
-    kind: str = field("norm", "of the penalty", choices=("norm", "squared", "cosine"))
+    kind: str = field("norm", "form of the penalty", choices=("norm", "squared", "cosine"))
     keep: float = field(
-        0.5, "probability that a rank direction moves (draw exact: how many)", sweep="keep"
+        0.5, "probability that a rank direction moves (draw exact: how many move)", sweep="keep"
     )
-    draw: str = field("bernoulli", "of the mask", choices=("bernoulli", "exact"))
-    unit: str = field("rank", "what is drawn", choices=UNITS)
+    draw: str = field("bernoulli", "how the mask is drawn", choices=("bernoulli", "exact"))
+    unit: str = field("rank", "what moves or stands still as one", choices=UNITS)
     coupling: str = field(
         "paired", "paired: A and B share a draw", choices=("paired", "independent")
     )
     start_step: int = field(1, "first step that is masked", least=0, most=MOST)
     resample_every: int = field(1, "steps between draws", least=1, most=MOST)
-    rescale: bool = field(False, "divide what is kept by keep")
+    rescale: bool = field(False, "divide what passes the mask by keep")
     placement: str = field(
-        "before", "mask before the optimizer, after it, or lazy",
+        "before", "mask before or after the optimizer; lazy: hidden directions do not move at all",
         choices=("before", "after", "lazy"),
     )
     also: bool = field(
         False,
-        "mask bitfit, bottleneck or prefix too, but never what lora.train matches. rm.unit says "
-        "what is drawn. bitfit: element (an entry of a bias); prefix: element, or matrix (all keys "
-        "of a layer, all its values); bottleneck: rank (a column of down and its row of up), "
+        "mask bitfit, bottleneck or prefix too, but never what lora.train matches; rm.unit may be, "
+        "with bitfit: element (an entry of a bias); with prefix: element, or matrix (all keys of a "
+        "layer, all its values); with bottleneck: rank (a column of down and its row of up), "
         "element, matrix",
     )
 
@@ -50,14 +50,14 @@ class Rm:
 
 @dataclasses.dataclass(frozen=True)
 class AdaLora:
-    """Read by method adalora alone; its A and B begin as N(0, 0.02^2)."""
+    """The fields of method adalora; its A and B begin as N(0, 0.02^2)."""
 
     initial_rank: int = field(6, "rank that a layer begins with", least=1, most=LARGE)
     target: float = field(
-        0.0, "directions that a layer has left on average; 0: lora.rank", least=0
+        0.0, "rank directions that a layer keeps on average; 0: lora.rank", least=0
     )
     warmup: float = field(0.15, "fraction of the steps before the budget falls", least=0)
-    final: float = field(0.5, "fraction of the steps, at the end, with what is left")
+    final: float = field(0.5, "fraction of the steps, at the end, on the final budget")
     every: int = field(10, "steps between two allocations", least=1)
     orthogonal: float = field(
         0.1, "weight of its penalty on P and Q", least=0, sweep="orthogonal"
@@ -70,7 +70,7 @@ class AdaLora:
 
 @dataclasses.dataclass(frozen=True)
 class Sora:
-    """Read by method sora alone."""
+    """The fields of method sora."""
 
     initial_rank: int = field(8, "rank that a layer begins with", least=1, most=LARGE)
     sparsity: float = field(
@@ -79,7 +79,7 @@ class Sora:
     )
     shrink: float | None = field(
         None,
-        "in place of sparsity: what a gate loses over the whole run, so that a value fits any rate "
+        "instead of sparsity: what a gate loses over the run, so that one value fits any rate "
         "and length; gates begin as N(0, 1). None: sparsity",
         least=0, words="0 or more, or None for sora.sparsity", sweep="shrink",
     )
@@ -94,7 +94,7 @@ class Sora:
 
 @dataclasses.dataclass(frozen=True)
 class Bottleneck:
-    """Read by method bottleneck alone."""
+    """The fields of method bottleneck."""
 
     width: int = field(
         8, "of the adapters: y + up(gelu(down(y))), up begins at 0", least=1, most=LARGE
@@ -103,7 +103,7 @@ class Bottleneck:
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """Read by method prefix alone; not for DeBERTa."""
+    """The fields of method prefix, which DeBERTa cannot have."""
 
     length: int = field(
         8, "trained keys and values in front of every layer's own", least=1, most=LARGE

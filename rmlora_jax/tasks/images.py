@@ -18,21 +18,7 @@ from rmlora_jax.hub import Info, Pretrained, find_folder, load_vit
 from rmlora_jax.models import ViT
 from rmlora_jax.models.family import IMAGES
 from rmlora_jax.parallel.mesh import Devices, replicate
-from rmlora_jax.tasks import places
-from rmlora_jax.tasks.task import (
-    Feed,
-    Opening,
-    Problem,
-    Shapes,
-    Task,
-    absent_classes,
-    build_model,
-    fields,
-    numbered,
-    of_pretrained,
-    process,
-    request,
-)
+from rmlora_jax.tasks import places, task
 
 COUNTED = 20_000  # streamed training examples whose labels are read before a run: seconds
 
@@ -44,12 +30,7 @@ def check(config: Run) -> Iterator[Mistake]:
     yield from places.unused(config, places.OF_TEXTS, f"for {config.task}")
 
 
-def load(config: Run, **options) -> data.Dataset:
-    """The data set that the config names, with a validation split held out from train."""
-    return data.open_images(request(config, **options))
-
-
-def open_problem(config: Run, opening: Opening) -> Problem:
+def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     """The data set and the ViT that the config names.
 
     Raises:
@@ -57,7 +38,7 @@ def open_problem(config: Run, opening: Opening) -> Problem:
     """
     c = config.model
     find_folder(c.source)  # a mistyped model is reported before any data is fetched
-    images = load(config)
+    images = data.open_images(task.request(config))
     pretrained = load_vit(
         c.source,
         num_classes=images.num_classes,
@@ -66,11 +47,11 @@ def open_problem(config: Run, opening: Opening) -> Problem:
     )
     architecture, size = pretrained.config, pretrained.config.image_size
     example = IMAGES.example(architecture)
-    model = build_model(config, ViT, architecture, images.num_classes, attention=c.attention)
-    with fields("model.attention"):
+    model = task.build_model(config, ViT, architecture, images.num_classes, attention=c.attention)
+    with task.fields("model.attention"):
         jax.eval_shape(model.init, opening.key, *example)
     stored, center = data.stored_as(images.image_shape, size)
-    return of_pretrained(
+    return task.of_pretrained(
         pretrained,
         images.notes,
         model=model,
@@ -90,7 +71,7 @@ def open_problem(config: Run, opening: Opening) -> Problem:
     )
 
 
-def shapes(config: Run) -> Shapes:
+def shapes(config: Run) -> task.Shapes:
     """A run as shapes.
 
     The number of classes is that of CIFAR, of a data set on this machine, or ``data.classes``.
@@ -111,12 +92,12 @@ def shapes(config: Run) -> Shapes:
         resident = held(examples)
     else:
         batch |= held(b)
-    half = (0.5,) * channels
+    half, attention = (0.5,) * channels, config.model.attention
     prepare_train, _ = preparation(
         config, image_size=size, center=storage.center, mean=half, std=half
     )
-    return Shapes(
-        model=build_model(config, ViT, architecture, classes, attention=config.model.attention),
+    return task.Shapes(
+        model=task.build_model(config, ViT, architecture, classes, attention=attention),
         example=IMAGES.example(architecture),
         outputs=classes,
         prepare_train=prepare_train,
@@ -128,7 +109,7 @@ def shapes(config: Run) -> Shapes:
 def known(config: Run, image_size: int) -> tuple[int, data.Storage, int]:
     """Classes, how the images are held, and how many there are."""
     c = config.data
-    if found := data.known("images", request(config)):
+    if found := data.known("images", task.request(config)):
         classes = min(c.classes or found.classes, found.classes)
         train, test = (n * classes // found.classes for n in (found.train, found.test))
         train = min(train, c.per_class * classes or train, c.limit or train)
@@ -138,7 +119,7 @@ def known(config: Run, image_size: int) -> tuple[int, data.Storage, int]:
         )
         return classes, storage, train + test
     try:
-        images = load(config, download=False)
+        images = data.open_images(task.request(config, download=False))
     except UserError as e:
         if not c.classes:
             raise UserError(
@@ -150,7 +131,9 @@ def known(config: Run, image_size: int) -> tuple[int, data.Storage, int]:
     return images.num_classes, storage, sum(len(split) for split in splits if split is not None)
 
 
-def open_feed(config: Run, images: data.Dataset, pretrained: Pretrained, devices: Devices) -> Feed:
+def open_feed(
+    config: Run, images: data.Dataset, pretrained: Pretrained, devices: Devices
+) -> task.Feed:
     """Decodes the images that fit on the device, or opens a stream of them."""
     c, size = config.data, pretrained.config.image_size
     splits = {name: getattr(images, name) for name in ("train", "validation", "test")}
@@ -171,11 +154,11 @@ def open_feed(config: Run, images: data.Dataset, pretrained: Pretrained, devices
             {"image": np.concatenate(pixels), "label": np.concatenate(labels)}, devices
         )
         counted = labels[0]
-        train, evaluate = numbered(config, sizes)
+        train, evaluate = task.numbered(config, sizes)
     else:
         resident = {}
         counted = data.labels_of(images.train) if sizes["train"] <= COUNTED else None
-        reading = {"size": storage.size, "threads": c.workers} | process()
+        reading = {"size": storage.size, "threads": c.workers} | task.process()
 
         def checked(batches, split):
             where = f"{images.name}, split {split}"
@@ -202,12 +185,12 @@ def open_feed(config: Run, images: data.Dataset, pretrained: Pretrained, devices
     prepare_train, prepare_eval = preparation(
         config, image_size=size, center=storage.center, mean=mean, std=std
     )
-    absent = () if counted is None else absent_classes(counted, tuple(images.class_names))
-    return Feed(sizes, train, evaluate, resident, prepare_train, prepare_eval, absent=absent)
+    absent = () if counted is None else task.absent_classes(counted, tuple(images.class_names))
+    return task.Feed(sizes, train, evaluate, resident, prepare_train, prepare_eval, absent=absent)
 
 
 def preparation(config: Run, **image) -> tuple[Callable, Callable]:
-    """``prepare_train`` and ``prepare_eval`` of a `Feed`; ``image``: options of `augment`."""
+    """``prepare_train`` and ``prepare_eval`` of a feed; ``image`` are options of `data.augment`."""
     c = config.data
     augment = functools.partial(data.augment, dtype=jnp.dtype(config.model.dtype), **image)
 
@@ -235,13 +218,13 @@ def check_labels(labels: np.ndarray, num_classes: int, where: str, ids=None) -> 
         )
 
 
-TASK = Task(
+TASK = task.Task(
     "image_classification",
     "the class of an image",
     "images",
-    request,
+    task.request,
     check,
     open_problem,
     shapes,
-    lambda config: len(load(config, download=False).train),
+    lambda config: len(data.open_images(task.request(config, download=False)).train),
 )

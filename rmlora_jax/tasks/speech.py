@@ -22,15 +22,6 @@ from rmlora_jax.fields import Run
 from rmlora_jax.models.frames import Frames, FramesConfig
 from rmlora_jax.parallel.mesh import Devices, replicate
 from rmlora_jax.tasks import places, task
-from rmlora_jax.tasks.task import (
-    Feed,
-    Opening,
-    Problem,
-    Shapes,
-    Task,
-    build_model,
-    numbered,
-)
 
 NAME = "speech_classification"
 ADVICE = "type: python run.py --config=configs/speech.py:base --workdir=FOLDER"
@@ -41,14 +32,13 @@ class Speech:
     """The fields of the task on speech."""
 
     speakers: tuple = field(
-        (), "numbers from 1 to 9 of those who are told apart; (): all", elements=WHOLE
+        (), "numbers (1 to 9) of the speakers to tell apart; (): all", elements=WHOLE
     )
     clusters: int = field(
-        0, "above 0: tell the cluster, of this many, of a hidden frame instead of the speaker",
+        0, "0: tell the speaker; above 0: tell which of this many clusters a hidden frame is in",
         least=0, most=LARGE,
     )
-    width: int = field(64, 'of a new model (model.source="", not a run\'s folder)',
-                       least=1, most=LARGE)
+    width: int = field(64, 'of a new model (model.source="")', least=1, most=LARGE)
     layers: int = field(4, "of a new model", least=1, most=LARGE)
     heads: int = field(4, "of a new model", least=1)
 
@@ -76,7 +66,7 @@ def missing_model(config: Run) -> Iterator[str]:
         yield f"config.model.source={source!r}: {places.no_folder(folder)}"
 
 
-def open_problem(config: Run, opening: Opening) -> Problem:
+def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     """The utterances and the model that the config names.
 
     Raises:
@@ -86,7 +76,7 @@ def open_problem(config: Run, opening: Opening) -> Problem:
     if source:
         first, trained = opening.read_run(Path(source).expanduser(), NAME, ADVICE)
         speech = first.own(Speech)
-    utterances = load(config)
+    utterances = data.open_utterances(request(config))
     size = utterances.train.frames.shape[1:]
     plain = FramesConfig(
         num_channels=size[1],
@@ -96,7 +86,7 @@ def open_problem(config: Run, opening: Opening) -> Problem:
         num_attention_heads=speech.heads,
         intermediate_size=4 * speech.width,
     )
-    model = build_model(config, Frames, plain, utterances.num_classes)
+    model = task.build_model(config, Frames, plain, utterances.num_classes)
     base = model.clone(config=plain)  # without what the method puts into the layers
     example = (jax.ShapeDtypeStruct((1, *size), jnp.float32),
                jax.ShapeDtypeStruct((1, size[0]), jnp.bool_))
@@ -107,7 +97,7 @@ def open_problem(config: Run, opening: Opening) -> Problem:
         return trained | {"head": new["head"]} if trained else new
 
     params = params_of(opening.key)
-    return Problem(
+    return task.Problem(
         model=model,
         params=params,
         reseeded=params_of,
@@ -120,31 +110,26 @@ def open_problem(config: Run, opening: Opening) -> Problem:
     )
 
 
-def load(config: Run) -> SpeechDataset:
-    """The utterances that the config names, with a validation split held out from train."""
-    return data.open_utterances(request(config))
-
-
 def request(config: Run) -> data.Request:
     """The utterances that the config names."""
     own = config.own(Speech)
     return task.request(config, speakers=own.speakers, clusters=own.clusters)
 
 
-def open_feed(config: Run, utterances: SpeechDataset, devices: Devices) -> Feed:
+def open_feed(config: Run, utterances: SpeechDataset, devices: Devices) -> task.Feed:
     """All utterances on the device; batches hold indices into them."""
     splits = {name: getattr(utterances, name) for name in ("train", "validation", "test")}
     sizes = {name: len(split.labels) for name, split in splits.items()}
     stacked = [np.concatenate(parts) for parts in zip(*splits.values(), strict=True)]
     resident = replicate(dict(zip(("frames", "lengths", "label"), stacked, strict=True)), devices)
-    train, evaluate = numbered(config, sizes)
+    train, evaluate = task.numbered(config, sizes)
 
     def prepare(resident, batch):
         held = {name: x[batch["id"]] for name, x in resident.items()}
         frames, lengths = held["frames"], held["lengths"]
         return (frames, jnp.arange(frames.shape[1]) < lengths[:, None]), held["label"]
 
-    return Feed(
+    return task.Feed(
         sizes=sizes,
         train=train,
         evaluate=evaluate,
@@ -154,14 +139,14 @@ def open_feed(config: Run, utterances: SpeechDataset, devices: Devices) -> Feed:
     )
 
 
-def shapes(config: Run) -> Shapes:
+def shapes(config: Run) -> task.Shapes:
     raise UserError(
         f"config.task={NAME!r} is not compiled alone; leave out --compile_only, it trains in a "
         "minute"
     )
 
 
-TASK = Task(
+TASK = task.Task(
     NAME,
     "who speaks",
     "utterances",
@@ -169,7 +154,7 @@ TASK = Task(
     check,
     open_problem,
     shapes,
-    lambda config: len(load(config).train.labels),
+    lambda config: len(data.open_utterances(request(config)).train.labels),
     Speech,
     model=missing_model,
 )

@@ -15,19 +15,6 @@ from rmlora_jax.fields import Run
 from rmlora_jax.models.family import TEXTS
 from rmlora_jax.tasks import places, task
 from rmlora_jax.tasks.scores import NAMES
-from rmlora_jax.tasks.task import (
-    Feed,
-    Opening,
-    Problem,
-    Shapes,
-    Task,
-    absent_classes,
-    build_model,
-    fields,
-    of_pretrained,
-    process,
-    regression,
-)
 
 CLASSES, VALUES = "text_classification", "text_regression"
 
@@ -37,15 +24,15 @@ class Text:
     """The fields of the two tasks on texts."""
 
     columns: tuple = field(
-        (), "one or two names of features with text; (): those of the GLUE task"
+        (), "names of the one or two features with text; (): those of the GLUE task"
     )
-    max_length: int = field(128, "tokens of an example; what is longer is cut", least=1, most=LARGE)
+    max_length: int = field(128, "tokens of an example; longer ones are cut", least=1, most=LARGE)
     metrics: tuple = field(
         (), "the first picks the best step; (): GLUE's, else accuracy, or pearson"
     )
     train_file: str | None = field(None, "CSV, TSV or JSON lines, in place of TFDS")
     test_file: str | None = field(None, "None: a part of train_file is held out")
-    predict_file: str | None = field(None, "without labels; predicted at the end")
+    predict_file: str | None = field(None, "rows without labels, predicted at the end")
     group_by_length: bool = field(
         False, "batches of similar lengths: less padding, another order"
     )
@@ -53,7 +40,7 @@ class Text:
         False, "pad all to max_length: more padding, but one program to compile"
     )
     cache: str = field(
-        "~/.cache/rmlora_jax/tokens", "folder of tokenised splits; '' for none",
+        "~/.cache/rmlora_jax/tokens", "folder for tokenised splits; '': no cache",
         resume=FREE, cache=True,
     )
 
@@ -85,7 +72,7 @@ def check(config: Run) -> Iterator[Mistake]:
         yield "text.metrics", f"names among {', '.join(NAMES)}"
 
 
-def open_problem(config: Run, opening: Opening) -> Problem:
+def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     """The data set and the encoder that the config names.
 
     Raises:
@@ -94,16 +81,16 @@ def open_problem(config: Run, opening: Opening) -> Problem:
     folder = hub.find_folder(config.model.source)  # a mistyped name fails before data is fetched
     tokenizer = hub.load_tokenizer(folder)
     glue = data.glue_task(config.data.name)
-    texts = load(config)
+    texts = data.open_texts(request(config))
     pretrained = hub.load_text(
         config.model.source,
         num_labels=1 if texts.label_names is None else len(texts.label_names),
         key=opening.key,
     )
     kind, outputs = pretrained.family.model, pretrained.num_labels
-    model = build_model(config, kind, pretrained.config, outputs)
+    model = task.build_model(config, kind, pretrained.config, outputs)
     example = example_of(config)
-    with fields("text.max_length"):  # more tokens than the model has positions
+    with task.fields("text.max_length"):  # more tokens than the model has positions
         jax.eval_shape(model.init, opening.key, *example)
 
     def write_predictions(workdir: Path, split: str, ids, predictions) -> Path:
@@ -111,7 +98,7 @@ def open_problem(config: Run, opening: Opening) -> Problem:
         folder = workdir / "predictions"
         return data.write_predictions(folder, split, rows, predictions, texts.label_names, glue)
 
-    return of_pretrained(
+    return task.of_pretrained(
         pretrained,
         model=model,
         example=example,
@@ -129,7 +116,7 @@ def open_problem(config: Run, opening: Opening) -> Problem:
     )
 
 
-def shapes(config: Run) -> Shapes:
+def shapes(config: Run) -> task.Shapes:
     """A run as shapes, for texts of ``text.max_length``.
 
     Raises:
@@ -141,8 +128,8 @@ def shapes(config: Run) -> Shapes:
     batch = {n: struct((b, length), x.dtype) for n, x in zip(INPUTS, example, strict=True)}
     kind = jnp.float32 if config.task == VALUES else jnp.int32
     batch |= {"id": struct((b,), jnp.int32), "label": struct((b,), kind)}
-    return Shapes(
-        model=build_model(config, family.model, architecture, outputs),
+    return task.Shapes(
+        model=task.build_model(config, family.model, architecture, outputs),
         example=example,
         outputs=outputs,
         prepare_train=lambda key, positions, *given: prepare(*given),
@@ -157,7 +144,7 @@ def count_labels(config: Run) -> int:
         return 1
     if found := data.known("texts", request(config)):
         return found.classes
-    return len(load(config, download=False).label_names or ())
+    return len(data.open_texts(request(config, download=False)).label_names or ())
 
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -172,11 +159,6 @@ def example_of(config: Run) -> tuple[jax.ShapeDtypeStruct, ...]:
 def prepare(resident: dict, batch: dict) -> tuple[tuple, jax.Array]:
     """The model's arguments and the labels of a batch."""
     return tuple(batch[name] for name in INPUTS), batch["label"]
-
-
-def load(config: Run, **options) -> data.TextDataset:
-    """The data set that the config names, with a validation split held out from train."""
-    return data.open_texts(request(config, **options))
 
 
 def request(config: Run, **options) -> data.Request:
@@ -208,7 +190,7 @@ def metrics(config: Run, glue: data.GlueTask | None) -> tuple[str, ...]:
     return ("pearson", "spearman") if config.task == VALUES else ("accuracy",)
 
 
-def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> Feed:
+def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> task.Feed:
     """Tokenises each split, or reads its tokens from the cache."""
     t = config.own(Text)
     splits = {"train": texts.train, "validation": texts.validation}
@@ -227,7 +209,7 @@ def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> Feed:
         "pad_id": tokenizer.pad_token_id,
         "max_length": t.max_length,
         "one_length": t.one_length,
-        **process(),
+        **task.process(),
     }
 
     def train(step: int):
@@ -246,7 +228,7 @@ def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> Feed:
             tokens[split], splits[split].labels, config.eval_batch_size, **options
         )
 
-    return Feed(
+    return task.Feed(
         sizes={name: len(split.ids) for name, split in splits.items()},
         train=train,
         evaluate=evaluate,
@@ -255,7 +237,7 @@ def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> Feed:
         prepare_eval=prepare,
         tests=tuple(texts.tests),
         unlabelled=tuple(texts.unlabelled),
-        absent=absent_classes(texts.train.labels, texts.label_names or ()),
+        absent=task.absent_classes(texts.train.labels, texts.label_names or ()),
         varies=True,
     )
 
@@ -265,7 +247,7 @@ def facts(config: Mapping[str, Any]) -> dict[str, str]:
     return {} if length is None else {"text": f"at most {length} tokens"}
 
 
-CLASSIFICATION = Task(
+CLASSIFICATION = task.Task(
     CLASSES,
     "the class of one or two texts",
     "texts",
@@ -273,13 +255,13 @@ CLASSIFICATION = Task(
     check,
     open_problem,
     shapes,
-    lambda config: len(load(config, download=False).train.ids),
+    lambda config: len(data.open_texts(request(config, download=False)).train.ids),
     Text,
     facts=facts,
 )
 REGRESSION = CLASSIFICATION._replace(
     name=VALUES,
     help="a number for one or two texts",
-    objective=lambda config: regression(),
+    objective=lambda config: task.regression(),
     unit="squared error",
 )
