@@ -1,8 +1,8 @@
 """Fine-tune a pretrained model: ``python run.py --config=configs/NAME.py --workdir=DIR``.
 
-A config with a field ``study`` is of many runs, and goes to ``rmlora_jax.study``.
+A config with a field ``study`` describes many runs; ``rmlora_jax.study`` trains them.
 
-Use a trained one: ``python run.py --workdir=DIR --predict photos/``.
+Use a trained model: ``python run.py --workdir=DIR --predict photos/``.
 """
 
 import os
@@ -18,13 +18,14 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.py"
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
-    help_string="a Python file with get_config() (default: configs/quickstart.py); every field can "
-    "be set: --config.a.b=value",
+    help_string="a Python file with get_config() (default: configs/quickstart.py); set any field "
+    "with --config.a.b=value",
 )
 WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "folder of the run; the same folder again continues it. Default: a new one under runs/",
+    "folder of the run; with a folder that has a run, that run continues. Default: a new folder "
+    "under runs/",
 )
 PRINT_CONFIG = flags.DEFINE_bool(
     "print_config", False, "print every field with its value and its meaning, and exit"
@@ -32,11 +33,11 @@ PRINT_CONFIG = flags.DEFINE_bool(
 PREDICT = flags.DEFINE_multi_string(
     "predict",
     None,
-    "classify these with the model in --workdir (a run, an adapter or a model): images, folders or "
-    "patterns, with commas between; or a text, a file with a text a line (@FILE), - for stdin. "
-    "Words without a flag are more of them",
+    "classify with the model in --workdir (a run, an adapter or a model). Inputs are images, "
+    "folders or patterns, separated by commas; or a text, @FILE for a file with one text on each "
+    "line, - for stdin. Words without a flag are further inputs",
 )
-TOP = flags.DEFINE_integer("top", 1, "with --predict: classes of each input", lower_bound=1)
+TOP = flags.DEFINE_integer("top", 1, "with --predict: classes shown for each input", lower_bound=1)
 OUT = flags.DEFINE_string(
     "out", None, "with --predict: CSV file (default: predictions.csv in --workdir)"
 )
@@ -50,20 +51,20 @@ EXPORT = flags.DEFINE_enum(
 COMPILE_ONLY = flags.DEFINE_bool(
     "compile_only",
     False,
-    "compile the training step, print its memory, flops and collectives, and exit: with 1 where it "
-    "does not fit. Needs neither data nor weights",
+    "compile the training step, print its memory, flops and collectives, and exit, with code 1 if "
+    "it does not fit in memory. Needs neither data nor weights",
 )
 TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "with --compile_only: for a TPU that need not be there, such as v5e:4x4"
+    "topology", None, "with --compile_only: an absent TPU to compile for, such as v5e:4x4"
 )
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "join the processes of a cluster through jax.distributed first"
 )
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, where jax cannot detect the cluster"
+    "coordinator", None, "host:port of process 0, if jax cannot detect the cluster"
 )
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "goes with --coordinator")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "goes with --coordinator")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "with --coordinator: their number")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator: the number of this one")
 DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error")
 
 

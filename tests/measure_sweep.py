@@ -46,7 +46,7 @@ def main(_):
     config.steps = max(config.steps, STEPS.value)
     check_config(config)
     if RANDOM.value:
-        images.load = random_images  # whatever the config names
+        images.data.open_images = random_images  # whatever the config names
     devices = all_devices(config.parallel)
     every, base = runs(resolve(config)), setup.open_base(resolve(config), devices)
     feed = base.feed.train(0)
@@ -122,7 +122,7 @@ def follow(program, state, constants, batches):
     return state
 
 
-def random_images(config) -> Dataset:
+def random_images(request) -> Dataset:
     rng = np.random.default_rng(0)
 
     def split(count):

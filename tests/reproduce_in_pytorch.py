@@ -16,18 +16,18 @@ import numpy as np
 from oracle import oracle
 
 from rmlora_jax import hub
-from rmlora_jax.data import load_resident
+from rmlora_jax.data import load_resident, open_images
 from rmlora_jax.files import read_json
 from rmlora_jax.hub.peft_config import read_config
-from rmlora_jax.tasks import images
-from rmlora_jax.train import base_run
+from rmlora_jax.tasks import task
+from rmlora_jax.train.config import read_config as config_of_run
 
 
 def main(workdir: Path) -> None:
-    config = base_run.read_config(workdir)
+    config = config_of_run(workdir)
     summary = read_json(workdir / "summary.json")
     model = hub.load(workdir)
-    data = images.load(config)
+    data = open_images(task.request(config))
     pixels, labels = load_resident(data.test, model.info.stored_size)
     ours = model.logits(pixels).argmax(-1)
     # The same numbers for PyTorch: what our own reader makes of the images.

@@ -97,7 +97,7 @@ def _base(config: Run, task: Shapes, devices: Devices) -> setup.Base:
     return setup.Base(
         problem=absent,
         feed=Feed({}, absent, absent, task.resident, task.prepare_train, absent),
-        objective=task.objective,
+        objective=TASKS[config.task].objective(config),
         lora=lora,
         adapted=adapted,
         trainable=trainable,

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rmlora_jax.data import cifar, folder, glue, hf_datasets, packaged, text_files, tfds
 from rmlora_jax.data.dataset import (
@@ -37,9 +37,9 @@ from rmlora_jax.errors import UserError
 
 # The first source that handles a request serves it; the last one handles every name.
 SOURCES = (
+    text_files.SOURCE,
     packaged.DIGITS,
     packaged.VOWELS,
-    text_files.SOURCE,
     folder.SOURCE,
     hf_datasets.SOURCE,
     cifar.SOURCE,
@@ -52,12 +52,13 @@ def find_source(kind: Kind, request: Request) -> Source:
     """The source that serves a request.
 
     Raises:
-      UserError: no source of this kind handles it.
+      UserError: it has data of another kind alone.
     """
-    for source in SOURCES:
-        if getattr(source, kind) is not None and source.handles(request):
-            return source
-    raise UserError(f"no data set of {kind} is called {request.name!r}")
+    source = next(source for source in SOURCES if source.handles(request))
+    held = [other for other in get_args(Kind) if getattr(source, other) is not None]
+    if kind not in held:
+        raise UserError(f"{request.name!r} holds {' or '.join(held)}, not {kind}")
+    return source
 
 
 def missing(kind: Kind, request: Request) -> list[str]:

@@ -1,7 +1,6 @@
 """Image classification: a ViT, and images that are resident on the device or streamed.
 
-Both give the same examples in the same order at the same step, so that resident or streamed is a
-matter of memory alone.
+Both ways give the same examples in the same order; they differ in memory and time alone.
 """
 
 import functools
@@ -11,27 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmlora_jax import data, methods
+from rmlora_jax import data
 from rmlora_jax.config import Mistake
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.hub import Info, Pretrained, find_folder, load_vit, new_vit_head
-from rmlora_jax.models import ViT, ViTConfig
+from rmlora_jax.hub import Info, Pretrained, find_folder, load_vit
+from rmlora_jax.models import ViT
 from rmlora_jax.models.family import IMAGES
 from rmlora_jax.parallel.mesh import Devices, replicate
-from rmlora_jax.tasks import places
-from rmlora_jax.tasks.task import (
-    Feed,
-    Opening,
-    Problem,
-    Shapes,
-    Task,
-    absent_classes,
-    checkpoint_notes,
-    classification,
-    fields,
-    numbered,
-)
+from rmlora_jax.tasks import places, task
 
 COUNTED = 20_000  # streamed training examples whose labels are read before a run: seconds
 
@@ -40,60 +27,61 @@ def check(config: Run) -> Iterator[Mistake]:
     """What is wrong with a config for images."""
     if not config.model.source:
         yield "model.source", "a folder, or a model's name"
-    yield from places.no_texts(config)
+    yield from places.unused(config, places.OF_TEXTS, f"for {config.task}")
 
 
-def missing(config: Run) -> Iterator[str]:
-    yield from places.model(config)
-    yield from places.adapter(config)
-    yield from data.missing("images", request(config))
-
-
-def open_problem(config: Run, opening: Opening) -> Problem:
+def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     """The data set and the ViT that the config names.
 
     Raises:
       UserError: one of them cannot be had.
     """
-    find_folder(config.model.source)  # a mistyped model is reported before any data is fetched
-    images = load(config)
+    c = config.model
+    find_folder(c.source)  # a mistyped model is reported before any data is fetched
+    images = data.open_images(task.request(config))
     pretrained = load_vit(
-        config.model.source,
+        c.source,
         num_classes=images.num_classes,
-        image_size=config.model.image_size or None,
+        image_size=c.image_size or None,
         key=opening.key,
     )
-    model = build_model(config, pretrained.config, images.num_classes)
-    size = pretrained.image_size
-    assert size is not None  # of every model of images
-    image = jax.ShapeDtypeStruct((1, size, size, pretrained.config.num_channels), jnp.float32)
-    with fields("model.attention"):
-        jax.eval_shape(model.init, opening.key, image)
-    return Problem(
+    architecture, size = pretrained.config, pretrained.config.image_size
+    example = IMAGES.example(architecture)
+    model = task.build_model(config, ViT, architecture, images.num_classes, attention=c.attention)
+    with task.fields("model.attention"):
+        jax.eval_shape(model.init, opening.key, *example)
+    stored, center = data.stored_as(images.image_shape, size)
+    return task.of_pretrained(
+        pretrained,
+        images.notes,
         model=model,
-        params=pretrained.params,
-        new=pretrained.new,
-        reseeded=lambda key: new_vit_head(pretrained, key).params,
-        example=(image,),
+        example=example,
         open_feed=lambda: open_feed(config, images, pretrained, opening.devices),
-        objective=classification(config.optimizer.label_smoothing),
         metrics=("accuracy",),
-        notes=(*checkpoint_notes(pretrained), *images.notes),
-        pretrained=pretrained,
-        info=info(config, images, size),
+        info=Info(
+            task=config.task,
+            labels=tuple(images.class_names),
+            image_size=size,
+            stored_size=stored,
+            center=center,
+            channels=images.channels,
+            dtype=c.dtype,
+        ),
         skipped=images.skipped,
     )
 
 
-def shapes(config: Run) -> Shapes:
-    """A run as shapes. The number of classes is that of CIFAR, of a data set that is on this
-    machine, or ``data.classes``.
+def shapes(config: Run) -> task.Shapes:
+    """A run as shapes.
+
+    The number of classes is that of CIFAR, of a data set on this machine, or ``data.classes``.
 
     Raises:
-      UserError: what of the config is not known without more than is here.
+      UserError: the model's config or the number of classes is not known on this machine.
     """
     _, architecture = places.architecture(config, IMAGES)
-    classes, storage, examples = known(config, architecture.image_size)
+    size, channels = architecture.image_size, architecture.num_channels
+    classes, storage, examples = known(config, size)
     b, struct = config.batch_size, jax.ShapeDtypeStruct
     batch, resident = {"id": struct((b,), jnp.int32)}, {}
 
@@ -104,19 +92,14 @@ def shapes(config: Run) -> Shapes:
         resident = held(examples)
     else:
         batch |= held(b)
-    channels, size = architecture.num_channels, architecture.image_size
+    half, attention = (0.5,) * channels, config.model.attention
     prepare_train, _ = preparation(
-        config,
-        image_size=size,
-        center=storage.center,
-        mean=(0.5,) * channels,
-        std=(0.5,) * channels,
+        config, image_size=size, center=storage.center, mean=half, std=half
     )
-    return Shapes(
-        model=build_model(config, architecture, classes),
-        example=(struct((1, size, size, channels), jnp.float32),),
+    return task.Shapes(
+        model=task.build_model(config, ViT, architecture, classes, attention=attention),
+        example=IMAGES.example(architecture),
         outputs=classes,
-        objective=classification(config.optimizer.label_smoothing),
         prepare_train=prepare_train,
         resident=resident,
         batch=batch,
@@ -126,7 +109,7 @@ def shapes(config: Run) -> Shapes:
 def known(config: Run, image_size: int) -> tuple[int, data.Storage, int]:
     """Classes, how the images are held, and how many there are."""
     c = config.data
-    if found := data.known("images", request(config)):
+    if found := data.known("images", task.request(config)):
         classes = min(c.classes or found.classes, found.classes)
         train, test = (n * classes // found.classes for n in (found.train, found.test))
         train = min(train, c.per_class * classes or train, c.limit or train)
@@ -136,7 +119,7 @@ def known(config: Run, image_size: int) -> tuple[int, data.Storage, int]:
         )
         return classes, storage, train + test
     try:
-        images = load(config, download=False)
+        images = data.open_images(task.request(config, download=False))
     except UserError as e:
         if not c.classes:
             raise UserError(
@@ -148,97 +131,34 @@ def known(config: Run, image_size: int) -> tuple[int, data.Storage, int]:
     return images.num_classes, storage, sum(len(split) for split in splits if split is not None)
 
 
-def build_model(config: Run, architecture: ViTConfig, num_classes: int) -> ViT:
-    """The ViT of a run, with what its method puts into the layers."""
-    return ViT(
-        methods.architecture(config, architecture),
-        num_classes,
-        dtype=jnp.dtype(config.model.dtype),
-        attention=config.model.attention,
-        unroll=min(config.model.unroll, architecture.num_hidden_layers),
-        remat=config.model.remat,
-    )
-
-
-def info(config: Run, images: data.Dataset, size: int) -> Info:
-    """What tells how to prepare an image as the evaluation does."""
-    storage = data.plan_storage(images, size, mode=config.data.mode)
-    return Info(
-        task=config.task,
-        labels=tuple(images.class_names),
-        image_size=size,
-        stored_size=storage.size,
-        center=storage.center,
-        channels=images.channels,
-        dtype=config.model.dtype,
-    )
-
-
-def load(config: Run, *, download: bool = True) -> data.Dataset:
-    """The data set that the config names, with a validation split carved from train."""
-    return data.open_images(request(config, download=download))
-
-
-def request(config: Run, *, download: bool = True) -> data.Request:
-    """The images that the config names."""
-    c = config.data
-    return data.Request(
-        c.name,
-        data_dir=c.data_dir,
-        validation=c.validation,
-        train_split=c.train_split,
-        test_splits={"test": c.test_split},
-        image_key=c.image_key,
-        label_key=c.label_key,
-        classes=c.classes,
-        per_class=c.per_class,
-        limit=c.limit,
-        download=download,
-        bad_records=c.bad_records,
-        cache=c.cache,
-        threads=c.workers,
-    )
-
-
 def open_feed(
-    config: Run,
-    images: data.Dataset,
-    pretrained: Pretrained,
-    devices: Devices,
-) -> Feed:
-    """Decodes what fits onto the device, or opens the stream."""
-    c = config.data
-    splits = {"train": images.train, "validation": images.validation, "test": images.test}
+    config: Run, images: data.Dataset, pretrained: Pretrained, devices: Devices
+) -> task.Feed:
+    """Decodes the images that fit on the device, or opens a stream of them."""
+    c, size = config.data, pretrained.config.image_size
+    splits = {name: getattr(images, name) for name in ("train", "validation", "test")}
     sizes = {name: len(split) for name, split in splits.items()}
-    assert pretrained.image_size is not None
-    storage = data.plan_storage(images, pretrained.image_size, mode=c.mode)
+    storage = data.plan_storage(images, size, mode=c.mode)
     if storage.resident:
-        def decode(name):
+        def decoded(name):
             desc = f"decoding {images.name} {name}"
-            return data.load_resident(splits[name], storage.size, threads=c.workers, desc=desc)
+            decode = functools.partial(
+                data.load_resident, splits[name], storage.size, threads=c.workers, desc=desc
+            )
+            return data.cached(splits[name], storage.size, c.cache, decode) if c.cache else decode()
 
-        arrays = {
-            name: data.cached(split, storage.size, c.cache, functools.partial(decode, name))
-            if c.cache
-            else decode(name)
-            for name, split in splits.items()
-        }
-        for name, (_, labels) in arrays.items():
-            check_labels(labels, images.num_classes, f"{images.name}, split {name}")
+        pixels, labels = zip(*map(decoded, splits), strict=True)
+        for name, own in zip(splits, labels, strict=True):
+            check_labels(own, images.num_classes, f"{images.name}, split {name}")
         resident = replicate(
-            {
-                "image": np.concatenate([pixels for pixels, _ in arrays.values()]),
-                "label": np.concatenate([labels for _, labels in arrays.values()]),
-            },
-            devices,
+            {"image": np.concatenate(pixels), "label": np.concatenate(labels)}, devices
         )
-        train, evaluate = numbered(config, sizes)
-        labels = arrays["train"][1]
+        counted = labels[0]
+        train, evaluate = task.numbered(config, sizes)
     else:
         resident = {}
-        labels = data.labels_of(images.train) if sizes["train"] <= COUNTED else None
-        process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        reading = {"size": storage.size, "threads": c.workers}
+        counted = data.labels_of(images.train) if sizes["train"] <= COUNTED else None
+        reading = {"size": storage.size, "threads": c.workers} | task.process()
 
         def checked(batches, split):
             where = f"{images.name}, split {split}"
@@ -253,52 +173,41 @@ def open_feed(
                 start_step=step,
                 workers=c.processes,
                 seed=config.data_seed,
-                **process,
                 **reading,
             )
             return checked(batches, "train")
 
         def evaluate(split):
-            batches = data.eval_batches(splits[split], config.eval_batch_size, **process, **reading)
+            batches = data.eval_batches(splits[split], config.eval_batch_size, **reading)
             return checked(batches, split)
 
+    mean, std = pretrained.image_mean, pretrained.image_std
     prepare_train, prepare_eval = preparation(
-        config,
-        image_size=pretrained.image_size,
-        center=storage.center,
-        mean=pretrained.image_mean,
-        std=pretrained.image_std,
+        config, image_size=size, center=storage.center, mean=mean, std=std
     )
-    absent = () if labels is None else absent_classes(labels, tuple(images.class_names))
-    return Feed(sizes, train, evaluate, resident, prepare_train, prepare_eval, absent=absent)
+    absent = () if counted is None else task.absent_classes(counted, tuple(images.class_names))
+    return task.Feed(sizes, train, evaluate, resident, prepare_train, prepare_eval, absent=absent)
 
 
 def preparation(config: Run, **image) -> tuple[Callable, Callable]:
-    """``prepare_train`` and ``prepare_eval`` of a `Feed`; ``image`` are arguments of `augment`."""
+    """``prepare_train`` and ``prepare_eval`` of a feed; ``image`` are options of `data.augment`."""
     c = config.data
     augment = functools.partial(data.augment, dtype=jnp.dtype(config.model.dtype), **image)
 
-    def examples(resident, batch):
-        if resident:
-            return resident["image"][batch["id"]], resident["label"][batch["id"]]
-        return batch["image"], batch["label"]
+    def prepare(resident, batch, *drawn, **how):
+        held = {name: x[batch["id"]] for name, x in resident.items()} or batch
+        return (augment(held["image"], *drawn, **how),), held["label"]
 
-    def prepare_train(key, positions, resident, batch):
-        pixels, labels = examples(resident, batch)
-        pixels = augment(pixels, key, positions, train=True, crop=c.crop, flip=c.flip)
-        return (pixels,), labels
+    def prepare_train(key, positions, *given):
+        return prepare(*given, key, positions, train=True, crop=c.crop, flip=c.flip)
 
-    def prepare_eval(resident, batch):
-        pixels, labels = examples(resident, batch)
-        return (augment(pixels, train=False),), labels
-
-    return prepare_train, prepare_eval
+    return prepare_train, functools.partial(prepare, train=False)
 
 
 def check_labels(labels: np.ndarray, num_classes: int, where: str, ids=None) -> None:
-    """Raises a UserError for a label that the head has no output for.
+    """Raises a UserError for a label without an output of the head.
 
-    ``ids`` are the examples' own numbers, where ``labels`` are not those of a whole split.
+    ``ids`` are the examples' numbers where ``labels`` are a part of a split.
     """
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
@@ -309,12 +218,13 @@ def check_labels(labels: np.ndarray, num_classes: int, where: str, ids=None) -> 
         )
 
 
-TASK = Task(
+TASK = task.Task(
     "image_classification",
     "the class of an image",
+    "images",
+    task.request,
     check,
-    missing,
     open_problem,
     shapes,
-    lambda config: len(load(config, download=False).train),
+    lambda config: len(data.open_images(task.request(config, download=False)).train),
 )

@@ -1,10 +1,9 @@
 """The files and folders that a config names, looked for before anything is loaded.
 
-What only a network can tell (whether the hub has a model) is left to those who ask it. Every
-function gives a line for each place that is not as it should be.
+The network is not asked, so a model that the hub does not have is found later.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,19 @@ from rmlora_jax.hub.pretrained import find_architecture
 from rmlora_jax.hub.source import CONFIG, HUB_NAME, PACKAGED, bundled, find_folder
 from rmlora_jax.models.family import Family, Inputs
 
+OF_TEXTS = ("text.train_file", "text.test_file", "text.predict_file", "data.unlabelled_split")
 
-def no_texts(config: Run) -> Iterator[Mistake]:
-    """The fields of texts that a task without texts must leave empty."""
-    flat = fields.flatten(config)
-    for path in ("text.train_file", "text.test_file", "text.predict_file", "data.unlabelled_split"):
+
+def unused(config: Run, paths: Iterable[str], why: str) -> Iterator[Mistake]:
+    """The fields among ``paths`` that must be left empty, as they are by default."""
+    flat, known = fields.flatten(config), fields.leaves(type(config))
+    for path in paths:
         if flat[path]:
-            yield path, f"None for {config.task}"
+            yield path, f"{known[path].default!r} {why}"
 
 
 def model(c: Run) -> Iterator[str]:
-    """The folder of ``model.source``, or its name."""
+    """What is wrong with ``model.source``, a folder or a name."""
     source = c.model.source
     folder, field = Path(source).expanduser(), f"config.model.source={source!r}"
     if folder.is_dir():
@@ -42,7 +43,7 @@ def model(c: Run) -> Iterator[str]:
 
 
 def adapter(c: Run) -> Iterator[str]:
-    """The folder of ``model.adapter``."""
+    """What is wrong with ``model.adapter``, a folder or ''."""
     folder, field = Path(c.model.adapter).expanduser(), f"config.model.adapter={c.model.adapter!r}"
     if not c.model.adapter or (folder / CONFIG_FILE).is_file():
         return
@@ -55,8 +56,7 @@ def adapter(c: Run) -> Iterator[str]:
 
 
 def caches(c: Run) -> Iterator[str]:
-    """Folders of caches that someone named and that cannot be written. Without those of the
-    defaults a run does as well, and slower."""
+    """Cache folders that the user named and that cannot be written. A default one may be absent."""
     flat = fields.flatten(c)
     for path, leaf in fields.leaves(type(c)).items():
         own = flat[path]
@@ -69,10 +69,8 @@ def caches(c: Run) -> Iterator[str]:
 def architecture(c: Run, inputs: Inputs) -> tuple[Family, Any]:
     """The family and the config of the model, from its config.json alone.
 
-    ``inputs`` are what a model of the task is called with.
-
     Raises:
-      UserError: they are not on this machine, or do not fit the task.
+      UserError: there is no config.json on this machine, or the model does not take ``inputs``.
     """
     family, found = find_architecture(c.model.source, image_size=c.model.image_size or None)
     if family.inputs is not inputs:

@@ -1,4 +1,4 @@
-"""The metrics of a task over a whole split, by scikit-learn and scipy, and what they are called."""
+"""The metrics of a split, computed by scikit-learn and scipy, and their names."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from rmlora_jax.errors import UserError
 class Metric(NamedTuple):
     """A metric and its names: beside a progress bar, in a sentence, along an axis."""
 
-    value: Callable[..., Any] | None  # (predictions, labels) -> float; None: not a metric
+    value: Callable[..., Any] | None  # (predictions, labels) -> float; None for a loss
     short: str
     long: str
     axis: str
@@ -26,23 +26,22 @@ def score(
 ) -> dict[str, float]:
     """The metrics ``names``, in their order.
 
-    * ``accuracy``; ``matthews``, the Matthews correlation; ``f1`` of class 1 against class 0, as in
-      GLUE; ``f1_macro``, the mean F1 of the classes that occur: of int (n,) classes.
-    * ``pearson`` and ``spearman`` correlation; ``mse``, the mean squared error: of float (n,)
-      values.
+    * For int (n,) classes: ``accuracy``; ``matthews``, the Matthews correlation; ``f1`` of class 1
+      against class 0, as in GLUE; ``f1_macro``, the mean F1 of the classes that occur.
+    * For float (n,) values: ``pearson`` and ``spearman`` correlation; ``mse``, the mean squared
+      error.
 
-    A correlation with predictions or labels that are all the same is 0; so is the F1 of a class
-    without a single hit. Of predictions that are not finite every metric of values is nan.
+    A correlation is 0 where all predictions or all labels are the same, and the F1 of a class that
+    is never predicted rightly is 0. Where a predicted value is not finite, its metrics are nan.
 
     Raises:
-      UserError: ``f1`` of classes other than 0 and 1.
-      ValueError: not as many predictions as labels, or none.
+      UserError: ``f1`` for classes other than 0 and 1.
+      ValueError: predictions and labels differ in number, or are empty.
 
     >>> score(np.array([1, 0, 1, 1]), np.array([1, 0, 0, 1]), ("matthews", "accuracy"))
     {'matthews': 0.5773502691896258, 'accuracy': 0.75}
 
-    Source: GLUE (Wang et al. 2019, https://arxiv.org/abs/1804.07461), section 3, names them for its
-    tasks.
+    Source: GLUE (Wang et al. 2019, https://arxiv.org/abs/1804.07461), section 3, for its tasks.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.shape != labels.shape or not labels.size or labels.ndim != 1:
@@ -53,12 +52,12 @@ def score(
 
 
 def higher_is_better(name: str) -> bool:
-    """Whether the best step is the one with the largest value; not for ``mse`` and ``loss``."""
+    """False for ``mse`` and ``loss``: the best step has the smallest."""
     return name not in ("mse", "loss")
 
 
 def describe(key: str) -> tuple[Metric, str]:
-    """The metric of a key of summary.json, and the part of the data that the key ends in.
+    """The metric that a key of summary.json names, and the part of the data at the key's end.
 
     >>> metric, part = describe("accuracy_mismatched")
     >>> metric.short, part
@@ -92,22 +91,19 @@ def _matthews(predictions, labels):
 
 
 def _f1(predictions, labels):
-    from sklearn.metrics import f1_score
-
     largest = max(predictions.max(), labels.max())
     if largest > 1:
         raise UserError(
             f"f1 is of two classes, 0 and 1, but here is a class {largest}; "
             "use f1_macro, the mean over all classes")
-    none: Any = 0.0  # scikit-learn's annotation knows texts alone
-    return f1_score(labels, predictions, zero_division=none)
+    return _f1_macro(predictions, labels, "binary")
 
 
-def _f1_macro(predictions, labels):
+def _f1_macro(predictions, labels, average="macro"):
     from sklearn.metrics import f1_score
 
-    none: Any = 0.0  # as above
-    return f1_score(labels, predictions, average="macro", zero_division=none)
+    none: Any = 0.0  # scikit-learn's annotation allows strings alone
+    return f1_score(labels, predictions, average=average, zero_division=none)
 
 
 def _correlation(name: str) -> Callable:

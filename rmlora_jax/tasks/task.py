@@ -1,6 +1,6 @@
-"""What a task is: its checks, the data and the model it opens, its loss, its predictions.
+"""What a task is, and what tasks have in common.
 
-A new task is one file of this room and one line of the registry in ``tasks/__init__.py``.
+A new task is one file in this folder and one line of the registry in ``tasks/__init__.py``.
 """
 
 import contextlib
@@ -14,41 +14,38 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmlora_jax import data
+from rmlora_jax import data, methods
 from rmlora_jax.config import Mistake
+from rmlora_jax.data.dataset import Kind
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.hub import Info, Pretrained, PretrainedText
+from rmlora_jax.hub import Info, Pretrained, new_head
 from rmlora_jax.parallel.mesh import Devices
+from rmlora_jax.tasks import places
 from rmlora_jax.tasks.scores import score
 
 
 class Opening(NamedTuple):
-    """What a task gets beside its config when it opens its data and its model.
+    """What a task gets beside its config when it opens its data and its model."""
 
-    Attributes:
-      devices: that the run is on.
-      key: for the parameters that the pretrained model does not have, such as its head.
-      read_run: ``(folder, task, advice) -> (config, parameters)`` of a finished run of method full.
-    """
-
-    devices: Devices
-    key: jax.Array
+    devices: Devices  # of the run
+    key: jax.Array  # for the parameters that the pretrained model lacks, such as the head
+    # (folder, task, advice) -> the config and the parameters of a finished run of method full
     read_run: Callable[[Path, str, str], tuple[Run, dict]]
 
 
 class Objective(NamedTuple):
     """What a run minimises, and what it predicts.
 
-    Both functions get ``call``, which runs the model on the inputs of a micro-batch (keywords, such
-    as ``method``, are passed on to it), and the labels. A task whose logits are too large to exist
-    at once thus calls a method of the model that returns losses.
+    Both functions get ``call`` and the labels. ``call`` runs the model on a micro-batch and hands
+    keywords such as ``method`` on to it. A task whose logits would not fit in memory calls a method
+    of the model that returns losses.
 
     Attributes:
-      loss: -> (sum of losses, weight, {name: sum}). The step adds all of them up over micro-batches
-        and devices in float32 and divides by the weight once. The weight None is 1 an example, as
-        in classification: a number that is known before tracing.
-      predict: -> {"prediction": (B,), "loss": (B,) float32} of an evaluation.
+      loss: -> (sum of losses, weight, {name: sum}). The step adds these up over micro-batches and
+        devices in float32, and divides by the weight once. None stands for a weight of 1 for each
+        example, which is known before tracing.
+      predict: -> {"prediction": (B,), "loss": (B,) float32}, for evaluation.
     """
 
     loss: Callable[[Callable, Any], tuple[jax.Array, jax.Array | None, dict[str, jax.Array]]]
@@ -58,11 +55,11 @@ class Objective(NamedTuple):
 class Feed(NamedTuple):
     """The inputs of a run.
 
-    ``train(step)`` iterates over this process's batches from that step on, ``evaluate(split)``
-    over those of one of ``sizes``; leaves are numpy arrays, among them "id", and for evaluation
-    "mask". ``prepare_train`` and ``prepare_eval`` run inside the step and give (inputs, labels),
-    inputs being the model's positional arguments; ``resident`` is what they index into, {} where
-    batches are streamed.
+    ``train(step)`` iterates over this process's training batches from that step on,
+    ``evaluate(split)`` over its batches of a split. Leaves are numpy arrays; one is "id", and for
+    evaluation one is "mask". ``prepare_train`` and ``prepare_eval`` run inside the step. They
+    return the model's positional arguments and the labels. ``resident`` are the arrays that they
+    index into; {} where batches are streamed.
     """
 
     sizes: dict[str, int]  # split -> examples: train, validation, test, maybe more
@@ -73,8 +70,8 @@ class Feed(NamedTuple):
     prepare_eval: Callable  # (resident, batch)
     tests: tuple[str, ...] = ("test",)  # splits that are reported; the first without a suffix
     unlabelled: tuple[str, ...] = ()  # splits that are predicted only
-    absent: tuple[str, ...] = ()  # classes of which there is no training example
-    varies: bool = False  # whether batches differ in their shape
+    absent: tuple[str, ...] = ()  # classes without a training example
+    varies: bool = False  # whether batches differ in shape
 
     @property
     def train_size(self) -> int:
@@ -90,63 +87,108 @@ class Problem(NamedTuple):
     reseeded: Callable[[jax.Array], dict]  # key -> params with the new ones drawn from it
     example: tuple[jax.ShapeDtypeStruct, ...]  # the model's arguments for one example
     open_feed: Callable[[], Feed]  # what takes long (decoding, tokenising) happens here
-    objective: Objective
     metrics: tuple[str, ...]  # names of tasks/scores.py; the first picks the best step
     notes: tuple[str, ...]  # what a person should know of the checkpoint and the data
     write_predictions: Callable[..., Any] | None = None  # (folder, split, ids, predictions)
-    pretrained: Pretrained | PretrainedText | None = None  # None: a model that is only ours
+    pretrained: Pretrained | None = None  # None: a model that only this package knows
     info: Info | None = None  # what else a user of the trained model must know
-    skipped: tuple[str, ...] = ()  # records of the data that cannot be used, and why
+    skipped: tuple[str, ...] = ()  # records that were left out of the data, and why
 
 
 class Shapes(NamedTuple):
-    """A run without data and weights: what ``--compile_only`` compiles.
-
-    ``resident`` and ``batch`` are ``jax.ShapeDtypeStruct``; ``outputs`` are those of the head, and
-    ``words`` say what a batch holds beside its examples.
-    """
+    """A run without data and weights, for ``--compile_only``; fields as in `Problem` and `Feed`."""
 
     model: nn.Module
     example: tuple[jax.ShapeDtypeStruct, ...]
-    outputs: int
-    objective: Objective
+    outputs: int  # of the head
     prepare_train: Callable
-    resident: dict
-    batch: dict
-    words: str = ""
+    resident: dict  # of jax.ShapeDtypeStruct
+    batch: dict  # of jax.ShapeDtypeStruct
+    words: str = ""  # added to the number of examples in a batch, such as ", of 128 tokens"
 
 
 class Task(NamedTuple):
-    """A kind of run.
+    """What a run learns to do. ``open``, ``shapes`` and ``training_examples`` raise UserError."""
 
-    Attributes:
-      name: as ``--config.task`` has it.
-      help: what is learnt, in a few words.
-      check: config -> what is wrong with it for this task, as (field, what it must be).
-      missing: config -> a line for each file or folder that it names and that is not there.
-      open: (config, opening) -> the problem; raises UserError.
-      shapes: config -> the run as shapes; raises UserError.
-      training_examples: config -> how many there are, without a network; raises UserError.
-      section: the fields that it reads beside those of every run.
-      unit: of the loss, for an axis.
-      facts: config as ``config.json`` has it -> rows of the report beside those of all tasks.
-    """
-
-    name: str
-    help: str
-    check: Callable[[Run], Iterator[Mistake]]
-    missing: Callable[[Run], Iterator[str]]
+    name: str  # as ``--config.task`` has it
+    help: str  # what is learnt, in a few words
+    kind: Kind  # of the data
+    request: Callable[[Run], data.Request]  # the data that a config names
+    check: Callable[[Run], Iterator[Mistake]]  # what is wrong with a config for this task
     open: Callable[[Run, Opening], Problem]
     shapes: Callable[[Run], Shapes]
-    training_examples: Callable[[Run], int]
-    section: type | None = None
-    unit: str = "nats per example"
+    training_examples: Callable[[Run], int]  # how many there are, without a network
+    section: type | None = None  # the fields that it reads beside those of every run
+    objective: Callable[[Run], Objective] = lambda config: classification(
+        config.optimizer.label_smoothing
+    )
+    unit: str = "nats per example"  # of the loss
+    # config as ``config.json`` has it -> rows of the report beside those of all tasks
     facts: Callable[[Mapping[str, Any]], dict[str, str]] = lambda config: {}
+    model: Callable[[Run], Iterator[str]] = places.model  # what is wrong with ``model.source``
+
+    def missing(self, config: Run) -> Iterator[str]:
+        """A line for each file or folder that a config names and that is missing."""
+        yield from self.model(config)
+        yield from places.adapter(config)
+        yield from data.missing(self.kind, self.request(config))
+
+
+# Fields of the config that a `data.Request` has, too.
+SHARED = (
+    "data_dir", "validation", "train_split", "image_key", "label_key", "classes", "per_class",
+    "limit", "bad_records", "cache",
+)
+
+
+def request(config: Run, **own: Any) -> data.Request:
+    """The data that a config names; ``own`` is what the task itself asks for."""
+    c = config.data
+    shared = {name: getattr(c, name) for name in SHARED}
+    shared |= {"test_splits": {"test": c.test_split}, "threads": c.workers}
+    return data.Request(c.name, **shared | own)
+
+
+def build_model(
+    config: Run, kind: Callable[..., nn.Module], architecture: Any, outputs: int, **options: Any
+) -> nn.Module:
+    """The model of a run, with what its method puts into the layers."""
+    return kind(
+        methods.architecture(config, architecture),
+        outputs,
+        dtype=jnp.dtype(config.model.dtype),
+        unroll=min(config.model.unroll, architecture.num_hidden_layers),
+        remat=config.model.remat,
+        **options,
+    )
+
+
+def of_pretrained(pretrained: Pretrained, notes: tuple[str, ...] = (), **own: Any) -> Problem:
+    """A problem whose model comes from a checkpoint; ``own`` are the fields that it does not set.
+
+    ``notes`` come after what was left out of the checkpoint and what was made new.
+    """
+    found = []
+    if pretrained.dropped:
+        found.append(f"not used from {pretrained.source}: {', '.join(pretrained.dropped)}")
+    if pretrained.new:
+        found.append(f"newly initialised: {', '.join(pretrained.new)}")
+    return Problem(
+        params=pretrained.params,
+        new=pretrained.new,
+        reseeded=lambda key: new_head(pretrained, key).params,
+        notes=(*found, *notes),
+        pretrained=pretrained,
+        **own,
+    )
 
 
 def classification(label_smoothing: float = 0.0) -> Objective:
-    """Cross-entropy in nats of logits (B, classes) against int labels (B,), which training mixes
-    with the uniform distribution by ``label_smoothing``; the class of the largest logit, int32."""
+    """Cross-entropy in nats of logits (B, classes) against int labels (B,).
+
+    In training the labels are mixed with the uniform distribution, whose weight is
+    ``label_smoothing``. The prediction is the class with the largest logit, int32.
+    """
 
     def losses(logits, labels, smoothing=0.0):
         logits = logits.astype(jnp.float32)
@@ -168,7 +210,7 @@ def classification(label_smoothing: float = 0.0) -> Objective:
 
 
 def regression() -> Objective:
-    """The square of the difference between outputs (B, 1) and float labels (B,)."""
+    """The squared difference between outputs (B, 1) and float labels (B,)."""
 
     def run(call, labels):
         values = call().astype(jnp.float32)[:, 0]
@@ -186,7 +228,7 @@ def regression() -> Objective:
 
 
 class Outputs(NamedTuple):
-    """A whole split, evaluated: arrays (n,) on the host."""
+    """An evaluated split: arrays (n,) on the host."""
 
     ids: np.ndarray
     predictions: np.ndarray
@@ -195,32 +237,38 @@ class Outputs(NamedTuple):
 
 
 def measured(outputs: Outputs, metrics: tuple[str, ...]) -> dict[str, float]:
-    """The metrics over a whole split, the first of them first, and the mean loss."""
+    """The metrics of a whole split, in their order, and the mean loss."""
     found = score(outputs.predictions, outputs.labels, metrics)
     return found | {"loss": float(outputs.losses.mean(dtype=np.float64))}
 
 
 def numbered(config: Run, sizes: dict[str, int]) -> tuple[Callable, Callable]:
-    """``train`` and ``evaluate`` of a `Feed` whose splits, of these sizes, lie on the device one
-    behind the other: a batch is numbers into them, so that the evaluation step compiles once."""
+    """``train`` and ``evaluate`` of a `Feed` whose splits lie on the device in one array.
+
+    A batch holds indices into that array, so the evaluation step compiles once for all splits.
+    """
     first = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
-    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
     def train(step):
         ids = data.batch_ids(
-            sizes["train"], config.batch_size, seed=config.data_seed, start_step=step, **process
+            sizes["train"], config.batch_size, seed=config.data_seed, start_step=step, **process()
         )
         return ({"id": i} for i in ids)
 
     def evaluate(split):
-        for batch in data.eval_batches(sizes[split], config.eval_batch_size, **process):
+        for batch in data.eval_batches(sizes[split], config.eval_batch_size, **process()):
             yield {"id": batch["id"] + np.int32(first[split]), "mask": batch["mask"]}
 
     return train, evaluate
 
 
+def process() -> dict[str, int]:
+    """Which process this is and how many there are, as the functions of `data` take it."""
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
 def absent_classes(labels: np.ndarray, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes that do not occur among int ``labels`` (n,).
+    """The classes without an example among int ``labels`` (n,).
 
     >>> absent_classes(np.array([0, 2, 0]), ("cat", "dog", "owl"))
     ('dog',)
@@ -229,7 +277,7 @@ def absent_classes(labels: np.ndarray, names: tuple[str, ...]) -> tuple[str, ...
 
 
 def data_notes(problem: Problem, feed: Feed, batch_size: int) -> tuple[str, ...]:
-    """What a person should know of the data before they are trained on."""
+    """What a person should know about the data before training."""
     notes, n = [], feed.train_size
     if problem.skipped:
         count = f"{len(problem.skipped)} record{'s' * (len(problem.skipped) > 1)}"
@@ -243,20 +291,9 @@ def data_notes(problem: Problem, feed: Feed, batch_size: int) -> tuple[str, ...]
     return tuple(notes)
 
 
-def checkpoint_notes(pretrained) -> tuple[str, ...]:
-    """What was left out of a checkpoint and what was made new, in words."""
-    notes = []
-    if pretrained.dropped:
-        notes.append(f"not used from {pretrained.source}: {', '.join(pretrained.dropped)}")
-    if pretrained.new:
-        notes.append(f"newly initialised: {', '.join(pretrained.new)}")
-    return tuple(notes)
-
-
 @contextlib.contextmanager
 def fields(names: str) -> Iterator[None]:
-    """Turns a ValueError or RuntimeError of the library into a UserError that names the fields
-    ``names`` to correct."""
+    """Turns a ValueError or RuntimeError into a UserError that names the fields to correct."""
     try:
         yield
     except UserError:

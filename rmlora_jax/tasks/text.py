@@ -6,47 +6,33 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rmlora_jax import data, hub, methods
+from rmlora_jax import data, hub
 from rmlora_jax.config import FREE, LARGE, Mistake, field
 from rmlora_jax.fields import Run
-from rmlora_jax.models.family import TEXTS, Family
-from rmlora_jax.tasks import places
+from rmlora_jax.models.family import TEXTS
+from rmlora_jax.tasks import places, task
 from rmlora_jax.tasks.scores import NAMES
-from rmlora_jax.tasks.task import (
-    Feed,
-    Objective,
-    Opening,
-    Problem,
-    Shapes,
-    Task,
-    absent_classes,
-    checkpoint_notes,
-    classification,
-    fields,
-    regression,
-)
 
 CLASSES, VALUES = "text_classification", "text_regression"
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Read by the tasks of text alone."""
+    """The fields of the two tasks on texts."""
 
     columns: tuple = field(
-        (), "one or two names of features with text; (): those of the GLUE task"
+        (), "names of the one or two features with text; (): those of the GLUE task"
     )
-    max_length: int = field(128, "tokens of an example; what is longer is cut", least=1, most=LARGE)
+    max_length: int = field(128, "tokens of an example; longer ones are cut", least=1, most=LARGE)
     metrics: tuple = field(
         (), "the first picks the best step; (): GLUE's, else accuracy, or pearson"
     )
     train_file: str | None = field(None, "CSV, TSV or JSON lines, in place of TFDS")
     test_file: str | None = field(None, "None: a part of train_file is held out")
-    predict_file: str | None = field(None, "without labels; predicted at the end")
+    predict_file: str | None = field(None, "rows without labels, predicted at the end")
     group_by_length: bool = field(
         False, "batches of similar lengths: less padding, another order"
     )
@@ -54,23 +40,21 @@ class Text:
         False, "pad all to max_length: more padding, but one program to compile"
     )
     cache: str = field(
-        "~/.cache/rmlora_jax/tokens", "folder of tokenised splits; '' for none",
+        "~/.cache/rmlora_jax/tokens", "folder for tokenised splits; '': no cache",
         resume=FREE, cache=True,
     )
 
 
 def check(config: Run) -> Iterator[Mistake]:
     """What is wrong with a config for texts."""
-    c, t = config.data, config.own(Text)
+    t = config.own(Text)
     if not config.model.source:
         yield "model.source", "a folder, or a model's name"
-    if config.model.image_size != 0:
-        yield "model.image_size", "0 for text"
+    yield from places.unused(
+        config, ("model.image_size", "data.classes", "data.per_class"), "for text"
+    )
     if config.model.attention not in ("auto", "xla"):
         yield "model.attention", "'auto' for text"
-    for name in ("classes", "per_class"):
-        if getattr(c, name) != 0:
-            yield f"data.{name}", "0 for text"
     if len(t.columns) > 2:
         yield "text.columns", "at most two names"
     if t.train_file:
@@ -79,24 +63,16 @@ def check(config: Run) -> Iterator[Mistake]:
                 "the columns of text.train_file with text: "
                 "--config.text.columns=\"('text',)\""
             )
-        for name in ("test_split", "unlabelled_split"):
-            if getattr(c, name) is not None:
-                yield f"data.{name}", "None with text.train_file"
+        splits = ("data.test_split", "data.unlabelled_split")
+        yield from places.unused(config, splits, "with text.train_file")
     else:
-        for name in ("test_file", "predict_file"):
-            if getattr(t, name):
-                yield f"text.{name}", "None without text.train_file"
+        files = ("text.test_file", "text.predict_file")
+        yield from places.unused(config, files, "without text.train_file")
     if any(name not in NAMES for name in t.metrics):
         yield "text.metrics", f"names among {', '.join(NAMES)}"
 
 
-def missing(config: Run) -> Iterator[str]:
-    yield from places.model(config)
-    yield from places.adapter(config)
-    yield from data.missing("texts", request(config))
-
-
-def open_problem(config: Run, opening: Opening) -> Problem:
+def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     """The data set and the encoder that the config names.
 
     Raises:
@@ -105,15 +81,16 @@ def open_problem(config: Run, opening: Opening) -> Problem:
     folder = hub.find_folder(config.model.source)  # a mistyped name fails before data is fetched
     tokenizer = hub.load_tokenizer(folder)
     glue = data.glue_task(config.data.name)
-    texts = load(config)
+    texts = data.open_texts(request(config))
     pretrained = hub.load_text(
         config.model.source,
         num_labels=1 if texts.label_names is None else len(texts.label_names),
         key=opening.key,
     )
-    model = build_model(config, pretrained.family, pretrained.config, pretrained.num_labels)
+    kind, outputs = pretrained.family.model, pretrained.num_labels
+    model = task.build_model(config, kind, pretrained.config, outputs)
     example = example_of(config)
-    with fields("text.max_length"):  # more tokens than the model has positions
+    with task.fields("text.max_length"):  # more tokens than the model has positions
         jax.eval_shape(model.init, opening.key, *example)
 
     def write_predictions(workdir: Path, split: str, ids, predictions) -> Path:
@@ -121,18 +98,13 @@ def open_problem(config: Run, opening: Opening) -> Problem:
         folder = workdir / "predictions"
         return data.write_predictions(folder, split, rows, predictions, texts.label_names, glue)
 
-    return Problem(
+    return task.of_pretrained(
+        pretrained,
         model=model,
-        params=pretrained.params,
-        new=pretrained.new,
-        reseeded=lambda key: hub.new_text_head(pretrained, key).params,
         example=example,
         open_feed=lambda: open_feed(config, texts, tokenizer),
-        objective=objective(config),
         metrics=metrics(config, glue),
-        notes=checkpoint_notes(pretrained),
         write_predictions=write_predictions,
-        pretrained=pretrained,
         info=hub.Info(
             task=config.task,
             labels=texts.label_names,
@@ -144,11 +116,11 @@ def open_problem(config: Run, opening: Opening) -> Problem:
     )
 
 
-def shapes(config: Run) -> Shapes:
-    """A run as shapes; texts have their greatest length.
+def shapes(config: Run) -> task.Shapes:
+    """A run as shapes, for texts of ``text.max_length``.
 
     Raises:
-      UserError: what of the config is not known without more than is here.
+      UserError: the model's config or the number of classes is not known on this machine.
     """
     family, architecture = places.architecture(config, TEXTS)
     outputs, example = count_labels(config), example_of(config)
@@ -156,12 +128,11 @@ def shapes(config: Run) -> Shapes:
     batch = {n: struct((b, length), x.dtype) for n, x in zip(INPUTS, example, strict=True)}
     kind = jnp.float32 if config.task == VALUES else jnp.int32
     batch |= {"id": struct((b,), jnp.int32), "label": struct((b,), kind)}
-    return Shapes(
-        model=build_model(config, family, architecture, outputs),
+    return task.Shapes(
+        model=task.build_model(config, family.model, architecture, outputs),
         example=example,
         outputs=outputs,
-        objective=objective(config),
-        prepare_train=lambda key, positions, resident, batch: prepare(batch),
+        prepare_train=lambda key, positions, *given: prepare(*given),
         resident={},
         batch=batch,
         words=f", of {length} tokens",
@@ -173,46 +144,24 @@ def count_labels(config: Run) -> int:
         return 1
     if found := data.known("texts", request(config)):
         return found.classes
-    return len(load(config, download=False).label_names or ())
-
-
-def objective(config: Run) -> Objective:
-    if config.task == VALUES:
-        return regression()
-    return classification(config.optimizer.label_smoothing)
+    return len(data.open_texts(request(config, download=False)).label_names or ())
 
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def build_model(config: Run, family: Family, architecture: Any, num_labels: int) -> nn.Module:
-    """The encoder of a run, with what its method puts into the layers."""
-    return family.model(
-        methods.architecture(config, architecture),
-        num_labels,
-        dtype=jnp.dtype(config.model.dtype),
-        unroll=min(config.model.unroll, architecture.num_hidden_layers),
-        remat=config.model.remat,
-    )
-
-
 def example_of(config: Run) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The model's arguments for one text of the greatest length."""
+    """The model's arguments for one text of ``text.max_length``."""
     tokens = functools.partial(jax.ShapeDtypeStruct, (1, config.own(Text).max_length))
     return tokens(jnp.int32), tokens(jnp.bool_), tokens(jnp.int32)
 
 
-def prepare(batch: dict) -> tuple[tuple, jax.Array]:
+def prepare(resident: dict, batch: dict) -> tuple[tuple, jax.Array]:
     """The model's arguments and the labels of a batch."""
     return tuple(batch[name] for name in INPUTS), batch["label"]
 
 
-def load(config: Run, *, download: bool = True) -> data.TextDataset:
-    """The data set that the config names, with a validation split carved from train."""
-    return data.open_texts(request(config, download=download))
-
-
-def request(config: Run, *, download: bool = True) -> data.Request:
+def request(config: Run, **options) -> data.Request:
     """The texts that the config names."""
     c, t = config.data, config.own(Text)
     glue = data.glue_task(c.name)
@@ -220,22 +169,16 @@ def request(config: Run, *, download: bool = True) -> data.Request:
     unlabelled = glue.unlabelled if glue else {}
     if c.unlabelled_split:
         unlabelled = {"predict": c.unlabelled_split}
-    return data.Request(
-        c.name,
+    return task.request(
+        config,
         columns=tuple(t.columns) or (glue.columns if glue else ()),
-        label_key=c.label_key,
         regression=config.task == VALUES,
-        data_dir=c.data_dir,
-        validation=c.validation,
-        train_split=c.train_split,
         test_splits=tests,
         unlabelled_splits=unlabelled,
         train_file=t.train_file,
         test_file=t.test_file,
         predict_file=t.predict_file,
-        limit=c.limit,
-        download=download,
-        bad_records=c.bad_records,
+        **options,
     )
 
 
@@ -247,8 +190,8 @@ def metrics(config: Run, glue: data.GlueTask | None) -> tuple[str, ...]:
     return ("pearson", "spearman") if config.task == VALUES else ("accuracy",)
 
 
-def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> Feed:
-    """Tokenises every split, or reads its tokens from the cache."""
+def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> task.Feed:
+    """Tokenises each split, or reads its tokens from the cache."""
     t = config.own(Text)
     splits = {"train": texts.train, "validation": texts.validation}
     splits |= texts.tests | texts.unlabelled
@@ -266,8 +209,7 @@ def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> Feed:
         "pad_id": tokenizer.pad_token_id,
         "max_length": t.max_length,
         "one_length": t.one_length,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
+        **task.process(),
     }
 
     def train(step: int):
@@ -286,22 +228,18 @@ def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> Feed:
             tokens[split], splits[split].labels, config.eval_batch_size, **options
         )
 
-    return Feed(
+    return task.Feed(
         sizes={name: len(split.ids) for name, split in splits.items()},
         train=train,
         evaluate=evaluate,
         resident={},
-        prepare_train=lambda key, positions, resident, batch: prepare(batch),
-        prepare_eval=lambda resident, batch: prepare(batch),
+        prepare_train=lambda key, positions, *given: prepare(*given),
+        prepare_eval=prepare,
         tests=tuple(texts.tests),
         unlabelled=tuple(texts.unlabelled),
-        absent=absent_classes(texts.train.labels, texts.label_names or ()),
+        absent=task.absent_classes(texts.train.labels, texts.label_names or ()),
         varies=True,
     )
-
-
-def training_examples(config: Run) -> int:
-    return len(load(config, download=False).train.ids)
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, str]:
@@ -309,11 +247,21 @@ def facts(config: Mapping[str, Any]) -> dict[str, str]:
     return {} if length is None else {"text": f"at most {length} tokens"}
 
 
-def task(name: str, help: str, unit: str) -> Task:
-    return Task(
-        name, help, check, missing, open_problem, shapes, training_examples, Text, unit, facts
-    )
-
-
-CLASSIFICATION = task(CLASSES, "the class of one or two texts", "nats per example")
-REGRESSION = task(VALUES, "a number for one or two texts", "squared error")
+CLASSIFICATION = task.Task(
+    CLASSES,
+    "the class of one or two texts",
+    "texts",
+    request,
+    check,
+    open_problem,
+    shapes,
+    lambda config: len(data.open_texts(request(config, download=False)).train.ids),
+    Text,
+    facts=facts,
+)
+REGRESSION = CLASSIFICATION._replace(
+    name=VALUES,
+    help="a number for one or two texts",
+    objective=lambda config: task.regression(),
+    unit="squared error",
+)

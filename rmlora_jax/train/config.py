@@ -129,7 +129,8 @@ def read_config(workdir: Path) -> Run:
 
 def swept(config: Run, traced: methods.Values | None = None) -> methods.Values:
     """The values of all that a sweep can vary; ``traced`` ones take the place of the config's."""
-    return methods.swept(config, SWEEPABLE, traced)
+    flat = flatten(config)
+    return {name: flat[path] for name, path in SWEEPABLE.items()} | dict(traced or {})
 
 
 def changes(old: dict, new: Any) -> tuple[list[str], list[str]]:

@@ -153,7 +153,7 @@ def write_adapter(
     assert problem.info is not None  # as every problem with a pretrained model has
     info = dataclasses.replace(problem.info, about=about)
     write_info(workdir, info)
-    if not methods.has_factors(config):
+    if not methods.of(config).adapts:
         return None
     params = joined(problem.pretrained.params, trainable)
     folder = workdir / ADAPTER
@@ -194,7 +194,7 @@ def export_merged(workdir: Path) -> Path:
         what = f"method {config.method}" if inserted else f"task {config.task}"
         raise UserError(f"{workdir}: {what} has no model in transformers; it stays a run of ours")
     size = info.image_size
-    if methods.has_factors(config):
+    if methods.of(config).adapts:
         outputs = hub.stored_labels(workdir / ADAPTER)
         base = hub.load_pretrained(config.model.source, num_labels=outputs, image_size=size)
         params = rm.merge(*hub.load_peft(workdir / ADAPTER, base))

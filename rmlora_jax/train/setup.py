@@ -156,7 +156,7 @@ def open_base(config: Run, devices: Devices) -> Base:
     return Base(
         problem=problem,
         feed=feed,
-        objective=problem.objective,
+        objective=TASKS[config.task].objective(config),
         lora=lora,
         adapted=adapted,
         trainable=trainable,

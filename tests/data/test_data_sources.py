@@ -95,15 +95,18 @@ def test_what_is_missing(made, tmp_path, monkeypatch):
     assert missing("images", Request("digits")) == []
     assert missing("images", Request("cifar100", data_dir=tmp_path)) == []  # it can be fetched
     assert missing("texts", Request("glue/cola", data_dir=tmp_path / "new")) == []
-    (line,) = missing("texts", Request("cifar100", data_dir=tmp_path))
-    assert line.startswith("config.data.name='cifar100': cifar100 is not prepared in ")
+    for name in ("cifar100", "digits", "folder"):
+        (line,) = missing("texts", Request(name, data_dir=tmp_path))
+        assert line == f"config.data.name={name!r}: {name!r} holds images, not texts"
+    (line,) = missing("texts", Request("imdb_reviews", data_dir=tmp_path))
+    assert line.startswith("config.data.name='imdb_reviews': imdb_reviews is not prepared in ")
     (line,) = missing("images", Request("digits", data_dir=__file__))
     assert line == f"config.data.data_dir={__file__!r}: it is a file; give a folder"
     takes = registry.SOURCES[0]._replace(takes_file=True, missing=lambda request: [])
     monkeypatch.setattr(registry, "SOURCES", (takes, *registry.SOURCES[1:]))
     assert missing("images", Request("made", data_dir=__file__)) == []
     (line,) = missing("utterances", Request("digits"))
-    assert line == "config.data.name='digits': no data set of utterances is called 'digits'"
+    assert line == "config.data.name='digits': 'digits' holds images, not utterances"
     (line,) = missing("utterances", Request("japanese_vowels", data_dir=tmp_path / "x"))
     assert line.startswith("config.data.data_dir: there is no folder ")
     (tmp_path / "rows.csv").write_text("")
