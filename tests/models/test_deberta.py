@@ -19,6 +19,7 @@ import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub import load_text, load_tokenizer
 from rmlora_jax.models import Deberta, DebertaConfig
+from rmlora_jax.models.blocks import Parts
 from rmlora_jax.models.positions import (
     bucket,
     disentangled_scores,
@@ -238,8 +239,11 @@ def test_what_is_not_supported_is_refused_by_name(fields, message):
 
 
 def test_configurations_of_the_hub_are_read():
+    def head_dropout(config):
+        return Parts(config).dropout(config.cls_dropout).rate
+
     config = DebertaConfig.from_hf(published.CONFIG | {"attention_head_size": 64, "legacy": True})
     assert (config.span, config.longest_distance, config.terms) == (256, 512, ("c2p", "p2c"))
-    assert config.longest is None and config.head_dropout == 0.1
+    assert config.longest is None and head_dropout(config) == 0.1
     by_default = DebertaConfig.from_hf({"max_position_embeddings": 30, "cls_dropout": 0})
-    assert by_default.longest == 30 and by_default.head_dropout == 0 and by_default.terms == ()
+    assert by_default.longest == 30 and head_dropout(by_default) == 0 and by_default.terms == ()
