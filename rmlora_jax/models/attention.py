@@ -59,10 +59,10 @@ def attend_with_dropout(query, key, value, drop: Callable, mask: jax.Array | Non
     """
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     scores *= query.shape[-1] ** -0.5
-    return mixed(scores, value, drop, None if mask is None else mask[:, None, None, :])
+    return weighted(scores, value, drop, None if mask is None else mask[:, None, None, :])
 
 
-def mixed(scores, value, drop: Callable, pairs: jax.Array | None = None):
+def weighted(scores, value, drop: Callable, pairs: jax.Array | None = None):
     """drop(softmax(scores)) V, the weight exactly 0 where ``pairs`` (B, 1, N or 1, N) is False.
 
     A row without a key gets equal weights.

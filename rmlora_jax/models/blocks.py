@@ -129,10 +129,7 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) -> (B, N, D), every projection a plain Dense.
-
-    A family may set another `mixed`.
-    """
+    """Multi-head self-attention: (B, N, D) -> (B, N, D), every projection a plain Dense."""
 
     parts: Parts
 
@@ -165,14 +162,10 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer as the body of a scan: x -> (x, x where ``parts.collect``, else None).
-
-    A family may set another attention.
-    """
+    """One layer as the body of a scan: x -> (x, x where ``parts.collect``, else None)."""
 
     parts: Parts
-
-    attention_type = Attention
+    attention_type: ClassVar[type[Attention]] = Attention
 
     @nn.compact
     def __call__(self, x, *inputs):
@@ -305,31 +298,6 @@ def parts_of(model: nn.Module, train: bool, collect: bool = False) -> Parts:
     return Parts(**{name: own[name] for name in shared}, train=train, collect=collect)
 
 
-def checked_tokens(model: str, longest: int | None, input_ids, attention_mask, token_type_ids):
-    """The three inputs as arrays, checked: ids (B, N), mask bool (B, N), types (B, N).
-
-    No mask stays None, since only XLA's attention takes one.
-    """
-    if not jnp.issubdtype(jnp.result_type(input_ids), jnp.integer):
-        raise TypeError(f"{model}: input_ids are {jnp.result_type(input_ids)}; pass integers")
-    shape = jnp.shape(input_ids)
-    if len(shape) != 2:
-        raise ValueError(f"{model}: input_ids have shape {shape}; expected (batch, tokens)")
-    if longest is not None and shape[1] > longest:
-        raise ValueError(
-            f"{model}: {shape[1]} tokens, but the checkpoint has positions for {longest}; "
-            "cut the texts to that length"
-        )
-    mask = None if attention_mask is None else jnp.asarray(attention_mask) != 0
-    types = jnp.zeros(shape, jnp.int32) if token_type_ids is None else token_type_ids
-    for name, value in (("attention_mask", mask), ("token_type_ids", types)):
-        if value is not None and jnp.shape(value) != shape:
-            raise ValueError(
-                f"{model}: {name} has shape {jnp.shape(value)}; input_ids have {shape}"
-            )
-    return input_ids, mask, types
-
-
 class Classifier(nn.Module):
     """The fields of classifiers, see `Bert`."""
 
@@ -379,13 +347,35 @@ class TextClassifier(Classifier):
           ValueError: shapes that do not fit, too many tokens, or an attribute out of its range.
         """
         parts = parts_of(self, train, hidden_states)
-        input_ids, mask, types = checked_tokens(
-            type(self).__name__, self.config.longest, input_ids, attention_mask, token_type_ids
-        )
-        if mask is None and self.needs_mask:
-            mask = jnp.ones(input_ids.shape, bool)
+        types, mask = self.checked(input_ids, attention_mask, token_type_ids)
         x = self.embed_type(parts, name="embed")(input_ids, types, mask)
         x, states = self.encoder_type(parts, name="encoder")(x, mask)
         pooled = self.pooled(parts.float32, x[:, 0].astype(jnp.float32))
         logits = parts.float32.dense(self.num_labels, name="head")(pooled)
         return (logits, states) if hidden_states else logits
+
+    @nn.nowrap
+    def checked(self, input_ids, mask, types):
+        """Types int (B, N) and mask bool (B, N), after a check of all three inputs.
+
+        No mask stays None unless ``needs_mask``: only XLA's attention takes one.
+        """
+        model, longest, shape = type(self).__name__, self.config.longest, jnp.shape(input_ids)
+        if not jnp.issubdtype(jnp.result_type(input_ids), jnp.integer):
+            raise TypeError(f"{model}: input_ids are {jnp.result_type(input_ids)}; pass integers")
+        if len(shape) != 2:
+            raise ValueError(f"{model}: input_ids have shape {shape}; expected (batch, tokens)")
+        if longest is not None and shape[1] > longest:
+            raise ValueError(
+                f"{model}: {shape[1]} tokens, but the checkpoint has positions for {longest}; "
+                "cut the texts to that length"
+            )
+        types = jnp.zeros(shape, jnp.int32) if types is None else types
+        if mask is not None or self.needs_mask:
+            mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask) != 0
+        for name, value in (("attention_mask", mask), ("token_type_ids", types)):
+            if value is not None and jnp.shape(value) != shape:
+                raise ValueError(
+                    f"{model}: {name} has shape {jnp.shape(value)}; input_ids have {shape}"
+                )
+        return types, mask

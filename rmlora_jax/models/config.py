@@ -82,12 +82,9 @@ class ModelConfig:
 
     @classmethod
     def known_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of a ``config.json`` that are fields of this class.
+        """The entries of a ``config.json`` that are fields of this class; errors as in `from_hf`.
 
-        An unknown field whose value is null, false, 0 or empty asks for nothing, and is left out.
-
-        Raises:
-          ValueError: an unsupported ``model_type`` or field.
+        An unknown field whose value is null, false, 0 or empty is left out.
         """
         kind = config.get("model_type", cls.model_types[0])
         if kind not in cls.model_types:
@@ -169,6 +166,8 @@ def check_fields(config: Any) -> None:
             refuse(name, value, "a probability below 1")
         if field.type == float | None and not (value is None or (number and 0 <= value < 1)):
             refuse(name, value, "a probability below 1, or null")
+        if name == "model_type" and value not in config.model_types:
+            refuse(name, value, f"one of {', '.join(config.model_types)}")
         if name.endswith("act") and value not in ACTIVATIONS:
             refuse(name, value, f"one of {', '.join(ACTIVATIONS)}")
     if config.hidden_size % config.num_attention_heads:

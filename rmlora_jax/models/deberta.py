@@ -6,9 +6,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rmlora_jax.models import blocks
-from rmlora_jax.models.attention import mixed
+from rmlora_jax.models.attention import weighted
 from rmlora_jax.models.blocks import Parts, TextClassifier
 from rmlora_jax.models.config import ACTIVATIONS, EncoderConfig, refuse
 from rmlora_jax.models.family import (
@@ -24,7 +25,7 @@ from rmlora_jax.models.family import (
     text_entries,
     text_layer,
 )
-from rmlora_jax.models.positions import disentangled_scores, drop_rows, relative_rows
+from rmlora_jax.models.positions import bucket, disentangled_scores, drop_rows
 
 TERMS = ("c2p", "p2c")
 
@@ -132,6 +133,11 @@ class DebertaConfig(EncoderConfig):
         """Half the rows of the table of relative positions."""
         return self.position_buckets if self.position_buckets > 0 else self.longest_distance
 
+    def rows(self, length: int) -> np.ndarray:
+        """Rows of the table of relative positions for the distances -N .. N - 1: int (2 N,)."""
+        found = bucket(np.arange(-length, length), self.position_buckets, self.longest_distance)
+        return np.clip(found + self.span, 0, 2 * self.span - 1)
+
     @property
     def terms(self) -> tuple[str, ...]:
         """The terms that attention adds for relative positions."""
@@ -157,9 +163,10 @@ class DebertaConfig(EncoderConfig):
         if isinstance(known.get("norm_rel_ebd"), str):
             known["norm_rel_ebd"] = known["norm_rel_ebd"].strip().lower()
         built = cls(**known)
-        width = built.hidden_size
-        derived = {"attention_head_size": width // built.num_attention_heads}
-        derived["pooler_hidden_size"] = width
+        derived = {
+            "attention_head_size": built.hidden_size // built.num_attention_heads,
+            "pooler_hidden_size": built.hidden_size,
+        }
         for name, value in derived.items():
             if config.get(name) not in (None, value):
                 refuse(name, config[name], f"{value}, as hidden_size asks for")
@@ -201,7 +208,7 @@ class Attention(blocks.Attention):
             return own(relative).reshape(-1, *query.shape[2:])
 
         if c.terms and c.hidden_dropout_prob and parts.train:
-            rows = distance_rows(c, query.shape[1])
+            rows = c.rows(query.shape[1])
             relative = drop_rows(self.make_rng("dropout"), relative, rows, c.hidden_dropout_prob)
         scores = disentangled_scores(
             query, key, positions("c2p", "key"), positions("p2c", "query")
@@ -210,7 +217,7 @@ class Attention(blocks.Attention):
         scores /= (query.shape[3] * (1 + len(c.pos_att_type))) ** 0.5
         # A padded query attends to all keys alike, as in the original.
         pairs = mask[:, None, :, None] & mask[:, None, None, :]
-        return mixed(scores, value, parts.dropout(c.attention_probs_dropout_prob), pairs)
+        return weighted(scores, value, parts.dropout(c.attention_probs_dropout_prob), pairs)
 
 
 class Layer(blocks.Layer):
@@ -275,7 +282,7 @@ class Encoder(nn.Module):
         relative = None  # the embeddings of the distances -N .. N - 1: (2 N, D)
         if c.relative_attention:
             table = parts.table(2 * c.span, c.hidden_size, "relative")
-            relative = table(distance_rows(c, x.shape[1]))
+            relative = table(c.rows(x.shape[1]))
             if c.norm_rel_ebd != "none":
                 relative = parts.norm("relative_norm")(relative)
         same = (nn.broadcast,) * 3
@@ -324,11 +331,6 @@ class Deberta(TextClassifier):
     encoder_type = Encoder
     pooled = staticmethod(pooled)
     needs_mask = True
-
-
-def distance_rows(config: DebertaConfig, length: int):
-    """Rows of the relative table for the distances -N .. N - 1."""
-    return relative_rows(length, config.span, config.position_buckets, config.longest_distance)
 
 
 def normalised(x, scale, bias, epsilon: float):

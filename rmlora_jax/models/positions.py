@@ -93,16 +93,6 @@ def bucket(distance, buckets: int, longest: int) -> np.ndarray:
     return np.where(near, distance, np.sign(distance) * log).astype(np.int64)
 
 
-def relative_rows(length: int, span: int, buckets: int, longest: int) -> np.ndarray:
-    """Rows of the table of 2 ``span`` relative positions for distances -N .. N - 1: int (2 N,).
-
-    >>> relative_rows(3, span=2, buckets=-1, longest=2).tolist()
-    [0, 0, 1, 2, 3, 3]
-    """
-    rows = bucket(np.arange(-length, length), buckets, longest)
-    return np.clip(rows + span, 0, 2 * span - 1)
-
-
 def drop_rows(key: jax.Array, x: jax.Array, rows: np.ndarray, rate: float) -> jax.Array:
     """Dropout of the table from which ``x`` (M, D) was taken: equal ``rows`` lose equal entries.
 

@@ -72,11 +72,7 @@ class ViTConfig(EncoderConfig):
 
     @classmethod
     def from_hf(cls, config):
-        """See ``ModelConfig.from_hf``.
-
-        >>> ViTConfig.from_hf({"model_type": "vit", "image_size": 384}).image_size
-        384
-        """
+        """See ``ModelConfig.from_hf``."""
         known = cls.known_fields(config)
         for name in ("image_size", "patch_size"):
             side = known.get(name)

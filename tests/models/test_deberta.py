@@ -24,7 +24,6 @@ from rmlora_jax.models.positions import (
     bucket,
     disentangled_scores,
     drop_rows,
-    relative_rows,
     skew,
 )
 
@@ -79,7 +78,9 @@ def test_scores_and_gradients_equal_the_gathered_ones(length, buckets, terms):
     kept = [term in terms for term in ("c2p", "p2c")]
     distance = np.subtract.outer(np.arange(length), np.arange(length))
     pairs = np.clip(bucket(distance, buckets, longest) + span, 0, 2 * span - 1)
-    rows = relative_rows(length, span, buckets, longest)
+    config = DebertaConfig(position_buckets=buckets, max_relative_positions=longest)
+    assert config.span == span
+    rows = config.rows(length)
 
     def ours(query, key, tables):
         tables = [t[rows] if keep else None for t, keep in zip(tables, kept, strict=True)]
@@ -108,7 +109,7 @@ def test_attention_scores_need_no_gather_and_no_scatter():
 
 
 def test_distances_that_share_a_row_share_what_dropout_takes():
-    rows = relative_rows(40, span=4, buckets=4, longest=32)
+    rows = DebertaConfig(position_buckets=4, max_relative_positions=32).rows(40)
     kept = np.asarray(drop_rows(jax.random.key(0), jnp.ones((80, 24)), rows, 0.5))
     assert set(np.unique(kept)) == {0.0, 2.0}
     distinct = [np.unique(kept[rows == row], axis=0) for row in np.unique(rows)]
