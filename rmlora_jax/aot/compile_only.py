@@ -11,7 +11,7 @@ import jax
 
 from rmlora_jax import methods
 from rmlora_jax.aot.counts import Collective, collectives, flops, total_bytes
-from rmlora_jax.aot.shapes import RunShapes, open_shapes
+from rmlora_jax.aot.shapes import open_shapes
 from rmlora_jax.aot.topology import chip_of, tpu_devices
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
@@ -27,11 +27,11 @@ def compile_only(config: Run, topology: str | None = None) -> None:
 
     Args:
       config: of the run.
-      topology: of a TPU, such as ``v5e:4x4``; None: the devices that are there.
+      topology: of a TPU, such as ``v5e:4x4``; None: the devices of this machine.
 
     Raises:
       UserError: the step does not fit into the memory of a device, with what would make it
-        smaller; or what of the config or topology cannot be had.
+        smaller; or config or topology cannot be used.
     """
     if topology:
         devices, limit = tpu_devices(topology, config.fsdp), chip_of(topology).memory
@@ -49,24 +49,24 @@ def compile_only(config: Run, topology: str | None = None) -> None:
         if not memory.is_short(e):
             raise
         need, limit = refused(e) or (None, limit)  # some of a chip's memory is the runtime's
-        words = too_large(need, limit, where, config, devices)
-        raise UserError(words) from e
-    found = collectives(program.as_text())
+        raise UserError(too_large(need, limit, where, config, devices)) from e
+    base = run.base
+    gradients = 4 * base.trainable_parameters * run.runs  # bytes
     counted = terminal.count_devices(list(devices.mesh.devices.flat))
     batch = f"{config.batch_size}, {config.batch_size // devices.count} a device"
     if config.accumulate > 1:
         batch += f" in {config.accumulate} micro-batches"
     rows = [
-        ("model", f"{config.model.source}, {run.outputs} outputs"),
+        ("model", f"{config.model.source}, {run.task.outputs} outputs"),
         ("method", config.method),
-        ("parameters", terminal.parameters(run.trainable_parameters, run.total_parameters)),
+        ("parameters", terminal.parameters(base.trainable_parameters, base.total_parameters)),
         ("runs", f"{run.runs} at once" if run.runs > 1 else None),
         ("devices", counted + (f" ({topology})" if topology else "")),
-        ("batch", batch + run.batch_words),
+        ("batch", batch + run.task.words),
         ("compiled in", terminal.duration(time.monotonic() - began)),
         ("memory", memory_row(program, limit)),
         ("flops", f"{flops(traced) / 1e12:.4g} TFLOP a device and step, products alone"),
-        *collective_rows(found, run),
+        *collective_rows(collectives(program.as_text()), gradients),
     ]
     print(terminal.format_table("training step", rows), flush=True)
     if memory.needed(program) > limit:
@@ -77,14 +77,14 @@ def memory_row(program, limit: int) -> str:
     """Bytes of the compiled program on one device."""
     plan, need = memory.planned(program), memory.needed(program)
     if not plan:
-        return "not told by the compiler"
+        return "unknown to the compiler"
     return (f"{amount(need)} a device of {amount(limit)} ({100 * need / limit:.1f} %): "
             f"arguments {amount(plan['argument'])}, temporary {amount(plan['temp'])}, "
             f"results {amount(plan['output'] - plan['alias'])}")
 
 
-def collective_rows(found: list[Collective], run: RunShapes) -> list[tuple[str, str]]:
-    """A line for each kind, size in all and turns of a loop, and what the gradients have."""
+def collective_rows(found: list[Collective], gradients: int) -> list[tuple[str, str]]:
+    """A line for each kind and number of turns, and the bytes of a step and of the gradients."""
     groups = collections.defaultdict(list)
     for one in found:
         loop = "" if one.times == 1 else f" in a loop of {one.times} turns"
@@ -92,7 +92,6 @@ def collective_rows(found: list[Collective], run: RunShapes) -> list[tuple[str, 
             loop = " in a loop without a known end"
         groups[one.kind + loop].append(one.bytes)
     lines = [f"{len(sizes)} {kind}, {amount(sum(sizes))} in all" for kind, sizes in groups.items()]
-    gradients = 4 * run.trainable_parameters * run.runs
     whole = total_bytes(found)
     told = "in loops without a known end" if whole is None else f"{whole:,} bytes"
     lines = lines or ["none: one device"]
@@ -102,7 +101,7 @@ def collective_rows(found: list[Collective], run: RunShapes) -> list[tuple[str, 
 
 
 def refused(error: Exception) -> tuple[int, int] | None:
-    """Bytes that were needed and that there are, where the TPU compiler gave up and says so.
+    """Needed and available bytes, from the error of a TPU compiler that ran out of memory.
 
     >>> refused(RuntimeError("memory required for HLO temporaries (2.5G) exceeds available HBM "
     ...                      "(2.00G)."))
@@ -119,19 +118,16 @@ def refused(error: Exception) -> tuple[int, int] | None:
 def too_large(
     need: int | None, limit: int, where: str, config: Run, devices: Devices
 ) -> str:
-    """What to say of a step that does not fit."""
+    """The message for a step that does not fit."""
     needs = "more" if need is None else amount(need)
     words = smaller(config, devices)
-    return (
-        f"the training step needs {needs} on each of {devices.count} devices of {where}, which "
-        f"have {amount(limit)}\n"
-        + (f"Type {words[0]}" + (f", or {', '.join(words[1:])}" if words[1:] else "")
-           if words else "Choose a larger chip, or a smaller model")
-    )
+    advice = f"Type {', or '.join(words)}" if words else "Choose a larger chip, or a smaller model"
+    return (f"the training step needs {needs} on each of {devices.count} devices of {where}, which "
+            f"have {amount(limit)}\n{advice}")
 
 
 def smaller(config: Run, devices: Devices) -> list[str]:
-    """Overrides that make a step smaller, those that leave its numbers as they are first."""
+    """Overrides that make a step smaller, first those that do not change its numbers."""
     policies = list(REMAT)
     weaker = policies[policies.index(config.model.remat) + 1 :]
     words = [f"--config.model.remat={policy}" for policy in weaker]

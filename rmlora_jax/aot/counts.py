@@ -1,15 +1,16 @@
-"""What a step does, counted in its program: collectives in the compiled text, flops in the trace.
+"""Collectives of a compiled step and flops of a traced one.
 
-XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs. Flops
-are those of matrix products and convolutions. What is computed again in the backward pass
-(``model.remat``) counts again; everything else, such as softmax, norms and the optimizer, is left
-out.
+Both count the body of a loop once for each turn, where XLA's cost analysis counts it once. Flops
+are those of matrix products and convolutions, those recomputed in the backward pass
+(``model.remat``) included.
 """
 
 import math
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+import jax
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all",
          "collective-broadcast", "ragged-all-to-all")
@@ -27,12 +28,12 @@ class Collective(NamedTuple):
     """One collective instruction."""
 
     kind: str  # one of KINDS
-    bytes: int  # of its result on one device, each time that it runs
-    times: int | None  # in a call of the program; None in a loop of unknown turns
+    bytes: int  # of its result on one device, each time it runs
+    times: int | None  # per call of the program; None in a loop whose turns are unknown
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of ``compiled.as_text()``, in the order in which they are reached.
+    """The collectives of ``compiled.as_text()``, in the order of the program.
 
     A pair of start and done counts once; both branches of a condition count.
 
@@ -52,16 +53,17 @@ def collectives(text: str) -> list[Collective]:
 
 
 def total_bytes(found: list[Collective]) -> int | None:
-    """Bytes of all, each as often as it runs; None where that is not known of one."""
+    """Bytes of all, each as often as it runs; None where a number of turns is unknown."""
     known = [c.bytes * c.times for c in found if c.times is not None]
     return sum(known) if len(known) == len(found) else None
 
 
 def _executed(computations, name: str, times: int | None) -> Iterator[Collective]:
     for shape, op, rest in computations.get(name, ()):
-        kind = op.removesuffix("-start")
+        kind = op.removesuffix("-done")  # its shape is that of the result alone
         if kind in KINDS:
-            yield Collective(kind, _bytes(shape, op), times)
+            yield Collective(kind, sum(_size(*array) for array in _ARRAY.findall(shape)), times)
+        if kind.removesuffix("-start") in KINDS:
             continue  # what it calls is the addition of two numbers
         inner = times
         if op == "while":
@@ -70,29 +72,6 @@ def _executed(computations, name: str, times: int | None) -> Iterator[Collective
         for _, called in _CALLED.findall(rest):
             for one in re.findall(r"[\w.-]+", called):
                 yield from _executed(computations, one, inner)
-
-
-def _bytes(shape: str, op: str) -> int:
-    """Size of a result; a start also gives its operands, and maybe tokens, which do not count."""
-    if op.endswith("-start") and op != "all-reduce-start":
-        shape = _parts(shape)[1]
-    return sum(_size(*array) for array in _ARRAY.findall(shape))
-
-
-def _parts(shape: str) -> list[str]:
-    """The elements of a tuple's shape, tuples among them whole.
-
-    >>> _parts("((f32[2]{0}, s8[]), f32[8]{0:T(8,128)})")
-    ['(f32[2]{0}, s8[])', 'f32[8]{0:T(8,128)}']
-    """
-    parts, depth = [""], 0
-    for char in shape[1:-1]:
-        depth += (char in "([{") - (char in ")]}")
-        if char == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [part.strip() for part in parts]
 
 
 def _size(dtype: str, dims: str) -> int:
@@ -109,11 +88,11 @@ def _size(dtype: str, dims: str) -> int:
 
 
 def flops(traced: Any) -> int:
-    """Operations of ``jax.jit(f).trace(*args)``, a multiplication and an addition being two.
+    """Operations of ``jax.jit(f).trace(*args)``; a multiplication and an addition are two.
 
-    Inside `jax.shard_map` these are those of one device.
+    Inside `jax.shard_map` they are those of one device.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import jax.numpy as jnp
     >>> def product(a, b):
     ...     return jax.lax.scan(lambda c, _: (c @ b, None), a, None, length=5)[0]
     >>> flops(jax.jit(product).trace(jnp.ones((2, 3)), jnp.ones((3, 3))))
@@ -145,14 +124,9 @@ def _count(jaxpr) -> int:
     return total
 
 
-def inner_programs(value: Any) -> Iterator[Any]:
+def inner_programs(params: Any) -> Iterator[Any]:
     """The programs among the parameters of an equation."""
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if isinstance(value, tuple | list):
-        for part in value:
-            yield from inner_programs(part)
-    elif hasattr(value, "eqns"):
-        yield value
-    elif hasattr(value, "jaxpr"):
-        yield value.jaxpr
+    for leaf in jax.tree.leaves(params):
+        program = getattr(leaf, "jaxpr", leaf)
+        if hasattr(program, "eqns"):
+            yield program

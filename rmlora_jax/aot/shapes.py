@@ -1,5 +1,6 @@
-"""A run as shapes: its real training step and what goes into it, without data and weights."""
+"""A run as shapes: its real training step and the step's arguments, without data and weights."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,57 +23,45 @@ STEPS = 1000  # where the config counts epochs; a step's program differs in cons
 
 
 class RunShapes(NamedTuple):
-    """What compiles a run's training step."""
+    """A training step that is ready to compile."""
 
     step: Any  # as setup.Job.train_step: step.lower(*arguments)
     arguments: tuple  # state, constants and batch, as shapes on the devices
-    outputs: int  # of the head
-    trainable_parameters: int  # of one run
-    total_parameters: int
-    runs: int  # trained at once; 1 where the config has no sweep
-    batch_words: str = ""  # what a batch holds beside its examples
+    task: Shapes
+    base: setup.Base
+    runs: int  # trained at once; 1 without a sweep
 
 
 def open_shapes(config: Run, devices: Devices) -> RunShapes:
     """The training step of a config for these devices, which may be a topology's.
 
     Raises:
-      UserError: what of the config is not known without more than is here.
+      UserError: a field whose shapes are unknown without the data or the weights.
     """
     if config.model.adapter:
         raise UserError("--compile_only reads no adapter; type --config.model.adapter= with the "
                         "adapter's own lora.rank and lora.target")
     if config.parallel != "mesh":
-        raise UserError("--compile_only compiles jit(shard_map), which jax.pmap is made of, too; "
+        raise UserError("--compile_only compiles jit(shard_map), which jax.pmap uses too; "
                         "type --config.parallel=mesh")
     setup.check_batches(config, devices)
     task = TASKS[config.task].shapes(config)
     base = _base(config, task, devices)
     every = runs(config)
     count = min(config.sweep.at_once or len(every), len(every))
-
-    def replicated(tree):
-        return _on(tree, devices, PartitionSpec())
-
+    whole = PartitionSpec()
     if config.is_sweep:
         state = many.shapes(every[0], count, base, devices)
         values = {"seed": jax.ShapeDtypeStruct((count,), jnp.uint32)}
         values |= {n: jax.ShapeDtypeStruct((count,), jnp.float32) for n in every[0].setting}
-        constants = many.ManyConstants(base.constants, replicated(values))
+        constants = many.ManyConstants(base.constants, _on(values, devices, whole))
         step = many.train_step(config, base)
     else:
-        tree = base.trainable
-        state = replicated(jax.eval_shape(lambda tree: setup.start(config, base, tree), tree))
+        start = functools.partial(setup.start, config, base)
+        state = _on(jax.eval_shape(start, base.trainable), devices, whole)
         constants, step = base.constants, setup.train_step(config, base)
-    return RunShapes(
-        step=spread(step, devices, donate=True),
-        arguments=(state, constants, _on(task.batch, devices, devices.rows)),
-        outputs=task.outputs,
-        batch_words=task.words,
-        trainable_parameters=base.trainable_parameters,
-        total_parameters=base.total_parameters,
-        runs=count,
-    )
+    arguments = (state, constants, _on(task.batch, devices, devices.rows))
+    return RunShapes(spread(step, devices, donate=True), arguments, task, base, count)
 
 
 def _base(config: Run, task: Shapes, devices: Devices) -> setup.Base:
@@ -92,8 +81,10 @@ def _base(config: Run, task: Shapes, devices: Devices) -> setup.Base:
     steps = config.steps or STEPS
     setup.check_optimizer(config, steps, trainable)
     seed: Any = jax.ShapeDtypeStruct((), jnp.uint32)
-    absent: Any = None  # only a run with data reads it
-    constants = Constants(frozen, task.resident, seed, seed)
+    absent: Any = None  # read only where there is data
+    frozen = jax.tree.map(
+        lambda x: _on(x, devices, base_sharding(x.shape, devices).spec), frozen
+    )
     return setup.Base(
         problem=absent,
         feed=Feed({}, absent, absent, task.resident, task.prepare_train, absent),
@@ -101,9 +92,7 @@ def _base(config: Run, task: Shapes, devices: Devices) -> setup.Base:
         lora=lora,
         adapted=adapted,
         trainable=trainable,
-        constants=_on(constants, devices, PartitionSpec())._replace(
-            frozen=jax.tree.map(lambda x: _in(x, base_sharding(x.shape, devices)), frozen)
-        ),
+        constants=Constants(frozen, *_on((task.resident, seed, seed), devices, PartitionSpec())),
         steps=steps,
         total_parameters=setup.count(trainable) + setup.count(frozen),
         trainable_parameters=setup.count(trainable),
@@ -111,8 +100,7 @@ def _base(config: Run, task: Shapes, devices: Devices) -> setup.Base:
 
 
 def _on(tree: Any, devices: Devices, spec: PartitionSpec) -> Any:
-    return jax.tree.map(lambda x: _in(x, NamedSharding(devices.mesh, spec)), tree)
-
-
-def _in(x, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    sharding = NamedSharding(devices.mesh, spec)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )

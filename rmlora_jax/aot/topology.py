@@ -1,4 +1,4 @@
-"""The devices of a TPU that is not there, for its real compiler to compile for."""
+"""The devices of a TPU that this machine does not have, for its compiler to compile for."""
 
 import importlib.util
 import math
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from rmlora_jax.errors import UserError, did_you_mean
-from rmlora_jax.parallel.mesh import Devices, in_groups
+from rmlora_jax.parallel.mesh import Devices, all_devices
 
 EXAMPLES = "v5e:4x4, v6e:8x8, v4:2x2x2 or v5p:2x2x2"
 
@@ -18,13 +18,13 @@ EXAMPLES = "v5e:4x4, v6e:8x8, v4:2x2x2 or v5p:2x2x2"
 class Chip(NamedTuple):
     """A generation of TPU."""
 
-    memory: int  # bytes of HBM of a chip
+    memory: int  # bytes of HBM
     axes: int  # numbers in the name of a topology
-    options: dict  # what makes libtpu give one device a chip
+    options: dict  # with which libtpu gives one device a chip
 
 
-# Source: "HBM capacity" of https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e. A chip of v4
-# has two cores that a program uses as one device, "megacore", which libtpu does not assume here.
+# Source: "HBM capacity" of https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e. A program
+# uses the two cores of a v4 chip as one device, "megacore", which is not libtpu's default.
 CHIPS = {
     "v4": Chip(32 * 2**30, 3, {"chip_config_name": "megacore"}),
     "v5e": Chip(16 * 2**30, 2, {}),
@@ -32,8 +32,8 @@ CHIPS = {
     "v6e": Chip(32 * 2**30, 2, {}),
 }
 
-# Without these libtpu asks Google's metadata server who it is, refuses to be loaded by two
-# processes at once, and complains that it knows neither its host nor its type, whatever they are.
+# Without these libtpu asks Google's metadata server for its host and type, warns when it does not
+# get them, and cannot be loaded by two processes at once.
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -43,10 +43,10 @@ QUIET = {
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip that a name such as ``v5e:4x4`` is of.
+    """The chip of a topology such as ``v5e:4x4``.
 
     Raises:
-      UserError: it is no such name.
+      UserError: another name.
 
     >>> chip_of("v5e:4x4").memory // 2**30
     16
@@ -54,7 +54,7 @@ def chip_of(topology: str) -> Chip:
     generation, _, shape = topology.partition(":")
     if generation not in CHIPS:
         raise UserError(
-            f"--topology={topology}: no TPU {generation!r}; there are {', '.join(CHIPS)}"
+            f"--topology={topology}: unknown TPU {generation!r}; there are {', '.join(CHIPS)}"
             f"{did_you_mean(generation, CHIPS)}, as in {EXAMPLES}"
         )
     chip = CHIPS[generation]
@@ -70,7 +70,7 @@ def tpu_devices(topology: str, fsdp: int = 1) -> Devices:
     """The devices of a topology, in the order of a real run.
 
     Raises:
-      UserError: no such topology, or no libtpu.
+      UserError: libtpu does not know the topology, or is not installed.
     """
     chip = chip_of(topology)
     if importlib.util.find_spec("libtpu") is None:
@@ -90,7 +90,7 @@ def tpu_devices(topology: str, fsdp: int = 1) -> Devices:
         ).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as e:
         raise UserError(
-            f"--topology={topology}: libtpu has none such ({str(e).splitlines()[0]}); "
+            f"--topology={topology}: libtpu does not know it ({str(e).splitlines()[0]}); "
             f"type one as {EXAMPLES}"
         ) from e
     chips = math.prod(map(int, topology.partition(":")[2].split("x")))
@@ -99,5 +99,4 @@ def tpu_devices(topology: str, fsdp: int = 1) -> Devices:
             f"--topology={topology}: libtpu gives {len(found)} devices for {chips} chips; "
             "type pip install --upgrade '.[tpu]'"
         )
-    row = sorted(found, key=lambda d: (d.process_index, d.id))
-    return in_groups(row, fsdp)
+    return all_devices(fsdp=fsdp, among=found)

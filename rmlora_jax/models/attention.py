@@ -38,7 +38,6 @@ def attend(
 
     Source: Vaswani et al. 2017, equation 1.
 
-    >>> import jax.numpy as jnp
     >>> attend(*[jnp.ones((2, 5, 3, 8))] * 3).shape
     (2, 5, 3, 8)
     """
@@ -60,9 +59,16 @@ def attend_with_dropout(query, key, value, drop: Callable, mask: jax.Array | Non
     """
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     scores *= query.shape[-1] ** -0.5
-    if mask is not None:
-        # The weight is exactly 0 where it is False. A row without a key gets equal weights.
-        scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min / 2)
+    return weighted(scores, value, drop, None if mask is None else mask[:, None, None, :])
+
+
+def weighted(scores, value, drop: Callable, pairs: jax.Array | None = None):
+    """drop(softmax(scores)) V, the weight exactly 0 where ``pairs`` (B, 1, N or 1, N) is False.
+
+    A row without a key gets equal weights.
+    """
+    if pairs is not None:
+        scores = jnp.where(pairs, scores, jnp.finfo(scores.dtype).min / 2)
     weights = jax.nn.softmax(scores).astype(value.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", drop(weights), value)
 

@@ -3,20 +3,21 @@
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from rmlora_jax.models.blocks import Parts, TextClassifier
-from rmlora_jax.models.config import EncoderConfig, check_fields, refuse
+from rmlora_jax.models.config import EncoderConfig, refuse
 from rmlora_jax.models.family import (
-    NEW_CLASSIFIER,
     TEXTS,
     Family,
     layer_entries,
     linear_entries,
     text_entries,
+    text_layer,
 )
 
-# Families that compute what RoBERTa does, over other vocabularies.
+# Families that compute the same as RoBERTa, over other vocabularies.
 ROBERTAS = ("roberta", "xlm-roberta", "camembert")
 
 
@@ -33,13 +34,6 @@ class BertConfig(EncoderConfig):
       max_position_embeddings: rows of the position table.
       type_vocab_size: rows of the token-type table.
       pad_token_id: the token that stands for padding.
-      prefix_length: trained keys and values in front of every layer's own; 0: none.
-
-    Raises:
-      ValueError: naming the field, its value and what is allowed.
-
-    Source: Devlin et al. 2019, https://arxiv.org/abs/1810.04805; Liu et al. 2019,
-    https://arxiv.org/abs/1907.11692.
 
     >>> BertConfig(model_type="roberta", max_position_embeddings=514, pad_token_id=1).longest
     512
@@ -56,21 +50,11 @@ class BertConfig(EncoderConfig):
     model_types = ("bert", *ROBERTAS)
     # Token numbers that only a tokenizer reads; position_embedding_type is checked apart.
     inert = ("bos_token_id", "eos_token_id", "position_embedding_type")
-
-    def __post_init__(self):
-        check_fields(self, minimum={"pad_token_id": 0})
-        if self.model_type not in self.model_types:
-            refuse("model_type", self.model_type, f"one of {', '.join(self.model_types)}")
+    least = EncoderConfig.least | {"pad_token_id": 0}
 
     @property
     def is_roberta(self) -> bool:
         return self.model_type in ROBERTAS
-
-    @property
-    def head_dropout(self) -> float:
-        """The dropout before the head."""
-        drop = self.classifier_dropout
-        return self.hidden_dropout_prob if drop is None else drop
 
     @property
     def longest(self) -> int:
@@ -79,11 +63,7 @@ class BertConfig(EncoderConfig):
 
     @classmethod
     def from_hf(cls, config):
-        """See ``ModelConfig.from_hf``.
-
-        >>> BertConfig.from_hf({"model_type": "bert", "hidden_size": 384}).head_dropout
-        0.1
-        """
+        """See ``ModelConfig.from_hf``."""
         kind = config.get("position_embedding_type") or "absolute"
         if kind != "absolute":
             refuse("position_embedding_type", kind, "'absolute'")
@@ -119,6 +99,14 @@ def positions(config: BertConfig, input_ids):
     return config.pad_token_id + jnp.cumsum(real, axis=1) * real
 
 
+def pooled(parts: Parts, first: jax.Array) -> jax.Array:
+    """See `TextClassifier`."""
+    c = parts.config
+    drop = parts.dropout(c.classifier_dropout)
+    first = drop(first) if c.is_roberta else first
+    return drop(jnp.tanh(parts.dense(c.hidden_size, name="pooler")(first)))
+
+
 class Bert(TextClassifier):
     """BERT or RoBERTa with a classification head.
 
@@ -141,7 +129,7 @@ class Bert(TextClassifier):
       unroll: layers per iteration of the scan; a larger value compiles longer and runs faster.
       remat: what the backward pass recomputes: ``"none"`` nothing, ``"dots"`` everything but
         the outputs of the linear layers, ``"attention"`` everything but those in attention
-        and what cuDNN's kernel gives, ``"full"`` each layer from its input.
+        and of cuDNN's kernel, ``"full"`` each layer from its input.
 
     Source: Devlin et al. 2019, https://arxiv.org/abs/1810.04805, sections 3 and 4.1; Liu et al.
     2019, https://arxiv.org/abs/1907.11692.
@@ -158,60 +146,38 @@ class Bert(TextClassifier):
     """
 
     embed_type = Embed
-
-    @nn.nowrap
-    def pooled(self, parts, first):
-        c = parts.config
-        drop = parts.dropout(c.head_dropout)
-        first = drop(first) if c.is_roberta else first
-        return drop(jnp.tanh(parts.dense(c.hidden_size, name="pooler")(first)))
+    pooled = staticmethod(pooled)
 
 
-# Modules of a layer: path here, name there.
-_LAYER = (
-    ("attention/query", "attention.self.query"),
-    ("attention/key", "attention.self.key"),
-    ("attention/value", "attention.self.value"),
-    ("attention/out", "attention.output.dense"),
-    ("norm1", "attention.output.LayerNorm"),
-    ("mlp/fc1", "intermediate.dense"),
-    ("mlp/fc2", "output.dense"),
-    ("norm2", "output.LayerNorm"),
+def _family(name: str, classifier: str, pooler: str, head: str, *leftovers: str) -> Family:
+    """The family of these names in transformers, Bert's among them."""
+    return Family(
+        config=BertConfig,
+        model=Bert,
+        inputs=TEXTS,
+        classifier=f"{classifier}ForSequenceClassification",
+        prefix=f"{name}.",
+        table=(
+            *text_entries(f"{name}.embeddings"),
+            *layer_entries(
+                [f"{name}.encoder.layer.{{}}"], text_layer("{}", "query", "key", "value")
+            ),
+            *linear_entries("pooler", pooler),
+            *linear_entries("head", head),
+        ),
+        leftovers=(*leftovers, rf"({name}\.)?embeddings\.position_ids"),
+    )
+
+
+BERT = _family("bert", "Bert", "bert.pooler.dense", "classifier", r"cls\..*")
+# The pooler of RoBERTa's bare encoder is not the one that its classifier runs.
+ROBERTA = _family(
+    "roberta",
+    "Roberta",
+    "classifier.dense",
+    "classifier.out_proj",
+    r"lm_head\..*",
+    r"(roberta\.)?pooler\.dense\.(weight|bias)",
 )
-
-BERT = Family(
-    config=BertConfig,
-    model=Bert,
-    inputs=TEXTS,
-    classifier="BertForSequenceClassification",
-    prefix="bert.",
-    table=(
-        *text_entries("bert.embeddings"),
-        *layer_entries(["bert.encoder.layer.{}"], _LAYER),
-        *linear_entries("pooler", "bert.pooler.dense"),
-        *linear_entries("head", "classifier"),
-    ),
-    new=NEW_CLASSIFIER,
-    leftovers=(r"cls\..*", r"(bert\.)?embeddings\.position_ids"),
-)
-
-ROBERTA = BERT._replace(
-    classifier="RobertaForSequenceClassification",
-    prefix="roberta.",
-    table=(
-        *text_entries("roberta.embeddings"),
-        *layer_entries(["roberta.encoder.layer.{}"], _LAYER),
-        *linear_entries("pooler", "classifier.dense"),
-        *linear_entries("head", "classifier.out_proj"),
-    ),
-    # The pooler of the bare encoder is not what the classifier runs.
-    leftovers=(
-        r"lm_head\..*",
-        r"(roberta\.)?pooler\.dense\.(weight|bias)",
-        r"(roberta\.)?embeddings\.position_ids",
-    ),
-)
-
-# They compute what RoBERTa does, over other vocabularies.
 XLM_ROBERTA = ROBERTA._replace(classifier="XLMRobertaForSequenceClassification")
 CAMEMBERT = ROBERTA._replace(classifier="CamembertForSequenceClassification")

@@ -6,7 +6,6 @@ modules. A family fills in what differs.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -17,41 +16,14 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 
-from rmlora_jax.models.attention import attend, attend_with_dropout
+from rmlora_jax.models.attention import IMPLEMENTATIONS, attend, attend_with_dropout
+from rmlora_jax.models.config import ACTIVATIONS
 
-
-def gelu(x):
-    """x Phi(x) = x (1 + erf(x / sqrt 2)) / 2, in float32 at least and rounded once.
-
-    Only x is kept for the backward pass. erfc, by which `jax.nn.gelu` gets the tail below -4 to
-    full relative precision, costs a GPU more time than reading and writing x does.
-    """
-
-    def exact(x):
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
-
-    return jax.checkpoint(exact, prevent_cse=False)(x)
-
-
-ACTIVATIONS = {
-    "gelu": gelu,
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "tanh": jax.numpy.tanh,
-}
-
-ATTENTION = "attention"
+ATTENTION = "attention"  # the name of its projections, which remat="attention" keeps
 
 
 def _fused_attention(primitive, *avals, **params) -> bool:
-    """A policy: keeps all that cuDNN's attention gives for its backward pass.
-
-    On what it computes beside its output, the sums of its softmax, no name can be put.
-    """
+    """A policy that keeps the outputs of cuDNN's attention, which cannot be named one by one."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
@@ -67,74 +39,63 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Makes the layers of one model.
+    """Makes the layers of one model, see `Bert` for its fields.
 
     Its methods are called inside the call of a module, which then owns the layer.
-
-    Attributes:
-      config: the architecture, an ``EncoderConfig``.
-      dtype: compute dtype.
-      param_dtype: dtype of new parameters.
-      train: whether dropout is applied.
-      collect: whether an encoder returns every hidden state.
-      unroll, remat: of the scan over layers, see `Bert`.
-      attention: what computes attention, see `attend`.
     """
 
-    config: Any
+    config: Any  # an EncoderConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    train: bool = False
-    collect: bool = False
+    train: bool = False  # whether dropout is applied
+    collect: bool = False  # whether an encoder returns every hidden state
     unroll: int = 1
     remat: str = "none"
-    attention: str = "auto"
+    attention: str = "auto"  # see `attend`
+    padding: int = 0  # the last tokens that only fill the length up: nothing attends to them
 
     @property
     def float32(self) -> "Parts":
         """The same with float32 as the compute dtype."""
         return dataclasses.replace(self, dtype=jnp.float32)
 
+    def made(self, kind: Callable, *sizes, **options) -> Any:
+        """A layer of Flax in the dtypes of the model."""
+        return kind(*sizes, dtype=self.dtype, param_dtype=self.param_dtype, **options)
+
     def dense(self, features: int, **options) -> nn.Dense:
         """``nn.Dense`` with a kernel from ``config.kernel_init`` and biases 0."""
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return nn.Dense(features, **{"kernel_init": self.config.kernel_init} | kinds | options)
+        return self.made(nn.Dense, features, **{"kernel_init": self.config.kernel_init} | options)
+
+    def conv(self, window: tuple[int, ...], **options) -> nn.Conv:
+        """``nn.Conv`` to ``hidden_size`` features, with a kernel as in `dense`."""
+        c = self.config
+        return self.made(nn.Conv, c.hidden_size, window, kernel_init=c.kernel_init, **options)
 
     def table(self, rows: int, width: int, name: str) -> nn.Embed:
         """``nn.Embed`` with rows from ``config.kernel_init``."""
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return nn.Embed(rows, width, embedding_init=self.config.kernel_init, name=name, **kinds)
+        init = self.config.kernel_init
+        return self.made(nn.Embed, rows, width, embedding_init=init, name=name)
 
     def norm(self, name: str) -> nn.LayerNorm:
         """Layer norm over the last axis; its statistics are float32 whatever ``dtype``."""
-        return nn.LayerNorm(
-            epsilon=self.config.layer_norm_eps,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
-            use_fast_variance=False,
-            name=name,
-        )
+        # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
+        options = {"epsilon": self.config.layer_norm_eps, "use_fast_variance": False}
+        return self.made(nn.LayerNorm, name=name, **options)
 
     def dropout(self, rate: float | None = None) -> nn.Dropout:
         """Dropout with ``rate``, by default ``config.hidden_dropout_prob``."""
         default = self.config.hidden_dropout_prob
         return nn.Dropout(default if rate is None else rate, deterministic=not self.train)
 
-    def bottleneck(self, name: str) -> Callable:
-        """The adapter of a layer whose config asks for one, else the identity."""
-        return Bottleneck(self, name=name) if self.config.bottleneck_width else lambda y: y
-
-    def layers(self, layer: type["Layer"], x, *inputs, in_axes: Any = nn.broadcast, padding=0):
+    def layers(self, layer: type["Layer"], x, *inputs, in_axes: Any = nn.broadcast):
         """All layers, scanned, with parameters stacked on axis 0 under the name ``layers``.
 
         Args:
           layer: the class of a layer.
           x: (B, N, D).
-          inputs: what every layer is called with beside ``x``.
-          in_axes: for ``inputs``: 0 where they have a layer axis, ``nn.broadcast`` where they have
-            none.
-          padding: see `Attention`.
+          inputs: the arguments of every layer beside ``x``.
+          in_axes: 0 for ``inputs`` with a layer axis, ``nn.broadcast`` for the others.
 
         Returns:
           (B, N, D), and with ``collect`` all hidden states (L + 1, B, N, D), else None.
@@ -151,7 +112,7 @@ class Parts:
             length=length,
             unroll=self.unroll,
         )
-        out, after = scanned(self, padding, name="layers")(x, *inputs)
+        out, after = scanned(self, name="layers")(x, *inputs)
         return out, None if after is None else jnp.concatenate([x[None], after])
 
 
@@ -167,55 +128,44 @@ class MLP(nn.Module):
         return self.parts.dense(c.hidden_size, name="fc2")(x)
 
 
-def kept_with_attention(x):
-    """``x``, which ``remat="attention"`` keeps: a projection of attention, narrower than the MLP's.
-    """
-    return checkpoint_name(x, ATTENTION)
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) -> (B, N, D), every projection a plain Dense.
-
-    The last ``padding`` tokens only fill the length up: nothing attends to them.
-    """
+    """Multi-head self-attention: (B, N, D) -> (B, N, D), every projection a plain Dense."""
 
     parts: Parts
-    padding: int = 0
 
     @nn.compact
-    def __call__(self, x, mask=None):
+    def __call__(self, x, *inputs):
         parts, c = self.parts, self.parts.config
         heads = (*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
-        query, key, value = (
-            kept_with_attention(
-                parts.dense(c.hidden_size, use_bias=c.qkv_bias, name=name)(x)
-            ).reshape(heads)
+        linear = {
+            name: parts.dense(c.hidden_size, use_bias=c.qkv_bias, name=name)
             for name in ("query", "key", "value")
-        )
+        }
+        own = (checkpoint_name(f(x), ATTENTION).reshape(heads) for f in linear.values())
+        x = self.mixed(linear, *own, *inputs).reshape(x.shape)
+        return checkpoint_name(parts.dense(c.hidden_size, name="out")(x), ATTENTION)
+
+    @nn.nowrap
+    def mixed(self, linear: dict[str, nn.Dense], query, key, value, mask=None):
+        """The values mixed by their weights, all (B, N, H, head_dim).
+
+        ``linear`` are the projections that made ``query``, ``key`` and ``value``.
+        """
+        parts, c = self.parts, self.parts.config
         if c.prefix_length:
             key, value, mask = Prefix(parts, name="prefix")(key, value, mask)
         if c.attention_probs_dropout_prob and parts.train:
             drop = parts.dropout(c.attention_probs_dropout_prob)
-            mixed = attend_with_dropout(query, key, value, drop, mask)
-        else:
-            keys = key.shape[1] - self.padding if self.padding else None
-            mixed = attend(query, key, value, parts.attention, mask, keys)
-        return kept_with_attention(
-            parts.dense(c.hidden_size, name="out")(mixed.reshape(x.shape))
-        )
+            return attend_with_dropout(query, key, value, drop, mask)
+        keys = key.shape[1] - parts.padding if parts.padding else None
+        return attend(query, key, value, parts.attention, mask, keys)
 
 
 class Layer(nn.Module):
-    """One layer as the body of a scan: x -> (x, x where ``parts.collect``, else None).
-
-    A family may set another attention, and the norms before attention and MLP instead of after.
-    """
+    """One layer as the body of a scan: x -> (x, x where ``parts.collect``, else None)."""
 
     parts: Parts
-    padding: int = 0
-
-    attention_type = Attention
-    norm_first = False
+    attention_type: ClassVar[type[Attention]] = Attention
 
     @nn.compact
     def __call__(self, x, *inputs):
@@ -224,16 +174,16 @@ class Layer(nn.Module):
 
     @nn.nowrap
     def changed(self, x, *inputs):
-        """What attention and MLP make of ``x``."""
+        """``x`` after attention and MLP."""
         parts, drop = self.parts, self.parts.dropout()
-        attention = self.attention_type(parts, self.padding, name="attention")
+        attention = self.attention_type(parts, name="attention")
         mlp = MLP(parts, name="mlp")
         for i, block in (1, lambda x: attention(x, *inputs)), (2, mlp):
-            norm, adapter = parts.norm(f"norm{i}"), parts.bottleneck(f"bottleneck{i}")
-            if self.norm_first:
-                x = x + adapter(drop(block(norm(x))))
-            else:
-                x = norm(x + adapter(drop(block(x))))
+            norm = parts.norm(f"norm{i}")
+            y = drop(block(norm(x) if parts.config.norm_first else x))
+            if parts.config.bottleneck_width:
+                y = Bottleneck(parts, name=f"bottleneck{i}")(y)
+            x = x + y if parts.config.norm_first else norm(x + y)
         return x
 
 
@@ -261,9 +211,9 @@ class Encoder(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """y + up(gelu(down(y))) on the last axis, ``up`` beginning at 0.
+    """y + up(gelu(down(y))) on the last axis; ``up`` starts at 0.
 
-    Without biases, so that direction i is column i of ``down`` and row i of ``up`` and no more.
+    It has no biases, so that column i of ``down`` and row i of ``up`` are all of direction i.
 
     Source: Houlsby et al. 2019, https://arxiv.org/abs/1902.00751, section 2.1; the formula without
     biases is that of He et al. 2022, https://arxiv.org/abs/2110.04366, equation 4.
@@ -281,9 +231,9 @@ class Bottleneck(nn.Module):
 
 
 class Prefix(nn.Module):
-    """Trained keys and values in front of a layer's own: (B, N, H, d) -> (B, P + N, H, d), twice.
+    """Trained keys and values before a layer's own: both (B, N, H, d) -> (B, P + N, H, d).
 
-    Every query attends to them: a mask over the keys, (B, N), comes back as (B, P + N).
+    Every query attends to them: a mask over the keys, (B, N), becomes (B, P + N).
 
     Source: Li and Liang 2021, https://arxiv.org/abs/2101.00190, section 4.
     """
@@ -307,31 +257,14 @@ class Prefix(nn.Module):
 
 
 def with_inserts(key, model: nn.Module, params: dict, *example) -> dict:
-    """``params`` of a pretrained model, and fresh ones of what ``model`` has beyond them.
+    """``params`` of a pretrained model, and fresh ones for what ``model`` inserts.
 
-    Args:
-      key: a ``jax.random`` key.
-      model: the model with a config that has ``bottleneck_width`` or ``prefix_length`` set.
-      params: its parameters without those.
-      *example: arguments of the model's call, arrays or ``jax.ShapeDtypeStruct``.
-
-    Returns:
-      Nested dicts; the leaves of ``params`` are the same arrays.
-
-    >>> import dataclasses
-    >>> from rmlora_jax.models import ViT, ViTConfig
-    >>> config = ViTConfig(hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
-    ...                    intermediate_size=16, image_size=8, patch_size=4)
-    >>> images = jnp.zeros((1, 8, 8, 3))
-    >>> params = ViT(config, 5).init(jax.random.key(0), images)["params"]
-    >>> model = ViT(dataclasses.replace(config, bottleneck_width=2), 5)
-    >>> params = with_inserts(jax.random.key(1), model, params, images)
-    >>> params["encoder"]["layers"]["bottleneck1"]["down"]["kernel"].shape
-    (2, 12, 2)
+    ``example`` are the arguments of the model's call, arrays or ``jax.ShapeDtypeStruct``. The
+    leaves of ``params`` come back as the same arrays.
     """
     have = flatten_dict(params)
 
-    @jax.jit  # compiled, nothing of the pretrained part is drawn
+    @jax.jit  # the compiler removes the draws of the pretrained part
     def fresh(key):
         inputs = [jnp.zeros(x.shape, x.dtype) for x in example]
         made = flatten_dict(model.init(key, *inputs)["params"])
@@ -340,56 +273,33 @@ def with_inserts(key, model: nn.Module, params: dict, *example) -> dict:
     return unflatten_dict({**have, **fresh(key)})
 
 
-def check_fields(model: nn.Module, *counts: str, **choices) -> None:
-    """Checks fields of a model: the named ``counts``, and those with a choice of values.
+# Fields of models.
+CHOICES = {"remat": tuple(REMAT), "attention": IMPLEMENTATIONS}
+COUNTS = ("num_labels", "num_classes", "unroll")
+
+
+def parts_of(model: nn.Module, train: bool, collect: bool = False) -> Parts:
+    """The `Parts` of a model, from its fields of the same names.
 
     Raises:
-      ValueError: a count that is not a whole number of at least 1, or another value than allowed.
+      ValueError: a field has a value that is not allowed.
     """
-    name = type(model).__name__
-    for field, allowed in choices.items():
-        value = getattr(model, field)
-        if value not in allowed:
-            raise ValueError(f"{name}: {field} is {value!r}; it must be one of {tuple(allowed)}")
-    for field in counts:
-        value = getattr(model, field)
-        if type(value) is not int or value < 1:
-            raise ValueError(
-                f"{name}: {field} is {value!r}; it must be a whole number of at least 1"
-            )
-
-
-def checked_tokens(model: str, longest: int | None, input_ids, attention_mask, token_type_ids):
-    """The three inputs as arrays: ids (B, N), mask bool (B, N), types (B, N).
-
-    Without a mask it stays None: one of ones would keep attention from kernels that take none.
-
-    Raises:
-      TypeError: ``input_ids`` are not integers.
-      ValueError: they are no matrix, or longer than ``longest``; another shape of the others.
-    """
-    if not jnp.issubdtype(jnp.result_type(input_ids), jnp.integer):
-        raise TypeError(f"{model}: input_ids are {jnp.result_type(input_ids)}; pass integers")
-    shape = jnp.shape(input_ids)
-    if len(shape) != 2:
-        raise ValueError(f"{model}: input_ids have shape {shape}; expected (batch, tokens)")
-    if longest is not None and shape[1] > longest:
-        raise ValueError(
-            f"{model}: {shape[1]} tokens, but the checkpoint has positions for {longest}; "
-            "cut the texts to that length"
-        )
-    mask = None if attention_mask is None else jnp.asarray(attention_mask) != 0
-    types = jnp.zeros(shape, jnp.int32) if token_type_ids is None else token_type_ids
-    for name, value in (("attention_mask", mask), ("token_type_ids", types)):
-        if value is not None and jnp.shape(value) != shape:
-            raise ValueError(
-                f"{model}: {name} has shape {jnp.shape(value)}; input_ids have {shape}"
-            )
-    return input_ids, mask, types
+    own = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    for name, value in own.items():
+        if name in CHOICES:
+            fine, words = value in CHOICES[name], f"one of {CHOICES[name]}"
+        elif name in COUNTS:
+            fine, words = type(value) is int and value >= 1, "a whole number of at least 1"
+        else:
+            continue
+        if not fine:
+            raise ValueError(f"{type(model).__name__}: {name} is {value!r}; it must be {words}")
+    shared = own.keys() & {field.name for field in dataclasses.fields(Parts)}
+    return Parts(**{name: own[name] for name in shared}, train=train, collect=collect)
 
 
 class Classifier(nn.Module):
-    """The fields that classifiers share, see `Bert`."""
+    """The fields of classifiers, see `Bert`."""
 
     config: Any
     num_labels: int
@@ -398,19 +308,14 @@ class Classifier(nn.Module):
     unroll: int = 1
     remat: str = "none"
 
-    @nn.nowrap
-    def parts(self, train: bool, hidden_states: bool = False) -> Parts:
-        """What makes the layers, after a check of the fields; raises a ValueError."""
-        check_fields(self, "num_labels", "unroll", remat=REMAT)
-        kinds = (self.dtype, self.param_dtype)
-        return Parts(self.config, *kinds, train, hidden_states, self.unroll, self.remat)
-
 
 class TextClassifier(Classifier):
-    """A classifier of texts. A family sets its embeddings, its encoder and `pooled`."""
+    """A classifier of texts, of which a family sets the parts that differ."""
 
     embed_type: ClassVar[Callable[..., nn.Module]]
     encoder_type: ClassVar[Callable[..., nn.Module]] = Encoder
+    # (parts, last state of the first token (B, D)) -> what the head gets (B, D)
+    pooled: ClassVar[Callable[[Parts, jax.Array], jax.Array]]
     needs_mask: ClassVar[bool] = False
 
     @nn.compact
@@ -441,12 +346,8 @@ class TextClassifier(Classifier):
           TypeError: the tokens are not integers.
           ValueError: shapes that do not fit, too many tokens, or an attribute out of its range.
         """
-        parts = self.parts(train, hidden_states)
-        input_ids, mask, types = checked_tokens(
-            type(self).__name__, self.config.longest, input_ids, attention_mask, token_type_ids
-        )
-        if mask is None and self.needs_mask:
-            mask = jnp.ones(input_ids.shape, bool)
+        parts = parts_of(self, train, hidden_states)
+        types, mask = self.checked(input_ids, attention_mask, token_type_ids)
         x = self.embed_type(parts, name="embed")(input_ids, types, mask)
         x, states = self.encoder_type(parts, name="encoder")(x, mask)
         pooled = self.pooled(parts.float32, x[:, 0].astype(jnp.float32))
@@ -454,6 +355,27 @@ class TextClassifier(Classifier):
         return (logits, states) if hidden_states else logits
 
     @nn.nowrap
-    def pooled(self, parts: Parts, first: jax.Array) -> jax.Array:
-        """What the head is given, (B, D), from the first token's last state (B, D)."""
-        raise NotImplementedError
+    def checked(self, input_ids, mask, types):
+        """Types int (B, N) and mask bool (B, N), after a check of all three inputs.
+
+        No mask stays None unless ``needs_mask``: only XLA's attention takes one.
+        """
+        model, longest, shape = type(self).__name__, self.config.longest, jnp.shape(input_ids)
+        if not jnp.issubdtype(jnp.result_type(input_ids), jnp.integer):
+            raise TypeError(f"{model}: input_ids are {jnp.result_type(input_ids)}; pass integers")
+        if len(shape) != 2:
+            raise ValueError(f"{model}: input_ids have shape {shape}; expected (batch, tokens)")
+        if longest is not None and shape[1] > longest:
+            raise ValueError(
+                f"{model}: {shape[1]} tokens, but the checkpoint has positions for {longest}; "
+                "cut the texts to that length"
+            )
+        types = jnp.zeros(shape, jnp.int32) if types is None else types
+        if mask is not None or self.needs_mask:
+            mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask) != 0
+        for name, value in (("attention_mask", mask), ("token_type_ids", types)):
+            if value is not None and jnp.shape(value) != shape:
+                raise ValueError(
+                    f"{model}: {name} has shape {jnp.shape(value)}; input_ids have {shape}"
+                )
+        return types, mask

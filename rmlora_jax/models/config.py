@@ -4,12 +4,35 @@ A config is a frozen dataclass whose fields have the names, meanings and default
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn, Self
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "tanh")
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gelu(x):
+    """x Phi(x) = x (1 + erf(x / sqrt 2)) / 2, in float32 at least and rounded once.
+
+    Only x is kept for the backward pass. erfc, by which `jax.nn.gelu` gets the tail below -4 to
+    full relative precision, costs a GPU more time than reading and writing x does.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
+ACTIVATIONS = {
+    "gelu": gelu,
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
 
 # Fields that do not change what a classifier computes: book-keeping, labels (which the loader
 # reads), and what belongs to generation.
@@ -23,9 +46,6 @@ BOOKKEEPING = (
 LARGEST = 2**24  # of any size; a larger one, damaged or hostile, would run out of memory first
 MOST_LAYERS = 1000
 
-# Fields of ours: what is put into the layers, see blocks.py. By default nothing.
-INSERTS = {"bottleneck_width": 0, "prefix_length": 0}
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -35,15 +55,15 @@ class ModelConfig:
       model_types: the values of ``model_type`` in config.json; the first is the default.
       inert: fields of config.json that do not change what the model computes, beside
         ``BOOKKEEPING``.
+      least: the smallest values of int fields, where that is not 1.
       no_prefix: why prefix vectors do not fit into the attention; empty where they do, and then
-        the config has a field ``prefix_length``.
-
-    Raises:
-      ValueError: naming the field, its value and what is allowed.
+        the config has a field ``prefix_length``: trained keys and values in front of every
+        layer's own; 0: none.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     inert: ClassVar[tuple[str, ...]] = ()
+    least: ClassVar[dict[str, int]] = {"bottleneck_width": 0, "prefix_length": 0}
     no_prefix: ClassVar[str] = ""
 
     def __post_init__(self):
@@ -53,8 +73,7 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """The config that the dictionary of a Hugging Face ``config.json`` describes.
 
-        A field that could change the model's numbers and is not known is refused by name rather
-        than ignored.
+        An unknown field that could change the model's numbers is refused by name, not ignored.
 
         Raises:
           ValueError: an unsupported ``model_type``, field or value.
@@ -63,12 +82,9 @@ class ModelConfig:
 
     @classmethod
     def known_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of a ``config.json`` that are fields of this class.
+        """The entries of a ``config.json`` that are fields of this class; errors as in `from_hf`.
 
-        An unknown field whose value is null, false, 0 or empty asks for nothing, and is left out.
-
-        Raises:
-          ValueError: an unsupported ``model_type`` or field.
+        An unknown field whose value is null, false, 0 or empty is left out.
         """
         kind = config.get("model_type", cls.model_types[0])
         if kind not in cls.model_types:
@@ -101,6 +117,9 @@ class EncoderConfig(ModelConfig):
       layer_norm_eps: epsilon of every layer norm.
       bottleneck_width: width of an adapter behind attention and MLP; 0: none (see
         ``models.blocks.Bottleneck``).
+
+    Raises:
+      ValueError: naming the field, its value and what is allowed.
     """
 
     hidden_size: int = 768
@@ -115,6 +134,7 @@ class EncoderConfig(ModelConfig):
     bottleneck_width: int = 0
 
     qkv_bias = True  # whether query, key and value have biases
+    norm_first = False  # whether the norms are before attention and MLP, not after
 
     @property
     def kernel_init(self) -> nn.initializers.Initializer:
@@ -122,20 +142,17 @@ class EncoderConfig(ModelConfig):
         return nn.initializers.normal(self.initializer_range)
 
 
-def check_fields(config: Any, minimum: Mapping[str, int] = {}) -> None:
-    """Checks the values of a dataclass of sizes and constants, by the types of its fields.
+def check_fields(config: Any) -> None:
+    """Checks the values of a config by the types of its fields.
 
-    int: a whole number from ``minimum[name]`` (1 by default) to 2**24; layers: to 1000. float:
-    finite and at least 0, below 1 where the name ends in ``_prob`` or ``dropout``. float or None: a
+    int: a whole number from ``least[name]`` (1 by default) to 2**24; layers: to 1000. float: finite
+    and at least 0, below 1 where the name ends in ``_prob`` or ``dropout``. float or None: a
     dropout. A name that ends in ``act``: an activation. ``num_attention_heads`` must divide
     ``hidden_size``.
-
-    Raises:
-      ValueError: naming the field, its value and what is allowed.
     """
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
-        least = (INSERTS | dict(minimum)).get(name, 1)
+        least = config.least.get(name, 1)
         most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
         if field.type is int and (type(value) is not int or not least <= value <= most):
             above = f" and at most {most}" if type(value) is int and value > most else ""
@@ -149,6 +166,8 @@ def check_fields(config: Any, minimum: Mapping[str, int] = {}) -> None:
             refuse(name, value, "a probability below 1")
         if field.type == float | None and not (value is None or (number and 0 <= value < 1)):
             refuse(name, value, "a probability below 1, or null")
+        if name == "model_type" and value not in config.model_types:
+            refuse(name, value, f"one of {', '.join(config.model_types)}")
         if name.endswith("act") and value not in ACTIVATIONS:
             refuse(name, value, f"one of {', '.join(ACTIVATIONS)}")
     if config.hidden_size % config.num_attention_heads:

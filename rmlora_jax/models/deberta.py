@@ -6,14 +6,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rmlora_jax.models import blocks
-from rmlora_jax.models.blocks import ACTIVATIONS, Parts, TextClassifier, kept_with_attention
-from rmlora_jax.models.config import EncoderConfig, check_fields, refuse
+from rmlora_jax.models.attention import weighted
+from rmlora_jax.models.blocks import Parts, TextClassifier
+from rmlora_jax.models.config import ACTIVATIONS, EncoderConfig, refuse
 from rmlora_jax.models.family import (
     AS_IS,
+    CONV1D,
     LINEAR,
-    NEW_CLASSIFIER,
     TEXTS,
     Entry,
     Family,
@@ -21,8 +23,9 @@ from rmlora_jax.models.family import (
     linear_entries,
     norm_entries,
     text_entries,
+    text_layer,
 )
-from rmlora_jax.models.positions import disentangled_scores, drop_rows, relative_rows
+from rmlora_jax.models.positions import bucket, disentangled_scores, drop_rows
 
 TERMS = ("c2p", "p2c")
 
@@ -35,29 +38,24 @@ class DebertaConfig(EncoderConfig):
     the convolution too, and
 
       vocab_size: rows of the word embedding.
-      embedding_size: width of the embeddings, projected to D where it is another; 0: D.
+      embedding_size: width of the embeddings, which are then projected to D; 0: D.
       max_position_embeddings: rows of the table of absolute positions.
-      type_vocab_size: rows of the token-type table; 0: there is none.
+      type_vocab_size: rows of the token-type table; 0: no table.
       relative_attention: whether attention looks at relative positions.
       pos_att_type: the terms it adds, any of ``"c2p"`` (content to position) and ``"p2c"``.
       position_buckets: distances beyond half of it share logarithmic buckets; below 1: each
         distance has its own row.
-      max_relative_positions: the longest distance told apart; below 1: as
-        ``max_position_embeddings``.
+      max_relative_positions: the longest distance with a row of its own or of its bucket; below
+        1: as ``max_position_embeddings``.
       share_att_key: whether relative embeddings go through the projections of the content.
       norm_rel_ebd: ``"layer_norm"`` normalises the relative embeddings, ``"none"`` does not.
       position_biased_input: whether absolute positions are added to the embeddings.
-      conv_kernel_size: width of the convolution beside the first layer, odd; 0: there is none.
+      conv_kernel_size: width of the convolution beside the first layer, odd; 0: no convolution.
       conv_groups: its groups; must divide ``hidden_size``.
       conv_act: its activation.
       pooler_hidden_act: activation of the pooler.
       pooler_dropout: dropout before the pooler (training).
       cls_dropout: dropout before the head (training); None: as ``hidden_dropout_prob``.
-
-    Raises:
-      ValueError: naming the field, its value and what is allowed.
-
-    Source: He et al. 2021, https://arxiv.org/abs/2006.03654; https://arxiv.org/abs/2111.09543.
 
     >>> DebertaConfig(position_buckets=256).span
     256
@@ -93,12 +91,15 @@ class DebertaConfig(EncoderConfig):
         *("legacy", "pad_token_id", "padding_idx", "bos_token_id", "eos_token_id"),
         *("attention_head_size", "pooler_hidden_size"),
     )
+    least = (
+        EncoderConfig.least
+        | {"embedding_size": 0, "type_vocab_size": 0, "conv_kernel_size": 0}
+        | dict.fromkeys(("position_buckets", "max_relative_positions"), -(2**31))
+    )
     no_prefix = "DeBERTa's attention goes by relative positions, which prefix vectors do not have"
 
     def __post_init__(self):
-        least = {"embedding_size": 0, "type_vocab_size": 0, "conv_kernel_size": 0}
-        any_number = dict.fromkeys(("position_buckets", "max_relative_positions"), -(2**31))
-        check_fields(self, minimum=least | any_number)
+        super().__post_init__()
         if not isinstance(self.pos_att_type, tuple) or set(self.pos_att_type) - set(TERMS):
             refuse("pos_att_type", self.pos_att_type, "any of c2p and p2c, as 'p2c|c2p'")
         if self.norm_rel_ebd not in ("none", "layer_norm"):
@@ -132,20 +133,15 @@ class DebertaConfig(EncoderConfig):
         """Half the rows of the table of relative positions."""
         return self.position_buckets if self.position_buckets > 0 else self.longest_distance
 
+    def rows(self, length: int) -> np.ndarray:
+        """Rows of the table of relative positions for the distances -N .. N - 1: int (2 N,)."""
+        found = bucket(np.arange(-length, length), self.position_buckets, self.longest_distance)
+        return np.clip(found + self.span, 0, 2 * self.span - 1)
+
     @property
     def terms(self) -> tuple[str, ...]:
         """The terms that attention adds for relative positions."""
         return self.pos_att_type if self.relative_attention else ()
-
-    @property
-    def embedding_width(self) -> int:
-        """Width of the embeddings."""
-        return self.embedding_size or self.hidden_size
-
-    @property
-    def head_dropout(self) -> float:
-        """The dropout before the head."""
-        return self.hidden_dropout_prob if self.cls_dropout is None else self.cls_dropout
 
     @property
     def longest(self) -> int | None:
@@ -159,8 +155,7 @@ class DebertaConfig(EncoderConfig):
         >>> DebertaConfig.from_hf({"model_type": "deberta-v2", "pos_att_type": "p2c|c2p"}).terms
         ()
         """
-        known = cls.known_fields(config)
-        known = {name: value for name, value in known.items() if value is not None}
+        known = {n: value for n, value in cls.known_fields(config).items() if value is not None}
         terms = known.get("pos_att_type", ())
         if isinstance(terms, str):
             terms = [term.strip() for term in terms.lower().split("|") if term.strip()]
@@ -168,11 +163,11 @@ class DebertaConfig(EncoderConfig):
         if isinstance(known.get("norm_rel_ebd"), str):
             known["norm_rel_ebd"] = known["norm_rel_ebd"].strip().lower()
         built = cls(**known)
-        head = built.hidden_size // built.num_attention_heads
-        for name, value in (
-            ("attention_head_size", head),
-            ("pooler_hidden_size", built.hidden_size),
-        ):
+        derived = {
+            "attention_head_size": built.hidden_size // built.num_attention_heads,
+            "pooler_hidden_size": built.hidden_size,
+        }
+        for name, value in derived.items():
             if config.get(name) not in (None, value):
                 refuse(name, config[name], f"{value}, as hidden_size asks for")
         return built
@@ -186,7 +181,7 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, input_ids, token_type_ids, mask):
         parts, c = self.parts, self.parts.config
-        width = c.embedding_width
+        width = c.embedding_size or c.hidden_size
         x = parts.table(c.vocab_size, width, "word")(input_ids)
         if c.position_biased_input:
             positions = parts.table(c.max_position_embeddings, width, "position")
@@ -201,45 +196,32 @@ class Embed(nn.Module):
 class Attention(blocks.Attention):
     """Disentangled self-attention: (B, N, D) -> (B, N, D), every projection a plain Dense."""
 
-    @nn.compact
-    def __call__(self, x, mask, relative):
+    @nn.nowrap
+    def mixed(self, linear, query, key, value, mask, relative):
         parts, c = self.parts, self.parts.config
-        heads = (c.num_attention_heads, c.hidden_size // c.num_attention_heads)
-        content = {
-            name: parts.dense(c.hidden_size, name=name) for name in ("query", "key", "value")
-        }
-        query, key, value = (
-            kept_with_attention(project(x)).reshape(*x.shape[:-1], *heads)
-            for project in content.values()
-        )
 
         def positions(term, name):
             if term not in c.terms:
                 return None
             shared = c.share_att_key
-            own = content[name] if shared else parts.dense(c.hidden_size, name=f"pos_{name}")
-            return own(relative).reshape(-1, *heads)
+            own = linear[name] if shared else parts.dense(c.hidden_size, name=f"pos_{name}")
+            return own(relative).reshape(-1, *query.shape[2:])
 
         if c.terms and c.hidden_dropout_prob and parts.train:
-            rows = distance_rows(c, x.shape[1])
+            rows = c.rows(query.shape[1])
             relative = drop_rows(self.make_rng("dropout"), relative, rows, c.hidden_dropout_prob)
         scores = disentangled_scores(
             query, key, positions("c2p", "key"), positions("p2c", "query")
         )
         # The original counts the terms even where it does not add them.
-        scores /= (heads[1] * (1 + len(c.pos_att_type))) ** 0.5
-        # A padded query looks at nothing, hence at everything alike, as in the original.
+        scores /= (query.shape[3] * (1 + len(c.pos_att_type))) ** 0.5
+        # A padded query attends to all keys alike, as in the original.
         pairs = mask[:, None, :, None] & mask[:, None, None, :]
-        weights = nn.softmax(jnp.where(pairs, scores, jnp.finfo(scores.dtype).min / 2))
-        drop = parts.dropout(c.attention_probs_dropout_prob)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", drop(weights.astype(value.dtype)), value)
-        return kept_with_attention(
-            parts.dense(c.hidden_size, name="out")(mixed.reshape(x.shape))
-        )
+        return weighted(scores, value, parts.dropout(c.attention_probs_dropout_prob), pairs)
 
 
 class Layer(blocks.Layer):
-    """A layer; ``first`` tells the one that the convolution stands beside."""
+    """A layer; ``first`` is true for the one beside the convolution."""
 
     attention_type = Attention
 
@@ -256,8 +238,7 @@ class Layer(blocks.Layer):
 class Convolution(nn.Module):
     """What is added after the first layer, and scale and bias of the norm that follows.
 
-    (B, N, D) -> ((B, N, D), (D,), (D,)). The norm is applied inside the scan, where only the first
-    layer has it; hence its parameters are handed over.
+    (B, N, D) -> ((B, N, D), (D,), (D,)). The first layer applies the norm, inside the scan.
     """
 
     parts: Parts
@@ -265,14 +246,10 @@ class Convolution(nn.Module):
     @nn.compact
     def __call__(self, x, mask):
         parts, c = self.parts, self.parts.config
-        x = nn.Conv(
-            c.hidden_size,
+        x = parts.conv(
             (c.conv_kernel_size,),
             padding=c.conv_kernel_size // 2,
             feature_group_count=c.conv_groups,
-            dtype=parts.dtype,
-            param_dtype=parts.param_dtype,
-            kernel_init=c.kernel_init,
             name="conv",
         )(x)
         x = parts.dropout()(jnp.where(mask[..., None], x, 0))
@@ -305,11 +282,19 @@ class Encoder(nn.Module):
         relative = None  # the embeddings of the distances -N .. N - 1: (2 N, D)
         if c.relative_attention:
             table = parts.table(2 * c.span, c.hidden_size, "relative")
-            relative = table(distance_rows(c, x.shape[1]))
+            relative = table(c.rows(x.shape[1]))
             if c.norm_rel_ebd != "none":
                 relative = parts.norm("relative_norm")(relative)
         same = (nn.broadcast,) * 3
         return parts.layers(Layer, x, first, mask, relative, beside, in_axes=(0, *same))
+
+
+def pooled(parts: Parts, first: jax.Array) -> jax.Array:
+    """See `TextClassifier`."""
+    c = parts.config
+    first = parts.dropout(c.pooler_dropout)(first)
+    first = ACTIVATIONS[c.pooler_hidden_act](parts.dense(c.hidden_size, name="pooler")(first))
+    return parts.dropout(c.cls_dropout)(first)
 
 
 class Deberta(TextClassifier):
@@ -318,11 +303,10 @@ class Deberta(TextClassifier):
     Equals PyTorch's ``DebertaV2ForSequenceClassification``.
 
     Parameters live under ``embed`` {word, position, token_type, project, norm}, ``encoder``
-    {relative, relative_norm, conv/conv, conv/norm}, ``encoder/layers/attention/`` {query, key,
-    value, out, pos_key, pos_query}, ``encoder/layers/mlp/`` {fc1, fc2}, ``encoder/layers/`` {norm1,
-    norm2}, ``pooler`` and ``head``, as far as the config has them. Everything under
-    ``encoder/layers`` is stacked over the layers on axis 0. Adapters on ``query`` and ``key`` act
-    on contents and, where the config shares them, on relative positions alike.
+    {relative, relative_norm, conv/conv, conv/norm}, ``encoder/layers`` as in `Bert` and
+    ``encoder/layers/attention/`` {pos_key, pos_query}, ``pooler`` and ``head``, as far as the
+    config has them. Adapters on ``query`` and ``key`` act on contents and, where the config shares
+    the projections, on relative positions.
 
     Attributes:
       config: the architecture.
@@ -345,19 +329,8 @@ class Deberta(TextClassifier):
 
     embed_type = Embed
     encoder_type = Encoder
+    pooled = staticmethod(pooled)
     needs_mask = True
-
-    @nn.nowrap
-    def pooled(self, parts, first):
-        c = parts.config
-        first = parts.dropout(c.pooler_dropout)(first)
-        pooled = ACTIVATIONS[c.pooler_hidden_act](parts.dense(c.hidden_size, name="pooler")(first))
-        return parts.dropout(c.head_dropout)(pooled)
-
-
-def distance_rows(config: DebertaConfig, length: int):
-    """Rows of the relative table for the distances -N .. N - 1."""
-    return relative_rows(length, config.span, config.position_buckets, config.longest_distance)
 
 
 def normalised(x, scale, bias, epsilon: float):
@@ -369,21 +342,7 @@ def normalised(x, scale, bias, epsilon: float):
 
 
 _ENCODER = "deberta.encoder"
-# Modules of a layer: path here, name there.
-_LAYER = (
-    *(
-        (f"attention/{name}", f"attention.self.{name}_proj")
-        for name in ("query", "key", "value", "pos_key", "pos_query")
-    ),
-    ("attention/out", "attention.output.dense"),
-    ("norm1", "attention.output.LayerNorm"),
-    ("mlp/fc1", "intermediate.dense"),
-    ("mlp/fc2", "output.dense"),
-    ("norm2", "output.LayerNorm"),
-)
-
-# PyTorch's Conv1d keeps (out, in, width).
-_CONV1D = (2, 1, 0)
+_LAYER = text_layer("{}_proj", "query", "key", "value", "pos_key", "pos_query")
 
 DEBERTA = Family(
     config=DebertaConfig,
@@ -396,13 +355,12 @@ DEBERTA = Family(
         Entry("embed/project/kernel", LINEAR, ("deberta.embeddings.embed_proj.weight",)),
         Entry("encoder/relative/embedding", AS_IS, (f"{_ENCODER}.rel_embeddings.weight",)),
         *norm_entries("encoder/relative_norm", f"{_ENCODER}.LayerNorm"),
-        *linear_entries("encoder/conv/conv", f"{_ENCODER}.conv.conv", axes=_CONV1D),
+        *linear_entries("encoder/conv/conv", f"{_ENCODER}.conv.conv", axes=CONV1D),
         *norm_entries("encoder/conv/norm", f"{_ENCODER}.conv.LayerNorm"),
         *layer_entries([f"{_ENCODER}.layer.{{}}"], _LAYER),
         *linear_entries("pooler", "pooler.dense"),
         *linear_entries("head", "classifier"),
     ),
-    new=NEW_CLASSIFIER,
     # Masked-language and replaced-token heads, the absolute positions that only the former's
     # decoder saw, and what mDeBERTa added to the words while it was pre-trained.
     leftovers=(

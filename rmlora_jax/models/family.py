@@ -1,8 +1,7 @@
 """What differs between families of models, as data.
 
-A family is its model file (config, Linen module and one `Family`) and one line in
-`rmlora_jax.models.FAMILIES`. Who loads, saves, adapts or predicts asks the `Family`, never which
-family it is.
+A family is one file (config, Linen module and one `Family`) and one line of
+`rmlora_jax.models.FAMILIES`. Code that loads, saves, adapts or predicts reads the `Family`.
 """
 
 import dataclasses
@@ -20,29 +19,26 @@ from flax.traverse_util import flatten_dict
 from rmlora_jax.models.config import LARGEST, ModelConfig
 
 # How a stored tensor becomes a parameter: the axes for numpy.transpose. PyTorch's Linear keeps
-# (out, in), its Conv2d (out, in, height, width). The inverse permutation leads back.
+# (out, in), its Conv1d (out, in, width), its Conv2d (out, in, height, width).
 AS_IS = None
 LINEAR = (1, 0)
+CONV1D = (2, 1, 0)
 CONV = (2, 3, 1, 0)
 
 
 class Entry(NamedTuple):
-    """One parameter and its names in published files.
+    """One parameter and its names in published files, the oldest spelling first.
 
-    Attributes:
-      path: '/'-joined path in the parameter tree.
-      axes: axes for ``numpy.transpose`` from file to parameter (of one layer), None to leave it.
-      names: its spellings in files, the oldest generation first; ``{}`` stands for the layer's
-        number, and then the parameter is stacked over the layers on axis 0.
+    In a name ``{}`` stands for the number of a layer; the parameter has the layers on axis 0.
     """
 
-    path: str
-    axes: tuple[int, ...] | None
+    path: str  # '/'-joined, in the parameter tree
+    axes: tuple[int, ...] | None  # for numpy.transpose from file to parameter (of one layer)
     names: tuple[str, ...]
 
     @property
     def stacked(self) -> bool:
-        """Whether the parameter is stacked over the layers."""
+        """Whether the parameter has the layers on axis 0."""
         return "{}" in self.names[0]
 
 
@@ -64,9 +60,8 @@ def norm_entries(path: str, *names: str) -> tuple[Entry, Entry]:
 def layer_entries(layers: Sequence[str], modules: Iterable[tuple[str, ...]]) -> Iterator[Entry]:
     """Entries of the modules of every layer.
 
-    Args:
-      layers: the names of layer ``{}`` in files, one of each spelling.
-      modules: path in the layer, then its name in each spelling; ``norm1`` and ``norm2`` are norms.
+    ``layers`` are the spellings of layer ``{}``, and a module is its path in the layer, then its
+    name in each spelling; ``norm1`` and ``norm2`` are norms.
     """
     for path, *names in modules:
         entries = norm_entries if path.startswith("norm") else linear_entries
@@ -81,31 +76,37 @@ def text_entries(embeddings: str) -> Iterator[Entry]:
     yield from norm_entries("embed/norm", f"{embeddings}.LayerNorm")
 
 
-class Inputs(NamedTuple):
-    """What a model is called with.
+def text_layer(projection: str, *names: str) -> list[tuple[str, str]]:
+    """Modules of a layer for `layer_entries`, whose names families of BERT's lineage share.
 
-    Attributes:
-      name: for messages, such as "images".
-      example: config -> shapes and dtypes of arguments that the model can be initialised with.
-      resized: (config, image size in pixels) -> the config for images of that size; raises a
-        ValueError. None: the inputs are not images.
-      normalisation: (content of preprocessor_config.json, config) -> mean and standard deviation
-        of each channel, for pixels in [0, 1]; raises a ValueError. None: the inputs are not images.
+    ``names`` are those of the projections of attention here, ``projection`` that in files.
     """
+    return [
+        *((f"attention/{name}", f"attention.self.{projection.format(name)}") for name in names),
+        ("attention/out", "attention.output.dense"),
+        ("norm1", "attention.output.LayerNorm"),
+        ("mlp/fc1", "intermediate.dense"),
+        ("mlp/fc2", "output.dense"),
+        ("norm2", "output.LayerNorm"),
+    ]
 
-    name: str
+
+class Inputs(NamedTuple):
+    """The inputs of a model. ``resized`` and ``normalisation`` are for images alone."""
+
+    name: str  # for messages
+    # config -> arguments that the model can be initialised with
     example: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]]
+    # (config, image size in pixels) -> the config for images of that size; raises a ValueError
     resized: Callable[[Any, int], Any] | None = None
+    # (content of preprocessor_config.json, config) -> mean and standard deviation of each channel,
+    # for pixels in [0, 1]; raises a ValueError
     normalisation: Callable[[Mapping, Any], tuple[tuple, tuple]] | None = None
 
 
 def _image(config) -> tuple[jax.ShapeDtypeStruct, ...]:
     side = config.image_size
     return (jax.ShapeDtypeStruct((1, side, side, config.num_channels), jnp.float32),)
-
-
-def _tokens(config) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
 
 
 def _with_image_size(config, image_size: int):
@@ -147,14 +148,10 @@ def _are_numbers(values, count: int, least: float) -> bool:
 
 
 IMAGES = Inputs("images", _image, _with_image_size, _normalisation)
-TEXTS = Inputs("texts", _tokens)
-
-# Parameters of a classifier of texts that a file may lack.
-NEW_CLASSIFIER = (r"pooler/.*", r"head/.*")
-
+TEXTS = Inputs("texts", lambda config: (jax.ShapeDtypeStruct((1, 2), jnp.int32),))
 
 def normal_kernel(config, key: jax.Array, number: int, shape: tuple[int, ...]) -> np.ndarray:
-    """N(0, ``initializer_range``^2) from a key of its own for each number."""
+    """N(0, ``initializer_range``^2), drawn from ``key`` folded with ``number``."""
     # Not config.kernel_init: jax.nn.initializers round the product in another way.
     unit = jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32)
     return config.initializer_range * np.asarray(unit)
@@ -167,13 +164,13 @@ class Family(NamedTuple):
       config: the class of its configs.
       model: Linen module ``model(config, num_labels, dtype=..., unroll=..., remat=...)`` that is
         called with images, or with ``(input_ids, attention_mask, token_type_ids)``.
-      inputs: what the model is called with.
+      inputs: `IMAGES` or `TEXTS`.
       classifier: transformers' class of the same model with a classification head.
       prefix: the part of the names that a file of the bare encoder leaves out, such as ``"bert."``.
       table: one entry for each parameter.
-      new: regular expressions (full match) of the parameters' paths that a file may lack, since
-        they are made for the task: pooler and head.
       leftovers: regular expressions (full match) of tensors that belong to pre-training.
+      new: regular expressions (full match) of the parameters' paths that a file may lack, since
+        they are made for the task.
       draw: (config, key, number, shape) -> the new kernel of this number, float32.
       resized: (params, config) -> the parameters for the image size of ``config``; None where
         there is no image size.
@@ -185,22 +182,19 @@ class Family(NamedTuple):
     classifier: str
     prefix: str
     table: tuple[Entry, ...]
-    new: tuple[str, ...]
     leftovers: tuple[str, ...]
+    new: tuple[str, ...] = (r"pooler/.*", r"head/.*")
     draw: Callable[[Any, jax.Array, int, tuple[int, ...]], np.ndarray] = normal_kernel
     resized: Callable[[dict, Any], dict] | None = None
 
     @property
     def purpose(self) -> str:
-        """What transformers calls the model's use, such as ``"SequenceClassification"``.
-
-        ``AutoModelFor`` and this name is the class that opens the model there.
-        """
+        """The model's use, as in the name of transformers' class ``AutoModelFor...``."""
         return self.classifier.partition("For")[2]
 
     @property
     def spellings(self) -> int:
-        """In how many generations of names its files are found."""
+        """How many spellings its names have."""
         return max(len(entry.names) for entry in self.table)
 
 

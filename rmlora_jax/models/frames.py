@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rmlora_jax.models.blocks import Classifier, Encoder, Parts, with_token
+from rmlora_jax.models.blocks import Classifier, Encoder, Parts, parts_of, with_token
 from rmlora_jax.models.config import EncoderConfig
 
 
@@ -18,10 +18,6 @@ class FramesConfig(EncoderConfig):
 
       num_channels: values C of a frame.
       longest: frames that have positions.
-      prefix_length: trained keys and values in front of every layer's own; 0: none.
-
-    Raises:
-      ValueError: naming the field, its value and what is allowed.
     """
 
     num_channels: int = 12
@@ -74,7 +70,7 @@ class Frames(Classifier):
           ValueError: shapes that do not fit, too many frames, or an attribute out of its range.
         """
         c = self.config
-        parts = self.parts(train)
+        parts = parts_of(self, train)
         if frames.ndim != 3 or frames.shape[2] != c.num_channels or frames.shape[1] > c.longest:
             raise ValueError(
                 f"Frames: frames have shape {frames.shape}; expected (batch, at most {c.longest}, "

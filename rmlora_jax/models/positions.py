@@ -1,8 +1,4 @@
-"""Positions: absolute ones at another image size, and attention by relative ones.
-
-``resize_positions`` is PyTorch's bicubic interpolation, in numpy. ``disentangled_scores`` are the
-scores of contents and relative positions, without gathers.
-"""
+"""Position embeddings: absolute ones for another image size, and scores of relative ones."""
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +15,6 @@ def bicubic_matrix(old: int, new: int) -> np.ndarray:
     axis: no antialiasing, samples beyond the border repeat the border. Each row sums to 1.
 
     Source: Keys 1981, equation 15, with a = -0.75.
-
-    >>> bicubic_matrix(3, 3)
-    array([[1., 0., 0.],
-           [0., 1., 0.],
-           [0., 0., 1.]])
     """
     centre = (np.arange(new) + 0.5) * (old / new) - 0.5
     left = np.floor(centre)
@@ -102,18 +93,8 @@ def bucket(distance, buckets: int, longest: int) -> np.ndarray:
     return np.where(near, distance, np.sign(distance) * log).astype(np.int64)
 
 
-def relative_rows(length: int, span: int, buckets: int, longest: int) -> np.ndarray:
-    """Rows of the table of 2 ``span`` relative positions for distances -N .. N - 1: int (2 N,).
-
-    >>> relative_rows(3, span=2, buckets=-1, longest=2).tolist()
-    [0, 0, 1, 2, 3, 3]
-    """
-    rows = bucket(np.arange(-length, length), buckets, longest)
-    return np.clip(rows + span, 0, 2 * span - 1)
-
-
 def drop_rows(key: jax.Array, x: jax.Array, rows: np.ndarray, rate: float) -> jax.Array:
-    """Dropout of the table from which ``x`` (M, D) was taken: equal ``rows`` lose the same entries.
+    """Dropout of the table from which ``x`` (M, D) was taken: equal ``rows`` lose equal entries.
 
     >>> out = drop_rows(jax.random.key(0), jnp.ones((2, 50)), np.array([3, 3]), 0.5)
     >>> bool((out[0] == out[1]).all()), float(out.max())
@@ -126,8 +107,8 @@ def drop_rows(key: jax.Array, x: jax.Array, rows: np.ndarray, rate: float) -> ja
 def skew(scores: jax.Array, start: int) -> jax.Array:
     """out[..., i, j] = scores[..., i, j - i + start]: (..., N, 2 N) -> (..., N, N).
 
-    ``start`` is N - 1 or N. A reshape and two slices, so that the backward pass pads and reshapes
-    where one of an indexed lookup would scatter.
+    ``start`` is N - 1 or N. A reshape and two slices, whose backward pass pads and reshapes; that
+    of an indexed lookup would scatter.
 
     Source: Huang et al. 2018, https://arxiv.org/abs/1809.04281, section 3.4.1.
 
@@ -158,10 +139,6 @@ def disentangled_scores(
       (B, H, N, N) float32, queries before keys.
 
     Source: He et al. 2021, https://arxiv.org/abs/2006.03654, equation 4.
-
-    >>> ones = jnp.ones((2, 5, 3, 8))
-    >>> float(disentangled_scores(ones, ones, jnp.ones((10, 3, 8)), None)[0, 0, 4, 1])
-    16.0
     """
     n = query.shape[1]
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)

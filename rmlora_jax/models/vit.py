@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmlora_jax.models import blocks
-from rmlora_jax.models.attention import IMPLEMENTATIONS, filled_length
-from rmlora_jax.models.blocks import REMAT, Parts, check_fields, with_token
+from rmlora_jax.models.attention import filled_length
+from rmlora_jax.models.blocks import Layer, Parts, parts_of, with_token
 from rmlora_jax.models.config import EncoderConfig, refuse
 from rmlora_jax.models.family import (
     AS_IS,
@@ -38,12 +37,6 @@ class ViTConfig(EncoderConfig):
       patch_size: side of a square patch, in pixels.
       num_channels: image channels C.
       qkv_bias: whether query, key and value have biases.
-      prefix_length: trained keys and values in front of every layer's own; 0: none.
-
-    Raises:
-      ValueError: naming the field, its value and what is allowed.
-
-    Source: Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, section 3.1.
 
     >>> ViTConfig(image_size=64, patch_size=8).grid
     8
@@ -58,6 +51,7 @@ class ViTConfig(EncoderConfig):
     prefix_length: int = 0
 
     model_types = ("vit",)
+    norm_first = True
     # The pooler and the decoder, which the classifier does not run.
     inert = ("pooler_act", "pooler_output_size", "encoder_stride")
 
@@ -73,33 +67,20 @@ class ViTConfig(EncoderConfig):
 
     @property
     def kernel_init(self):
-        return truncated_normal(self.initializer_range)
+        """A normal cut at 2 sigma whose standard deviation is ``initializer_range``."""
+        return nn.initializers.truncated_normal(self.initializer_range / TRUNCATED_STD)
 
     @classmethod
     def from_hf(cls, config):
-        """See ``ModelConfig.from_hf``.
-
-        >>> ViTConfig.from_hf({"model_type": "vit", "image_size": 384}).image_size
-        384
-        """
+        """See ``ModelConfig.from_hf``."""
         known = cls.known_fields(config)
         for name in ("image_size", "patch_size"):
-            if name in known:
-                known[name] = _side(name, known[name])
+            side = known.get(name)
+            if isinstance(side, (list, tuple)):
+                if len(set(side)) != 1:
+                    refuse(name, side, "one number, or two that are equal (square)")
+                known[name] = side[0]
         return cls(**known)
-
-
-def _side(name: str, value) -> int:
-    if not isinstance(value, (list, tuple)):
-        return value
-    if len(set(value)) != 1:
-        refuse(name, value, "one number, or two that are equal (square)")
-    return value[0]
-
-
-def truncated_normal(std: float):
-    """Initialiser: a normal cut at 2 sigma, scaled so that its standard deviation is ``std``."""
-    return nn.initializers.truncated_normal(std / TRUNCATED_STD)
 
 
 class Embed(nn.Module):
@@ -111,14 +92,10 @@ class Embed(nn.Module):
     def __call__(self, images):
         parts, c = self.parts, self.parts.config
         patch = (c.patch_size, c.patch_size)
-        x = nn.Conv(
-            c.hidden_size,
+        x = parts.conv(
             patch,
             strides=patch,
             padding="VALID",
-            dtype=parts.dtype,
-            param_dtype=parts.param_dtype,
-            kernel_init=c.kernel_init,
             conv_general_dilated=product_of_patches,
             name="patch",
         )(images)
@@ -127,9 +104,9 @@ class Embed(nn.Module):
 
 
 def product_of_patches(images, kernel, strides, padding, *, precision=None, **_):
-    """`jax.lax.conv_general_dilated` for windows side by side: one matrix product.
+    """`jax.lax.conv_general_dilated` of windows side by side, as one matrix product.
 
-    The kernels that a GPU has for convolutions are made for windows that overlap.
+    It is faster on GPUs, whose convolutions are made for windows that overlap.
     """
     height, width, *_ = strides
     b, h, w, c = images.shape
@@ -140,12 +117,6 @@ def product_of_patches(images, kernel, strides, padding, *, precision=None, **_)
     return jnp.matmul(x, kernel.reshape(x.shape[-1], -1), precision=precision)
 
 
-class Layer(blocks.Layer):
-    """A layer with its norms before attention and MLP."""
-
-    norm_first = True
-
-
 class Encoder(nn.Module):
     """All layers, then the norm of the class token: (B, N, D) -> (B, D) and the hidden states."""
 
@@ -153,13 +124,13 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        parts, c, length, padding = self.parts, self.parts.config, x.shape[1], 0
+        parts, c, length = self.parts, self.parts.config, x.shape[1]
         if not (parts.train and (c.hidden_dropout_prob or c.attention_probs_dropout_prob)):
             head_dim = c.hidden_size // c.num_attention_heads
             filled = filled_length(length, parts.attention, parts.dtype, head_dim)
-            padding = filled - length
-            x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
-        out, states = parts.layers(Layer, x, in_axes=(), padding=padding)
+            parts = dataclasses.replace(parts, padding=filled - length)
+            x = jnp.pad(x, ((0, 0), (0, parts.padding), (0, 0)))
+        out, states = parts.layers(Layer, x, in_axes=())
         token = parts.norm("norm")(out[:, 0])
         return token, None if states is None else states[:, :, :length]
 
@@ -167,11 +138,8 @@ class Encoder(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer classifier; equals PyTorch's ``ViTForImageClassification``.
 
-    Parameters live under ``embed`` (cls_token, position, patch), ``encoder/layers/attention/``
-    {query, key, value, out}, ``encoder/layers/mlp/`` {fc1, fc2}, ``encoder/layers/`` {norm1,
-    norm2}, ``encoder/norm`` and ``head``; where the config has them also ``encoder/layers/``
-    {bottleneck1, bottleneck2} and ``encoder/layers/attention/prefix``. Everything under
-    ``encoder/layers`` is stacked over the layers on axis 0.
+    Parameters live under ``embed`` {cls_token, position, patch}, ``encoder/layers`` as in `Bert`,
+    ``encoder/norm`` and ``head``.
 
     Attributes:
       config: the architecture.
@@ -217,30 +185,21 @@ class ViT(nn.Module):
           TypeError: the images are not floating.
           ValueError: a wrong image shape, or an attribute out of its range.
         """
-        self.check(images)
-        kinds = (self.dtype, self.param_dtype)
-        scan = (self.unroll, self.remat)
-        parts = Parts(self.config, *kinds, train, hidden_states, *scan, self.attention)
-        x = Embed(parts, name="embed")(images)
-        token, states = Encoder(parts, name="encoder")(x)
-        logits = parts.float32.dense(self.num_classes, name="head")(token)
-        return (logits, states) if hidden_states else logits
-
-    def check(self, images):
-        check_fields(
-            self, "num_classes", "unroll", remat=REMAT, attention=IMPLEMENTATIONS
-        )
+        parts, c = parts_of(self, train, hidden_states), self.config
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(
                 f"ViT: images are {images.dtype}; divide by 255, normalise and pass floats"
             )
-        c = self.config
-        expected = (c.image_size, c.image_size, c.num_channels)
-        if images.ndim != 4 or images.shape[1:] != expected:
+        if images.ndim != 4 or images.shape[1:] != (c.image_size, c.image_size, c.num_channels):
             raise ValueError(
-                f"ViT: images have shape {images.shape}; expected (batch, {expected[0]}, "
-                f"{expected[1]}, {expected[2]}). Resize them, or load the model with image_size=..."
+                f"ViT: images have shape {images.shape}; expected (batch, {c.image_size}, "
+                f"{c.image_size}, {c.num_channels}). Resize them, or load the model with "
+                "image_size=..."
             )
+        x = Embed(parts, name="embed")(images)
+        token, states = Encoder(parts, name="encoder")(x)
+        logits = parts.float32.dense(self.num_classes, name="head")(token)
+        return (logits, states) if hidden_states else logits
 
 
 # Modules of a layer: path here, name up to transformers 5.8, name since 5.9.
@@ -255,20 +214,6 @@ _LAYER = (
     ("norm2", "layernorm_after", "layernorm_after"),
 )
 
-_TABLE = (
-    Entry("embed/cls_token", AS_IS, ("vit.embeddings.cls_token",)),
-    Entry("embed/position", AS_IS, ("vit.embeddings.position_embeddings",)),
-    *linear_entries("embed/patch", "vit.embeddings.patch_embeddings.projection", axes=CONV),
-    *layer_entries(["vit.encoder.layer.{}", "vit.layers.{}"], _LAYER),
-    *norm_entries("encoder/norm", "vit.layernorm"),
-    *linear_entries("head", "classifier"),
-)
-
-
-def _head_kernel(config: ViTConfig, key, number: int, shape) -> np.ndarray:
-    """The only new kernel, hence drawn from ``key`` itself."""
-    return np.asarray(config.kernel_init(key, shape, jnp.float32))
-
 
 def _resized(params: dict, config: ViTConfig) -> dict:
     """The parameters with the position embeddings for another image size."""
@@ -282,15 +227,21 @@ VIT = Family(
     inputs=IMAGES,
     classifier="ViTForImageClassification",
     prefix="vit.",
-    table=_TABLE,
-    new=(r"head/.*",),
-    # What other ViT classes leave in a file and a classifier does not use: the pooler of ViTModel,
-    # the mask token and the decoder of masked-image modelling.
+    table=(
+        Entry("embed/cls_token", AS_IS, ("vit.embeddings.cls_token",)),
+        Entry("embed/position", AS_IS, ("vit.embeddings.position_embeddings",)),
+        *linear_entries("embed/patch", "vit.embeddings.patch_embeddings.projection", axes=CONV),
+        *layer_entries(["vit.encoder.layer.{}", "vit.layers.{}"], _LAYER),
+        *norm_entries("encoder/norm", "vit.layernorm"),
+        *linear_entries("head", "classifier"),
+    ),
+    # The pooler of ViTModel, and the mask token and the decoder of masked-image modelling.
     leftovers=(
         r"(vit\.)?pooler\.dense\.(weight|bias)",
         r"(vit\.)?embeddings\.mask_token",
         r"decoder\..*",
     ),
-    draw=_head_kernel,
+    # The head is the only new kernel, and drawn from the key itself.
+    draw=lambda config, key, _, shape: np.asarray(config.kernel_init(key, shape, jnp.float32)),
     resized=_resized,
 )

@@ -7,13 +7,13 @@ import jax
 
 
 def planned(program) -> dict[str, int]:
-    """Bytes of each kind that XLA plans for a compiled program; {} where XLA does not tell."""
+    """Bytes of each kind that XLA plans for a compiled program; {} if they are unknown."""
     found, kinds = program.memory_analysis(), ("argument", "temp", "output", "alias")
     return {kind: getattr(found, f"{kind}_size_in_bytes") for kind in kinds if found is not None}
 
 
 def needed(program) -> int:
-    """Bytes that a compiled program has allocated while it runs; 0 where XLA does not tell."""
+    """Bytes that a compiled program allocates while it runs; 0 if they are unknown."""
     plan = planned(program)
     return sum(plan.values()) - 2 * plan.get("alias", 0)  # an alias is an output in an argument
 
@@ -38,10 +38,10 @@ def largest(
     """The most runs, up to ``count``, that need at most ``limit``; and what ``count`` would need.
 
     Args:
-      count: runs there are.
+      count: all runs.
       need: runs at once -> bytes, None where even the compiler runs out of memory.
-      limit: bytes there are.
-      constant: bytes of them that do not grow with the number of runs, for the next guess.
+      limit: available bytes.
+      constant: bytes that do not grow with the number of runs, for a better guess.
 
     >>> largest(8, lambda runs: 10 + 4 * runs, limit=27, constant=10)
     (4, 42)
@@ -55,7 +55,3 @@ def largest(
         size = max(1, min(size - 1, guess))
         found = need(size) if size > 1 else 0
     return size, first
-
-
-def gibibytes(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

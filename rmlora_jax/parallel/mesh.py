@@ -1,11 +1,11 @@
 """How one per-device function runs on every device: jit(shard_map), or jax.pmap.
 
 The step is written for one device: it sees its own part of the batch, knows the axis name ``AXIS``
-and adds up with ``jax.lax.psum``. What differs between the two maps is only here.
+and adds up with ``jax.lax.psum``.
 
-With ``fsdp`` above 1 so many devices share one copy of the base. The step then sees each such group
-as one device: along ``GROUP`` the compiler splits the group's part of the batch, gathers each
-layer's weights when it comes to them, and adds up.
+With ``fsdp`` above 1, groups of ``fsdp`` devices share one copy of the base. The step sees a group
+as one device: along ``GROUP`` the compiler splits the group's part of the batch, gathers the
+weights of a layer before it runs, and adds up.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ from rmlora_jax.errors import UserError
 
 AXIS = "data"
 GROUP = "model"  # the devices that share a copy of the base
-SMALL = 2**16  # parameters with fewer numbers are on every device all the same
+SMALL = 2**16  # a parameter with fewer numbers is copied to every device
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Every device of every process in one row, and the map that uses them."""
+    """Every device of every process, and the map that uses them."""
 
-    mesh: Mesh  # of one axis, or with fsdp of groups and the devices of each
+    mesh: Mesh  # one axis; with fsdp two: groups, and the devices of a group
     parallel: str  # mesh or pmap
 
     @property
@@ -39,12 +39,18 @@ class Devices:
 
     @property
     def rows(self) -> PartitionSpec:
-        """Of a batch: its rows over all devices."""
+        """The sharding of a batch: its rows over all devices."""
         return PartitionSpec(self.mesh.axis_names)
 
 
-def all_devices(parallel: str = "mesh", *, limit: int | None = None, fsdp: int = 1) -> Devices:
-    """A mesh over all devices of all processes, or over the first ``limit``.
+def all_devices(
+    parallel: str = "mesh",
+    *,
+    limit: int | None = None,
+    fsdp: int = 1,
+    among: Sequence | None = None,
+) -> Devices:
+    """A mesh over all devices of all processes, or over the first ``limit`` of them or ``among``.
 
     Raises:
       UserError: they do not form groups of ``fsdp``.
@@ -52,12 +58,8 @@ def all_devices(parallel: str = "mesh", *, limit: int | None = None, fsdp: int =
     # In the order of the processes, so that the rows of a global batch lie in the order in which
     # the processes read them; make_mesh may permute devices, and its Explicit axes break ordinary
     # Linen models.
-    row = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-    return in_groups(row[:limit], fsdp, parallel)
-
-
-def in_groups(row: Sequence, fsdp: int, parallel: str = "mesh") -> Devices:
-    """Devices in this order, neighbours sharing a copy of the base."""
+    found = jax.devices() if among is None else among
+    row = sorted(found, key=lambda d: (d.process_index, d.id))[:limit]
     if len(row) % fsdp:
         fit = [n for n in range(1, len(row) + 1) if not len(row) % n]
         raise UserError(
@@ -70,10 +72,10 @@ def in_groups(row: Sequence, fsdp: int, parallel: str = "mesh") -> Devices:
 
 
 def base_sharding(shape: tuple[int, ...], devices: Devices) -> NamedSharding:
-    """Where a parameter of the base lies: on every device, or with fsdp in parts over the group.
+    """The sharding of a parameter of the base: copied, or with fsdp split over the group.
 
-    It is cut along its longest axis that the group divides, the last of equals; never along the
-    first of three or more, which is that of the layers: a layer is gathered when its turn comes.
+    It is split along the longest axis that the group divides, the last of equals; never along the
+    first of three or more, the axis of the layers, so that layers are gathered one at a time.
     """
     group = dict(devices.mesh.shape).get(GROUP, 1)
     first = 1 if len(shape) > 2 else 0
@@ -96,7 +98,7 @@ def check_divisible(devices: Devices, **sizes: int) -> None:
 
 
 def check_same(what: str, value) -> None:
-    """Raises a UserError where the processes do not all have this value, told by its ``repr``."""
+    """Raises a UserError if ``repr(value)`` differs between the processes."""
     if jax.process_count() == 1:
         return
     own = np.uint32(zlib.crc32(repr(value).encode("utf-8", "backslashreplace")))
@@ -110,16 +112,12 @@ def check_same(what: str, value) -> None:
 
 
 def replicate(tree, devices: Devices):
-    """Puts a copy of every (host) leaf on every device.
-
-    The leaves go through numpy so that no buffer is shared with the argument: what is replicated
-    may be donated, and donation would delete the caller's arrays.
-    """
+    """Puts a copy of every (host) leaf on every device."""
     return place(tree, lambda shape: NamedSharding(devices.mesh, PartitionSpec()))
 
 
 def place_base(tree, devices: Devices):
-    """Puts the frozen parameters where `base_sharding` says."""
+    """Puts every (host) leaf where `base_sharding` says."""
     return place(tree, lambda shape: base_sharding(shape, devices))
 
 
@@ -127,6 +125,7 @@ def place(tree, sharding: Callable[[tuple[int, ...]], NamedSharding]):
     """Puts every (host) leaf where the sharding of its shape says."""
 
     def put(x):
+        # Through numpy: the result may be donated, which would delete an array shared with ``x``.
         host = np.asarray(x)
         return jax.make_array_from_callback(
             host.shape, sharding(host.shape), lambda index: host[index]
@@ -140,7 +139,7 @@ def shard(tree, devices: Devices):
     sharding = NamedSharding(devices.mesh, devices.rows)
 
     def put(x):
-        if devices.parallel == "pmap":  # pmap wants the device axis apart
+        if devices.parallel == "pmap":  # which maps over an axis of devices
             local = devices.count // jax.process_count()
             x = x.reshape(local, x.shape[0] // local, *x.shape[1:])
         return jax.make_array_from_process_local_data(sharding, x)
@@ -181,6 +180,6 @@ def spread(fn: Callable, devices: Devices, *, donate: bool = False) -> Any:
         axis_names={AXIS},
         check_vma=False,
     )
-    # Else the compiler may leave a result in parts over a group.
+    # Otherwise the compiler may leave a result split over a group.
     whole = NamedSharding(devices.mesh, replicated)
     return jax.jit(mapped, donate_argnums=donated, out_shardings=whole)

@@ -24,6 +24,7 @@ from rmlora_jax.fields import Run as Config
 from rmlora_jax.files import read_json, write_json
 from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.mesh import Devices, all_devices, shard
+from rmlora_jax.report.records import amount
 from rmlora_jax.report.sweep import write_sweep_report
 from rmlora_jax.sweep import many
 from rmlora_jax.sweep.grid import Run, check_config, runs
@@ -179,9 +180,9 @@ def plan(
         if jax.process_count() > 1:
             most = int(multihost_utils.broadcast_one_to_all(np.int32(most)))
         if most < len(left) and jax.process_index() == 0:
-            much = "more than the compiler has" if whole is None else memory.gibibytes(whole)
+            much = "more than the compiler has" if whole is None else amount(whole)
             print(
-                f"{len(left)} runs at once need {much} of {memory.gibibytes(limit)}: at most "
+                f"{len(left)} runs at once need {much} of {amount(limit)}: at most "
                 f"{most} at once, in {math.ceil(len(left) / most)} programs one after another",
                 flush=True,
             )

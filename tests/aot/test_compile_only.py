@@ -60,9 +60,9 @@ def test_the_step_is_that_of_a_real_run(config, changes):
     batch = shard(next(iter(job.feed.train(0))), devices)
     real = lowered(job.train_step, (job.state, job.constants, batch))
     assert lowered(run.step, run.arguments) == real
-    assert run.trainable_parameters == job.base.trainable_parameters
-    assert run.total_parameters == job.base.total_parameters
-    assert run.outputs == 10 and run.runs == 1
+    assert run.base.trainable_parameters == job.base.trainable_parameters
+    assert run.base.total_parameters == job.base.total_parameters
+    assert run.task.outputs == 10 and run.runs == 1
 
 
 def test_the_step_of_texts_has_their_greatest_length(texts):
@@ -114,7 +114,7 @@ def published(name, task=None, **changes):
 )
 def test_published_architectures_have_their_parameters(name, task, changes, parameters):
     run = published(name, task, **changes)
-    assert run.total_parameters == run.trainable_parameters == parameters
+    assert run.base.total_parameters == run.base.trainable_parameters == parameters
 
 
 def test_cifar_is_counted_without_being_there(tmp_path):
@@ -123,7 +123,7 @@ def test_cifar_is_counted_without_being_there(tmp_path):
     c.update_from_flattened_dict({"data.classes": 20, "data.per_class": 100, "batch_size": 32})
     run = open_shapes(resolve(c), all_devices())
     _, constants, batch = run.arguments
-    assert run.outputs == 20
+    assert run.task.outputs == 20
     assert constants.data["image"].shape == (20 * 100 + 20 * 100, 32, 32, 3)
     assert set(batch) == {"id"}
     c.data.mode = "stream"
@@ -171,7 +171,7 @@ def test_memory_decides(config, monkeypatch, capsys):
     said = capsys.readouterr().out
     run = open_shapes(resolve(config), all_devices())
     need = memory.needed(run.step.lower(*run.arguments).compile())
-    reduced = 4 * (run.trainable_parameters + 2)
+    reduced = 4 * (run.base.trainable_parameters + 2)
     for words in ("8 x cpu", "16, 2 a device", amount(need), "1 all-reduce,",
                   f"{reduced:,} bytes; gradients are {reduced - 8:,}", "TFLOP"):
         assert words in said
@@ -220,7 +220,7 @@ def test_a_compiler_that_gives_up_is_too_large(config, monkeypatch):
         def compile(self):
             raise jax.errors.JaxRuntimeError(words)
 
-    run = RunShapes(Gives(), (), 10, 1, 1, 1)
+    run = RunShapes(Gives(), (), None, None, 1)
     monkeypatch.setattr(module, "open_shapes", lambda *_: run)
     with pytest.raises(UserError, match=r"needs 166\.1 GiB on each .* have 15\.8 GiB"):
         compile_only(resolve(config))
@@ -233,15 +233,14 @@ def test_a_compiler_that_gives_up_is_too_large(config, monkeypatch):
 
 
 def test_collectives_in_words():
-    run = RunShapes(None, (), 10, 100, 1000, 1)
     found = [Collective("all-reduce", 400, 1), Collective("all-reduce", 8, 1),
              Collective("all-gather", 2048, 12)]
-    assert [words for _, words in collective_rows(found, run)] == [
+    assert [words for _, words in collective_rows(found, 400)] == [
         "2 all-reduce, 408 bytes in all",
         "1 all-gather in a loop of 12 turns, 2.0 KiB in all",
         "a step 24,984 bytes; gradients are 400 bytes",
     ]
-    assert "without a known end" in str(collective_rows([Collective("all-reduce", 4, None)], run))
+    assert "without a known end" in str(collective_rows([Collective("all-reduce", 4, None)], 4))
 
 
 def test_chips():

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from rmlora_jax.aot.counts import Collective, collectives, flops, total_bytes
 from rmlora_jax.models import ViT, ViTConfig
-from rmlora_jax.models.blocks import ACTIVATIONS
+from rmlora_jax.models.config import ACTIVATIONS
 from rmlora_jax.parallel.mesh import AXIS, all_devices, shard
 from rmlora_jax.train import setup
 from rmlora_jax.train.config import resolve

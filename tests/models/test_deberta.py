@@ -19,11 +19,11 @@ import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub import load_text, load_tokenizer
 from rmlora_jax.models import Deberta, DebertaConfig
+from rmlora_jax.models.blocks import Parts
 from rmlora_jax.models.positions import (
     bucket,
     disentangled_scores,
     drop_rows,
-    relative_rows,
     skew,
 )
 
@@ -78,7 +78,9 @@ def test_scores_and_gradients_equal_the_gathered_ones(length, buckets, terms):
     kept = [term in terms for term in ("c2p", "p2c")]
     distance = np.subtract.outer(np.arange(length), np.arange(length))
     pairs = np.clip(bucket(distance, buckets, longest) + span, 0, 2 * span - 1)
-    rows = relative_rows(length, span, buckets, longest)
+    config = DebertaConfig(position_buckets=buckets, max_relative_positions=longest)
+    assert config.span == span
+    rows = config.rows(length)
 
     def ours(query, key, tables):
         tables = [t[rows] if keep else None for t, keep in zip(tables, kept, strict=True)]
@@ -107,7 +109,7 @@ def test_attention_scores_need_no_gather_and_no_scatter():
 
 
 def test_distances_that_share_a_row_share_what_dropout_takes():
-    rows = relative_rows(40, span=4, buckets=4, longest=32)
+    rows = DebertaConfig(position_buckets=4, max_relative_positions=32).rows(40)
     kept = np.asarray(drop_rows(jax.random.key(0), jnp.ones((80, 24)), rows, 0.5))
     assert set(np.unique(kept)) == {0.0, 2.0}
     distinct = [np.unique(kept[rows == row], axis=0) for row in np.unique(rows)]
@@ -238,8 +240,11 @@ def test_what_is_not_supported_is_refused_by_name(fields, message):
 
 
 def test_configurations_of_the_hub_are_read():
+    def head_dropout(config):
+        return Parts(config).dropout(config.cls_dropout).rate
+
     config = DebertaConfig.from_hf(published.CONFIG | {"attention_head_size": 64, "legacy": True})
     assert (config.span, config.longest_distance, config.terms) == (256, 512, ("c2p", "p2c"))
-    assert config.longest is None and config.head_dropout == 0.1
+    assert config.longest is None and head_dropout(config) == 0.1
     by_default = DebertaConfig.from_hf({"max_position_embeddings": 30, "cls_dropout": 0})
-    assert by_default.longest == 30 and by_default.head_dropout == 0 and by_default.terms == ()
+    assert by_default.longest == 30 and head_dropout(by_default) == 0 and by_default.terms == ()

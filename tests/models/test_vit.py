@@ -23,7 +23,6 @@ from marks import slow
 from rmlora_jax.hub import load_vit
 from rmlora_jax.models import ViT, ViTConfig, vit
 from rmlora_jax.models.attention import cudnn_can_run
-from rmlora_jax.models.vit import truncated_normal
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "vit"
 SMALL = ViTConfig(
@@ -144,7 +143,8 @@ def test_parameter_paths_and_shapes():
 
 
 def test_initial_kernels_are_truncated_at_the_stated_deviation():
-    kernel = truncated_normal(0.02)(jax.random.key(0), (400, 400), jnp.float32)
+    init = ViTConfig(initializer_range=0.02).kernel_init
+    kernel = init(jax.random.key(0), (400, 400), jnp.float32)
     assert abs(float(kernel.std()) - 0.02) < 2e-4
     assert float(jnp.abs(kernel).max()) <= 2 * 0.02 / 0.8796 + 1e-6
 

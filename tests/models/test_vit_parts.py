@@ -13,7 +13,8 @@ from fixtures.vit.cases import GRIDS, table_of
 
 from rmlora_jax.models import ViTConfig
 from rmlora_jax.models.attention import attend, padded_attention
-from rmlora_jax.models.blocks import REMAT, gelu
+from rmlora_jax.models.blocks import REMAT
+from rmlora_jax.models.config import gelu
 from rmlora_jax.models.positions import bicubic_matrix, resize_positions
 from rmlora_jax.models.vit import product_of_patches
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from configs import quickstart
 from rmlora_jax.aot.counts import collectives
 from rmlora_jax.errors import UserError
-from rmlora_jax.parallel.mesh import all_devices, base_sharding, in_groups, shard
+from rmlora_jax.parallel.mesh import all_devices, base_sharding, shard
 from rmlora_jax.sweep import train as sweep
 from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import loop, setup
@@ -117,7 +117,7 @@ def test_groups_are_neighbours_and_must_fit():
     assert dict(devices.mesh.shape) == {"data": 4, "model": 2} and devices.count == 8
     assert devices.mesh.devices.ravel().tolist() == all_devices().mesh.devices.tolist()
     with pytest.raises(UserError, match=r"fsdp=3 does not divide the 8 devices.*1, 2, 4, 8"):
-        in_groups(jax.devices(), 3)
+        all_devices(fsdp=3)
 
 
 def test_pmap_is_refused(config):
