@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,15 +18,45 @@ from rmlora_jax.errors import UserError
 
 # The kinds of data; each is the name of the function of a `Source` that opens it.
 Kind = Literal["images", "texts", "utterances"]
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """The data set that a run wants.
 
-    `load_images`, `load_texts` and `packaged.load_speech` explain the fields. Images
-    have one reported split: ``test_splits={"test": split}``.
+    Attributes:
+      name: "digits"; "japanese_vowels"; "folder", image files in a folder for each class;
+        "datasets", files of Hugging Face's library; or a TFDS name: "cifar100", "glue/cola",
+        "beans:0.1.0". CIFAR and GLUE are fetched and prepared on first use; prepare others first
+        (as array_record). With ``train_file``, any word.
+      data_dir: of the data; for TFDS by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      validation: fraction (below 1) or number of training examples to hold out; 0, which
+        texts do not allow, for none. Texts and utterances keep the classes in their proportions.
+      seed: chooses them. It is not the training's seed: use the same in all runs that you compare.
+      train_split: the name of a split, or a slice such as "train[:80%]".
+      test_splits: reported split -> split of the data. None for one stands for "test" where that
+        has labels, else "validation". Images have one: ``{"test": split}``.
+      unlabelled_splits: split to predict -> split of the data; TFDS may lack it.
+      image_key, label_key: names of the features.
+      columns: names of one feature with text, or two for pairs.
+      regression: whether the labels of texts are numbers rather than classes.
+      classes: use the images of this many classes only, in all splits; 0 for all. Which ones is
+        fixed (:func:`rmlora_jax.data.subsets.with_classes`), and so is what was held out.
+      per_class: use at most this many training images of each class, after the hold-out; 0 for all.
+      limit: use only this many training examples, the last of these choices; None or 0 for all.
+      train_file, test_file, predict_file: texts in files .csv or .tsv with a heading, or .jsonl
+        with an object a line, in UTF-8. Without ``test_file``, as many rows as for validation are
+        held out once more. Labels of classes may be words or whole numbers.
+      speakers: of the Japanese vowels, numbers from 1 to 9; () for all.
+      clusters: 0: the labels of utterances are the speakers. Above 0: an example is an utterance
+        with one frame hidden, and its label is the cluster of that frame.
+      download: False never uses the network.
+      base_url: of the CIFAR archives, see :func:`rmlora_jax.data.cifar.prepare_cifar`.
+      bad_records: how many labelled examples, of all splits together, may be left out because they
+        or their label cannot be used. Above 0 every image is decoded once to find them; with 0 the
+        first one is an error. Rows to be predicted are never left out.
+      cache, threads: folder that keeps the result of this search, and how many threads search; see
+        :func:`rmlora_jax.data.subsets.usable`.
     """
 
     name: str
@@ -53,6 +83,11 @@ class Request:
     bad_records: int = 0
     cache: str | os.PathLike | None = None
     threads: int = 8
+
+    @property
+    def test_split(self) -> str | None:
+        """The reported split of images, where one is named."""
+        return (self.test_splits or {}).get("test")
 
 
 class Source(NamedTuple):
@@ -97,25 +132,6 @@ class Known(NamedTuple):
     train: int = 0
     test: int = 0
     image_shape: tuple[int, int, int] | None = None
-
-
-def default_test(
-    place: object, splits: Iterable[str], opened: Callable[[str], T], labelled: Callable[[T], bool]
-) -> T:
-    """The test split, opened by ``opened``. Where it has no labels (some data sets publish it with
-    -1), "validation" stands in.
-
-    Raises:
-      UserError: neither has labels.
-    """
-    for which in ("test", "validation"):
-        if which in splits and labelled(split := opened(which)):
-            return split
-    raise UserError(
-        f"{place} has no labelled test or validation split, only {shown(sorted(splits))}\n"
-        "Name parts of one, such as "
-        "--config.data.train_split='train[:80%]' --config.data.test_split='train[80%:]'"
-    )
 
 
 def shown(names: Iterable[str]) -> str:
@@ -297,7 +313,6 @@ SHOWN = 5  # records that an error or a note names
 FIELD = "config.data.bad_records"
 # What to type where a record cannot be used and none may be left out.
 LEAVE_OUT = f"--{FIELD}=10 to leave out up to 10 such records (0, the default: none)"
-CHECKED_SIZE = 32  # to which an image is decoded to check it: quick for JPEGs, reads all of a file
 
 
 class BadRecord(UserError):

@@ -21,7 +21,6 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from rmlora_jax.data.dataset import (
-    CHECKED_SIZE,
     LEAVE_OUT,
     BadRecord,
     FoundImages,
@@ -30,6 +29,7 @@ from rmlora_jax.data.dataset import (
     Source,
     shown,
 )
+from rmlora_jax.data.splits import CHECKED_SIZE
 from rmlora_jax.data.vision import FORMATS, SUFFIXES, open_image, pixels
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import near
@@ -262,7 +262,7 @@ def _images(request: Request) -> FoundImages:
     if mistakes := _missing(request):
         raise UserError(mistakes[0])
     root = Path(request.data_dir or "").expanduser()
-    folders, asked = class_folders(root), (request.test_splits or {}).get("test")
+    folders, asked = class_folders(root), request.test_split
     test, notes = None, []
     if _has_splits(root, request.train_split, folders, asked):
         train = read_split(_split(root, request.train_split, "train"))

@@ -305,22 +305,6 @@ def _largest_remainder(sizes: np.ndarray, total: int) -> np.ndarray:
     return whole
 
 
-def with_validation(
-    train: ImageSource,
-    amount: float,
-    *,
-    seed: int,
-    labels: np.ndarray | None = None,
-    of: object = "the data set",
-) -> tuple[ImageSource, ImageSource | None]:
-    """``train`` without the held out images, and those (None where ``amount`` is 0)."""
-    count = held_out_count(len(train), amount, of)
-    if count == 0:
-        return train, None
-    kept, held = hold_out(len(train), count, seed=seed, labels=labels)
-    return Subset(train, kept), Subset(train, held)
-
-
 # Some of the training examples
 
 

@@ -4,7 +4,6 @@ They are found by looking (``data_dir/name[/config]/version``), not through the 
 faster, works for data sets that TFDS does not know, and never imports TensorFlow.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import logging
@@ -26,11 +25,11 @@ def import_tfds():
     """tensorflow_datasets, when first needed (0.3 s), without its advice to install OpenCV."""
     import tensorflow_datasets
 
-    logging.getLogger("absl").addFilter(_is_no_advice)
+    logging.getLogger("absl").addFilter(_is_needed)
     return tensorflow_datasets
 
 
-def _is_no_advice(record: logging.LogRecord) -> bool:
+def _is_needed(record: logging.LogRecord) -> bool:
     return "OpenCV is not installed" not in str(record.msg)
 
 
@@ -163,42 +162,28 @@ def not_prepared(text: str, name: Name, data_dir: Path) -> UserError:
     )
 
 
-def reason(error: Exception) -> str:
-    """The first line of another library's error."""
-    return first_line(error)[:300]
-
-
 def open_builder(folder: Path) -> Any:
     """TFDS's read-only builder of a prepared folder."""
-    tfds = import_tfds()
-
     try:
-        return tfds.builder_from_directory(str(folder))
+        return import_tfds().builder_from_directory(str(folder))
     except Exception as error:  # TFDS raises many kinds on a damaged or foreign folder
-        first = reason(error)
+        why = f"{type(error).__name__}: {first_line(error)[:300]}"
         raise UserError(
-            f"{folder} cannot be read as a TFDS data set: {type(error).__name__}: {first}\n"
+            f"{folder} cannot be read as a TFDS data set: {why}\n"
             "Delete it and prepare it again, or name another folder with --config.data.data_dir"
         ) from error
 
 
-def check_length(folder: Path, split: str, records) -> None:
-    """Raises a UserError where a split declares more examples than its files have bytes."""
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    if len(records) > size:
-        raise UserError(
-            f"{folder} is damaged: split {split!r} is said to have {len(records)} examples, in "
-            f"{size} bytes\nDelete that folder and prepare it again"
-        )
+def open_records(builder: Any, split: str, **options) -> Any:
+    """The examples of a split, read at random. ``options`` are those of ``as_data_source``.
 
-
-@contextlib.contextmanager
-def open_errors(folder: Path, info, split: str):
-    """Turns what TFDS raises when a split is opened into a UserError."""
+    Raises:
+      UserError: there is no such split, or its files are damaged or in a format of no random reads.
+    """
+    folder, info = Path(builder.data_dir), builder.info
     try:
-        yield
-    except UserError:
-        raise
+        records = builder.as_data_source(split=split, **options)
+        count = len(records)
     except NotImplementedError as error:
         name = info.full_name[:200]
         kind = info.file_format
@@ -213,9 +198,16 @@ def open_errors(folder: Path, info, split: str):
             known = shown(sorted(info.splits))
             raise UserError(f"{folder} has no split {split!r}; it has {known}") from error
         raise UserError(
-            f"{folder} is damaged: split {split!r} cannot be opened: {reason(error)}\n"
+            f"{folder} is damaged: split {split!r} cannot be opened: {first_line(error)[:300]}\n"
             "Delete that folder and prepare it again"
         ) from error
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    if count > size:
+        raise UserError(
+            f"{folder} is damaged: split {split!r} declares {count} examples in {size} bytes\n"
+            "Delete that folder and prepare it again"
+        )
+    return records
 
 
 def declared_features(info) -> dict:

@@ -160,7 +160,7 @@ def test_names_and_features_that_are_wrong(published, tmp_path):
     with pytest.raises(UserError, match="no split 'tset'"):
         load_texts("glue/rte", columns=("sentence1",), data_dir=published,
                    test_splits={"test": "tset"})
-    with pytest.raises(UserError, match="no labelled texts"):
+    with pytest.raises(UserError, match="has no labels"):
         load_texts("glue/rte", columns=("sentence1",), data_dir=published,
                    test_splits={"test": "test"})
 

@@ -353,7 +353,7 @@ def test_mistakes_in_texts(tmp_path):
         ({"label_key": "one", "regression": True}, "has no numbers under 'one'"),
         ({"label_key": "score"}, "'score'; its class labels are under label"),
         ({}, "has no labelled test or validation split"),
-        ({"test_split": "test"}, "split 'test' has no labelled texts"),
+        ({"test_split": "test"}, "split 'test' has no labels"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             texts(tmp_path / "mine", **options)
