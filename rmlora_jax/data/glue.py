@@ -21,7 +21,7 @@ import numpy as np
 from rmlora_jax.data.dataset import Known, Request, Source
 from rmlora_jax.data.download import built, prepared_folder, published_file
 from rmlora_jax.data.tfds import tfds_texts
-from rmlora_jax.data.tfds_folder import Name, data_dir_of, import_tfds, tfds_missing
+from rmlora_jax.data.tfds_folder import Name, data_dir_of, tfds_missing
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import write_text_atomic
 
@@ -144,58 +144,44 @@ def _prepare(request: Request) -> Path:
     Published files are taken from ``data_dir/downloads`` if they lie there, and fetched otherwise,
     with the checksums that TFDS knows.
     """
-    config, data_dir = Name.parse(request.name).config, data_dir_of(request)
-    assert config is not None
-    make = functools.partial(_build, config, data_dir)
-    return prepared_folder(f"glue/{config}", VERSION, data_dir, make)
-
-
-def _build(config: str, data_dir: Path, work: Path) -> Path:
     import tensorflow_datasets.text  # noqa: F401  (registers glue)
 
-    published: Any = import_tfds().builder_cls("glue")
-    files = _Files(config, data_dir, work, published.url_infos)
+    config = Name.parse(request.name).config
 
-    # The type checker cannot know the keyword, since the base class is known only at run time.
-    class Builder(  # pyright: ignore[reportGeneralTypeIssues]
-        published,
-        skip_registration=True,  # pyright: ignore[reportCallIssue]
-    ):
-        name = "glue"
+    def make(work: Path) -> Path:
+        def split_generators(builder) -> dict:
+            files = _Files(f"glue/{config}", work, builder.url_infos)
+            return type(builder)._split_generators(builder, files)
 
-        def _split_generators(self, dl_manager):
-            return super()._split_generators(files)
+        return built("glue", work, split_generators, config=config)
 
-    return built(Builder, work, config=config)
+    return prepared_folder(f"glue/{config}", VERSION, data_dir_of(request), make)
 
 
-class _Files:
+class _Files(NamedTuple):
     """What TFDS's builder asks for: published files, and archives unpacked."""
 
-    def __init__(self, config: str, data_dir: Path, work: Path, known):
-        self.config, self.data_dir, self.work, self.known = config, data_dir, work, known
+    name: str
+    work: Path
+    known: Mapping[str, Any]
 
-    def download(self, urls):
+    def download(self, urls) -> Any:
         if isinstance(urls, dict):
-            return {key: self._file(url) for key, url in urls.items()}
-        return self._file(urls)
-
-    def _file(self, url: str) -> str:
-        facts = self.known[url]
+            return {key: self.download(url) for key, url in urls.items()}
+        facts = self.known[urls]
         file = published_file(
-            url,
+            urls,
             facts.filename,
-            data_dir=self.data_dir,
             work=self.work,
             sha256=facts.checksum,
             size=int(facts.size),
-            name=f"glue/{self.config}",
+            name=self.name,
         )
         return str(file)
 
     def download_and_extract(self, url: str) -> str:
         """The folder with the archive's text files; links and paths that lead out are refused."""
-        archive, folder = Path(self._file(url)), self.work / "unpacked"
+        archive, folder = Path(self.download(url)), self.work / "unpacked"
         most = _INFLATION * os.path.getsize(archive) + (1 << 20)
         try:
             with zipfile.ZipFile(archive) as members:

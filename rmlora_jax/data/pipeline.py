@@ -7,13 +7,14 @@ any number of processes sees the same global batches in the same order, and a ru
 step.
 """
 
+import functools
 import itertools
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -186,48 +187,42 @@ def batch_ids(
     >>> sorted(np.concatenate([next(ids) for _ in range(5)]).tolist()) == sorted([*range(10)] * 2)
     True
     """
-    share = _Share(n, local_size(global_batch, process_count), global_batch, process_index, seed)
-    return map(share.batch, itertools.count(start_step))
+    local = local_size(global_batch, process_count)
+    example = _example_at(n, global_batch, local, process_index, seed)
+
+    def batch(step: int) -> np.ndarray:
+        return np.array([example(k) for k in range(step * local, (step + 1) * local)], np.int32)
+
+    return map(batch, itertools.count(start_step))
 
 
-class _Share:
-    """k-th example of this process -> example id. A class, so that worker processes can have it."""
+def _example_at(
+    n: int, global_batch: int, local: int, process_index: int, seed: int
+) -> Callable[[int], int]:
+    """k-th example of this process -> example id, a function that worker processes can have."""
+    import grain
 
-    def __init__(self, n: int, local: int, global_batch: int, process_index: int, seed: int):
-        import grain
-
-        if n < 1:
-            raise UserError("the training split is empty: lower --config.data.validation")
-        self.local, self.global_batch = local, global_batch
-        self.offset = process_index * local
-        self.ids = grain.MapDataset.range(n).seed(seed).shuffle().repeat(None)
-
-    def __call__(self, k: int) -> int:
-        step, j = divmod(int(k), self.local)
-        example = self.ids[step * self.global_batch + self.offset + j]
-        assert example is not None
-        return example
-
-    def batch(self, step: int) -> np.ndarray:
-        first = step * self.local
-        return np.array([self(k) for k in range(first, first + self.local)], np.int32)
+    if n < 1:
+        raise UserError("the training split is empty: lower --config.data.validation")
+    ids = grain.MapDataset.range(n).seed(seed).shuffle().repeat(None)
+    return functools.partial(_example, ids, global_batch, local, process_index * local)
 
 
-class _Load:
-    """Example id (or -1 for padding) -> its image and label."""
+def _example(ids: Any, global_batch: int, local: int, offset: int, k: int) -> int:
+    step, j = divmod(int(k), local)
+    return ids[step * global_batch + offset + j]
 
-    def __init__(self, source: ImageSource, size: int | None):
-        self.source, self.size = source, size
 
-    def __call__(self, index: int) -> dict:
-        real = index >= 0
-        image, label = self.source.load(index if real else 0, self.size)
-        return {
-            "image": image,
-            "label": np.int32(label),
-            "id": np.int32(index if real else 0),
-            "mask": np.bool_(real),
-        }
+def _load(source: ImageSource, size: int | None, index: int) -> dict:
+    """The image and label of an example id; -1 stands for padding."""
+    real = index >= 0
+    image, label = source.load(index if real else 0, size)
+    return {
+        "image": image,
+        "label": np.int32(label),
+        "id": np.int32(index if real else 0),
+        "mask": np.bool_(real),
+    }
 
 
 def stream_batches(
@@ -257,12 +252,12 @@ def stream_batches(
     import grain
 
     local = local_size(global_batch, process_count)
-    share = _Share(len(source), local, global_batch, process_index, seed)
+    example = _example_at(len(source), global_batch, local, process_index, seed)
     first = start_step * local
     # A length that no run reaches, whole in batches and safe to count with in 64 bits.
     endless = (sys.maxsize // 4 // local) * local
-    ids = grain.MapDataset.range(first, first + endless).map(share)
-    for batch in _read(ids.map(_Load(source, size)), local, threads, workers):
+    ids = grain.MapDataset.range(first, first + endless).map(example)
+    for batch in _read(ids.map(functools.partial(_load, source, size)), local, threads, workers):
         del batch["mask"]
         yield batch
 
@@ -301,8 +296,8 @@ def eval_batches(
         return ({"id": np.maximum(row, 0), "mask": row >= 0} for row in mine)
     import grain
 
-    loaded = grain.MapDataset.source(mine.ravel().tolist()).map(_Load(data, size))
-    return _read(loaded, local, threads, workers=0)
+    padded = grain.MapDataset.source(mine.ravel().tolist())
+    return _read(padded.map(functools.partial(_load, data, size)), local, threads, workers=0)
 
 
 def _read(examples, local: int, threads: int, workers: int) -> Iterator[dict]:

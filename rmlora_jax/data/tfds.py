@@ -179,10 +179,11 @@ def _text_features(
     has = f"its texts are under {shown(texts) or 'nothing'}"
     columns = text_columns(request, folder, texts, has)
     label = features.get(request.label_key)
-    if request.regression:
-        fits = label is not None and np.issubdtype(np.dtype(label.np_dtype), np.number)
-    else:
-        fits = isinstance(label, kinds.ClassLabel) and label.num_classes
+    fits = label is not None and (
+        np.issubdtype(np.dtype(label.np_dtype), np.number)
+        if request.regression
+        else isinstance(label, kinds.ClassLabel) and label.num_classes
+    )
     if label is None or not fits:
         kind = "number" if request.regression else "class label"
         others = [k for k in features if k not in texts]
