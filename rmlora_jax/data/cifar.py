@@ -84,14 +84,6 @@ ARCHIVES = {
 }
 
 
-def archive_of(request: Request) -> Archive | None:
-    """The archive of a TFDS name: CIFAR without a config, in the version built here."""
-    name = Name.parse(request.name)
-    if name.config or name.version not in (None, VERSION):
-        return None
-    return ARCHIVES.get(name.name)
-
-
 def prepare_cifar(
     archive: Archive, data_dir: str | os.PathLike, *, base_url: str | None = None
 ) -> Path:
@@ -147,8 +139,9 @@ def _read_archive(archive: Archive, path: Path) -> dict[str, bytes]:
     for name in (*sizes, *texts):
         if name not in contents:
             raise UserError(f"{path} has no member {archive.folder}/{name}")
-        if name in sizes and len(contents[name]) != sizes[name]:
-            raise UserError(f"{path}: {name} has {len(contents[name])} bytes, not {sizes[name]}")
+        size = len(contents[name])
+        if size != sizes.get(name, size):
+            raise UserError(f"{path}: {name} has {size} bytes, not {sizes[name]}")
     return contents
 
 
@@ -186,15 +179,22 @@ def _png(image: np.ndarray) -> io.BytesIO:
     return file
 
 
+def _archive(request: Request) -> Archive:
+    return ARCHIVES[Name.parse(request.name).name]
+
+
+def _handles(request: Request) -> bool:
+    """Whether it is CIFAR without a config, in the version built here."""
+    name = Name.parse(request.name)
+    return name.name in ARCHIVES and not name.config and name.version in (None, VERSION)
+
+
 def _prepare(request: Request) -> Path:
-    archive = archive_of(request)
-    assert archive is not None
-    return prepare_cifar(archive, data_dir_of(request), base_url=request.base_url)
+    return prepare_cifar(_archive(request), data_dir_of(request), base_url=request.base_url)
 
 
 def _known(request: Request) -> Known | None:
-    archive = archive_of(request)
-    assert archive is not None
+    archive = _archive(request)
     classes = {feature: count for feature, _, count in archive.labels}
     if request.label_key not in classes:
         return None
@@ -203,7 +203,7 @@ def _known(request: Request) -> Known | None:
 
 
 SOURCE = Source(
-    handles=lambda request: archive_of(request) is not None,
+    handles=_handles,
     missing=functools.partial(tfds_missing, prepare=_prepare),
     images=functools.partial(tfds_images, prepare=_prepare),
     known=_known,

@@ -96,8 +96,8 @@ class Source(NamedTuple):
     Attributes:
       handles: whether a request is for this source. The first in ``sources.SOURCES`` serves it.
       missing: what the request needs and is neither here nor fetched on first use, one line for
-        each mistake: "config.FIELD=VALUE: what is wrong and what to type". It opens nothing. A
-        `UserError` that it raises is about the name.
+        each mistake: "config.FIELD=VALUE: what is wrong and what to type". It opens nothing. It
+        raises a `UserError` about a wrong name.
       images: opens the images of a request. None: the source has no images.
       texts: opens the texts of a request. It gives the records that cannot be used to `Skipped`.
       utterances: opens the speech of a request, a `packaged.SpeechDataset`.
@@ -193,10 +193,10 @@ class FoundImages(NamedTuple):
       test: None where the source has no test split; a part of ``train`` is then held out.
       class_names: labels are places in it.
       image_shape: (H, W, C), or None where images differ in size.
-      channels: 3, or 1 for grayscale.
+      channels: 3, or 1 for grayscale (repeated to 3 on the device).
       place: what error messages call the data, such as its folder.
       by_class: whether each class gives its share of what is held out.
-      notes: what a person should know of what was found, such as files that were ignored.
+      notes: what a person should know, such as files that were ignored.
     """
 
     train: ImageSource
@@ -215,14 +215,11 @@ class Dataset:
 
     Attributes:
       name: as the user typed it.
-      train, validation, test: :class:`ImageSource`; no image is in two of them.
-        ``validation`` is None where no image was held out.
+      train, validation, test: no image is in two of them. ``validation`` is None where no image was
+        held out.
       num_classes: labels are 0 to ``num_classes - 1``.
-      class_names: ``num_classes`` strings.
-      image_shape: ``(H, W, C)``, or None where images differ in size.
-      channels: 3, or 1 for grayscale (repeated to 3 on the device).
+      class_names, image_shape, channels, notes: see `FoundImages`.
       skipped: the records that were left out because they cannot be used, and why.
-      notes: what a person should know of what the source found.
     """
 
     name: str
@@ -289,11 +286,9 @@ class TextDataset:
 
     Attributes:
       name: as the user typed it.
-      columns: names of the one or two features with text.
+      columns, unlabelled, label_names: see `FoundTexts`.
       train, validation: no text is in both.
       tests: the splits that are reported; "test" first.
-      unlabelled: the splits that are predicted only.
-      label_names: of the classes; None for regression.
       skipped: the records that were left out because they cannot be used, and why.
     """
 

@@ -90,6 +90,11 @@ def glue_task(name: str) -> GlueTask | None:
     return TASKS.get(config) if head == "glue" else None
 
 
+def _handles(request: Request) -> bool:
+    version = Name.parse(request.name).version
+    return glue_task(request.name) is not None and version in (None, VERSION)
+
+
 def write_predictions(
     folder: Path,
     split: str,
@@ -132,10 +137,6 @@ def write_predictions(
 
 
 # Preparation
-
-
-def _is_glue(name: Name) -> bool:
-    return name.name == "glue" and name.config in TASKS and name.version in (None, VERSION)
 
 
 def _prepare(request: Request) -> Path:
@@ -205,7 +206,7 @@ def _known(request: Request) -> Known | None:
 
 
 SOURCE = Source(
-    handles=lambda request: _is_glue(Name.parse(request.name)),
+    handles=_handles,
     missing=functools.partial(tfds_missing, prepare=_prepare),
     texts=functools.partial(tfds_texts, prepare=_prepare),
     known=_known,

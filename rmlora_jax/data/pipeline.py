@@ -49,9 +49,9 @@ class Storage(NamedTuple):
 def plan_storage(data: Dataset, image_size: int, **options) -> Storage:
     """Chooses how to hold ``data`` for a model of ``image_size`` pixels; options: see `storage_of`.
 
-    Square images of one size up to ``storage_size`` stay as they are. All others are brought to
-    ``storage_size`` (default ``image_size * 256 / 224``, the common margin for random crops), of
-    which evaluation uses the middle ``image_size``.
+    Square images of one size up to ``image_size * 256 / 224``, the common margin for random crops,
+    stay as they are. All others are brought to that size, of which evaluation uses the middle
+    ``image_size``.
 
     >>> from rmlora_jax.data import load_images
     >>> plan_storage(load_images("digits"), 32)
@@ -72,12 +72,11 @@ def storage_of(
     image_size: int,
     mode: str = "auto",
     resident_limit: int = RESIDENT_LIMIT,
-    storage_size: int | None = None,
 ) -> Storage:
     """`plan_storage` for this many images of this shape, None where they differ in shape."""
     if mode not in ("auto", "resident", "stream"):
         raise UserError(f"data.mode={mode!r}: must be auto, resident or stream")
-    side, center = stored_as(shape, image_size, storage_size)
+    side, center = stored_as(shape, image_size)
     held = shape if side is None else (side, side, channels)
     assert held is not None  # images that differ in shape are always brought to one size
     nbytes = math.prod(held) * examples
@@ -85,15 +84,13 @@ def storage_of(
     return Storage(resident, side, held, center, nbytes)
 
 
-def stored_as(
-    shape: tuple[int, ...] | None, image_size: int, storage_size: int | None = None
-) -> tuple[int | None, float]:
+def stored_as(shape: tuple[int, ...] | None, image_size: int) -> tuple[int | None, float]:
     """``size`` and ``center`` of `Storage` for images (H, W, C), None where they differ in shape.
 
     >>> stored_as((32, 32, 3), 224), stored_as((480, 640, 3), 224)
     ((None, 1.0), (256, 0.875))
     """
-    size = storage_size or round(image_size * 256 / 224)
+    size = round(image_size * 256 / 224)
     if shape is not None and shape[0] == shape[1] <= size:
         return None, 1.0
     return size, min(1.0, image_size / size)
@@ -135,24 +132,17 @@ def cached(
     split, the examples chosen from it, and ``size``. A source that cannot tell, a damaged file and
     a folder that cannot be written only cost time.
     """
-    name = fingerprint(source, size)
-    if name is None:
+    if (name := fingerprint(source, size)) is None:
         return make()
     path = Path(folder).expanduser() / f"{name}.npz"
-    found = _kept(path, len(source))
-    if found is None:
-        found = make()
-        write_arrays(path, dict(zip(("images", "labels"), found, strict=True)))
-    return found
-
-
-def _kept(path: Path, n: int) -> Arrays | None:
-    arrays = read_arrays(path, ("images", "labels"))
-    if arrays is None:
-        return None
-    images, labels = arrays
-    whole = images.dtype == np.uint8 and images.ndim == 4 and len(images) == len(labels) == n
-    return (images, labels) if whole and labels.dtype == np.int32 else None
+    if found := read_arrays(path, ("images", "labels")):
+        images, labels = found
+        kinds = images.dtype, images.ndim, labels.dtype
+        if kinds == (np.uint8, 4, np.int32) and len(images) == len(labels) == len(source):
+            return images, labels
+    images, labels = make()
+    write_arrays(path, {"images": images, "labels": labels})
+    return images, labels
 
 
 def local_size(global_batch: int, process_count: int) -> int:

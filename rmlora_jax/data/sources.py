@@ -87,15 +87,6 @@ def open_images(request: Request) -> Dataset:
     found: FoundImages = _found("images", request)
     skipped = Skipped(request.bad_records)
 
-    def checked(images: ImageSource, split: str) -> ImageSource:
-        desc = f"checking {request.name} {split}"
-        images = usable(
-            images, skipped, cache=request.cache, threads=request.threads, desc=desc
-        )
-        if not len(images):
-            raise UserError(f"split {split!r} of {request.name} has no image that can be used")
-        return images
-
     def held_out(images: ImageSource, seed: int) -> tuple[ImageSource, ImageSource | None]:
         count = held_out_count(len(images), request.validation, found.place)
         if not count:
@@ -104,9 +95,9 @@ def open_images(request: Request) -> Dataset:
         kept, held = hold_out(len(images), count, seed=seed, labels=labels)
         return Subset(images, kept), Subset(images, held)
 
-    train = checked(found.train, request.train_split)
+    train = usable(found.train, request.train_split, request, skipped)
     if found.test is not None:
-        test = checked(found.test, request.test_split or "test")
+        test = usable(found.test, request.test_split or "test", request, skipped)
     else:
         train, test = held_out(train, request.seed + 1)
         if test is None:

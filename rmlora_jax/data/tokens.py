@@ -59,23 +59,24 @@ def tokenise(
         anew, and two processes at once each leave a whole one.
       desc: of the progress bar.
     """
-    path = cache_dir and cache_dir / f"{fingerprint(texts, tokenizer, max_length)}.npz"
-    if path and (found := _cached(path, len(texts[0]))):
-        return found
     n = len(texts[0])
-    ids, types, lengths = [], [], np.empty(n, np.int64)
+    path = cache_dir and cache_dir / f"{fingerprint(texts, tokenizer, max_length)}.npz"
+    if path and (arrays := read_arrays(path, Tokens._fields)):
+        found = Tokens(*arrays)
+        if len(found.offsets) == n + 1 and found.offsets[-1] == len(found.ids) == len(found.types):
+            return found
+    ids, types, lengths = [], [], []
     with progress(n, desc, " texts", disable=n < 20_000) as bar:
         for start in range(0, n, CHUNK):
             part = [column[start : start + CHUNK] for column in texts]
             encoded = tokenizer(
                 *part, truncation=True, max_length=max_length, return_token_type_ids=True
             )
-            for i, row in enumerate(encoded["input_ids"], start):
-                lengths[i] = len(row)
+            lengths += [len(row) for row in encoded["input_ids"]]
             ids += [np.array(row, np.int32) for row in encoded["input_ids"]]
             types += [np.array(row, np.uint8) for row in encoded["token_type_ids"]]
             bar.update(len(part[0]))
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
     tokens = Tokens(np.concatenate(ids), np.concatenate(types), offsets)
     if path:
         write_arrays(path, tokens._asdict())
@@ -100,15 +101,6 @@ def fingerprint(texts: Sequence[Sequence[str]], tokenizer, max_length: int) -> s
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
     return digest.hexdigest()
-
-
-def _cached(path: Path, n: int) -> Tokens | None:
-    arrays = read_arrays(path, Tokens._fields)
-    if arrays is None:
-        return None
-    found = Tokens(*arrays)
-    whole = len(found.offsets) == n + 1 and found.offsets[-1] == len(found.ids) == len(found.types)
-    return found if whole else None
 
 
 # Batches
