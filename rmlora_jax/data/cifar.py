@@ -89,12 +89,10 @@ def prepare_cifar(
 ) -> Path:
     """Makes ``data_dir/<name>/3.0.2`` and returns it; see :func:`download.prepared_folder`.
 
-    The archive is taken from ``data_dir/downloads`` if it lies there, and fetched otherwise.
-
     Args:
       archive: one of :data:`ARCHIVES`.
       data_dir: of TFDS.
-      base_url: folder of the archive on the web; default $RMLORA_CIFAR_URL, else Toronto's.
+      base_url: of the archive's folder on the web; default $RMLORA_CIFAR_URL, else Toronto's.
 
     Raises:
       UserError: no network, a damaged archive, or a folder that cannot be written.

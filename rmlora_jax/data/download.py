@@ -28,13 +28,11 @@ def prepared_folder(
 ) -> Path:
     """Makes ``data_dir/name/version`` and returns it; at once if it is there.
 
-    All work is done in a temporary folder inside ``data_dir`` that is renamed when whole: a failure
-    leaves nothing behind, and of two processes at once each finds a whole one.
+    A temporary folder inside ``data_dir`` is renamed when it is whole: a failure leaves nothing
+    behind, and of two processes at once each finds a whole one.
 
     Args:
       name: of the data set, with its config: "cifar100", "glue/cola".
-      version: of the data set.
-      data_dir: of TFDS.
       make: given a temporary folder, returns a finished folder somewhere below it.
 
     Raises:
@@ -96,11 +94,11 @@ def published_file(url: str, file: str, *, work: Path, sha256: str, size: int, n
     Nothing is tried twice.
 
     Args:
-      url: of the file: http, https or file.
+      url: http, https or file.
       file: its name in ``downloads``.
       work: the folder of `prepared_folder`, to fetch into.
-      sha256: hexadecimal digest the file must have.
-      size: bytes the file must have; reading stops one byte beyond.
+      sha256, size: what the file must have: a hexadecimal digest, and bytes. Reading stops one byte
+        beyond.
       name: of the data set, for errors.
 
     Raises:

@@ -107,11 +107,11 @@ def write_predictions(
 
     Args:
       folder: made if missing.
-      split: that was predicted; names the file where ``task`` has no name for it.
+      split: names the file where ``task`` has no name for it.
       ids: int (n,), the rows' numbers in the published file.
       predictions: int (n,) classes, or float (n,) values.
       label_names: of the classes; None for regression.
-      task: a GLUE task: its words for the labels and its range of values, STS-B's [0, 5].
+      task: a GLUE task: its words for the labels, or its range of values, STS-B's [0, 5].
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -123,16 +123,15 @@ def write_predictions(
     1	entailment
     <BLANKLINE>
     """
-    if label_names is None and (task is None or task.regression):
-        values = predictions if task is None else np.clip(predictions, 0.0, 5.0)
-        found = [f"{value:.3f}" if task else repr(float(value)) for value in values]
-    elif task is not None:
-        found = [task.words[value] if task.words else str(int(value)) for value in predictions]
+    if task is None:
+        names = label_names
+        found = [names[value] if names else repr(float(value)) for value in predictions]
+    elif task.regression:
+        found = [f"{value:.3f}" for value in np.clip(predictions, 0.0, 5.0)]
     else:
-        assert label_names is not None
-        found = [label_names[value] for value in predictions]
+        found = [task.words[value] if task.words else str(int(value)) for value in predictions]
     rows = [f"{ids[i]}\t{found[i]}\n" for i in np.argsort(ids, kind="stable")]
-    name = task.files.get(split, f"{split}.tsv") if task else f"{split}.tsv"
+    name = (task.files if task else {}).get(split, f"{split}.tsv")
     return write_text_atomic(Path(folder) / name, "".join(["index\tprediction\n", *rows]))
 
 
@@ -142,8 +141,7 @@ def write_predictions(
 def _prepare(request: Request) -> Path:
     """Makes ``data_dir/glue/<config>/2.0.0`` and returns it; see :func:`download.prepared_folder`.
 
-    Published files are taken from ``data_dir/downloads`` if they lie there, and fetched otherwise,
-    with the checksums that TFDS knows.
+    Published files have the checksums that TFDS knows; see :func:`download.published_file`.
     """
     import tensorflow_datasets.text  # noqa: F401  (registers glue)
 

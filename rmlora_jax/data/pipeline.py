@@ -101,24 +101,19 @@ def load_resident(
 ) -> Arrays:
     """All of ``source`` as uint8 (N, H, W, C) and int32 labels (N,), with a progress bar.
 
-    Args:
-      source: images of one shape, or any with ``size``.
-      size: from :class:`Storage`.
-      threads: that read and decode.
-      desc: of the progress bar.
+    Images of several shapes need a ``size``, that of :class:`Storage`.
     """
     if isinstance(source, ArraySource) and size is None:
         return source.images, source.labels.astype(np.int32)
-    n = len(source)
-    labels = np.empty(n, np.int32)
+    labels = np.empty(len(source), np.int32)
     first, _ = source.load(0, size)
-    images = np.empty((n, *first.shape), np.uint8)
+    images = np.empty((len(source), *first.shape), np.uint8)
 
     def fill(chunk: range) -> None:
         for i in chunk:
             images[i], labels[i] = source.load(i, size)
 
-    for _ in in_chunks(n, fill, threads=threads, desc=desc):
+    for _ in in_chunks(len(source), fill, threads, desc):
         pass
     return images, labels
 
@@ -128,9 +123,9 @@ def cached(
 ) -> Arrays:
     """The images and labels that ``make`` returns, from ``folder`` if they were kept there.
 
-    The file's name is a hash of what ``source`` is: the files it reads, their sizes and times, the
-    split, the examples chosen from it, and ``size``. A source that cannot tell, a damaged file and
-    a folder that cannot be written only cost time.
+    The file's name is a hash of ``size`` and of what ``source`` is: the files it reads, their sizes
+    and times, the split, and the examples chosen from it. Images of a source without ``identity()``
+    are not kept. A damaged file is made again.
     """
     if (name := fingerprint(source, size)) is None:
         return make()
@@ -234,7 +229,6 @@ def stream_batches(
       ``b = global_batch / process_count``. Closing the generator stops its threads.
 
     Args:
-      source, global_batch, seed, start_step, process_index, process_count: see ``batch_ids``.
       size: from :class:`Storage`.
       threads: that decode, in each process; decoding runs outside Python's lock.
       workers: processes that decode, 0 for threads of this one. Neither number changes a batch.
@@ -264,15 +258,12 @@ def eval_batches(
     """Each example once and in order, padded to whole global batches.
 
     Every process yields the same number of batches of the same shape, so that none waits for
-    another for ever. Padding repeats example 0 with ``mask`` False.
-
-    Args:
-      data: a number of examples, or their source.
-      global_batch: examples of all processes.
-      size, threads: for a source, as in :func:`stream_batches`.
+    another for ever. Padding repeats example 0 with ``mask`` False. ``size`` and ``threads`` are
+    those of :func:`stream_batches`.
 
     Yields:
-      ``{"id": int32 (b,), "mask": bool (b,)}``, and with a source also "image" and "label".
+      ``{"id": int32 (b,), "mask": bool (b,)}``; where ``data`` is a source and not the number of
+      examples, also "image" and "label".
 
     >>> [b["id"][b["mask"]].tolist() for b in eval_batches(5, 4)]
     [[0, 1, 2, 3], [4]]

@@ -29,13 +29,13 @@ def labelled_splits(
 ) -> tuple[AnySplit, dict[str, AnySplit]]:
     """The training split and the reported ones, all with labels.
 
+    Where the request names no split to report, "test" is, or "validation" where "test" has no
+    labels (some data sets publish it with -1).
+
     Args:
-      request: names them. Where it names none, "test" is reported, or "validation" where that has
-        no labels (some data sets publish it with -1).
       place: what error messages call the data, such as its folder.
-      splits: that the data has.
-      opened: opens one of them, or a part of one.
-      may_lack: whether data with neither "test" nor "validation" has no reported splits.
+      splits: that the data has; ``opened`` opens one of them, or a part of one.
+      may_lack: data with neither "test" nor "validation" has no reported split, and no error.
 
     Raises:
       UserError: a split has no labels, or there is none to report.

@@ -6,6 +6,7 @@ same examples for ever.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,7 +97,7 @@ def labels_of(source: ImageSource) -> np.ndarray:
 
 
 def in_chunks(
-    n: int, work: Callable[[range], T], *, threads: int, desc: str
+    n: int, work: Callable[[range], T], threads: int, desc: str
 ) -> Generator[T, None, None]:
     """What ``work`` returns for each chunk of the numbers below ``n``, in order.
 
@@ -126,7 +127,7 @@ def usable(source: ImageSource, split: str, request: Request, skipped: Skipped) 
     Args:
       source: with ``check(index)``, which raises `BadRecord`; all records of another can be used.
       split: its name, for messages.
-      request: of the data.
+      request: names the cache and how many threads read and decode.
       skipped: takes the records that cannot be used.
 
     Raises:
@@ -138,8 +139,14 @@ def usable(source: ImageSource, split: str, request: Request, skipped: Skipped) 
         path = Path(request.cache or "", f"{name}.bad.json").expanduser() if name else None
         found = _remembered(path, len(source)) if path else None
         if found is None:
-            desc = f"checking {request.name} {split}"
-            found = _bad_records(len(source), check, skipped.limit, request.threads, desc)
+            found, desc = [], f"checking {request.name} {split}"
+            search = functools.partial(_bad_records, check)
+            parts = in_chunks(len(source), search, request.threads, desc)
+            with contextlib.closing(parts):  # it ends soon after too many of them
+                for bad in parts:
+                    found += bad
+                    if len(found) > skipped.limit:
+                        break
             if path and len(found) <= skipped.limit:
                 with contextlib.suppress(OSError):
                     write_json(path, found)
@@ -152,28 +159,15 @@ def usable(source: ImageSource, split: str, request: Request, skipped: Skipped) 
     return source
 
 
-def _bad_records(
-    n: int, check: Callable[[int], Any], limit: int, threads: int, desc: str
-) -> list[tuple[int, str]]:
-    """(index, why) of the records that cannot be used, in order. The search ends soon after
-    ``limit`` of them."""
-
-    def bad_of(chunk: range) -> list[tuple[int, str]]:
-        bad = []
-        for index in chunk:
-            try:
-                check(index)
-            except BadRecord as error:
-                bad.append((index, str(error).partition("\n")[0]))
-        return bad
-
-    found = []
-    with contextlib.closing(in_chunks(n, bad_of, threads=threads, desc=desc)) as parts:
-        for bad in parts:
-            found += bad
-            if len(found) > limit:
-                break
-    return found
+def _bad_records(check: Callable[[int], Any], chunk: range) -> list[tuple[int, str]]:
+    """(index, why) of the records that cannot be used."""
+    bad = []
+    for index in chunk:
+        try:
+            check(index)
+        except BadRecord as error:
+            bad.append((index, str(error).partition("\n")[0]))
+    return bad
 
 
 def usable_texts(
@@ -188,9 +182,9 @@ def usable_texts(
     Args:
       split: as it was read; of two texts in a row, one may be empty.
       names: of the classes; None for regression.
-      skipped: takes the rows that cannot be used.
+      skipped: takes the other rows.
       unread: rows that could not be read, and why.
-      error: makes the error from a row and why it cannot be used.
+      error: makes the error of a row from its number and why it cannot be used.
 
     Raises:
       UserError: more rows cannot be used than may be left out.

@@ -1,7 +1,7 @@
 """Texts and labels from CSV, TSV and JSON-lines files, each row known by its line."""
 
+import contextlib
 import csv
-import functools
 import json
 import math
 import os
@@ -26,7 +26,7 @@ def read_rows(
     Args:
       path: of a file .csv, .tsv (with a heading) or .jsonl (an object a line), in UTF-8.
       columns: names of the texts.
-      label_key: name of the label. None: the rows are to be predicted, and none may be left out.
+      label_key: name of the label. None: the rows are to be predicted, and all must be usable.
       skipped: takes the rows that cannot be used.
 
     Raises:
@@ -116,7 +116,7 @@ def _cell(path: Path, line: int, row: dict, name: str) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it is free of surrogates, which no tokenizer accepts."""
+    """Whether a text has no surrogates, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -125,7 +125,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def class_names(path: Path, words: list[str], label_key: str) -> tuple[str, ...]:
-    """The words that occur, in order; whole numbers in the order of numbers."""
+    """The words that occur, sorted; whole numbers by value."""
     names = sorted(set(words))
     if all(_is_whole(word) for word in names):
         names.sort(key=int)
@@ -144,23 +144,18 @@ def _is_whole(word: str) -> bool:
     return digits.isascii() and digits.isdigit() and len(digits) < 20
 
 
-def class_of(word: str, numbers: dict[str, int]) -> int:
-    """The number of a class."""
+def _class(word: str, label_key: str, numbers: dict[str, int]) -> int:
     if word not in numbers:
         known = ", ".join(list(numbers)[:10])
         raise BadRecord(f"label {word[:80]!r} is not in the training file: {known[:400]}")
     return numbers[word]
 
 
-def value_of(word: str, label_key: str) -> float:
-    """A label that is a number."""
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise BadRecord(f"{label_key!r} is {word[:80]!r}, not a number")
-    return value
+def _value(word: str, label_key: str, numbers: dict[str, int]) -> float:
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(word)):
+            return value
+    raise BadRecord(f"{label_key!r} is {word[:80]!r}, not a number")
 
 
 def _texts(request: Request, skipped: Skipped) -> FoundTexts:
@@ -173,17 +168,15 @@ def _texts(request: Request, skipped: Skipped) -> FoundTexts:
         nonlocal names
         path = Path(file).expanduser()
         rows, lines = read_rows(path, columns, label_key, skipped)
-        words = rows.labels.tolist()
-        if request.regression:
-            number_of = functools.partial(value_of, label_key=label_key)
-        else:
+        words, numbers = rows.labels.tolist(), {}
+        if not request.regression:
             names = names or class_names(path, words, label_key)  # those of the training file
             numbers = {word: number for number, word in enumerate(names)}
-            number_of = functools.partial(class_of, numbers=numbers)
+        number_of = _value if request.regression else _class
         kept, labels = [], []
         for i, (line, word) in enumerate(zip(lines, words, strict=True)):
             try:
-                labels.append(number_of(word))
+                labels.append(number_of(word, label_key, numbers))
                 kept.append(i)
             except BadRecord as error:
                 skipped.add(BadRecord(f"{path}, line {line}: {error}"))

@@ -4,14 +4,14 @@ They are found by looking (``data_dir/name[/config]/version``), not through the 
 faster, works for data sets that TFDS does not know, and never imports TensorFlow.
 """
 
-import dataclasses
 import difflib
+import fnmatch
 import logging
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rmlora_jax.data.dataset import Request, shown
 from rmlora_jax.errors import UserError, first_line
@@ -39,8 +39,7 @@ def data_dir_of(request: Request) -> Path:
     return Path(request.data_dir or default).expanduser()
 
 
-@dataclasses.dataclass(frozen=True)
-class Name:
+class Name(NamedTuple):
     """``name[/config][:version]`` taken apart; the version may hold ``*``."""
 
     name: str
@@ -82,15 +81,12 @@ def find_prepared(name: Name, data_dir: Path) -> Path | None:
 
 
 def _newest(folder: Path, wanted: str | None) -> Path | None:
-    pattern = re.escape(wanted or "*").replace(r"\*", r".*")
+    found = [path.parent for path in folder.glob("*/features.json")]
     versions = [
-        p
-        for p in _folders(folder)
-        if _VERSION.fullmatch(p.name)
-        and re.fullmatch(pattern, p.name)
-        and (p / "features.json").exists()
+        path for path in found
+        if _VERSION.fullmatch(path.name) and fnmatch.fnmatchcase(path.name, wanted or "*")
     ]
-    return max(versions, key=lambda p: tuple(map(int, p.name.split("."))), default=None)
+    return max(versions, key=lambda path: tuple(map(int, path.name.split("."))), default=None)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -106,12 +102,10 @@ def prepared(request: Request, prepare: Prepare | None = None) -> Path:
     Raises:
       UserError: the data set is neither here nor can it be prepared.
     """
-    name, data_dir = Name.parse(request.name), data_dir_of(request)
-    if folder := find_prepared(name, data_dir):
+    folder, data_dir = _look(request, prepare)
+    if folder:
         return folder
-    if prepare is None:
-        raise not_prepared(request.name, name, data_dir)
-    if not request.download:
+    if prepare is None or not request.download:
         raise UserError(
             f"{request.name} is not prepared in {data_dir}: type\n"
             f"python -m rmlora_jax.data.prepare {request.name} --data_dir={data_dir}"
@@ -121,12 +115,8 @@ def prepared(request: Request, prepare: Prepare | None = None) -> Path:
 
 def tfds_missing(request: Request, prepare: Prepare | None = None) -> list[str]:
     """``Source.missing`` of a data set that ``prepare`` makes on first use, where it is given."""
-    name, data_dir = Name.parse(request.name), data_dir_of(request)
-    if find_prepared(name, data_dir):
-        return []
-    if prepare is None:
-        raise not_prepared(request.name, name, data_dir)
-    if is_writable(data_dir):
+    folder, data_dir = _look(request, prepare)
+    if folder or is_writable(data_dir):
         return []
     return [
         f"config.data.data_dir: {data_dir} cannot be written, to prepare {request.name}; give "
@@ -134,10 +124,17 @@ def tfds_missing(request: Request, prepare: Prepare | None = None) -> list[str]:
     ]
 
 
+def _look(request: Request, prepare: Prepare | None) -> tuple[Path | None, Path]:
+    """The folder of the data set, where it is there, and that of TFDS."""
+    name, data_dir = Name.parse(request.name), data_dir_of(request)
+    folder = find_prepared(name, data_dir)
+    if folder is None and prepare is None:
+        raise not_prepared(request.name, name, data_dir)
+    return folder, data_dir
+
+
 def not_prepared(text: str, name: Name, data_dir: Path) -> UserError:
     """The error for a data set that :func:`find_prepared` did not find, with what to type."""
-    tfds = import_tfds()
-
     here = sorted(p.name for p in _folders(data_dir / name.name))
     if here:
         return UserError(
@@ -145,7 +142,7 @@ def not_prepared(text: str, name: Name, data_dir: Path) -> UserError:
             "Ask for one of those with --config.data.name, or for another folder with "
             "--config.data.data_dir"
         )
-    known = set(tfds.list_builders(with_community_datasets=False))
+    known = set(import_tfds().list_builders(with_community_datasets=False))
     if name.name in known:
         return UserError(
             f"{text} is not prepared in {data_dir}; preparing it needs TensorFlow, once: type\n"

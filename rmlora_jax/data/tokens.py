@@ -56,8 +56,7 @@ def tokenise(
       tokenizer: a fast tokenizer of transformers.
       max_length: tokens of an example; a longer one is cut, of a pair the longer text first.
       cache_dir: folder of tokenised splits, made if missing, or None. A damaged file in it is made
-        anew, and two processes at once each leave a whole one.
-      desc: of the progress bar.
+        again, and two processes at once each leave a whole one.
     """
     n = len(texts[0])
     path = cache_dir and cache_dir / f"{fingerprint(texts, tokenizer, max_length)}.npz"
@@ -134,15 +133,12 @@ def text_batches(
 
     Args:
       tokens, labels: of n examples; labels (n,).
-      global_batch: examples of all processes.
-      seed: of the order.
+      global_batch: examples of all processes, of which each yields its part.
       pad_id: token that stands for padding.
       max_length: the largest of the lengths, see :func:`buckets`.
-      start_step: steps that are already done.
       group_by_length: put examples of similar length together, within a window of 64 batches. Each
         window has the same examples as without.
       one_length: pad every batch to ``max_length``.
-      process_index, process_count: which part of each global batch is yielded.
 
     Yields:
       ``{"input_ids": int32 (b, L), "attention_mask": bool (b, L), "token_type_ids": int32 (b, L),
@@ -151,9 +147,8 @@ def text_batches(
     local = local_size(global_batch, process_count)
     mine = slice(process_index * local, (process_index + 1) * local)
     lengths = (max_length,) if one_length else buckets(max_length)
-    if not group_by_length:
-        orders = batch_ids(len(labels), global_batch, seed=seed, start_step=start_step)
-    else:
+    orders = batch_ids(len(labels), global_batch, seed=seed, start_step=start_step)
+    if group_by_length:
         orders = _grouped(tokens.lengths, global_batch, seed, start_step)
     for ids in orders:
         length = _bucket(tokens, ids, lengths)
@@ -190,8 +185,9 @@ def eval_text_batches(
     """
     local = local_size(global_batch, process_count)
     mine = slice(process_index * local, (process_index + 1) * local)
-    doubling = (*(32 << i for i in range(30) if 32 << i < max_length), max_length)
-    lengths, n = (max_length,) if one_length else doubling, len(labels)
+    n, lengths = len(labels), (max_length,)
+    if not one_length:
+        lengths = (*(32 << i for i in range(30) if 32 << i < max_length), max_length)
     order = np.argsort(tokens.lengths, kind="stable").astype(np.int32)
     rows = np.full(math.ceil(n / global_batch) * global_batch, order[-1])
     rows[:n] = order
