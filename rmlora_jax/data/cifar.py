@@ -10,7 +10,6 @@ format at https://www.cs.toronto.edu/~kriz/cifar.html.
 
 import dataclasses
 import functools
-import io
 import os
 import tarfile
 import zlib
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from rmlora_jax.data.dataset import Known, Request, Source
 from rmlora_jax.data.download import built, prepared_folder, published_file
@@ -164,17 +164,8 @@ def _examples(archive: Archive, split: str, members, contents) -> Iterator[tuple
         for key, row in enumerate(rows.reshape(total, k + _PIXELS)):
             image = row[k:].reshape(3, 32, 32).transpose(1, 2, 0)
             labels = dict(zip(features, row[:k].tolist(), strict=True))
-            yield key, {"id": f"{split}_{key:05d}", "image": _png(image), **labels}
+            yield key, {"id": f"{split}_{key:05d}", "image": Image.fromarray(image), **labels}
             bar.update()
-
-
-def _png(image: np.ndarray) -> io.BytesIO:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    file.seek(0)
-    return file
 
 
 def _archive(request: Request) -> Archive:

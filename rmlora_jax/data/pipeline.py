@@ -241,7 +241,7 @@ def stream_batches(
     # A length that no run reaches, whole in batches and safe to count with in 64 bits.
     endless = (sys.maxsize // 4 // local) * local
     ids = grain.MapDataset.range(first, first + endless).map(example)
-    for batch in _read(ids.map(functools.partial(_load, source, size)), local, threads, workers):
+    for batch in _read(ids, source, size, local, threads, workers):
         del batch["mask"]
         yield batch
 
@@ -277,14 +277,16 @@ def eval_batches(
         return ({"id": np.maximum(row, 0), "mask": row >= 0} for row in mine)
     import grain
 
-    padded = grain.MapDataset.source(mine.ravel().tolist())
-    return _read(padded.map(functools.partial(_load, data, size)), local, threads, workers=0)
+    return _read(grain.MapDataset.source(mine.ravel().tolist()), data, size, local, threads)
 
 
-def _read(examples, local: int, threads: int, workers: int) -> Iterator[dict]:
-    """Batches of a grain MapDataset, decoded ahead by threads or worker processes."""
+def _read(
+    ids, source: ImageSource, size: int | None, local: int, threads: int, workers: int = 0
+) -> Iterator[dict]:
+    """Batches of a grain MapDataset of ids, decoded ahead by threads or worker processes."""
     import grain
 
+    examples = ids.map(functools.partial(_load, source, size))
     if workers:
         from absl import flags
 
