@@ -34,8 +34,8 @@ class Request:
         texts do not allow, for none. Texts and utterances keep the classes in their proportions.
       seed: chooses them. It is not the training's seed: use the same in all runs that you compare.
       train_split: the name of a split, or a slice such as "train[:80%]".
-      test_splits: reported split -> split of the data. None for one stands for "test" where that
-        has labels, else "validation". Images have one: ``{"test": split}``.
+      test_splits: reported split -> split of the data; None stands for "test" where that has
+        labels, else "validation". Images have one: ``{"test": split}``.
       unlabelled_splits: split to predict -> split of the data; TFDS may lack it.
       image_key, label_key: names of the features.
       columns: names of one feature with text, or two for pairs.
@@ -120,7 +120,7 @@ class Source(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is known of a data set without opening it.
+    """Facts about a data set that has not been opened.
 
     Attributes:
       classes: how many there are.
@@ -135,7 +135,7 @@ class Known(NamedTuple):
 
 
 def shown(names: Iterable[str]) -> str:
-    """Names out of a data set's files, cut: there may be many of them, of any length."""
+    """The names that a data set's files have, cut to 300 characters."""
     return ", ".join(names)[:300]
 
 
@@ -186,7 +186,7 @@ class ArraySource(ImageSource):
 
 
 class FoundImages(NamedTuple):
-    """The images of a source, all of them.
+    """All images of a source.
 
     Attributes:
       train: every training image.
@@ -306,7 +306,7 @@ class TextDataset:
 
 SHOWN = 5  # records that an error or a note names
 FIELD = "config.data.bad_records"
-# What to type where a record cannot be used and none may be left out.
+# What to type when a record cannot be used.
 LEAVE_OUT = f"--{FIELD}=10 to leave out up to 10 such records (0, the default: none)"
 
 
@@ -317,9 +317,8 @@ class BadRecord(UserError):
 class Skipped:
     """The records that are left out of a data set, at most ``limit`` over all its splits.
 
-    They are left out before anything else, as if the data set had been made without them. Hold-out,
-    limits and the order of examples follow from what is left, so that every process, which reads
-    the same files, gets the same.
+    They are left out first, as if the data set had been made without them. Hold-out, limits and the
+    order of examples follow from what is left, so every process that reads the same files agrees.
 
     >>> skipped = Skipped(1)
     >>> skipped.add(BadRecord("a.csv, line 3: 'text' is empty"))

@@ -53,7 +53,7 @@ def prepared_folder(
     try:
         made = make(work)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):  # another process was first; its result is as good
+        with contextlib.suppress(OSError):  # another process was first
             made.rename(target)
         if not (target / "features.json").exists():
             raise UserError(f"{target} exists but is not whole: delete it and run again")

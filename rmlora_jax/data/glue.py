@@ -26,7 +26,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.files import write_text_atomic
 
 VERSION = "2.0.0"
-# A member of an archive that is this many times larger than the archive is not a text.
+# A text is at most this many times larger than its archive.
 _INFLATION = 60
 
 
@@ -189,7 +189,7 @@ class _Files(NamedTuple):
                     if member.is_dir() or path.suffix != ".tsv":
                         continue
                     if not path.is_relative_to(folder.resolve()) or member.file_size > most:
-                        raise UserError(f"{archive}: {member.filename!r} is no file of GLUE")
+                        raise UserError(f"{archive}: {member.filename!r} is not a file of GLUE")
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with members.open(member) as source, open(path, "wb") as copy:
                         shutil.copyfileobj(source, copy)

@@ -124,7 +124,7 @@ def _parquet_in(folder: Path) -> list[Path]:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """What a folder has, sorted; nothing where it is no folder."""
+    """The visible entries of a folder, sorted; [] if it is not a folder."""
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(p for p in found if not p.name.startswith("."))
 
@@ -133,7 +133,7 @@ def part_of(path: Path, splits: Splits, split: str, columns: Iterable[str] = ())
     """A split, or a part such as ``train[:80%]``, as a datasets.Dataset with these ``columns``.
 
     Raises:
-      UserError: there is no such split, it is empty, or it lacks a column.
+      UserError: the split does not exist, is empty, or lacks a column.
     """
     import datasets
 
@@ -256,8 +256,8 @@ class HfImages(FileImages):
         return bool((self.labels >= 0).any())
 
     def _encoded(self, index: int) -> bytes:
-        """The bytes of an image's file: {"bytes": ..., "path": ...}, of which one may be missing,
-        or the bytes alone."""
+        """The bytes of an image's file. A cell is {"bytes": ..., "path": ...}, with one or
+        both of them, or the bytes alone."""
         path, _, image_key, *_ = self.arguments
         value = self._rows[index][image_key][0].as_py()
         encoded = value.get("bytes") if isinstance(value, dict) else value
@@ -282,7 +282,7 @@ def _bad(path: object, record: str, why: str) -> BadRecord:
 def _why_no_class(word: str | None, names: Sequence[str]) -> str:
     if word is None:
         return "it has no label"
-    return f"its label is {word[:80]!r}, which is no class of the training split: {shown(names)}"
+    return f"its label is {word[:80]!r}, which the training split does not have: {shown(names)}"
 
 
 def _images(request: Request) -> FoundImages:

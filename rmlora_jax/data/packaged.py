@@ -90,7 +90,7 @@ def load_speech(request: Request) -> SpeechDataset:
     folder of the two .ts files; None: an installed package has them.
 
     Raises:
-      UserError: the files are missing or damaged, or there are no such speakers.
+      UserError: the files are missing or damaged, or a speaker does not exist.
 
     Source: Kudo, Toyama and Shimbo 1999, "Multidimensional curve classification using
     passing-through regions", Pattern Recognition Letters 20; https://doi.org/10.24432/C5NS47
@@ -128,7 +128,7 @@ def load_speech(request: Request) -> SpeechDataset:
 
 
 def _hidden_frames(splits: Sequence[Utterances], clusters: int) -> list[Utterances]:
-    """What a model can learn without labels: which sound a hidden frame has.
+    """Examples without labels of people: the model learns which sound a hidden frame has.
 
     Each frame of each utterance gives an example: the utterance with that frame and its two
     neighbours set to 0, and as the label the cluster of the frame, by k-means over the frames of

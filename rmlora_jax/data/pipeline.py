@@ -50,7 +50,7 @@ def plan_storage(data: Dataset, image_size: int, **options) -> Storage:
     """Chooses how to hold ``data`` for a model of ``image_size`` pixels; options: see `storage_of`.
 
     Square images of one size up to ``image_size * 256 / 224``, the common margin for random crops,
-    stay as they are. All others are brought to that size, of which evaluation uses the middle
+    stay as they are. All others are brought to that size; evaluation uses their middle
     ``image_size``.
 
     >>> from rmlora_jax.data import load_images
@@ -165,8 +165,8 @@ def batch_ids(
 ) -> Iterator[np.ndarray]:
     """The example ids of each step from ``start_step``: int32 (global_batch / process_count,).
 
-    Endless. Each pass over the ``n`` examples is shuffled anew and none is dropped: a batch
-    may hold the end of one pass and the beginning of the next.
+    Endless. Each pass over the ``n`` examples has its own shuffle and drops no example: a batch may
+    hold the end of one pass and the beginning of the next.
 
     >>> ids = batch_ids(10, 4, seed=0)
     >>> sorted(np.concatenate([next(ids) for _ in range(5)]).tolist()) == sorted([*range(10)] * 2)
@@ -257,8 +257,8 @@ def eval_batches(
 ) -> Iterator[dict]:
     """Each example once and in order, padded to whole global batches.
 
-    Every process yields the same number of batches of the same shape, so that none waits for
-    another for ever. Padding repeats example 0 with ``mask`` False. ``size`` and ``threads`` are
+    Every process yields the same number of batches of the same shape, so that no process waits
+    forever. Padding repeats example 0 with ``mask`` False. ``size`` and ``threads`` are
     those of :func:`stream_batches`.
 
     Yields:

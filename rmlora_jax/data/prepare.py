@@ -27,7 +27,7 @@ def prepare(text: str, data_dir: str | os.PathLike | None = None) -> Path:
     """Prepares ``text`` (``name[/config][:version]``) in ``data_dir``; returns its folder.
 
     Raises:
-      UserError: TensorFlow is not installed, no such data set, or no network.
+      UserError: TensorFlow, the data set or the network is missing.
     """
     request = Request(text, data_dir)
     name, data_dir = Name.parse(text), data_dir_of(request)

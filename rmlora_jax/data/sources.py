@@ -1,4 +1,4 @@
-"""Every data source, and what is done with the data of each of them.
+"""The data sources, and the steps that they share: hold-out, limits, bad records.
 
 To add a source: write a file with a `Source`, and name it in `SOURCES`.
 """
@@ -59,7 +59,7 @@ def find_source(kind: Kind, request: Request) -> Source:
 
 
 def missing(kind: Kind, request: Request) -> list[str]:
-    """What a run would find missing, looked for before anything is opened or fetched.
+    """Looks for what a run needs and does not have, before anything is opened or fetched.
 
     Returns:
       One line for each mistake: "config.FIELD=VALUE: what is wrong and what to type".
@@ -75,7 +75,7 @@ def missing(kind: Kind, request: Request) -> list[str]:
 
 
 def known(kind: Kind, request: Request) -> Known | None:
-    """What is known of a data set without opening it, or None."""
+    """Facts about a data set that has not been opened, or None."""
     try:
         return find_source(kind, request).known(request)
     except UserError:

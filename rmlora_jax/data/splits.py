@@ -1,4 +1,4 @@
-"""What data sets with named splits and features share: those of TFDS and of Hugging Face."""
+"""Code shared by data sets with named splits and features: those of TFDS and Hugging Face."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 from rmlora_jax.data.dataset import ImageSource, Request, shown
 from rmlora_jax.errors import UserError
 
-CHECKED_SIZE = 32  # to which an image is decoded to check it: quick for JPEGs, reads all of a file
+CHECKED_SIZE = 32  # an image is checked by decoding it to this size: quick, but reads all of it
 
 
 class Split(Protocol):

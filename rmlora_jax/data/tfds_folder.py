@@ -175,7 +175,7 @@ def open_records(builder: Any, split: str, **options) -> Any:
     """The examples of a split, read at random. ``options`` are those of ``as_data_source``.
 
     Raises:
-      UserError: there is no such split, or its files are damaged or in a format of no random reads.
+      UserError: the split does not exist, is damaged, or has a format without random reads.
     """
     folder, info = Path(builder.data_dir), builder.info
     try:

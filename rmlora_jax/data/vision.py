@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-# Formats that are read, whatever a file's name says. Pillow knows more, and hands one of them (EPS)
+# Formats that are read, whatever the file is called. Pillow knows more, and hands one of them (EPS)
 # to another program, which runs the code inside.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
