@@ -110,7 +110,7 @@ class FileImages(ImageSource):
         return type(self), self.arguments
 
     def check(self, index: int) -> None:
-        """Raises a `BadRecord` for an example that cannot be used."""
+        """Raises a `dataset.BadRecord` for an example that cannot be used."""
         self.load(index, CHECKED_SIZE)
 
     def identity(self) -> str:
