@@ -22,16 +22,13 @@ from rmlora_jax.data.dataset import (
 )
 from rmlora_jax.data.glue import GlueTask, glue_task, write_predictions
 from rmlora_jax.data.pipeline import (
-    RESIDENT_LIMIT,
     Storage,
     batch_ids,
     cached,
     eval_batches,
     load_resident,
-    local_size,
     plan_storage,
     storage_of,
-    stored_as,
     stream_batches,
 )
 from rmlora_jax.data.sources import (
@@ -48,7 +45,6 @@ from rmlora_jax.data.tokens import Tokens, eval_text_batches, text_batches, toke
 from rmlora_jax.data.vision import augment
 
 __all__ = [
-    "RESIDENT_LIMIT",
     "ArraySource",
     "Dataset",
     "GlueTask",
@@ -71,14 +67,12 @@ __all__ = [
     "load_images",
     "load_resident",
     "load_texts",
-    "local_size",
     "missing",
     "open_images",
     "open_texts",
     "open_utterances",
     "plan_storage",
     "storage_of",
-    "stored_as",
     "stream_batches",
     "text_batches",
     "tokenise",

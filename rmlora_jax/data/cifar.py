@@ -10,18 +10,19 @@ format at https://www.cs.toronto.edu/~kriz/cifar.html.
 
 import dataclasses
 import functools
-import io
 import os
 import tarfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from rmlora_jax.data.dataset import Known, Request, Source
 from rmlora_jax.data.download import built, prepared_folder, published_file
 from rmlora_jax.data.tfds import tfds_images
-from rmlora_jax.data.tfds_folder import Name, data_dir_of, import_tfds, tfds_missing
+from rmlora_jax.data.tfds_folder import Name, data_dir_of, tfds_missing
 from rmlora_jax.errors import UserError, progress
 
 VERSION = "3.0.2"
@@ -30,11 +31,6 @@ URL_VARIABLE = "RMLORA_CIFAR_URL"
 
 _PIXELS = 32 * 32 * 3
 _MAX_TEXT = 1 << 16
-_CITATION = """@techreport{Krizhevsky09learningmultiple,
-  author = {Alex Krizhevsky},
-  title = {Learning multiple layers of features from tiny images},
-  year = {2009}
-}"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,25 +84,15 @@ ARCHIVES = {
 }
 
 
-def archive_of(request: Request) -> Archive | None:
-    """The archive of a TFDS name: CIFAR without a config, in the version built here."""
-    name = Name.parse(request.name)
-    if name.config or name.version not in (None, VERSION):
-        return None
-    return ARCHIVES.get(name.name)
-
-
 def prepare_cifar(
     archive: Archive, data_dir: str | os.PathLike, *, base_url: str | None = None
 ) -> Path:
     """Makes ``data_dir/<name>/3.0.2`` and returns it; see :func:`download.prepared_folder`.
 
-    The archive is taken from ``data_dir/downloads`` if it lies there, and fetched otherwise.
-
     Args:
       archive: one of :data:`ARCHIVES`.
       data_dir: of TFDS.
-      base_url: folder of the archive on the web; default $RMLORA_CIFAR_URL, else Toronto's.
+      base_url: of the archive's folder on the web; default $RMLORA_CIFAR_URL, else Toronto's.
 
     Raises:
       UserError: no network, a damaged archive, or a folder that cannot be written.
@@ -117,13 +103,13 @@ def prepare_cifar(
         file = published_file(
             url,
             archive.file,
-            data_dir=Path(data_dir).expanduser(),
             work=work,
             sha256=archive.sha256,
             size=archive.size,
             name=archive.name,
         )
-        return built(_builder_class(archive, _read_archive(archive, file)), work)
+        contents = _read_archive(archive, file)
+        return built(archive.name, work, functools.partial(_splits, archive, contents))
 
     return prepared_folder(archive.name, VERSION, data_dir, make)
 
@@ -151,93 +137,53 @@ def _read_archive(archive: Archive, path: Path) -> dict[str, bytes]:
     for name in (*sizes, *texts):
         if name not in contents:
             raise UserError(f"{path} has no member {archive.folder}/{name}")
-        if name in sizes and len(contents[name]) != sizes[name]:
-            raise UserError(f"{path}: {name} has {len(contents[name])} bytes, not {sizes[name]}")
+        size = len(contents[name])
+        if size != sizes.get(name, size):
+            raise UserError(f"{path}: {name} has {size} bytes, not {sizes[name]}")
     return contents
 
 
-def _records(archive: Archive, members, contents: dict[str, bytes]):
-    """(labels (k,), image (32, 32, 3)) of every image, in the archive's order."""
-    k = len(archive.labels)
-    for name, _ in members:
-        rows = np.frombuffer(contents[name], np.uint8).reshape(-1, k + _PIXELS)
-        for row in rows:
-            yield row[:k], row[k:].reshape(3, 32, 32).transpose(1, 2, 0)
+def _splits(archive: Archive, contents: dict[str, bytes], builder) -> dict[str, Iterator]:
+    """The examples of each split; TFDS's builder is given the names of the classes."""
+    for feature, file, classes in archive.labels:
+        names = contents[file].decode("utf-8", "replace").split()
+        if len(names) != classes:
+            raise UserError(f"{archive.file}: {file} has {len(names)} class names, not {classes}")
+        builder.info.features[feature].names = names
+    parts = {"train": archive.train, "test": archive.test}
+    return {split: _examples(archive, split, parts[split], contents) for split in parts}
 
 
-def _builder_class(archive: Archive, contents: dict[str, bytes]):
-    tfds = import_tfds()
-    total = sum(images for _, images in (*archive.train, *archive.test))
-    bar = progress(total, f"preparing {archive.name}", " images")
-    names = {
-        feature: _class_names(archive, file, classes, contents)
-        for feature, file, classes in archive.labels
-    }
-
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version(VERSION)
-        name = archive.name
-
-        def _info(self):
-            labels = {f: tfds.features.ClassLabel(names=names[f]) for f in names}
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description=f"{archive.name}: 32x32 colour images.",
-                features=tfds.features.FeaturesDict(
-                    {
-                        "id": tfds.features.Text(),
-                        "image": tfds.features.Image(shape=(32, 32, 3)),
-                        **labels,
-                    }
-                ),
-                supervised_keys=("image", "label"),
-                homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
-                citation=_CITATION,
-            )
-
-        def _split_generators(self, dl_manager):
-            return {
-                "train": self._generate_examples("train", archive.train),
-                "test": self._generate_examples("test", archive.test),
-            }
-
-        def _generate_examples(self, split, members):
-            # The key decides the row order; TFDS's own builder counts likewise.
-            for key, (labels, image) in enumerate(_records(archive, members, contents)):
-                bar.update()
-                named = zip(names, labels.tolist(), strict=True)
-                yield key, {"id": f"{split}_{key:05d}", "image": _png(image), **dict(named)}
-            if split == "test":
-                bar.close()
-
-    return Builder
+def _examples(archive: Archive, split: str, members, contents) -> Iterator[tuple[int, dict]]:
+    """(key, example) of every image, in the archive's order."""
+    features = [feature for feature, _, _ in archive.labels]
+    k, total = len(features), sum(images for _, images in members)
+    rows = np.frombuffer(b"".join(contents[name] for name, _ in members), np.uint8)
+    with progress(total, f"preparing {archive.name} {split}", " images") as bar:
+        # The key decides the row order; TFDS's own builder counts likewise.
+        for key, row in enumerate(rows.reshape(total, k + _PIXELS)):
+            image = row[k:].reshape(3, 32, 32).transpose(1, 2, 0)
+            labels = dict(zip(features, row[:k].tolist(), strict=True))
+            yield key, {"id": f"{split}_{key:05d}", "image": Image.fromarray(image), **labels}
+            bar.update()
 
 
-def _class_names(archive, file, classes, contents) -> list[str]:
-    names = contents[file].decode("utf-8", "replace").split()
-    if len(names) != classes:
-        raise UserError(f"{archive.file}: {file} has {len(names)} class names, not {classes}")
-    return names
+def _archive(request: Request) -> Archive:
+    return ARCHIVES[Name.parse(request.name).name]
 
 
-def _png(image: np.ndarray) -> io.BytesIO:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    file.seek(0)
-    return file
+def _handles(request: Request) -> bool:
+    """Whether it is CIFAR without a config, in the version built here."""
+    name = Name.parse(request.name)
+    return name.name in ARCHIVES and not name.config and name.version in (None, VERSION)
 
 
 def _prepare(request: Request) -> Path:
-    archive = archive_of(request)
-    assert archive is not None
-    return prepare_cifar(archive, data_dir_of(request), base_url=request.base_url)
+    return prepare_cifar(_archive(request), data_dir_of(request), base_url=request.base_url)
 
 
 def _known(request: Request) -> Known | None:
-    archive = archive_of(request)
-    assert archive is not None
+    archive = _archive(request)
     classes = {feature: count for feature, _, count in archive.labels}
     if request.label_key not in classes:
         return None
@@ -246,7 +192,7 @@ def _known(request: Request) -> Known | None:
 
 
 SOURCE = Source(
-    handles=lambda request: archive_of(request) is not None,
+    handles=_handles,
     missing=functools.partial(tfds_missing, prepare=_prepare),
     images=functools.partial(tfds_images, prepare=_prepare),
     known=_known,

@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,15 +18,45 @@ from rmlora_jax.errors import UserError
 
 # The kinds of data; each is the name of the function of a `Source` that opens it.
 Kind = Literal["images", "texts", "utterances"]
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """The data set that a run wants.
 
-    `load_images`, `load_texts` and `packaged.load_speech` explain the fields. Images
-    have one reported split: ``test_splits={"test": split}``.
+    Attributes:
+      name: "digits"; "japanese_vowels"; "folder", image files in a folder for each class;
+        "datasets", files of Hugging Face's library; or a TFDS name: "cifar100", "glue/cola",
+        "beans:0.1.0". CIFAR and GLUE are fetched and prepared on first use; prepare others first
+        (as array_record). With ``train_file``, any word.
+      data_dir: of the data; for TFDS by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      validation: fraction (below 1) or number of training examples to hold out; 0, which
+        texts do not allow, for none. Texts and utterances keep the classes in their proportions.
+      seed: chooses them. It is not the training's seed: use the same in all runs that you compare.
+      train_split: the name of a split, or a slice such as "train[:80%]".
+      test_splits: reported split -> split of the data; None stands for "test" where that has
+        labels, else "validation". Images have one: ``{"test": split}``.
+      unlabelled_splits: split to predict -> split of the data; TFDS may lack it.
+      image_key, label_key: names of the features.
+      columns: names of one feature with text, or two for pairs.
+      regression: whether the labels of texts are numbers rather than classes.
+      classes: use the images of this many classes only, in all splits; 0 for all. Which ones is
+        fixed (:func:`rmlora_jax.data.subsets.with_classes`), and so is what was held out.
+      per_class: use at most this many training images of each class, after the hold-out; 0 for all.
+      limit: use only this many training examples, the last of these choices; None or 0 for all.
+      train_file, test_file, predict_file: texts in files .csv or .tsv with a heading, or .jsonl
+        with an object a line, in UTF-8. Without ``test_file``, as many rows as for validation are
+        held out once more. Labels of classes may be words or whole numbers.
+      speakers: of the Japanese vowels, numbers from 1 to 9; () for all.
+      clusters: 0: the labels of utterances are the speakers. Above 0: an example is an utterance
+        with one frame hidden, and its label is the cluster of that frame.
+      download: False never uses the network.
+      base_url: of the CIFAR archives, see :func:`rmlora_jax.data.cifar.prepare_cifar`.
+      bad_records: how many labelled examples, of all splits together, may be left out because they
+        or their label cannot be used. Above 0 every image is decoded once to find them; with 0 the
+        first one is an error. Rows to be predicted are never left out.
+      cache, threads: folder that keeps the result of this search, and how many threads search; see
+        :func:`rmlora_jax.data.subsets.usable`.
     """
 
     name: str
@@ -54,6 +84,11 @@ class Request:
     cache: str | os.PathLike | None = None
     threads: int = 8
 
+    @property
+    def test_split(self) -> str | None:
+        """The reported split of images, where one is named."""
+        return (self.test_splits or {}).get("test")
+
 
 class Source(NamedTuple):
     """One place that data comes from.
@@ -61,8 +96,8 @@ class Source(NamedTuple):
     Attributes:
       handles: whether a request is for this source. The first in ``sources.SOURCES`` serves it.
       missing: what the request needs and is neither here nor fetched on first use, one line for
-        each mistake: "config.FIELD=VALUE: what is wrong and what to type". It opens nothing. A
-        `UserError` that it raises is about the name.
+        each mistake: "config.FIELD=VALUE: what is wrong and what to type". It opens nothing. It
+        raises a `UserError` about a wrong name.
       images: opens the images of a request. None: the source has no images.
       texts: opens the texts of a request. It gives the records that cannot be used to `Skipped`.
       utterances: opens the speech of a request, a `packaged.SpeechDataset`.
@@ -85,7 +120,7 @@ class Source(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is known of a data set without opening it.
+    """Facts about a data set that has not been opened.
 
     Attributes:
       classes: how many there are.
@@ -99,27 +134,8 @@ class Known(NamedTuple):
     image_shape: tuple[int, int, int] | None = None
 
 
-def default_test(
-    place: object, splits: Iterable[str], opened: Callable[[str], T], labelled: Callable[[T], bool]
-) -> T:
-    """The test split, opened by ``opened``. Where it has no labels (some data sets publish it with
-    -1), "validation" stands in.
-
-    Raises:
-      UserError: neither has labels.
-    """
-    for which in ("test", "validation"):
-        if which in splits and labelled(split := opened(which)):
-            return split
-    raise UserError(
-        f"{place} has no labelled test or validation split, only {shown(sorted(splits))}\n"
-        "Name parts of one, such as "
-        "--config.data.train_split='train[:80%]' --config.data.test_split='train[80%:]'"
-    )
-
-
 def shown(names: Iterable[str]) -> str:
-    """Names out of a data set's files, cut: there may be many of them, of any length."""
+    """The names that a data set's files have, cut to 300 characters."""
     return ", ".join(names)[:300]
 
 
@@ -170,17 +186,17 @@ class ArraySource(ImageSource):
 
 
 class FoundImages(NamedTuple):
-    """The images of a source, all of them.
+    """All images of a source.
 
     Attributes:
       train: every training image.
       test: None where the source has no test split; a part of ``train`` is then held out.
       class_names: labels are places in it.
       image_shape: (H, W, C), or None where images differ in size.
-      channels: 3, or 1 for grayscale.
+      channels: 3, or 1 for grayscale (repeated to 3 on the device).
       place: what error messages call the data, such as its folder.
       by_class: whether each class gives its share of what is held out.
-      notes: what a person should know of what was found, such as files that were ignored.
+      notes: what a person should know, such as files that were ignored.
     """
 
     train: ImageSource
@@ -199,14 +215,11 @@ class Dataset:
 
     Attributes:
       name: as the user typed it.
-      train, validation, test: :class:`ImageSource`; no image is in two of them.
-        ``validation`` is None where no image was held out.
+      train, validation, test: no image is in two of them. ``validation`` is None where no image was
+        held out.
       num_classes: labels are 0 to ``num_classes - 1``.
-      class_names: ``num_classes`` strings.
-      image_shape: ``(H, W, C)``, or None where images differ in size.
-      channels: 3, or 1 for grayscale (repeated to 3 on the device).
+      class_names, image_shape, channels, notes: see `FoundImages`.
       skipped: the records that were left out because they cannot be used, and why.
-      notes: what a person should know of what the source found.
     """
 
     name: str
@@ -273,11 +286,9 @@ class TextDataset:
 
     Attributes:
       name: as the user typed it.
-      columns: names of the one or two features with text.
+      columns, unlabelled, label_names: see `FoundTexts`.
       train, validation: no text is in both.
       tests: the splits that are reported; "test" first.
-      unlabelled: the splits that are predicted only.
-      label_names: of the classes; None for regression.
       skipped: the records that were left out because they cannot be used, and why.
     """
 
@@ -295,9 +306,8 @@ class TextDataset:
 
 SHOWN = 5  # records that an error or a note names
 FIELD = "config.data.bad_records"
-# What to type where a record cannot be used and none may be left out.
+# What to type when a record cannot be used.
 LEAVE_OUT = f"--{FIELD}=10 to leave out up to 10 such records (0, the default: none)"
-CHECKED_SIZE = 32  # to which an image is decoded to check it: quick for JPEGs, reads all of a file
 
 
 class BadRecord(UserError):
@@ -307,9 +317,8 @@ class BadRecord(UserError):
 class Skipped:
     """The records that are left out of a data set, at most ``limit`` over all its splits.
 
-    They are left out before anything else, as if the data set had been made without them. Hold-out,
-    limits and the order of examples follow from what is left, so that every process, which reads
-    the same files, gets the same.
+    They are left out first, as if the data set had been made without them. Hold-out, limits and the
+    order of examples follow from what is left, so every process that reads the same files agrees.
 
     >>> skipped = Skipped(1)
     >>> skipped.add(BadRecord("a.csv, line 3: 'text' is empty"))

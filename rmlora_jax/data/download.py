@@ -13,11 +13,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rmlora_jax.data.tfds_folder import import_tfds
 from rmlora_jax.errors import UserError, progress
 
 _CHUNK = 1 << 20
+_CONNECT_SECONDS = 4  # for the name look-up, the connection and the first answer, together
+_STALL_SECONDS = 30  # the longest pause between two pieces
 
 
 def prepared_folder(
@@ -25,13 +28,11 @@ def prepared_folder(
 ) -> Path:
     """Makes ``data_dir/name/version`` and returns it; at once if it is there.
 
-    All work is done in a temporary folder inside ``data_dir`` that is renamed when whole: a failure
-    leaves nothing behind, and of two processes at once each finds a whole one.
+    A temporary folder inside ``data_dir`` is renamed when it is whole: a failure leaves nothing
+    behind, and of two processes at once each finds a whole one.
 
     Args:
       name: of the data set, with its config: "cifar100", "glue/cola".
-      version: of the data set.
-      data_dir: of TFDS.
       make: given a temporary folder, returns a finished folder somewhere below it.
 
     Raises:
@@ -52,7 +53,7 @@ def prepared_folder(
     try:
         made = make(work)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):  # another process was first; its result is as good
+        with contextlib.suppress(OSError):  # another process was first
             made.rename(target)
         if not (target / "features.json").exists():
             raise UserError(f"{target} exists but is not whole: delete it and run again")
@@ -63,18 +64,21 @@ def prepared_folder(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def built(builder_class, work: Path, **options) -> Path:
-    """The folder that a TFDS builder makes below ``work``, without TensorFlow."""
+def built(name: str, work: Path, split_generators: Callable[[Any], dict], **options) -> Path:
+    """The folder that TFDS's builder ``name`` makes below ``work``, without TensorFlow.
+
+    ``split_generators`` takes the builder and stands in for its method ``_split_generators``.
+    """
     from tensorflow_datasets.core.utils import tqdm_utils
 
     tfds = import_tfds()
+    builder_class: Any = tfds.builder_cls(name)
+    builder = builder_class(data_dir=str(work / "tfds"), file_format="array_record", **options)
+    builder._split_generators = lambda dl_manager: split_generators(builder)
     # TFDS's own reporting is a heading, three bars and a footing; one bar says as much.
     tqdm_utils.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            builder = builder_class(
-                data_dir=str(work / "tfds"), file_format="array_record", **options
-            )
             builder.download_and_prepare(
                 download_dir=str(work / "downloads"),
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
@@ -84,91 +88,51 @@ def built(builder_class, work: Path, **options) -> Path:
     return Path(builder.data_dir)
 
 
-def published_file(
-    url: str, file: str, *, data_dir: Path, work: Path, sha256: str, size: int, name: str
-) -> Path:
-    """The file at ``url``: from ``data_dir/downloads`` if it lies there, else fetched to ``work``.
+def published_file(url: str, file: str, *, work: Path, sha256: str, size: int, name: str) -> Path:
+    """The file at ``url``: from ``downloads`` beside ``work`` if it lies there, else fetched.
 
-    Args:
-      url: of the file.
-      file: its name in ``downloads``.
-      data_dir: of TFDS.
-      work: folder to fetch into.
-      sha256, size: what the file must have.
-      name: of the data set, for errors.
-    """
-    given = data_dir / "downloads" / file
-    if given.exists():
-        verify(given, sha256=sha256, size=size)
-        return given
-    fetch(
-        url,
-        work / file,
-        sha256=sha256,
-        size=size,
-        otherwise=f"Without network: put {file} into {given.parent}, or name a folder where "
-        f"{name} is prepared with --config.data.data_dir=DIR",
-    )
-    return work / file
-
-
-def fetch(
-    url: str,
-    path: os.PathLike,
-    *,
-    sha256: str,
-    size: int,
-    otherwise: str,
-    connect_seconds: float = 4.0,
-    stall_seconds: float = 30.0,
-) -> None:
-    """Downloads ``url`` to ``path`` with a progress bar.
-
-    Nothing is tried twice. ``path`` exists afterwards only if the file is whole and verified.
+    Nothing is tried twice.
 
     Args:
       url: http, https or file.
-      path: file to write.
-      sha256: hexadecimal digest the file must have.
-      size: bytes the file must have; reading stops one byte beyond.
-      otherwise: what a person without network should do, as a sentence for the error.
-      connect_seconds: for the name look-up, the connection and the first answer, together.
-      stall_seconds: the longest pause between two pieces.
+      file: its name in ``downloads``.
+      work: the folder of `prepared_folder`, to fetch into.
+      sha256, size: what the file must have: a hexadecimal digest, and bytes. Reading stops one byte
+        beyond.
+      name: of the data set, for errors.
 
     Raises:
       UserError: no connection, a refusal, a file cut short or one that is not the expected file.
     """
-    path = Path(path)
-    digest = hashlib.sha256()
-    received = 0
+    given, path = work.parent / "downloads" / file, work / file
+    if given.exists():
+        verify(given, sha256=sha256, size=size)
+        return given
+    advice = (
+        f"Without network: put {file} into {given.parent}, or name a folder where "
+        f"{name} is prepared with --config.data.data_dir=DIR"
+    )
+    digest, received = hashlib.sha256(), 0
     try:
         with (
-            _open(url, connect_seconds, stall_seconds) as response,
-            open(path, "wb") as file,
-            progress(size, f"fetching {path.name}", "B", unit_scale=True) as bar,
+            _open(url) as response,
+            open(path, "wb") as copy,
+            progress(size, f"fetching {file}", "B", unit_scale=True) as bar,
         ):
             while received <= size and (chunk := response.read(min(_CHUNK, size + 1 - received))):
-                file.write(chunk)
+                copy.write(chunk)
                 digest.update(chunk)
                 received += len(chunk)
                 bar.update(len(chunk))
     except (OSError, http.client.HTTPException) as error:
-        path.unlink(missing_ok=True)
         reason = getattr(error, "reason", None) or error or type(error).__name__
-        raise UserError(f"cannot fetch {url}: {reason}\n{otherwise}") from error
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    try:
-        _check(received, digest.hexdigest(), sha256=sha256, size=size, what=url, advice=otherwise)
-    except UserError:
-        path.unlink(missing_ok=True)
-        raise
+        raise UserError(f"cannot fetch {url}: {reason}\n{advice}") from error
+    _check(received, digest.hexdigest(), sha256=sha256, size=size, what=url, advice=advice)
+    return path
 
 
-def verify(path: os.PathLike, *, sha256: str, size: int) -> None:
+def verify(path: Path, *, sha256: str, size: int) -> None:
     """Raises UserError unless the file at ``path`` is the expected one."""
-    path = Path(path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     advice = "Delete it and run again, or put the right file there."
@@ -182,7 +146,7 @@ def _check(received: int, digest: str, *, sha256: str, size: int, what: str, adv
         raise UserError(f"{what} is not the expected file: its SHA-256 is not {sha256}\n{advice}")
 
 
-def _open(url: str, connect_seconds: float, stall_seconds: float):
+def _open(url: str):
     """urlopen whose whole opening is bounded, the name look-up included.
 
     A socket's timeout bounds neither the look-up nor the sum over a host's several addresses, so
@@ -193,7 +157,7 @@ def _open(url: str, connect_seconds: float, stall_seconds: float):
 
     def opening():
         try:
-            response = urllib.request.urlopen(url, timeout=stall_seconds)
+            response = urllib.request.urlopen(url, timeout=_STALL_SECONDS)
         except Exception as error:
             answers.put(error)
             return
@@ -203,10 +167,10 @@ def _open(url: str, connect_seconds: float, stall_seconds: float):
 
     threading.Thread(target=opening, daemon=True).start()
     try:
-        answer = answers.get(timeout=connect_seconds)
+        answer = answers.get(timeout=_CONNECT_SECONDS)
     except queue.Empty:
         late.set()
-        raise TimeoutError(f"no answer within {connect_seconds:g} s") from None
+        raise TimeoutError(f"no answer within {_CONNECT_SECONDS} s") from None
     if isinstance(answer, urllib.error.HTTPError):
         answer.close()
         raise OSError(f"the server answers {answer.code} {answer.msg}")

@@ -21,7 +21,6 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from rmlora_jax.data.dataset import (
-    CHECKED_SIZE,
     LEAVE_OUT,
     BadRecord,
     FoundImages,
@@ -30,6 +29,7 @@ from rmlora_jax.data.dataset import (
     Source,
     shown,
 )
+from rmlora_jax.data.splits import CHECKED_SIZE
 from rmlora_jax.data.vision import FORMATS, SUFFIXES, open_image, pixels
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import near
@@ -163,12 +163,12 @@ def _is_within(path: str, folder: str) -> bool:
 
 
 class Split(NamedTuple):
-    """The images of one split, and the files in it that are left alone.
+    """The images of one split, and the files in it that are ignored.
 
     Attributes:
       images: sorted by class, then by path.
       classes: names of the class folders, sorted.
-      others: files that are no images by their suffix.
+      others: files without the suffix of an image.
       loose: images that lie beside the class folders.
     """
 
@@ -207,14 +207,13 @@ def read_split(folder: Path, names: Sequence[str] | None = None) -> Split:
         labels += [numbers[name]] * len(images)
         if not images:
             empty.append(name)
+    ignored = f" (other files there: {_kinds(others)})" if others else ""
     if not files:
-        ignored = f"; other files there: {_kinds(others)}" if others else ""
         raise UserError(
-            f"{folder} has no image in its folders {shown(folders)}; images end in "
-            f"{', '.join(SUFFIXES)}{ignored}"
+            f"{folder} has no image in its folders {shown(folders)}{ignored}; images end in "
+            f"{', '.join(SUFFIXES)}"
         )
     if empty and names is None:
-        ignored = f" (other files there: {_kinds(others)})" if others else ""
         raise UserError(
             f"{folder} has folders without an image: {shown(empty)}{ignored}\n"
             f"Delete them, or put images in; images end in {', '.join(SUFFIXES)}"
@@ -229,7 +228,7 @@ def _check_names(folder: Path, found: Iterable[str], names: Sequence[str] | None
         except UnicodeEncodeError:
             raise UserError(
                 f"{folder} has a folder whose name is not UTF-8: {name!a}; rename it, since "
-                "its name is that of a class"
+                "its name is the class's"
             ) from None
     found = list(found)
     if names is None:
@@ -238,9 +237,7 @@ def _check_names(folder: Path, found: Iterable[str], names: Sequence[str] | None
                 f"{folder} has one folder, {found[0]!r}, and a classifier needs two classes; give "
                 f"each class a folder, {TREE}"
             )
-        return
-    unknown = [name for name in found if name not in names]
-    if unknown:
+    elif unknown := [name for name in found if name not in names]:
         raise UserError(
             f"{folder} has class folders that the training images lack: "
             f"{shown(map(repr, unknown))}; these have {shown(map(repr, names))}\n"
@@ -262,11 +259,13 @@ def _images(request: Request) -> FoundImages:
     if mistakes := _missing(request):
         raise UserError(mistakes[0])
     root = Path(request.data_dir or "").expanduser()
-    folders, asked = class_folders(root), (request.test_splits or {}).get("test")
+    folders, asked = class_folders(root), request.test_split
     test, notes = None, []
     if _has_splits(root, request.train_split, folders, asked):
         train = read_split(_split(root, request.train_split, "train"))
-        name = asked or next((n for n in TESTS if _is_test(n, folders, request.train_split)), None)
+        # Some data sets have a test split without labels: a folder without class folders.
+        tests = (n for n in TESTS if n in folders and n != request.train_split)
+        name = asked or next((n for n in tests if class_folders(folders[n])), None)
         test = read_split(_split(root, name, "test"), train.classes) if name else None
         unused = [folder for folder in folders if folder not in (request.train_split, name)]
         notes += [f"not used of {root}: {shown(unused)}"] if unused else []
@@ -317,17 +316,12 @@ def _split(root: Path, name: str, kind: str) -> Path:
     )
 
 
-def _is_test(name: str, folders: dict[str, str], train: str) -> bool:
-    """Whether a folder can be the test split. Some data sets have one without labels."""
-    return name in folders and name != train and bool(class_folders(folders[name]))
-
-
 def _ignored(root: Path, splits: list[Split]) -> list[str]:
-    """Notes of files that are left alone."""
+    """Notes about files that are ignored."""
     notes = []
     if others := [file for split in splits for file in split.others]:
-        files = "1 file that is" if len(others) == 1 else f"{len(others)} files that are"
-        notes.append(f"ignored in {root}: {files} no image by suffix: {_kinds(others)}")
+        files = "1 file" if len(others) == 1 else f"{len(others)} files"
+        notes.append(f"ignored in {root}: {files} without the suffix of an image: {_kinds(others)}")
     if loose := sum(split.loose for split in splits):
         images = "1 image" if loose == 1 else f"{loose} images"
         notes.append(f"ignored in {root}: {images} beside the folders of classes")

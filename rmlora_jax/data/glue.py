@@ -21,12 +21,12 @@ import numpy as np
 from rmlora_jax.data.dataset import Known, Request, Source
 from rmlora_jax.data.download import built, prepared_folder, published_file
 from rmlora_jax.data.tfds import tfds_texts
-from rmlora_jax.data.tfds_folder import Name, data_dir_of, import_tfds, tfds_missing
+from rmlora_jax.data.tfds_folder import Name, data_dir_of, tfds_missing
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import write_text_atomic
 
 VERSION = "2.0.0"
-# A member of an archive that is this many times larger than the archive is not a text.
+# A text is at most this many times larger than its archive.
 _INFLATION = 60
 
 
@@ -90,6 +90,11 @@ def glue_task(name: str) -> GlueTask | None:
     return TASKS.get(config) if head == "glue" else None
 
 
+def _handles(request: Request) -> bool:
+    version = Name.parse(request.name).version
+    return glue_task(request.name) is not None and version in (None, VERSION)
+
+
 def write_predictions(
     folder: Path,
     split: str,
@@ -102,11 +107,11 @@ def write_predictions(
 
     Args:
       folder: made if missing.
-      split: that was predicted; names the file where ``task`` has no name for it.
+      split: names the file where ``task`` has no name for it.
       ids: int (n,), the rows' numbers in the published file.
       predictions: int (n,) classes, or float (n,) values.
       label_names: of the classes; None for regression.
-      task: a GLUE task: its words for the labels and its range of values, STS-B's [0, 5].
+      task: a GLUE task: its words for the labels, or its range of values, STS-B's [0, 5].
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -118,84 +123,64 @@ def write_predictions(
     1	entailment
     <BLANKLINE>
     """
-    if label_names is None and (task is None or task.regression):
-        values = predictions if task is None else np.clip(predictions, 0.0, 5.0)
-        found = [f"{value:.3f}" if task else repr(float(value)) for value in values]
-    elif task is not None:
-        found = [task.words[value] if task.words else str(int(value)) for value in predictions]
+    if task is None:
+        names = label_names
+        found = [names[value] if names else repr(float(value)) for value in predictions]
+    elif task.regression:
+        found = [f"{value:.3f}" for value in np.clip(predictions, 0.0, 5.0)]
     else:
-        assert label_names is not None
-        found = [label_names[value] for value in predictions]
+        found = [task.words[value] if task.words else str(int(value)) for value in predictions]
     rows = [f"{ids[i]}\t{found[i]}\n" for i in np.argsort(ids, kind="stable")]
-    name = task.files.get(split, f"{split}.tsv") if task else f"{split}.tsv"
+    name = (task.files if task else {}).get(split, f"{split}.tsv")
     return write_text_atomic(Path(folder) / name, "".join(["index\tprediction\n", *rows]))
 
 
 # Preparation
 
 
-def _is_glue(name: Name) -> bool:
-    return name.name == "glue" and name.config in TASKS and name.version in (None, VERSION)
-
-
 def _prepare(request: Request) -> Path:
     """Makes ``data_dir/glue/<config>/2.0.0`` and returns it; see :func:`download.prepared_folder`.
 
-    Published files are taken from ``data_dir/downloads`` if they lie there, and fetched otherwise,
-    with the checksums that TFDS knows.
+    Published files have the checksums that TFDS knows; see :func:`download.published_file`.
     """
-    config, data_dir = Name.parse(request.name).config, data_dir_of(request)
-    assert config is not None
-    make = functools.partial(_build, config, data_dir)
-    return prepared_folder(f"glue/{config}", VERSION, data_dir, make)
-
-
-def _build(config: str, data_dir: Path, work: Path) -> Path:
     import tensorflow_datasets.text  # noqa: F401  (registers glue)
 
-    published: Any = import_tfds().builder_cls("glue")
-    files = _Files(config, data_dir, work, published.url_infos)
+    config = Name.parse(request.name).config
 
-    # The type checker cannot know the keyword, since the base class is known only at run time.
-    class Builder(  # pyright: ignore[reportGeneralTypeIssues]
-        published,
-        skip_registration=True,  # pyright: ignore[reportCallIssue]
-    ):
-        name = "glue"
+    def make(work: Path) -> Path:
+        def split_generators(builder) -> dict:
+            files = _Files(f"glue/{config}", work, builder.url_infos)
+            return type(builder)._split_generators(builder, files)
 
-        def _split_generators(self, dl_manager):
-            return super()._split_generators(files)
+        return built("glue", work, split_generators, config=config)
 
-    return built(Builder, work, config=config)
+    return prepared_folder(f"glue/{config}", VERSION, data_dir_of(request), make)
 
 
-class _Files:
+class _Files(NamedTuple):
     """What TFDS's builder asks for: published files, and archives unpacked."""
 
-    def __init__(self, config: str, data_dir: Path, work: Path, known):
-        self.config, self.data_dir, self.work, self.known = config, data_dir, work, known
+    name: str
+    work: Path
+    known: Mapping[str, Any]
 
-    def download(self, urls):
+    def download(self, urls) -> Any:
         if isinstance(urls, dict):
-            return {key: self._file(url) for key, url in urls.items()}
-        return self._file(urls)
-
-    def _file(self, url: str) -> str:
-        facts = self.known[url]
+            return {key: self.download(url) for key, url in urls.items()}
+        facts = self.known[urls]
         file = published_file(
-            url,
+            urls,
             facts.filename,
-            data_dir=self.data_dir,
             work=self.work,
             sha256=facts.checksum,
             size=int(facts.size),
-            name=f"glue/{self.config}",
+            name=self.name,
         )
         return str(file)
 
     def download_and_extract(self, url: str) -> str:
         """The folder with the archive's text files; links and paths that lead out are refused."""
-        archive, folder = Path(self._file(url)), self.work / "unpacked"
+        archive, folder = Path(self.download(url)), self.work / "unpacked"
         most = _INFLATION * os.path.getsize(archive) + (1 << 20)
         try:
             with zipfile.ZipFile(archive) as members:
@@ -204,7 +189,7 @@ class _Files:
                     if member.is_dir() or path.suffix != ".tsv":
                         continue
                     if not path.is_relative_to(folder.resolve()) or member.file_size > most:
-                        raise UserError(f"{archive}: {member.filename!r} is no file of GLUE")
+                        raise UserError(f"{archive}: {member.filename!r} is not a file of GLUE")
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with members.open(member) as source, open(path, "wb") as copy:
                         shutil.copyfileobj(source, copy)
@@ -219,7 +204,7 @@ def _known(request: Request) -> Known | None:
 
 
 SOURCE = Source(
-    handles=lambda request: _is_glue(Name.parse(request.name)),
+    handles=_handles,
     missing=functools.partial(tfds_missing, prepare=_prepare),
     texts=functools.partial(tfds_texts, prepare=_prepare),
     known=_known,

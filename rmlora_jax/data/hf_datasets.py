@@ -5,32 +5,29 @@ Only files on this machine are read, and nothing in them is run: no script, no p
 the hub. Every label is matched by its name, so that splits may number their classes in any order.
 """
 
-import contextlib
 import importlib.util
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rmlora_jax.data.dataset import (
-    CHECKED_SIZE,
     LEAVE_OUT,
     BadRecord,
     FoundImages,
     FoundTexts,
-    ImageSource,
     Request,
     Skipped,
     Source,
     TextSplit,
-    default_test,
     shown,
 )
 from rmlora_jax.data.folder import CHANNELS, why_unreadable
+from rmlora_jax.data.splits import FileImages, check_image_key, labelled_splits, text_columns
 from rmlora_jax.data.subsets import usable_texts
 from rmlora_jax.data.text_files import class_names
 from rmlora_jax.data.vision import open_image, pixels
@@ -47,25 +44,6 @@ WANTED = "a folder that save_to_disk wrote, a .parquet file, or a folder of them
 
 Splits = Mapping[str, Any]  # of datasets.Dataset
 
-
-def import_datasets() -> Any:
-    """The library, when it is first needed: importing it takes more than a second.
-
-    Raises:
-      UserError: it is not installed, with what to type.
-    """
-    if not _is_installed():
-        raise UserError(f"data.name={NAME!r} needs a library that is not here: {INSTALL}")
-    import datasets
-
-    return datasets
-
-
-def _is_installed() -> bool:
-    spec = importlib.util.find_spec("datasets")
-    return spec is not None and spec.origin is not None  # some folder "datasets" has no origin
-
-
 # Splits
 
 
@@ -77,12 +55,11 @@ def open_splits(path: Path) -> Splits:
     Raises:
       UserError: the files are not there, or are damaged.
     """
-    datasets = import_datasets()
-    with _errors(path):
-        if (path / DICT).is_file():
-            return dict(datasets.load_from_disk(str(path.resolve())))
-        if (path / STATE).is_file():
-            return {"train": datasets.load_from_disk(str(path.resolve()))}
+    datasets: Any = importlib.import_module("datasets")
+    try:
+        if (path / DICT).is_file() or (path / STATE).is_file():
+            found = datasets.load_from_disk(str(path.resolve()))
+            return dict(found) if isinstance(found, dict) else {"train": found}
         cache = Path(datasets.config.HF_DATASETS_CACHE)
         if not is_writable(cache):
             raise UserError(
@@ -93,12 +70,6 @@ def open_splits(path: Path) -> Splits:
             split: datasets.Dataset.from_parquet([_as_pattern(file) for file in files], split=split)
             for split, files in parquet_files(path).items()
         }
-
-
-@contextlib.contextmanager
-def _errors(path: Path) -> Iterator[None]:
-    try:
-        yield
     except UserError:
         raise
     except Exception as error:  # of many kinds, and some with a cause that says more
@@ -134,7 +105,7 @@ def parquet_files(path: Path) -> dict[str, list[Path]]:
         # One group of files whose name says nothing, such as part-0.parquet, is the training split.
         known = any(name.startswith(("train", "test", "val")) for name in splits)
         return dict(splits) if known or len(splits) > 1 else {"train": found}
-    folders = {p.name: files for p in _folders(path) if (files := _parquet_in(p))}
+    folders = {p.name: files for p in _visible(path) if (files := _parquet_in(p))}
     if "train" in folders:
         return folders
     if folders:
@@ -149,22 +120,23 @@ def parquet_files(path: Path) -> dict[str, list[Path]]:
 
 
 def _parquet_in(folder: Path) -> list[Path]:
-    files = folder.iterdir() if folder.is_dir() else ()
-    return sorted(p for p in files if p.suffix == SUFFIX and not p.name.startswith("."))
+    return [p for p in _visible(folder) if p.suffix == SUFFIX]
 
 
-def _folders(path: Path) -> list[Path]:
-    folders = path.iterdir() if path.is_dir() else ()
-    return sorted(p for p in folders if p.is_dir() and not p.name.startswith("."))
+def _visible(folder: Path) -> list[Path]:
+    """The visible entries of a folder, sorted; [] if it is not a folder."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(p for p in found if not p.name.startswith("."))
 
 
-def part_of(path: Path, splits: Splits, split: str) -> Any:
-    """A split, or a part such as ``train[:80%]``, as a datasets.Dataset.
+def part_of(path: Path, splits: Splits, split: str, columns: Iterable[str] = ()) -> Any:
+    """A split, or a part such as ``train[:80%]``, as a datasets.Dataset with these ``columns``.
 
     Raises:
-      UserError: there is no such split, or it is empty.
+      UserError: the split does not exist, is empty, or lacks a column.
     """
-    datasets = import_datasets()
+    import datasets
+
     sizes = {name: len(data) for name, data in splits.items()}
     try:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
@@ -175,6 +147,9 @@ def part_of(path: Path, splits: Splits, split: str) -> Any:
     data = datasets.concatenate_datasets(rows)
     if not len(data):
         raise UserError(f"{path}: split {split!r} has no rows")
+    for name in columns:
+        if name not in data.features:
+            raise UserError(f"{path}: split {split!r} has no {name!r}; it has {_all(data)}")
     return data
 
 
@@ -183,8 +158,7 @@ def part_of(path: Path, splits: Splits, split: str) -> Any:
 
 def label_words(data: Any, key: str) -> list[str | None]:
     """Each label as the name of its class; None for a row without one."""
-    values = _column(data, key)
-    names = getattr(data.features[key], "names", None)
+    values, names = _values(data, key), getattr(data.features.get(key), "names", None)
     if names is None:
         words = [None if value is None else str(value).strip() for value in values]
         return [word or None for word in words]
@@ -197,13 +171,14 @@ def label_names(path: Path, data: Any, key: str) -> tuple[str, ...]:
     Raises:
       UserError: the training split has no labels of classes under ``key``.
     """
-    datasets, features = import_datasets(), data.features
-    feature = features.get(key)
+    import datasets
+
+    feature = data.features.get(key)
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names)
     kind = getattr(feature, "dtype", None) if isinstance(feature, datasets.Value) else None
     if kind is None or not re.fullmatch(r"u?int\d+|bool|(large_)?string(_view)?", kind):
-        others = [name for name, one in features.items() if isinstance(one, datasets.ClassLabel)]
+        others = [n for n, one in data.features.items() if isinstance(one, datasets.ClassLabel)]
         hint = f"its class labels are under {shown(others)}" if others else f"it has {_all(data)}"
         raise UserError(
             f"{path} has no labels of classes under {key!r}; {hint}\n"
@@ -221,12 +196,17 @@ def numbers_of(words: Iterable[str | None], names: Sequence[str]) -> np.ndarray:
     >>> numbers_of(["cat", None, "dog", "cow"], ("dog", "cat")).tolist()
     [1, -1, 0, -1]
     """
-    numbers = {name: number for number, name in enumerate(names)}
-    return np.array([-1 if word is None else numbers.get(word, -1) for word in words], np.int32)
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)}
+    return np.array([numbers.get(word, -1) for word in words], np.int32)
 
 
-def _column(data: Any, key: str) -> list:
-    return data.select_columns([key]).with_format("arrow")[:][key].to_pylist()
+def _column(data: Any, key: str) -> Any:
+    """A feature as it is stored, a pyarrow.ChunkedArray."""
+    return data.select_columns([key]).with_format("arrow")[:][key]
+
+
+def _values(data: Any, key: str) -> list:
+    return _column(data, key).to_pylist() if key in data.features else [None] * len(data)
 
 
 def _all(data: Any) -> str:
@@ -241,46 +221,27 @@ def _kind(feature: Any) -> str:
 # Images
 
 
-class HfImages(ImageSource):
-    """One split; an `ImageSource`. It pickles as its arguments, so that worker processes open the
-    files themselves.
-    """
+class HfImages(FileImages):
+    """One split of a data set."""
 
     def __init__(
         self, path: str, split: str, image_key: str, label_key: str, names: tuple[str, ...],
         splits: Splits | None = None,
     ):
-        self._arguments = path, split, image_key, label_key, names
+        self.arguments = path, split, image_key, label_key, names
         where = Path(path)
-        data = part_of(where, splits or open_splits(where), split)
-        for key, hint in ((image_key, "image_key"), (label_key, "label_key")):
-            if key not in data.features:
-                raise UserError(
-                    f"{path}: split {split!r} has no {key!r}; it has {_all(data)}\n"
-                    f"Name it with --config.data.{hint}"
-                )
+        data = part_of(where, splits or open_splits(where), split, (image_key, label_key))
         self._words = label_words(data, label_key)
         self.labels = numbers_of(self._words, names)
         self._rows = data.select_columns([image_key]).with_format("arrow")  # not decoded
 
-    def __reduce__(self):
-        return type(self), self._arguments
-
     def __len__(self) -> int:
         return len(self.labels)
-
-    def identity(self) -> str:
-        """What is read: the files with their sizes and times, the split, the features."""
-        path, *rest = self._arguments
-        root = Path(path).resolve()
-        files = sorted(p for p in (root.rglob("*") if root.is_dir() else [root]) if p.is_file())
-        found = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        return repr((rest, found))
 
     def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
         label = self.label(index)
         if label < 0:
-            raise self._bad(index, _why_no_class(self._words[index], self._arguments[-1]))
+            raise self._bad(index, _why_no_class(self._words[index], self.arguments[-1]))
         try:
             return pixels(open_image(self._encoded(index)), CHANNELS, size), label
         except BadRecord:
@@ -291,17 +252,13 @@ class HfImages(ImageSource):
     def label(self, index: int) -> int:
         return int(self.labels[index])
 
-    def check(self, index: int) -> None:
-        """Raises a `BadRecord` for an example that cannot be used."""
-        self.load(index, CHECKED_SIZE)
-
-    def labelled(self) -> bool:
+    def is_labelled(self) -> bool:
         return bool((self.labels >= 0).any())
 
     def _encoded(self, index: int) -> bytes:
-        """The bytes of an image's file: {"bytes": ..., "path": ...}, of which one may be missing,
-        or the bytes alone."""
-        path, _, image_key, *_ = self._arguments
+        """The bytes of an image's file. A cell is {"bytes": ..., "path": ...}, with one or
+        both of them, or the bytes alone."""
+        path, _, image_key, *_ = self.arguments
         value = self._rows[index][image_key][0].as_py()
         encoded = value.get("bytes") if isinstance(value, dict) else value
         if encoded is not None:
@@ -314,158 +271,93 @@ class HfImages(ImageSource):
         return Path(path if Path(path).is_dir() else Path(path).parent, file).read_bytes()
 
     def _bad(self, index: int, why: str) -> BadRecord:
-        path, split, *_ = self._arguments
-        return BadRecord(
-            f"{path}: image {index} of {split!r}: {why}\nCorrect it, or type {LEAVE_OUT}"
-        )
+        path, split, *_ = self.arguments
+        return _bad(path, f"image {index} of {split!r}", why)
+
+
+def _bad(path: object, record: str, why: str) -> BadRecord:
+    return BadRecord(f"{path}: {record}: {why}\nCorrect it, or type {LEAVE_OUT}")
 
 
 def _why_no_class(word: str | None, names: Sequence[str]) -> str:
     if word is None:
         return "it has no label"
-    return f"its label is {word[:80]!r}, which is no class of the training split: {shown(names)}"
+    return f"its label is {word[:80]!r}, which the training split does not have: {shown(names)}"
 
 
 def _images(request: Request) -> FoundImages:
-    path = _path(request)
-    splits = open_splits(path)
-    train = part_of(path, splits, request.train_split)
-    _check_images(path, train, request.image_key)
+    path, splits, train = _opened(request)
+    images = [name for name, feature in train.features.items() if _holds_images(feature)]
+    check_image_key(path, request.image_key, images, _all(train))
     names = label_names(path, train, request.label_key)
 
     def opened(split: str) -> HfImages:
-        features = (request.image_key, request.label_key, names)
-        return HfImages(str(path), split, *features, splits=splits)
+        return HfImages(str(path), split, request.image_key, request.label_key, names, splits)
 
-    def labelled(split: str) -> HfImages:
-        images = opened(split)
-        if not images.labelled():
-            raise UserError(f"{path}: split {split!r} has no labelled images")
-        return images
-
-    asked = (request.test_splits or {}).get("test")
-    if asked:
-        test = labelled(asked)
-    elif {"test", "validation"} & set(splits):
-        test = default_test(path, splits, opened, HfImages.labelled)
-    else:
-        test = None
-    return FoundImages(
-        labelled(request.train_split), test, names, None, CHANNELS, place=path, by_class=True
-    )
-
-
-def _check_images(path: Path, data: Any, key: str) -> None:
-    """Raises a UserError where ``key`` names no images."""
-    features = data.features
-    if key in features and _holds_images(features[key]):
-        return
-    images = [name for name, feature in features.items() if _holds_images(feature)]
-    hint = f"its images are under {shown(images)}" if images else f"it has {_all(data)}"
-    raise UserError(
-        f"{path} has no image under {key!r}; {hint}\nName it with --config.data.image_key"
-    )
+    found, tests = labelled_splits(request, path, splits, opened, may_lack=True)
+    return FoundImages(found, tests.get("test"), names, None, CHANNELS, place=path, by_class=True)
 
 
 def _holds_images(feature: Any) -> bool:
     """Whether a feature is an image, the struct of bytes and path that stores one, or bytes."""
+    import datasets
+
     if isinstance(feature, dict):
         return "bytes" in feature
-    return isinstance(feature, import_datasets().Image) or "binary" in str(_kind(feature))
+    return isinstance(feature, datasets.Image) or "binary" in str(_kind(feature))
 
 
 # Texts
 
 
 def _texts(request: Request, skipped: Skipped) -> FoundTexts:
-    path = _path(request)
-    splits = open_splits(path)
-    train = part_of(path, splits, request.train_split)
-    columns = _text_columns(path, train, request)
-    if request.regression:
-        _check_values(path, train, request.label_key)
-        names = None
-    else:
-        names = label_names(path, train, request.label_key)
-
-    def read(split: str) -> TextSplit:
-        data = part_of(path, splits, split)
-        return _read_texts(path, split, data, columns, request.label_key, names, skipped)
-
-    def labelled(split: str) -> TextSplit:
-        texts = read(split)
-        if not texts.is_labelled():
-            raise UserError(f"{path}: split {split!r} has no labelled texts")
-        return texts
-
-    tests = {}
-    for ours, theirs in (request.test_splits or {"test": None}).items():
-        if theirs:
-            tests[ours] = labelled(theirs)
-        elif {"test", "validation"} & set(splits):
-            tests[ours] = default_test(path, splits, read, TextSplit.is_labelled)
-    wanted = request.unlabelled_splits or {}
-    unlabelled = {ours: read(theirs) for ours, theirs in wanted.items()}
-    return FoundTexts(columns, names, labelled(request.train_split), tests, unlabelled, place=path)
-
-
-def _text_columns(path: Path, data: Any, request: Request) -> tuple[str, ...]:
-    texts = [name for name, feature in data.features.items() if "string" in str(_kind(feature))]
-    columns = tuple(request.columns)
-    others = [name for name in texts if name != request.label_key]
-    if not columns and len(others) == 1:
-        columns = tuple(others)
-    if columns and set(columns) <= set(texts):
-        return columns
-    raise UserError(
-        f"{path} has no text under {', '.join(map(repr, columns)) or 'no name'}; it has "
-        f"{_all(data)}\nName one or two: "
-        f"--config.text.columns=\"('{others[0][:80] if others else 'text'}',)\""
-    )
-
-
-def _check_values(path: Path, data: Any, key: str) -> None:
-    """Raises a UserError where ``key`` names no numbers."""
-    kind = str(_kind(data.features[key])) if key in data.features else ""
-    if not re.match(r"u?int|float|double|decimal", kind):
+    path, splits, train = _opened(request)
+    kinds = {name: str(_kind(feature)) for name, feature in train.features.items()}
+    label_key, names = request.label_key, None
+    if not request.regression:
+        names = label_names(path, train, label_key)
+    elif not re.match(r"u?int|float|double|decimal", kinds.get(label_key, "")):
         raise UserError(
-            f"{path} has no numbers under {key!r}; it has {_all(data)}\n"
+            f"{path} has no numbers under {label_key!r}; it has {_all(train)}\n"
             "Name them with --config.data.label_key"
         )
+    texts = [name for name, kind in kinds.items() if "string" in kind and name != label_key]
+    columns = text_columns(request, path, texts, f"it has {_all(train)}")
+
+    def read(split: str) -> TextSplit:
+        data = part_of(path, splits, split, columns)
+        found, unread = _read_texts(data, columns, label_key, names)
+        return usable_texts(
+            found, names, skipped, unread, lambda i, why: _bad(path, f"text {i} of {split!r}", why)
+        )
+
+    found, tests = labelled_splits(request, path, splits, read, may_lack=True)
+    wanted = request.unlabelled_splits or {}
+    unlabelled = {ours: read(theirs) for ours, theirs in wanted.items()}
+    return FoundTexts(columns, names, found, tests, unlabelled, place=path)
 
 
 def _read_texts(
-    path: Path, split: str, data: Any, columns: Sequence[str], label_key: str,
-    names: Sequence[str] | None, skipped: Skipped,
-) -> TextSplit:
-    """A split, without the texts that cannot be used; see `usable_texts`."""
-    for name in columns:
-        if name not in data.features:
-            raise UserError(f"{path}: split {split!r} has no {name!r}; it has {_all(data)}")
+    data: Any, columns: Sequence[str], label_key: str, names: Sequence[str] | None
+) -> tuple[TextSplit, dict[int, str]]:
+    """A split, and why some of its rows cannot be used."""
     unread: dict[int, str] = {}
     texts = tuple(_strings(data, name, unread) for name in columns)
-    has_labels = label_key in data.features
     if names is None:
-        values = _column(data, label_key) if has_labels else [None] * len(data)
+        values = _values(data, label_key)
         labels = np.array([np.nan if value is None else value for value in values], np.float32)
     else:
-        words = label_words(data, label_key) if has_labels else [None] * len(data)
+        words = label_words(data, label_key)
         labels = numbers_of(words, names)
         if (labels >= 0).any():
             unread |= {int(i): _why_no_class(words[i], names) for i in np.flatnonzero(labels < 0)}
-
-    def bad(i: int, why: str) -> BadRecord:
-        where = f"{path}: text {i} of {split!r}"
-        return BadRecord(f"{where}: {why}\nCorrect it, or type {LEAVE_OUT}")
-
-    found = TextSplit(texts, labels, np.arange(len(data), dtype=np.int64))
-    return usable_texts(found, names, skipped, unread, bad)
+    return TextSplit(texts, labels, np.arange(len(data), dtype=np.int64)), unread
 
 
 def _strings(data: Any, key: str, unread: dict[int, str]) -> list[str]:
     """A column of texts; "" where one is missing, and where it cannot be read, which it notes."""
     texts = []
-    for i, cell in enumerate(data.select_columns([key]).with_format("arrow")[:][key]):
+    for i, cell in enumerate(_column(data, key)):
         try:
             texts.append(cell.as_py() or "")
         except UnicodeDecodeError:
@@ -477,15 +369,18 @@ def _strings(data: Any, key: str, unread: dict[int, str]) -> list[str]:
 # The source
 
 
-def _path(request: Request) -> Path:
+def _opened(request: Request) -> tuple[Path, Splits, Any]:
+    """The path, every split, and the training split of a request."""
     if mistakes := _missing(request):
         raise UserError(mistakes[0])
-    return Path(request.data_dir or "").expanduser()
+    path = Path(request.data_dir or "").expanduser()
+    splits = open_splits(path)
+    return path, splits, part_of(path, splits, request.train_split)
 
 
 def _missing(request: Request) -> list[str]:
-    wrong = []
-    if not _is_installed():
+    wrong, spec = [], importlib.util.find_spec("datasets")
+    if spec is None or spec.origin is None:  # a folder "datasets" beside the script has no origin
         wrong.append(f"config.data.name={NAME!r}: it needs a library that is not here: {INSTALL}")
     path = Path(request.data_dir or "").expanduser()
     if not request.data_dir:

@@ -86,18 +86,11 @@ def load_speech(request: Request) -> SpeechDataset:
 
     Each coefficient is standardised by mean and deviation of the training split's frames.
 
-    Fields of the request that it reads:
-      speakers: numbers from 1 to 9; (): all.
-      clusters: 0: the labels are the speakers. Above 0: an example is an utterance with one frame
-        hidden, and its label is the cluster of that frame; see :func:`hidden_frames`.
-      validation: fraction (below 1) or number of training utterances to hold out, each speaker's
-        share of them.
-      seed: chooses them.
-      limit: use only this many training utterances, each speaker's share of them; 0 or None: all.
-      data_dir: folder with the two .ts files; None: in the package that ships them.
+    The request's ``validation`` and ``limit`` take each speaker's share. Its ``data_dir`` is the
+    folder of the two .ts files; None: an installed package has them.
 
     Raises:
-      UserError: the files are missing or damaged, or there are no such speakers.
+      UserError: the files are missing or damaged, or a speaker does not exist.
 
     Source: Kudo, Toyama and Shimbo 1999, "Multidimensional curve classification using
     passing-through regions", Pattern Recognition Letters 20; https://doi.org/10.24432/C5NS47
@@ -109,9 +102,9 @@ def load_speech(request: Request) -> SpeechDataset:
             f"config.speech.speakers={chosen}: must be two or more different numbers from 1 to 9"
         )
     folder = find_files(request.data_dir)
-    parts = [read_ts(folder / f"{NAME}_{part}.ts") for part in ("TRAIN", "TEST")]
-    longest = max(len(one) for series, _ in parts for one in series)
-    train, test = (of_speakers(chosen, *part, longest) for part in parts)
+    train, test = (read_ts(folder / f"{NAME}_{part}.ts") for part in ("TRAIN", "TEST"))
+    longest = max(len(one) for one in (*train[0], *test[0]))
+    train, test = (_of_speakers(chosen, *part, longest) for part in (train, test))
 
     def parted(split: Utterances, count: int) -> tuple[Utterances, Utterances]:
         kept, held = hold_out(len(split.labels), count, seed=request.seed, labels=split.labels)
@@ -122,20 +115,20 @@ def load_speech(request: Request) -> SpeechDataset:
         _, train = parted(train, limit)
     real = train.frames[_real(train)]
     mean, deviation = real.mean(0), real.std(0)
-
-    def standardised(split: Utterances) -> Utterances:
-        frames = (split.frames - mean) / deviation
-        return split._replace(frames=np.where(_real(split)[..., None], frames, np.float32(0)))
-
-    splits = [standardised(split) for split in (train, held, test)]
+    splits = [
+        split._replace(frames=np.where(
+            _real(split)[..., None], (split.frames - mean) / deviation, np.float32(0)
+        ))
+        for split in (train, held, test)
+    ]
     if request.clusters:
-        splits = hidden_frames(splits, request.clusters)
+        splits = _hidden_frames(splits, request.clusters)
     train, held, test = splits
     return SpeechDataset(train, held, test, chosen, request.clusters or len(chosen))
 
 
-def hidden_frames(splits: Sequence[Utterances], clusters: int) -> list[Utterances]:
-    """What a model can learn without labels: which sound a hidden frame has.
+def _hidden_frames(splits: Sequence[Utterances], clusters: int) -> list[Utterances]:
+    """Examples without labels of people: the model learns which sound a hidden frame has.
 
     Each frame of each utterance gives an example: the utterance with that frame and its two
     neighbours set to 0, and as the label the cluster of the frame, by k-means over the frames of
@@ -162,7 +155,7 @@ def hidden_frames(splits: Sequence[Utterances], clusters: int) -> list[Utterance
     return [examples(split) for split in splits]
 
 
-def of_speakers(chosen: tuple[int, ...], series, labels, longest: int) -> Utterances:
+def _of_speakers(chosen: tuple[int, ...], series, labels, longest: int) -> Utterances:
     """The utterances of the ``chosen`` speakers, padded to ``longest`` frames."""
     rows = np.flatnonzero(np.isin(labels, chosen))
     frames = np.zeros((len(rows), longest, series[0].shape[1]), np.float32)
@@ -223,9 +216,8 @@ def read_ts(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
 
 def _missing(request: Request) -> list[str]:
     folder = find_files(request.data_dir)
-    if folder.is_dir():
-        return []
-    return [f"config.data.data_dir: there is no folder {folder}{near(folder)}"]
+    wrong = f"config.data.data_dir: there is no folder {folder}{near(folder)}"
+    return [] if folder.is_dir() else [wrong]
 
 
 VOWELS = Source(

@@ -7,13 +7,14 @@ any number of processes sees the same global batches in the same order, and a ru
 step.
 """
 
+import functools
 import itertools
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,9 +49,9 @@ class Storage(NamedTuple):
 def plan_storage(data: Dataset, image_size: int, **options) -> Storage:
     """Chooses how to hold ``data`` for a model of ``image_size`` pixels; options: see `storage_of`.
 
-    Square images of one size up to ``storage_size`` stay as they are. All others are brought to
-    ``storage_size`` (default ``image_size * 256 / 224``, the common margin for random crops), of
-    which evaluation uses the middle ``image_size``.
+    Square images of one size up to ``image_size * 256 / 224``, the common margin for random crops,
+    stay as they are. All others are brought to that size; evaluation uses their middle
+    ``image_size``.
 
     >>> from rmlora_jax.data import load_images
     >>> plan_storage(load_images("digits"), 32)
@@ -71,12 +72,11 @@ def storage_of(
     image_size: int,
     mode: str = "auto",
     resident_limit: int = RESIDENT_LIMIT,
-    storage_size: int | None = None,
 ) -> Storage:
     """`plan_storage` for this many images of this shape, None where they differ in shape."""
     if mode not in ("auto", "resident", "stream"):
         raise UserError(f"data.mode={mode!r}: must be auto, resident or stream")
-    side, center = stored_as(shape, image_size, storage_size)
+    side, center = stored_as(shape, image_size)
     held = shape if side is None else (side, side, channels)
     assert held is not None  # images that differ in shape are always brought to one size
     nbytes = math.prod(held) * examples
@@ -84,15 +84,13 @@ def storage_of(
     return Storage(resident, side, held, center, nbytes)
 
 
-def stored_as(
-    shape: tuple[int, ...] | None, image_size: int, storage_size: int | None = None
-) -> tuple[int | None, float]:
+def stored_as(shape: tuple[int, ...] | None, image_size: int) -> tuple[int | None, float]:
     """``size`` and ``center`` of `Storage` for images (H, W, C), None where they differ in shape.
 
     >>> stored_as((32, 32, 3), 224), stored_as((480, 640, 3), 224)
     ((None, 1.0), (256, 0.875))
     """
-    size = storage_size or round(image_size * 256 / 224)
+    size = round(image_size * 256 / 224)
     if shape is not None and shape[0] == shape[1] <= size:
         return None, 1.0
     return size, min(1.0, image_size / size)
@@ -103,24 +101,19 @@ def load_resident(
 ) -> Arrays:
     """All of ``source`` as uint8 (N, H, W, C) and int32 labels (N,), with a progress bar.
 
-    Args:
-      source: images of one shape, or any with ``size``.
-      size: from :class:`Storage`.
-      threads: that read and decode.
-      desc: of the progress bar.
+    Images of several shapes need a ``size``, that of :class:`Storage`.
     """
     if isinstance(source, ArraySource) and size is None:
         return source.images, source.labels.astype(np.int32)
-    n = len(source)
-    labels = np.empty(n, np.int32)
+    labels = np.empty(len(source), np.int32)
     first, _ = source.load(0, size)
-    images = np.empty((n, *first.shape), np.uint8)
+    images = np.empty((len(source), *first.shape), np.uint8)
 
     def fill(chunk: range) -> None:
         for i in chunk:
             images[i], labels[i] = source.load(i, size)
 
-    for _ in in_chunks(n, fill, threads=threads, desc=desc):
+    for _ in in_chunks(len(source), fill, threads, desc):
         pass
     return images, labels
 
@@ -130,28 +123,21 @@ def cached(
 ) -> Arrays:
     """The images and labels that ``make`` returns, from ``folder`` if they were kept there.
 
-    The file's name is a hash of what ``source`` is: the files it reads, their sizes and times, the
-    split, the examples chosen from it, and ``size``. A source that cannot tell, a damaged file and
-    a folder that cannot be written only cost time.
+    The file's name is a hash of ``size`` and of what ``source`` is: the files it reads, their sizes
+    and times, the split, and the examples chosen from it. Images of a source without ``identity()``
+    are not kept. A damaged file is made again.
     """
-    name = fingerprint(source, size)
-    if name is None:
+    if (name := fingerprint(source, size)) is None:
         return make()
     path = Path(folder).expanduser() / f"{name}.npz"
-    found = _kept(path, len(source))
-    if found is None:
-        found = make()
-        write_arrays(path, dict(zip(("images", "labels"), found, strict=True)))
-    return found
-
-
-def _kept(path: Path, n: int) -> Arrays | None:
-    arrays = read_arrays(path, ("images", "labels"))
-    if arrays is None:
-        return None
-    images, labels = arrays
-    whole = images.dtype == np.uint8 and images.ndim == 4 and len(images) == len(labels) == n
-    return (images, labels) if whole and labels.dtype == np.int32 else None
+    if found := read_arrays(path, ("images", "labels")):
+        images, labels = found
+        kinds = images.dtype, images.ndim, labels.dtype
+        if kinds == (np.uint8, 4, np.int32) and len(images) == len(labels) == len(source):
+            return images, labels
+    images, labels = make()
+    write_arrays(path, {"images": images, "labels": labels})
+    return images, labels
 
 
 def local_size(global_batch: int, process_count: int) -> int:
@@ -179,55 +165,49 @@ def batch_ids(
 ) -> Iterator[np.ndarray]:
     """The example ids of each step from ``start_step``: int32 (global_batch / process_count,).
 
-    Endless. Each pass over the ``n`` examples is shuffled anew and none is dropped: a batch
-    may hold the end of one pass and the beginning of the next.
+    Endless. Each pass over the ``n`` examples has its own shuffle and drops no example: a batch may
+    hold the end of one pass and the beginning of the next.
 
     >>> ids = batch_ids(10, 4, seed=0)
     >>> sorted(np.concatenate([next(ids) for _ in range(5)]).tolist()) == sorted([*range(10)] * 2)
     True
     """
-    share = _Share(n, local_size(global_batch, process_count), global_batch, process_index, seed)
-    return map(share.batch, itertools.count(start_step))
+    local = local_size(global_batch, process_count)
+    example = _example_at(n, global_batch, local, process_index, seed)
+
+    def batch(step: int) -> np.ndarray:
+        return np.array([example(k) for k in range(step * local, (step + 1) * local)], np.int32)
+
+    return map(batch, itertools.count(start_step))
 
 
-class _Share:
-    """k-th example of this process -> example id. A class, so that worker processes can have it."""
+def _example_at(
+    n: int, global_batch: int, local: int, process_index: int, seed: int
+) -> Callable[[int], int]:
+    """k-th example of this process -> example id, a function that worker processes can have."""
+    import grain
 
-    def __init__(self, n: int, local: int, global_batch: int, process_index: int, seed: int):
-        import grain
-
-        if n < 1:
-            raise UserError("the training split is empty: lower --config.data.validation")
-        self.local, self.global_batch = local, global_batch
-        self.offset = process_index * local
-        self.ids = grain.MapDataset.range(n).seed(seed).shuffle().repeat(None)
-
-    def __call__(self, k: int) -> int:
-        step, j = divmod(int(k), self.local)
-        example = self.ids[step * self.global_batch + self.offset + j]
-        assert example is not None
-        return example
-
-    def batch(self, step: int) -> np.ndarray:
-        first = step * self.local
-        return np.array([self(k) for k in range(first, first + self.local)], np.int32)
+    if n < 1:
+        raise UserError("the training split is empty: lower --config.data.validation")
+    ids = grain.MapDataset.range(n).seed(seed).shuffle().repeat(None)
+    return functools.partial(_example, ids, global_batch, local, process_index * local)
 
 
-class _Load:
-    """Example id (or -1 for padding) -> its image and label."""
+def _example(ids: Any, global_batch: int, local: int, offset: int, k: int) -> int:
+    step, j = divmod(int(k), local)
+    return ids[step * global_batch + offset + j]
 
-    def __init__(self, source: ImageSource, size: int | None):
-        self.source, self.size = source, size
 
-    def __call__(self, index: int) -> dict:
-        real = index >= 0
-        image, label = self.source.load(index if real else 0, self.size)
-        return {
-            "image": image,
-            "label": np.int32(label),
-            "id": np.int32(index if real else 0),
-            "mask": np.bool_(real),
-        }
+def _load(source: ImageSource, size: int | None, index: int) -> dict:
+    """The image and label of an example id; -1 stands for padding."""
+    real = index >= 0
+    image, label = source.load(index if real else 0, size)
+    return {
+        "image": image,
+        "label": np.int32(label),
+        "id": np.int32(index if real else 0),
+        "mask": np.bool_(real),
+    }
 
 
 def stream_batches(
@@ -249,7 +229,6 @@ def stream_batches(
       ``b = global_batch / process_count``. Closing the generator stops its threads.
 
     Args:
-      source, global_batch, seed, start_step, process_index, process_count: see ``batch_ids``.
       size: from :class:`Storage`.
       threads: that decode, in each process; decoding runs outside Python's lock.
       workers: processes that decode, 0 for threads of this one. Neither number changes a batch.
@@ -257,12 +236,12 @@ def stream_batches(
     import grain
 
     local = local_size(global_batch, process_count)
-    share = _Share(len(source), local, global_batch, process_index, seed)
+    example = _example_at(len(source), global_batch, local, process_index, seed)
     first = start_step * local
     # A length that no run reaches, whole in batches and safe to count with in 64 bits.
     endless = (sys.maxsize // 4 // local) * local
-    ids = grain.MapDataset.range(first, first + endless).map(share)
-    for batch in _read(ids.map(_Load(source, size)), local, threads, workers):
+    ids = grain.MapDataset.range(first, first + endless).map(example)
+    for batch in _read(ids, source, size, local, threads, workers):
         del batch["mask"]
         yield batch
 
@@ -278,16 +257,13 @@ def eval_batches(
 ) -> Iterator[dict]:
     """Each example once and in order, padded to whole global batches.
 
-    Every process yields the same number of batches of the same shape, so that none waits for
-    another for ever. Padding repeats example 0 with ``mask`` False.
-
-    Args:
-      data: a number of examples, or their source.
-      global_batch: examples of all processes.
-      size, threads: for a source, as in :func:`stream_batches`.
+    Every process yields the same number of batches of the same shape, so that no process waits
+    forever. Padding repeats example 0 with ``mask`` False. ``size`` and ``threads`` are
+    those of :func:`stream_batches`.
 
     Yields:
-      ``{"id": int32 (b,), "mask": bool (b,)}``, and with a source also "image" and "label".
+      ``{"id": int32 (b,), "mask": bool (b,)}``; where ``data`` is a source and not the number of
+      examples, also "image" and "label".
 
     >>> [b["id"][b["mask"]].tolist() for b in eval_batches(5, 4)]
     [[0, 1, 2, 3], [4]]
@@ -301,14 +277,16 @@ def eval_batches(
         return ({"id": np.maximum(row, 0), "mask": row >= 0} for row in mine)
     import grain
 
-    loaded = grain.MapDataset.source(mine.ravel().tolist()).map(_Load(data, size))
-    return _read(loaded, local, threads, workers=0)
+    return _read(grain.MapDataset.source(mine.ravel().tolist()), data, size, local, threads)
 
 
-def _read(examples, local: int, threads: int, workers: int) -> Iterator[dict]:
-    """Batches of a grain MapDataset, decoded ahead by threads or worker processes."""
+def _read(
+    ids, source: ImageSource, size: int | None, local: int, threads: int, workers: int = 0
+) -> Iterator[dict]:
+    """Batches of a grain MapDataset of ids, decoded ahead by threads or worker processes."""
     import grain
 
+    examples = ids.map(functools.partial(_load, source, size))
     if workers:
         from absl import flags
 

@@ -6,6 +6,7 @@ training never does.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import queue
@@ -18,13 +19,7 @@ from pathlib import Path
 
 from rmlora_jax.data.dataset import Request
 from rmlora_jax.data.sources import SOURCES
-from rmlora_jax.data.tfds_folder import (
-    Name,
-    data_dir_of,
-    find_prepared,
-    import_tfds,
-    not_prepared,
-)
+from rmlora_jax.data.tfds_folder import Name, data_dir_of, import_tfds, not_prepared, prepared
 from rmlora_jax.errors import UserError
 
 
@@ -32,13 +27,13 @@ def prepare(text: str, data_dir: str | os.PathLike | None = None) -> Path:
     """Prepares ``text`` (``name[/config][:version]``) in ``data_dir``; returns its folder.
 
     Raises:
-      UserError: TensorFlow is not installed, no such data set, or no network.
+      UserError: TensorFlow, the data set or the network is missing.
     """
     request = Request(text, data_dir)
     name, data_dir = Name.parse(text), data_dir_of(request)
     for source in SOURCES:
         if source.prepare and source.handles(request):
-            return find_prepared(name, data_dir) or source.prepare(request)
+            return prepared(request, source.prepare)
     tfds = import_tfds()
     if name.name not in tfds.list_builders(with_community_datasets=False):
         raise not_prepared(text, name, data_dir)
@@ -65,11 +60,9 @@ def _check_network(urls) -> None:
 
     def knock(host: str):
         address, _, port = host.rpartition("@")[2].partition(":")
-        try:
+        with contextlib.suppress(OSError):
             socket.create_connection((address, int(port or 443)), timeout=3).close()
             reached.put(True)
-        except OSError:
-            pass
 
     for host in hosts:
         threading.Thread(target=knock, args=(host,), daemon=True).start()

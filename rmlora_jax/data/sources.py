@@ -1,11 +1,10 @@
-"""Every data source, and what is done with the data of each of them.
+"""The data sources, and the steps that they share: hold-out, limits, bad records.
 
 To add a source: write a file with a `Source`, and name it in `SOURCES`.
 """
 
 import dataclasses
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,7 +30,6 @@ from rmlora_jax.data.subsets import (
     usable,
     with_classes,
     with_per_class,
-    with_validation,
 )
 from rmlora_jax.errors import UserError
 
@@ -62,7 +60,7 @@ def find_source(kind: Kind, request: Request) -> Source:
 
 
 def missing(kind: Kind, request: Request) -> list[str]:
-    """What a run would find missing, looked for before anything is opened or fetched.
+    """Looks for what a run needs and does not have, before anything is opened or fetched.
 
     Returns:
       One line for each mistake: "config.FIELD=VALUE: what is wrong and what to type".
@@ -78,7 +76,7 @@ def missing(kind: Kind, request: Request) -> list[str]:
 
 
 def known(kind: Kind, request: Request) -> Known | None:
-    """What is known of a data set without opening it, or None."""
+    """Facts about a data set that has not been opened, or None."""
     try:
         return find_source(kind, request).known(request)
     except UserError:
@@ -90,23 +88,17 @@ def open_images(request: Request) -> Dataset:
     found: FoundImages = _found("images", request)
     skipped = Skipped(request.bad_records)
 
-    def checked(images: ImageSource, split: str) -> ImageSource:
-        desc = f"checking {request.name} {split}"
-        images = usable(
-            images, skipped, cache=request.cache, threads=request.threads, desc=desc
-        )
-        if not len(images):
-            raise UserError(f"split {split!r} of {request.name} has no image that can be used")
-        return images
-
     def held_out(images: ImageSource, seed: int) -> tuple[ImageSource, ImageSource | None]:
+        count = held_out_count(len(images), request.validation, found.place)
+        if not count:
+            return images, None
         labels = labels_of(images) if found.by_class else None
-        amount = request.validation
-        return with_validation(images, amount, seed=seed, labels=labels, of=found.place)
+        kept, held = hold_out(len(images), count, seed=seed, labels=labels)
+        return Subset(images, kept), Subset(images, held)
 
-    train = checked(found.train, request.train_split)
+    train = usable(found.train, request.train_split, request, skipped)
     if found.test is not None:
-        test = checked(found.test, (request.test_splits or {}).get("test") or "test")
+        test = usable(found.test, request.test_split or "test", request, skipped)
     else:
         train, test = held_out(train, request.seed + 1)
         if test is None:
@@ -165,48 +157,13 @@ def _found(kind: Kind, request: Request, *more) -> Any:
     return getattr(find_source(kind, request), kind)(request, *more)
 
 
-def load_images(
-    name: str,
-    *,
-    data_dir: str | os.PathLike | None = None,
-    validation: float = 0.1,
-    seed: int = 0,
-    train_split: str = "train",
-    test_split: str | None = None,
-    image_key: str = "image",
-    label_key: str = "label",
-    classes: int = 0,
-    per_class: int = 0,
-    limit: int | None = None,
-    download: bool = True,
-    base_url: str | None = None,
-    bad_records: int = 0,
-    cache: str | os.PathLike | None = None,
-    threads: int = 8,
-) -> Dataset:
+def load_images(name: str, *, test_split: str | None = None, **fields) -> Dataset:
     """A labelled image data set with three fixed splits.
 
     Args:
-      name: "digits"; "folder", image files in a folder for each class; "datasets", files of
-        Hugging Face's library; or a TFDS name: "cifar100", "eurosat/rgb", "beans:0.1.0". CIFAR-10
-        and CIFAR-100 are fetched and prepared on first use; prepare others first (as array_record).
-      data_dir: of the data; for TFDS by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      validation: fraction (below 1) or number of training images to hold out; 0 for none.
-      seed: chooses them. It is not the training's seed: use the same in all runs that you compare.
-      train_split, test_split: TFDS split names or slices such as "train[:80%]". Without
-        ``test_split``: "test" where it has labels, else "validation".
-      image_key, label_key: names of the features.
-      classes: use the images of this many classes only, in all splits; 0 for all. Which ones is
-        fixed (:func:`rmlora_jax.data.subsets.with_classes`), and so is what was held out.
-      per_class: use at most this many training images of each class, after the hold-out; 0 for all.
-      limit: use only this many training images, the last of these choices; None or 0 for all.
-      download: False never uses the network.
-      base_url: of the CIFAR archives, see :func:`rmlora_jax.data.cifar.prepare_cifar`.
-      bad_records: how many examples, of all splits together, may be left out because they are
-        damaged, of another shape than declared, or of no declared class. Above 0 every image is
-        decoded once to find them; with 0 the first one is an error.
-      cache, threads: folder in which the search's result is kept, and how many threads search; see
-        :func:`rmlora_jax.data.subsets.usable`.
+      name: of the data set.
+      test_split: to report. None: "test" where it has labels, else "validation".
+      **fields: of a :class:`Request`, such as ``data_dir`` and ``validation``.
 
     Raises:
       UserError: with what is wrong: the name, the folder, the network or the features.
@@ -215,64 +172,18 @@ def load_images(
     >>> len(data.train), len(data.validation), data.train[0]["image"].shape
     (1237, 200, (8, 8, 3))
     """
-    return open_images(Request(
-        name, data_dir=data_dir, validation=validation, seed=seed, train_split=train_split,
-        test_splits={"test": test_split}, image_key=image_key, label_key=label_key,
-        classes=classes, per_class=per_class, limit=limit, download=download, base_url=base_url,
-        bad_records=bad_records, cache=cache, threads=threads,
-    ))
+    return open_images(Request(name, test_splits={"test": test_split}, **fields))
 
 
-def load_texts(
-    name: str,
-    *,
-    columns: Sequence[str],
-    label_key: str = "label",
-    regression: bool = False,
-    data_dir: str | os.PathLike | None = None,
-    validation: float = 0.1,
-    seed: int = 0,
-    train_split: str = "train",
-    test_splits: Mapping[str, str | None] | None = None,
-    unlabelled_splits: Mapping[str, str] | None = None,
-    train_file: str | os.PathLike | None = None,
-    test_file: str | os.PathLike | None = None,
-    predict_file: str | os.PathLike | None = None,
-    limit: int | None = None,
-    download: bool = True,
-    bad_records: int = 0,
-) -> TextDataset:
+def load_texts(name: str, *, columns: Sequence[str], **fields) -> TextDataset:
     """A data set of texts, or pairs of texts, with labels, in memory.
 
     Args:
-      name: of TFDS: "glue/cola", "imdb_reviews:1.0.0". GLUE is fetched and prepared on first use;
-        prepare others first (as array_record). "datasets": files of Hugging Face's library. With
-        ``train_file``, any word.
+      name: of the data set.
       columns: names of one feature, or two for pairs.
-      label_key: name of the label.
-      regression: whether labels are numbers rather than classes.
-      data_dir: of the data; for TFDS by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      validation: fraction (below 1) or number of training texts to hold out, with the classes in
-        their proportions.
-      seed: chooses them; use the same in all runs that you compare.
-      train_split: TFDS split name or slice such as "train[:80%]".
-      test_splits: reported split -> TFDS split; None for one stands for "test" where that has
-        labels, else "validation".
-      unlabelled_splits: split to predict -> TFDS split; those that do not exist are left out.
-      train_file, test_file, predict_file: instead of TFDS, files .csv or .tsv with a heading, or
-        .jsonl with an object a line, in UTF-8. Without ``test_file``, as many rows as for
-        validation are held out once more. Labels of classes may be words or whole numbers.
-      limit: use only this many training texts, after the hold-out; None or 0 for all.
-      download: False never uses the network.
-      bad_records: how many examples with a label, of all splits together, may be left out because
-        they or their label cannot be used. Rows to be predicted are never left out.
+      **fields: of a :class:`Request`, such as ``train_file`` and ``regression``.
 
     Raises:
       UserError: with what is wrong: the name, a file and its line, the features or the network.
     """
-    return open_texts(Request(
-        name, columns=columns, label_key=label_key, regression=regression, data_dir=data_dir,
-        validation=validation, seed=seed, train_split=train_split, test_splits=test_splits,
-        unlabelled_splits=unlabelled_splits, train_file=train_file, test_file=test_file,
-        predict_file=predict_file, limit=limit, download=download, bad_records=bad_records,
-    ))
+    return open_texts(Request(name, columns=columns, **fields))

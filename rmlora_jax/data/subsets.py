@@ -6,8 +6,8 @@ same examples for ever.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
-import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +21,7 @@ from rmlora_jax.data.dataset import (
     BadRecord,
     Dataset,
     ImageSource,
+    Request,
     Skipped,
     TextSplit,
 )
@@ -57,8 +58,7 @@ class Subset(ImageSource):
         return image, label if self.labels is None else int(self.labels[label])
 
     def identity(self) -> str | None:
-        own = identity_of(self.source)
-        if own is None:
+        if (own := identity_of(self.source)) is None:
             return None
         own = f"{own} {_digest(self.ids)}"
         return own if self.labels is None else f"relabelled {own} {_digest(self.labels)}"
@@ -70,14 +70,12 @@ def _digest(numbers: Sequence[int] | np.ndarray) -> str:
 
 def identity_of(source: ImageSource) -> str | None:
     """``source.identity()``, or None where it has no such method."""
-    identity = getattr(source, "identity", None)
-    return identity() if identity else None
+    return getattr(source, "identity", lambda: None)()
 
 
 def fingerprint(source: ImageSource, size: int | None) -> str | None:
     """Hexadecimal SHA-256 of all that decides the decoded images; None where it is not known."""
-    identity = identity_of(source)
-    if identity is None:
+    if (identity := identity_of(source)) is None:
         return None
     return hashlib.sha256(f"{FORMAT} {PIL.__version__} {size} {identity}".encode()).hexdigest()
 
@@ -99,7 +97,7 @@ def labels_of(source: ImageSource) -> np.ndarray:
 
 
 def in_chunks(
-    n: int, work: Callable[[range], T], *, threads: int, desc: str
+    n: int, work: Callable[[range], T], threads: int, desc: str
 ) -> Generator[T, None, None]:
     """What ``work`` returns for each chunk of the numbers below ``n``, in order.
 
@@ -119,69 +117,57 @@ def in_chunks(
 # Usable records
 
 
-def usable(
-    source: ImageSource,
-    skipped: Skipped,
-    *,
-    cache: str | os.PathLike | None = None,
-    threads: int = 8,
-    desc: str = "checking",
-) -> ImageSource:
+def usable(source: ImageSource, split: str, request: Request, skipped: Skipped) -> ImageSource:
     """The records of ``source`` that can be used; ``source`` itself where all can, or all must.
 
     A stream meets a damaged image at some step of a run, too late to agree on how many there are.
     So where records may be left out, each is read, decoded and compared with the declared features
-    before the run. What was found is kept for the next run of the same files.
+    before the run. ``request.cache`` keeps what was found for the next run of the same files.
 
     Args:
       source: with ``check(index)``, which raises `BadRecord`; all records of another can be used.
-      skipped: takes those that cannot.
-      cache: folder in which what was found is kept, or None.
-      threads: that read and decode.
-      desc: of the progress bar.
+      split: its name, for messages.
+      request: names the cache and how many threads read and decode.
+      skipped: takes the records that cannot be used.
 
     Raises:
-      UserError: more records cannot be used than may be left out.
+      UserError: more records cannot be used than may be left out, or all.
     """
     check = getattr(source, "check", None)
-    if not skipped.limit or not check:
-        return source
-    name = fingerprint(source, None) if cache else None
-    path = Path(cache, f"{name}.bad.json").expanduser() if cache and name else None
-    found = _remembered(path, len(source)) if path else None
-    if found is None:
-        found = _bad_records(len(source), check, skipped.limit, threads, desc)
-        if path and len(found) <= skipped.limit:
-            with contextlib.suppress(OSError):
-                write_json(path, found)
-    skipped.add(*(BadRecord(why) for _, why in found))
-    if not found:
-        return source
-    return Subset(source, np.setdiff1d(np.arange(len(source)), [index for index, _ in found]))
+    if skipped.limit and check:
+        name = fingerprint(source, None) if request.cache else None
+        path = Path(request.cache or "", f"{name}.bad.json").expanduser() if name else None
+        found = _remembered(path, len(source)) if path else None
+        if found is None:
+            found, desc = [], f"checking {request.name} {split}"
+            search = functools.partial(_bad_records, check)
+            parts = in_chunks(len(source), search, request.threads, desc)
+            with contextlib.closing(parts):  # it ends soon after too many of them
+                for bad in parts:
+                    found += bad
+                    if len(found) > skipped.limit:
+                        break
+            if path and len(found) <= skipped.limit:
+                with contextlib.suppress(OSError):
+                    write_json(path, found)
+        skipped.add(*(BadRecord(why) for _, why in found))
+        if found:
+            ids = np.setdiff1d(np.arange(len(source)), [index for index, _ in found])
+            source = Subset(source, ids)
+    if not len(source):
+        raise UserError(f"split {split!r} of {request.name} has no image that can be used")
+    return source
 
 
-def _bad_records(
-    n: int, check: Callable[[int], Any], limit: int, threads: int, desc: str
-) -> list[tuple[int, str]]:
-    """(index, why) of the records that cannot be used, in order. The search ends soon after
-    ``limit`` of them."""
-
-    def bad_of(chunk: range) -> list[tuple[int, str]]:
-        bad = []
-        for index in chunk:
-            try:
-                check(index)
-            except BadRecord as error:
-                bad.append((index, str(error).partition("\n")[0]))
-        return bad
-
-    found = []
-    with contextlib.closing(in_chunks(n, bad_of, threads=threads, desc=desc)) as parts:
-        for bad in parts:
-            found += bad
-            if len(found) > limit:
-                break
-    return found
+def _bad_records(check: Callable[[int], Any], chunk: range) -> list[tuple[int, str]]:
+    """(index, why) of the records that cannot be used."""
+    bad = []
+    for index in chunk:
+        try:
+            check(index)
+        except BadRecord as error:
+            bad.append((index, str(error).partition("\n")[0]))
+    return bad
 
 
 def usable_texts(
@@ -196,9 +182,9 @@ def usable_texts(
     Args:
       split: as it was read; of two texts in a row, one may be empty.
       names: of the classes; None for regression.
-      skipped: takes the rows that cannot be used.
+      skipped: takes the other rows.
       unread: rows that could not be read, and why.
-      error: makes the error from a row and why it cannot be used.
+      error: makes the error of a row from its number and why it cannot be used.
 
     Raises:
       UserError: more rows cannot be used than may be left out.
@@ -284,41 +270,17 @@ def hold_out(
     (4, [np.int64(0), np.int64(1)])
     """
     order = np.random.RandomState(seed).permutation(n)
-    if labels is None:
-        held = order[:count]
-    else:
-        labels = np.asarray(labels)
-        classes, sizes = np.unique(labels, return_counts=True)
-        quota = _largest_remainder(sizes, count)
-        shuffled = labels[order]
+    held = order[:count]
+    if labels is not None:
+        shuffled = np.asarray(labels)[order]
+        classes, sizes = np.unique(shuffled, return_counts=True)
+        # Integers only: a float share could round differently on another machine.
+        share, remainder = np.divmod(sizes * count, sizes.sum())
+        share[np.argsort(-remainder, kind="stable")[: count - share.sum()]] += 1
         held = np.concatenate(
-            [order[shuffled == c][:q] for c, q in zip(classes, quota, strict=True)]
+            [order[shuffled == c][:q] for c, q in zip(classes, share, strict=True)]
         )
     return np.setdiff1d(np.arange(n), held), np.sort(held)
-
-
-def _largest_remainder(sizes: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers that sum to ``total``, in proportion to ``sizes``."""
-    # Integers only: a float share could round differently on another machine.
-    whole, remainder = np.divmod(sizes * total, sizes.sum())
-    whole[np.argsort(-remainder, kind="stable")[: total - whole.sum()]] += 1
-    return whole
-
-
-def with_validation(
-    train: ImageSource,
-    amount: float,
-    *,
-    seed: int,
-    labels: np.ndarray | None = None,
-    of: object = "the data set",
-) -> tuple[ImageSource, ImageSource | None]:
-    """``train`` without the held out images, and those (None where ``amount`` is 0)."""
-    count = held_out_count(len(train), amount, of)
-    if count == 0:
-        return train, None
-    kept, held = hold_out(len(train), count, seed=seed, labels=labels)
-    return Subset(train, kept), Subset(train, held)
 
 
 # Some of the training examples
@@ -327,9 +289,8 @@ def with_validation(
 def with_classes(data: Dataset, count: int, *, seed: int = SEED) -> Dataset:
     """The images of ``count`` classes, in every split, labelled 0 to ``count - 1``.
 
-    They are the first of an order of all classes that depends on ``seed`` alone: the 10 classes of
-    one run are among the 50 of another, under the same labels, and what was held out for
-    validation stays held out.
+    They are the first in an order of all classes that depends on ``seed`` alone: the 10 classes of
+    one run are among the 50 of another, under the same labels. Held-out images stay held out.
 
     Raises:
       UserError: there are fewer classes, or a split has no image of those.
@@ -348,21 +309,20 @@ def with_classes(data: Dataset, count: int, *, seed: int = SEED) -> Dataset:
     labels = np.full(data.num_classes, -1)
     labels[chosen] = np.arange(count)
 
-    def part(name: str):
-        source = getattr(data, name)
-        if source is None:
-            return None
+    parts = {}
+    for name in ("train", "validation", "test"):
+        if (source := getattr(data, name)) is None:
+            continue
         ids = np.flatnonzero(np.isin(labels_of(source), chosen))
         if not len(ids):
             raise UserError(
                 f"config.data.classes={count}: the {name} split of {data.name} has no image of "
                 "these classes; give more classes, or a larger config.data.validation"
             )
-        return Subset(source, ids, labels)
-
+        parts[name] = Subset(source, ids, labels)
     return dataclasses.replace(
         data,
-        **{name: part(name) for name in ("train", "validation", "test")},
+        **parts,
         num_classes=count,
         class_names=tuple(data.class_names[c] for c in chosen),
     )
@@ -371,8 +331,8 @@ def with_classes(data: Dataset, count: int, *, seed: int = SEED) -> Dataset:
 def with_per_class(data: Dataset, count: int, *, seed: int = SEED) -> Dataset:
     """At most ``count`` training images of each class; validation and test stay whole.
 
-    Each class's images have an order that depends on ``seed`` and on how many there are: the 10 of
-    one run are among the 50 of another.
+    They are the first in an order that depends on ``seed`` and on how many there are: the 10 of one
+    run are among the 50 of another.
 
     >>> images = ArraySource(np.zeros((6, 8, 8, 3), np.uint8), np.array([0, 0, 0, 0, 0, 1]))
     >>> data = Dataset("a", images, None, images, 2, ("cat", "dog"), (8, 8, 3))
@@ -380,8 +340,7 @@ def with_per_class(data: Dataset, count: int, *, seed: int = SEED) -> Dataset:
     >>> [small.train[i]["label"] for i in range(len(small.train))], len(small.test)
     ([0, 0, 1], 6)
     """
-    labels = labels_of(data.train)
-    kept = []
+    labels, kept = labels_of(data.train), []
     for label in np.unique(labels):
         ids = np.flatnonzero(labels == label)
         # A seed for each class: what one class has does not shift the draw of another.

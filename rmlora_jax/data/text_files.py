@@ -1,13 +1,12 @@
 """Texts and labels from CSV, TSV and JSON-lines files, each row known by its line."""
 
+import contextlib
 import csv
-import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,57 +18,39 @@ SUFFIXES = (".csv", ".tsv", ".jsonl")
 CONVERT = "files of texts end in .csv, .tsv or .jsonl; convert it to one"
 
 
-class Rows(NamedTuple):
-    """What a file has under the names of its columns, of n rows.
-
-    Attributes:
-      texts: one list of n strings for each column.
-      labels: n words; [] where no label was asked for.
-      lines: where each row ends in the file, from 1 on.
-      numbers: of the rows in the file, from 0 on; rows that are left out are counted.
-    """
-
-    texts: tuple[list[str], ...]
-    labels: list[str]
-    lines: list[int]
-    numbers: list[int]
-
-
 def read_rows(
     path: Path, columns: Sequence[str], label_key: str | None, skipped: Skipped
-) -> Rows:
-    """The rows of a file that ends in .csv, .tsv (with a heading) or .jsonl (an object a line).
+) -> tuple[TextSplit, list[int]]:
+    """The rows of a file, with words as labels, and the line that each of them ends in, from 1 on.
 
     Args:
-      path: of the file, in UTF-8.
+      path: of a file .csv, .tsv (with a heading) or .jsonl (an object a line), in UTF-8.
       columns: names of the texts.
-      label_key: name of the label. None: the rows are to be predicted, and none may be left out.
+      label_key: name of the label. None: the rows are to be predicted, and all must be usable.
       skipped: takes the rows that cannot be used.
 
     Raises:
       UserError: the file cannot be read, or too many rows cannot be used.
     """
-    rows = Rows(tuple([] for _ in columns), [], [], [])
+    names = [*columns, *([] if label_key is None else [label_key])]
+    rows, lines, numbers = [], [], []
     number = -1
     for number, (line, raw) in enumerate(_raw_rows(path)):
         try:
             row = _checked(path, line, raw)
-            texts = [_cell(path, line, row, name) for name in columns]
-            label = _cell(path, line, row, label_key) if label_key is not None else None
+            rows.append([_cell(path, line, row, name) for name in names])
         except BadRecord as error:
             if label_key is None:
                 raise
             skipped.add(error)
             continue
-        for column, text in zip(rows.texts, texts, strict=True):
-            column.append(text)
-        if label is not None:
-            rows.labels.append(label)
-        rows.lines.append(line)
-        rows.numbers.append(number)
-    if not rows.lines:
+        lines.append(line)
+        numbers.append(number)
+    if not rows:
         raise UserError(f"{path} has no rows" + " that can be used" * (number >= 0))
-    return rows
+    cells = [list(column) for column in zip(*rows, strict=True)]
+    words = [] if label_key is None else cells.pop()
+    return TextSplit(tuple(cells), np.array(words, object), np.array(numbers)), lines
 
 
 def _raw_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
@@ -135,7 +116,7 @@ def _cell(path: Path, line: int, row: dict, name: str) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it is free of surrogates, which no tokenizer accepts."""
+    """Whether a text has no surrogates, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -144,7 +125,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def class_names(path: Path, words: list[str], label_key: str) -> tuple[str, ...]:
-    """The words that occur, in order; whole numbers in the order of numbers."""
+    """The words that occur, sorted; whole numbers by value."""
     names = sorted(set(words))
     if all(_is_whole(word) for word in names):
         names.sort(key=int)
@@ -163,70 +144,55 @@ def _is_whole(word: str) -> bool:
     return digits.isascii() and digits.isdigit() and len(digits) < 20
 
 
-def class_of(word: str, numbers: dict[str, int]) -> int:
-    """The number of a class."""
+def _class(word: str, label_key: str, numbers: dict[str, int]) -> int:
     if word not in numbers:
         known = ", ".join(list(numbers)[:10])
         raise BadRecord(f"label {word[:80]!r} is not in the training file: {known[:400]}")
     return numbers[word]
 
 
-def value_of(word: str, label_key: str) -> float:
-    """A label that is a number."""
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise BadRecord(f"{label_key!r} is {word[:80]!r}, not a number")
-    return value
+def _value(word: str, label_key: str, numbers: dict[str, int]) -> float:
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(word)):
+            return value
+    raise BadRecord(f"{label_key!r} is {word[:80]!r}, not a number")
 
 
 def _texts(request: Request, skipped: Skipped) -> FoundTexts:
     columns, label_key, names = tuple(request.columns), request.label_key, None
     if not columns:
         raise UserError("name the columns with text: --config.text.columns=\"('text',)\"")
+    dtype, unknown = (np.float32, np.nan) if request.regression else (np.int32, -1)
 
     def labelled(file: str | os.PathLike) -> TextSplit:
         nonlocal names
         path = Path(file).expanduser()
-        rows = read_rows(path, columns, label_key, skipped)
-        if request.regression:
-            value = functools.partial(value_of, label_key=label_key)
-            return _with_labels(path, rows, value, np.float32, skipped)
-        names = names or class_names(path, rows.labels, label_key)  # those of the training file
-        number = functools.partial(class_of, numbers={word: i for i, word in enumerate(names)})
-        return _with_labels(path, rows, number, np.int32, skipped)
+        rows, lines = read_rows(path, columns, label_key, skipped)
+        words, numbers = rows.labels.tolist(), {}
+        if not request.regression:
+            names = names or class_names(path, words, label_key)  # those of the training file
+            numbers = {word: number for number, word in enumerate(names)}
+        number_of = _value if request.regression else _class
+        kept, labels = [], []
+        for i, (line, word) in enumerate(zip(lines, words, strict=True)):
+            try:
+                labels.append(number_of(word, label_key, numbers))
+                kept.append(i)
+            except BadRecord as error:
+                skipped.add(BadRecord(f"{path}, line {line}: {error}"))
+        if not kept:
+            raise UserError(f"{path} has no row that can be used")
+        return rows.at(kept)._replace(labels=np.array(labels, dtype))
 
     def unlabelled(file: str | os.PathLike) -> TextSplit:
-        rows = read_rows(Path(file).expanduser(), columns, None, skipped)
-        none, dtype = (np.nan, np.float32) if request.regression else (-1, np.int32)
-        return TextSplit(
-            rows.texts, np.full(len(rows.lines), none, dtype), np.array(rows.numbers)
-        )
+        rows, lines = read_rows(Path(file).expanduser(), columns, None, skipped)
+        return rows._replace(labels=np.full(len(lines), unknown, dtype))
 
     assert request.train_file
     train = labelled(request.train_file)
     tests = {"test": labelled(request.test_file)} if request.test_file else {}
     predicted = {"predict": unlabelled(request.predict_file)} if request.predict_file else {}
     return FoundTexts(columns, names, train, tests, predicted, place=request.train_file)
-
-
-def _with_labels(
-    path: Path, rows: Rows, number_of: Callable[[str], float], dtype, skipped: Skipped
-) -> TextSplit:
-    """The rows whose label ``number_of`` can turn into a number."""
-    kept, labels = [], []
-    for i, (line, word) in enumerate(zip(rows.lines, rows.labels, strict=True)):
-        try:
-            labels.append(number_of(word))
-            kept.append(i)
-        except BadRecord as error:
-            skipped.add(BadRecord(f"{path}, line {line}: {error}"))
-    if not kept:
-        raise UserError(f"{path} has no row that can be used")
-    texts = tuple([column[i] for i in kept] for column in rows.texts)
-    return TextSplit(texts, np.array(labels, dtype), np.array(rows.numbers)[kept])
 
 
 def _missing(request: Request) -> list[str]:

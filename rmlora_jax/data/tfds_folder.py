@@ -4,15 +4,14 @@ They are found by looking (``data_dir/name[/config]/version``), not through the 
 faster, works for data sets that TFDS does not know, and never imports TensorFlow.
 """
 
-import contextlib
-import dataclasses
 import difflib
+import fnmatch
 import logging
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rmlora_jax.data.dataset import Request, shown
 from rmlora_jax.errors import UserError, first_line
@@ -26,11 +25,11 @@ def import_tfds():
     """tensorflow_datasets, when first needed (0.3 s), without its advice to install OpenCV."""
     import tensorflow_datasets
 
-    logging.getLogger("absl").addFilter(_is_no_advice)
+    logging.getLogger("absl").addFilter(_is_needed)
     return tensorflow_datasets
 
 
-def _is_no_advice(record: logging.LogRecord) -> bool:
+def _is_needed(record: logging.LogRecord) -> bool:
     return "OpenCV is not installed" not in str(record.msg)
 
 
@@ -40,8 +39,7 @@ def data_dir_of(request: Request) -> Path:
     return Path(request.data_dir or default).expanduser()
 
 
-@dataclasses.dataclass(frozen=True)
-class Name:
+class Name(NamedTuple):
     """``name[/config][:version]`` taken apart; the version may hold ``*``."""
 
     name: str
@@ -83,15 +81,12 @@ def find_prepared(name: Name, data_dir: Path) -> Path | None:
 
 
 def _newest(folder: Path, wanted: str | None) -> Path | None:
-    pattern = re.escape(wanted or "*").replace(r"\*", r".*")
+    found = [path.parent for path in folder.glob("*/features.json")]
     versions = [
-        p
-        for p in _folders(folder)
-        if _VERSION.fullmatch(p.name)
-        and re.fullmatch(pattern, p.name)
-        and (p / "features.json").exists()
+        path for path in found
+        if _VERSION.fullmatch(path.name) and fnmatch.fnmatchcase(path.name, wanted or "*")
     ]
-    return max(versions, key=lambda p: tuple(map(int, p.name.split("."))), default=None)
+    return max(versions, key=lambda path: tuple(map(int, path.name.split("."))), default=None)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -107,12 +102,10 @@ def prepared(request: Request, prepare: Prepare | None = None) -> Path:
     Raises:
       UserError: the data set is neither here nor can it be prepared.
     """
-    name, data_dir = Name.parse(request.name), data_dir_of(request)
-    if folder := find_prepared(name, data_dir):
+    folder, data_dir = _look(request, prepare)
+    if folder:
         return folder
-    if prepare is None:
-        raise not_prepared(request.name, name, data_dir)
-    if not request.download:
+    if prepare is None or not request.download:
         raise UserError(
             f"{request.name} is not prepared in {data_dir}: type\n"
             f"python -m rmlora_jax.data.prepare {request.name} --data_dir={data_dir}"
@@ -122,12 +115,8 @@ def prepared(request: Request, prepare: Prepare | None = None) -> Path:
 
 def tfds_missing(request: Request, prepare: Prepare | None = None) -> list[str]:
     """``Source.missing`` of a data set that ``prepare`` makes on first use, where it is given."""
-    name, data_dir = Name.parse(request.name), data_dir_of(request)
-    if find_prepared(name, data_dir):
-        return []
-    if prepare is None:
-        raise not_prepared(request.name, name, data_dir)
-    if is_writable(data_dir):
+    folder, data_dir = _look(request, prepare)
+    if folder or is_writable(data_dir):
         return []
     return [
         f"config.data.data_dir: {data_dir} cannot be written, to prepare {request.name}; give "
@@ -135,10 +124,17 @@ def tfds_missing(request: Request, prepare: Prepare | None = None) -> list[str]:
     ]
 
 
+def _look(request: Request, prepare: Prepare | None) -> tuple[Path | None, Path]:
+    """The folder of the data set, where it is there, and that of TFDS."""
+    name, data_dir = Name.parse(request.name), data_dir_of(request)
+    folder = find_prepared(name, data_dir)
+    if folder is None and prepare is None:
+        raise not_prepared(request.name, name, data_dir)
+    return folder, data_dir
+
+
 def not_prepared(text: str, name: Name, data_dir: Path) -> UserError:
     """The error for a data set that :func:`find_prepared` did not find, with what to type."""
-    tfds = import_tfds()
-
     here = sorted(p.name for p in _folders(data_dir / name.name))
     if here:
         return UserError(
@@ -146,7 +142,7 @@ def not_prepared(text: str, name: Name, data_dir: Path) -> UserError:
             "Ask for one of those with --config.data.name, or for another folder with "
             "--config.data.data_dir"
         )
-    known = set(tfds.list_builders(with_community_datasets=False))
+    known = set(import_tfds().list_builders(with_community_datasets=False))
     if name.name in known:
         return UserError(
             f"{text} is not prepared in {data_dir}; preparing it needs TensorFlow, once: type\n"
@@ -163,42 +159,28 @@ def not_prepared(text: str, name: Name, data_dir: Path) -> UserError:
     )
 
 
-def reason(error: Exception) -> str:
-    """The first line of another library's error."""
-    return first_line(error)[:300]
-
-
 def open_builder(folder: Path) -> Any:
     """TFDS's read-only builder of a prepared folder."""
-    tfds = import_tfds()
-
     try:
-        return tfds.builder_from_directory(str(folder))
+        return import_tfds().builder_from_directory(str(folder))
     except Exception as error:  # TFDS raises many kinds on a damaged or foreign folder
-        first = reason(error)
+        why = f"{type(error).__name__}: {first_line(error)[:300]}"
         raise UserError(
-            f"{folder} cannot be read as a TFDS data set: {type(error).__name__}: {first}\n"
+            f"{folder} cannot be read as a TFDS data set: {why}\n"
             "Delete it and prepare it again, or name another folder with --config.data.data_dir"
         ) from error
 
 
-def check_length(folder: Path, split: str, records) -> None:
-    """Raises a UserError where a split declares more examples than its files have bytes."""
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    if len(records) > size:
-        raise UserError(
-            f"{folder} is damaged: split {split!r} is said to have {len(records)} examples, in "
-            f"{size} bytes\nDelete that folder and prepare it again"
-        )
+def open_records(builder: Any, split: str, **options) -> Any:
+    """The examples of a split, read at random. ``options`` are those of ``as_data_source``.
 
-
-@contextlib.contextmanager
-def open_errors(folder: Path, info, split: str):
-    """Turns what TFDS raises when a split is opened into a UserError."""
+    Raises:
+      UserError: the split does not exist, is damaged, or has a format without random reads.
+    """
+    folder, info = Path(builder.data_dir), builder.info
     try:
-        yield
-    except UserError:
-        raise
+        records = builder.as_data_source(split=split, **options)
+        count = len(records)
     except NotImplementedError as error:
         name = info.full_name[:200]
         kind = info.file_format
@@ -213,9 +195,16 @@ def open_errors(folder: Path, info, split: str):
             known = shown(sorted(info.splits))
             raise UserError(f"{folder} has no split {split!r}; it has {known}") from error
         raise UserError(
-            f"{folder} is damaged: split {split!r} cannot be opened: {reason(error)}\n"
+            f"{folder} is damaged: split {split!r} cannot be opened: {first_line(error)[:300]}\n"
             "Delete that folder and prepare it again"
         ) from error
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    if count > size:
+        raise UserError(
+            f"{folder} is damaged: split {split!r} declares {count} examples in {size} bytes\n"
+            "Delete that folder and prepare it again"
+        )
+    return records
 
 
 def declared_features(info) -> dict:

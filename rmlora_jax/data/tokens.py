@@ -56,26 +56,26 @@ def tokenise(
       tokenizer: a fast tokenizer of transformers.
       max_length: tokens of an example; a longer one is cut, of a pair the longer text first.
       cache_dir: folder of tokenised splits, made if missing, or None. A damaged file in it is made
-        anew, and two processes at once each leave a whole one.
-      desc: of the progress bar.
+        again, and two processes at once each leave a whole one.
     """
-    path = cache_dir and cache_dir / f"{fingerprint(texts, tokenizer, max_length)}.npz"
-    if path and (found := _cached(path, len(texts[0]))):
-        return found
     n = len(texts[0])
-    ids, types, lengths = [], [], np.empty(n, np.int64)
+    path = cache_dir and cache_dir / f"{fingerprint(texts, tokenizer, max_length)}.npz"
+    if path and (arrays := read_arrays(path, Tokens._fields)):
+        found = Tokens(*arrays)
+        if len(found.offsets) == n + 1 and found.offsets[-1] == len(found.ids) == len(found.types):
+            return found
+    ids, types, lengths = [], [], []
     with progress(n, desc, " texts", disable=n < 20_000) as bar:
         for start in range(0, n, CHUNK):
             part = [column[start : start + CHUNK] for column in texts]
             encoded = tokenizer(
                 *part, truncation=True, max_length=max_length, return_token_type_ids=True
             )
-            for i, row in enumerate(encoded["input_ids"], start):
-                lengths[i] = len(row)
+            lengths += [len(row) for row in encoded["input_ids"]]
             ids += [np.array(row, np.int32) for row in encoded["input_ids"]]
             types += [np.array(row, np.uint8) for row in encoded["token_type_ids"]]
             bar.update(len(part[0]))
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
     tokens = Tokens(np.concatenate(ids), np.concatenate(types), offsets)
     if path:
         write_arrays(path, tokens._asdict())
@@ -100,15 +100,6 @@ def fingerprint(texts: Sequence[Sequence[str]], tokenizer, max_length: int) -> s
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
     return digest.hexdigest()
-
-
-def _cached(path: Path, n: int) -> Tokens | None:
-    arrays = read_arrays(path, Tokens._fields)
-    if arrays is None:
-        return None
-    found = Tokens(*arrays)
-    whole = len(found.offsets) == n + 1 and found.offsets[-1] == len(found.ids) == len(found.types)
-    return found if whole else None
 
 
 # Batches
@@ -142,15 +133,12 @@ def text_batches(
 
     Args:
       tokens, labels: of n examples; labels (n,).
-      global_batch: examples of all processes.
-      seed: of the order.
+      global_batch: examples of all processes, of which each yields its part.
       pad_id: token that stands for padding.
       max_length: the largest of the lengths, see :func:`buckets`.
-      start_step: steps that are already done.
       group_by_length: put examples of similar length together, within a window of 64 batches. Each
         window has the same examples as without.
       one_length: pad every batch to ``max_length``.
-      process_index, process_count: which part of each global batch is yielded.
 
     Yields:
       ``{"input_ids": int32 (b, L), "attention_mask": bool (b, L), "token_type_ids": int32 (b, L),
@@ -159,9 +147,8 @@ def text_batches(
     local = local_size(global_batch, process_count)
     mine = slice(process_index * local, (process_index + 1) * local)
     lengths = (max_length,) if one_length else buckets(max_length)
-    if not group_by_length:
-        orders = batch_ids(len(labels), global_batch, seed=seed, start_step=start_step)
-    else:
+    orders = batch_ids(len(labels), global_batch, seed=seed, start_step=start_step)
+    if group_by_length:
         orders = _grouped(tokens.lengths, global_batch, seed, start_step)
     for ids in orders:
         length = _bucket(tokens, ids, lengths)
@@ -198,8 +185,9 @@ def eval_text_batches(
     """
     local = local_size(global_batch, process_count)
     mine = slice(process_index * local, (process_index + 1) * local)
-    doubling = (*(32 << i for i in range(30) if 32 << i < max_length), max_length)
-    lengths, n = (max_length,) if one_length else doubling, len(labels)
+    n, lengths = len(labels), (max_length,)
+    if not one_length:
+        lengths = (*(32 << i for i in range(30) if 32 << i < max_length), max_length)
     order = np.argsort(tokens.lengths, kind="stable").astype(np.int32)
     rows = np.full(math.ceil(n / global_batch) * global_batch, order[-1])
     rows[:n] = order

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-# Formats that are read, whatever a file's name says. Pillow knows more, and hands one of them (EPS)
+# Formats that are read, whatever the file is called. Pillow knows more, and hands one of them (EPS)
 # to another program, which runs the code inside.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -232,7 +232,8 @@ def _shifted(images, keys, mirrored, *, reach, center, fill) -> jax.Array:
         columns = jnp.where(mirror, columns[::-1], columns)
         window = image[_reflect(rows, height)][:, _reflect(columns, width)]
         if fill == "zero":
-            inside = _inside(rows, height)[:, None] & _inside(columns, width)
+            inside = (rows >= 0) & (rows < height)
+            inside = inside[:, None] & (columns >= 0) & (columns < width)
             window = jnp.where(inside[..., None], window, 0)
         return window
 
@@ -245,10 +246,6 @@ def _reflect(index, size: int) -> jax.Array:
         return jnp.zeros_like(index)
     index = jnp.abs(index) % (2 * (size - 1))
     return jnp.minimum(index, 2 * (size - 1) - index)
-
-
-def _inside(index, size: int) -> jax.Array:
-    return (index >= 0) & (index < size)
 
 
 def _random_box(key, height, width, scale, ratio):

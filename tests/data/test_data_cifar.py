@@ -245,7 +245,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def full(image):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cifar, "_png", full)
+    monkeypatch.setattr(cifar.Image, "fromarray", full)
     with server(raw) as (url, _):
         fails(archive, tmp_path, url, "No space left on device")
 

@@ -165,7 +165,7 @@ def test_what_is_ignored_is_said(photos):
     assert len(data.train) + len(data.validation) == 36
     assert data.notes == (
         f"not used of {photos}: validation",
-        f"ignored in {photos}: 5 files that are no image by suffix: "
+        f"ignored in {photos}: 5 files without the suffix of an image: "
         ".txt (2), .db (1), .heic (1), no suffix (1)",
         f"ignored in {photos}: 1 image beside the folders of classes",
     )
@@ -328,7 +328,7 @@ def test_a_run_on_a_folder(config, photos, tmp_path, capsys, monkeypatch):
     config.optimizer.learning_rate = 1e-2
     summary = loop.train(config, tmp_path / "run")
     out = capsys.readouterr().out
-    assert f"ignored in {photos}: 1 file that is no image by suffix: .txt (1)" in out
+    assert f"ignored in {photos}: 1 file without the suffix of an image: .txt (1)" in out
     assert "left out 1 record that cannot be used" in out
     assert [re.sub(".*/", "", why)[:28] for why in summary["skipped_records"]] == [
         "12.png' cannot be read as an"

@@ -237,7 +237,7 @@ def test_errors_name_what_to_type(folder):
     says(folder, "my data!", "is not the name of a data set")
     says(folder, "old", "tfrecord", "python -m rmlora_jax.data.prepare old --data_dir=OTHER")
     says(folder, "gray", "no split 'training'", "test, train, validation", train_split="training")
-    says(folder, "gray", "split 'test' of gray has no labelled images", test_split="test")
+    says(folder, "gray", "split 'test' has no labels", test_split="test")
     says(folder, "grown", "only train", "--config.data.test_split")
     says(folder, "gray", "validation=20", validation=20)
     says(folder, "gray", "no image under 'picture'", "under image", image_key="picture")
