@@ -29,6 +29,7 @@ from rmlora_jax.data.pipeline import (
     load_resident,
     plan_storage,
     storage_of,
+    stored_as,
     stream_batches,
 )
 from rmlora_jax.data.sources import (
@@ -73,6 +74,7 @@ __all__ = [
     "open_utterances",
     "plan_storage",
     "storage_of",
+    "stored_as",
     "stream_batches",
     "text_batches",
     "tokenise",
