@@ -24,7 +24,7 @@ from rmlora_jax.bench.measure import (
 from rmlora_jax.bench.options import Options
 from rmlora_jax.bench.picture import bench_figure, sweep_figure
 from rmlora_jax.bench.table import cells, footer, markdown, table_rows, what
-from rmlora_jax.bench.variants import compile_variant, make_variant
+from rmlora_jax.bench.variants import compile_variant, make_variant, step_flops
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import write_bytes_atomic, write_text_atomic
 from rmlora_jax.report.records import amount
@@ -58,7 +58,7 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
     for name in options.variants:
         say(f"compiling {name}")
         method, own = options.of(name)
-        flops = models.step_flops(entry, options.batch, method, options.rank, options.modules)
+        flops = step_flops(entry, options.batch, method, options.rank, options.modules)
         row = {"name": name, "framework": "jax", "flops": flops, "error": None}
         rows[name] = row
 

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 
 from rmlora_jax.bench.measure import Program
-from rmlora_jax.bench.models import CLASSES, LINEARS, Entry, step_flops
+from rmlora_jax.bench.models import CLASSES, LINEARS, Entry
 from rmlora_jax.bench.options import Options
-from rmlora_jax.bench.variants import LEARNING_RATE
+from rmlora_jax.bench.variants import LEARNING_RATE, step_flops
 from rmlora_jax.errors import UserError
 from rmlora_jax.models import BertConfig, ViTConfig
 

@@ -14,8 +14,16 @@ import jax.numpy as jnp
 import optax
 
 import rmlora_jax as rm
+from rmlora_jax.aot.counts import flops
 from rmlora_jax.bench.measure import Program
-from rmlora_jax.bench.models import MODULES, Entry, tokens
+from rmlora_jax.bench.models import (
+    MODULES,
+    Entry,
+    build,
+    random_batches,
+    random_params,
+    tokens,
+)
 from rmlora_jax.optim.precision import clip_by_norm
 from rmlora_jax.parallel import memory
 
@@ -126,6 +134,31 @@ def _trained(name, model, lora: rm.LoRA, tx) -> Variant:
         return (optax.apply_updates(trainable, updates), opt_state), value
 
     return Variant(name, start, lambda base: rm.split(base, rest)[1], step, lora)
+
+
+def step_flops(entry: Entry, batch: int, name: str, rank: int = 4, modules: str = "all") -> int:
+    """Floating-point operations of one step, a multiplication and an addition being 2.
+
+    What the method needs, not what a program does: products with the factors are thin, nothing is
+    computed again in the backward pass, and a gradient goes no further back than to the lowest
+    layer that trains. Only the matrix products of the model are counted, as
+    `rmlora_jax.aot.counts.flops` does.
+
+    >>> from rmlora_jax.bench.models import MODELS
+    >>> [step_flops(MODELS["tiny"], 8, name) for name in ("floor", "lora", "full")]
+    [4489216, 5323776, 6853632]
+    """
+    model = build(entry, dtype=jnp.float32, base_dtype=jnp.float32, unroll=1, remat="none",
+                  attention="xla")
+    # The penalties of other methods are products, too: their steps need what LoRA's needs.
+    plain = name if name in ("floor", "head", "full") else "lora"
+    variant = make_variant(plain, model, entry, rank=rank, modules=modules, execution="factored")
+    base = jax.eval_shape(lambda: random_params(model, entry))
+    (example,) = jax.eval_shape(lambda: random_batches(entry, batch, 1, model.dtype))
+    state = jax.eval_shape(variant.start, base, example[0])
+    frozen = jax.eval_shape(variant.frozen, base)
+    with jax.disable_jit():  # a scan is a loop: its first layer may need fewer gradients
+        return flops(jax.jit(variant.step).trace(state, frozen, example))
 
 
 def compile_variant(variant: Variant, base: dict, batches: Sequence[tuple]) -> Program:
