@@ -227,12 +227,9 @@ def results_panel(ax, groups, colours, labels, metric: str) -> None:
                     solid_capstyle="round")
             ax.plot([found.mean()] * 2, [y - 0.3, y + 0.3], color=colour, lw=2.4)
         ax.plot(found, [y] * len(found), "o", color=colour, ms=7, mec="white", mew=1.0, zorder=3)
-    ax.set_ylim(len(groups) - 0.4, -0.6)
-    size = 10.5 if len(groups) <= NAMED else 8
-    ax.set_yticks(range(len(labels)), [style.shorten(label, MOST) for label in labels])
     named, several = describe(metric)[0], max(map(len, groups)) > 1
     style.finish_panel(ax, f"Test {named.long}", named.axis, "", grid="x",
                        caption="at the best step" + "; bar: mean" * several)
-    for label, colour in zip(ax.get_yticklabels(), colours, strict=True):
-        label.set(color=colour, fontsize=size, fontweight="bold")
-    ax.spines[["left"]].set_visible(False)
+    style.rows(ax, [style.shorten(label, MOST) for label in labels], colours,
+               10.5 if len(labels) <= NAMED else 8)
+    ax.set_ylim(len(groups) - 0.4, -0.6)

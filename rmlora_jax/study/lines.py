@@ -59,12 +59,7 @@ def gap_picture(rows: Sequence[dict], along: str = "method"):
             f"{unit(metric).partition(',')[0]}, train less {held}, points")
         style.finish(right, "gap at the end", words, grid="x")
         right.axvline(0, color=style.MUTED, lw=1)
-        right.set_ylim(len(names) - 0.5, -0.5)
-        right.set_yticks(range(len(names)), names)
-        right.tick_params(axis="y", labelsize=10.5)
-        for label, tint in zip(right.get_yticklabels(), tints, strict=True):
-            label.set(color=tint, fontweight="bold")  # the curves' key
-        right.spines["left"].set_visible(False)
+        style.rows(right, names, tints)
     for ax in axes[:, :2].flat:
         ax.xaxis.set_major_formatter("{x:,.0f}")
     figure.tight_layout(w_pad=2.5, h_pad=2.5)

@@ -84,11 +84,9 @@ def table_picture(rows: Sequence[dict], along: str = "method"):
         head = {"transform": ax.transAxes, "fontsize": 9, "color": style.MUTED, "va": "bottom"}
         ax.text(1.04, 1.02, "mean ± sd", **head)
         ax.text(1.56, 1.02, "trained", ha="right", **head)
-        ax.set_ylim(len(names) - 0.5, -0.5)
-        ax.set_yticks(range(len(names)), names)
         style.finish(ax, task, f"test {unit(first['metric'])}", grid="x")
-        ax.tick_params(axis="y", labelsize=10.5, labelcolor=style.INK, labelleft=place == 0)
-        ax.spines["left"].set_visible(False)
+        style.rows(ax, names)
+        ax.tick_params(axis="y", labelleft=place == 0)
     for panels in limits.values():
         for ax, *_ in panels:
             ax.set_xlim(min(low for _, low, _ in panels), max(high for *_, high in panels))

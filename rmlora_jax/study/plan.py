@@ -131,37 +131,22 @@ class Cell(NamedTuple):
 
 def cells(study: Study, tasks: Iterable[str]) -> tuple[Cell, ...]:
     """Everything that the study runs, in order: for each task and method first the choice of its
-    rate, at the task's own fields, then every variant."""
+    rate, at the task's own fields, then every variant with the product of ``study.grid``."""
     choose = tuple(range(FIRST_CHOOSE_SEED, FIRST_CHOOSE_SEED + study.choose_seeds))
     final = tuple(range(study.seeds))
-    found = []
+    names, found = sorted(study.grid), []
+    products = itertools.product(*(study.grid[name] for name in names))
+    settings = [dict(zip(names, map(float, values), strict=True)) for values in products]
     for task, method in itertools.product(tasks, study.methods):
         own = {"full": study.full_rates, "head": study.head_rates}
         rates = [float(rate) for rate in own.get(method, study.rates)]
-        grid = grid_settings(study)
-        if len(rates) == 1:
-            grid = tuple({"learning_rate": rates[0], **setting} for setting in grid)
-        else:
+        rate = {"learning_rate": rates[0]} if len(rates) == 1 else {}
+        grid = tuple(rate | setting for setting in settings)
+        if not rate:
             candidates = tuple({"learning_rate": rate} for rate in rates)
             found.append(Cell(task, method, CHOOSE, candidates, choose))
         found += [Cell(task, method, FINAL, grid, final, tuple(v)) for v in study.variants]
     return tuple(found)
-
-
-def grid_settings(study: Study) -> tuple[Setting, ...]:
-    """The product of ``study.grid``: one empty setting where it is empty."""
-    names = sorted(study.grid)
-    products = itertools.product(*(study.grid[name] for name in names))
-    return tuple(dict(zip(names, map(float, values), strict=True)) for values in products)
-
-
-def varied_fields(variants: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    """The fields that occur in any of the variants.
-
-    >>> varied_fields((("lora.rank=2", "epochs=4"), ("lora.rank=8",), ()))
-    ('lora.rank', 'epochs')
-    """
-    return tuple(dict.fromkeys(text.partition("=")[0] for v in variants for text in v))
 
 
 def choose_rate(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -1,5 +1,4 @@
-"""One program of a study: the runs of a cell, trained together, and their rows.
-"""
+"""One program of a study: the runs of a cell, trained together, and their rows."""
 
 import hashlib
 import multiprocessing

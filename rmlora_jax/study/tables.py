@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rmlora_jax.report.style import markdown_table
 from rmlora_jax.study.plan import CHOOSE, FINAL
 from rmlora_jax.tasks.scores import describe, higher_is_better
 
@@ -146,13 +147,12 @@ def markdown(rows: Sequence[Row]) -> str:
             lines.append([group.method, *(_value(dict(group.varied).get(n)) for n in names),
                           rate, *_figures(group)])
         known = [i for i in range(len(heads)) if any(line[i] != "-" for line in lines[1:])]
-        lines = [_line(line[i] for i in known) for line in lines]
-        lines.insert(1, "|" + "---|" * len(known))
+        table = markdown_table([[line[i] for i in known] for line in lines], len(known))
         notes = [together(found, [heads[i] for i in known])]
         notes += ["\\* at the edge of the rates it was chosen from."] if edges else []
         notes += unequal(found)
         title = f"**{task}**: {first['dataset']}, {first['model']}, {first['steps']:,} steps"
-        parts += [title, "\n".join(lines), *notes]
+        parts += [title, table, *notes]
     return "\n\n".join(parts)
 
 
@@ -213,8 +213,8 @@ def rates_table(rows: Sequence[Row]) -> str:
         cells.setdefault((group.task, group.method), []).append(text)
     if not cells:
         return ""
-    return "\n".join(["| task | method | rate: validation, mean of the runs that choose |",
-                      "|---|---|---|", *(_line([*k, ", ".join(v)]) for k, v in cells.items())])
+    head = ("task", "method", "rate: validation, mean of the runs that choose")
+    return markdown_table([head, *((*k, ", ".join(v)) for k, v in cells.items())], len(head))
 
 
 def at_edge(group: Group, rows: Iterable[Row]) -> bool:
@@ -248,10 +248,6 @@ def csv_text(rows: Sequence[Row]) -> str:
             first["device"], first["jax"],
         ])
     return file.getvalue()
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _value(value: Any) -> str:
