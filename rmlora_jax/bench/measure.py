@@ -48,17 +48,18 @@ def measure(
       ``error="out of memory"`` and no times.
     """
     found = {p.name: {"steps": steps, "ms": [], "error": None} for p in programs}
+
+    def warm_up(program: Program, row: dict) -> None:
+        row["steps"] = steps or enough(program)
+
+    def turn(program: Program, row: dict) -> None:
+        row["ms"].append(1000 * program.stretch(row["steps"]) / row["steps"])
+
     for program in programs:
-        row = found[program.name]
-        with_memory(row, lambda p=program, r=row: r.update(steps=steps or enough(p)))
+        with_memory(found[program.name], warm_up, program, found[program.name])
     for repeat in range(repeats):
         for program in programs[:: -1 if repeat % 2 else 1]:
-            row = found[program.name]
-
-            def run(program=program, row=row):
-                row["ms"].append(1000 * program.stretch(row["steps"]) / row["steps"])
-
-            with_memory(row, run)
+            with_memory(found[program.name], turn, program, found[program.name])
         say(f"repeat {repeat + 1}/{repeats}")
     return found
 
@@ -73,12 +74,12 @@ def enough(program: Program) -> int:
     return steps
 
 
-def with_memory(row: dict, action: Callable[[], Any]) -> None:
-    """Runs ``action`` unless the row has an error; lack of memory becomes the row's error."""
+def with_memory(row: dict, action: Callable, *arguments: Any) -> None:
+    """Calls ``action`` unless the row has an error; lack of memory becomes the row's error."""
     if row["error"] is not None:
         return
     try:
-        action()
+        action(*arguments)
     except Exception as error:
         if not is_short(error):
             raise

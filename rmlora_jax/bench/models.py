@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.hub import find_architecture
@@ -78,23 +77,23 @@ def find_model(name: str, image_size: int | None = None, length: int | None = No
             f"--model is one of {', '.join(MODELS)}"
         )
     entry = MODELS[name]
-    if entry.length is None:
-        if length is not None:
-            raise UserError(f"{name} reads images, which have no --length; type --image_size")
-        if image_size is None:
-            return entry
+    if entry.length is None and length is not None:
+        raise UserError(f"{name} reads images, which have no --length; type --image_size")
+    if entry.length is not None and image_size is not None:
+        raise UserError(f"{name} reads texts, which have no --image_size; type --length")
+    if image_size is not None:
         patch = entry.config.patch_size
         if image_size < patch:
             raise UserError(
                 f"{name} has patches of {patch} pixels; type --image_size={patch} or more"
             )
-        return entry._replace(config=dataclasses.replace(entry.config, image_size=image_size))
-    if image_size is not None:
-        raise UserError(f"{name} reads texts, which have no --image_size; type --length")
-    longest = entry.config.longest  # None: positions are relative
-    if length is not None and longest is not None and length > longest:
-        raise UserError(f"{name} has positions for {longest} tokens; type --length={longest}")
-    return entry if length is None else entry._replace(length=length)
+        entry = entry._replace(config=dataclasses.replace(entry.config, image_size=image_size))
+    if length is not None:
+        longest = entry.config.longest  # None: positions are relative
+        if longest is not None and length > longest:
+            raise UserError(f"{name} has positions for {longest} tokens; type --length={longest}")
+        entry = entry._replace(length=length)
+    return entry
 
 
 def build(
@@ -118,19 +117,18 @@ def build(
     return kind(entry.config, CLASSES, **fields)
 
 
-def random_params(model: nn.Module, entry: Entry, seed: int = 0) -> dict:
+def random_params(model: nn.Module, entry: Entry) -> dict:
     """Initial parameters, drawn on the device."""
-    example = jax.eval_shape(lambda: _inputs(jax.random.key(0), entry, 1, model.dtype))
     rolled = model.clone(unroll=1)  # the same values, compiled faster
 
     @jax.jit
     def init(key):
-        return rolled.init(key, jnp.zeros(example.shape, example.dtype))["params"]
+        return rolled.init(key, _inputs(key, entry, 1, model.dtype))["params"]
 
-    return init(jax.random.key(seed))
+    return init(jax.random.key(0))
 
 
-def random_batches(entry: Entry, batch: int, count: int, dtype: Any, seed: int = 1) -> list:
+def random_batches(entry: Entry, batch: int, count: int, dtype: Any) -> list:
     """``count`` pairs (inputs, labels) on the device: normal pixels, or tokens without padding."""
 
     @jax.jit
@@ -138,7 +136,7 @@ def random_batches(entry: Entry, batch: int, count: int, dtype: Any, seed: int =
         labels = jax.random.randint(jax.random.fold_in(key, 1), (batch,), 0, CLASSES)
         return _inputs(key, entry, batch, dtype), labels
 
-    return [make(key) for key in jax.random.split(jax.random.key(seed), count)]
+    return [make(key) for key in jax.random.split(jax.random.key(1), count)]
 
 
 def _inputs(key, entry: Entry, batch: int, dtype) -> jax.Array:

@@ -34,7 +34,7 @@ BATCHES = 4  # that the steps of a stretch go through in a circle
 
 
 def header(options: Options) -> str:
-    """What is going to be timed, in a line."""
+    """What will be timed, in a line."""
     known = {"options": vars(options), "tokens": models.tokens(options.entry)}
     swept = f"; {options.sweep} {', '.join(map(str, options.values))}" if options.sweep else ""
     return f"{what(known)}, on {jax.devices()[0].device_kind}{swept}"
@@ -55,21 +55,20 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
     entry = options.entry
     base, batches = _data(options, entry)
     rows, programs = {}, []
+
+    def prepare(name: str, method: str, own: Options) -> None:
+        program = _program(method, entry, base, batches, own)
+        programs.append(program._replace(name=name))
+        size = program.facts.get("memory_bytes")
+        told = [f"{program.facts['compile_seconds']:.1f} s", size and amount(size)]
+        say(f"  {', '.join(filter(None, [*told, program.facts['execution']]))}")
+
     for name in options.variants:
         say(f"compiling {name}")
         method, own = options.of(name)
         flops = step_flops(entry, options.batch, method, options.rank, options.modules)
-        row = {"name": name, "framework": "jax", "flops": flops, "error": None}
-        rows[name] = row
-
-        def prepare(name=name, method=method, own=own):
-            program = _program(method, entry, base, batches, own)
-            programs.append(program._replace(name=name))
-            size = program.facts.get("memory_bytes")
-            told = [f"{program.facts['compile_seconds']:.1f} s", size and amount(size)]
-            say(f"  {', '.join(filter(None, [*told, program.facts['execution']]))}")
-
-        with_memory(row, prepare)
+        row = rows[name] = {"name": name, "framework": "jax", "flops": flops, "error": None}
+        with_memory(row, prepare, name, method, own)
         if row["error"]:
             say(f"  {row['error']}")
     if options.peft:
@@ -83,8 +82,8 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
         rows[program.name] |= program.facts | times[program.name]
         if options.profile and program.facts["framework"] == "jax":
             say(f"tracing {program.name}")
-            with_memory(rows[program.name],
-                        lambda p=program: rows[p.name].update(profile=profile(p)))
+            row = rows[program.name]
+            with_memory(row, lambda p=program, row=row: row.update(profile=profile(p)))
     return {
         "options": dataclasses.asdict(options) | {"variants": list(options.variants),
                                                   "values": list(options.values)},
