@@ -57,8 +57,7 @@ def make_variant(
     """The variant ``name`` of a model; all that is trained, and its optimizer, is float32."""
     if name == "floor":
         return _floor(model, entry)
-    lora, tx = _method(name, rank, MODULES[modules], execution)
-    return _trained(name, model, lora, tx)
+    return _trained(name, model, *_method(name, rank, MODULES[modules], execution))
 
 
 def task_loss(logits, labels) -> jax.Array:

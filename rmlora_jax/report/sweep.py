@@ -11,6 +11,7 @@ from rmlora_jax.report import style
 from rmlora_jax.report.records import (
     bin_means,
     duration,
+    effective_ranks,
     finite,
     read_metrics,
     series,
@@ -42,9 +43,8 @@ def write_sweep_report(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
     runs = []
     for name in summary["runs"]:  # such as seed=3,penalty=0.1
         setting = dict(part.split("=", 1) for part in name.split(","))
-        folder = workdir / name
-        runs.append(Finished(setting.pop("seed"), setting, read_metrics(folder),
-                             read_json(folder / "summary.json")))
+        own = read_json(workdir / name / "summary.json")
+        runs.append(Finished(setting.pop("seed"), setting, read_metrics(workdir / name), own))
     write_text_atomic(workdir / "sweep.md", table(runs, summary))
     write_bytes_atomic(workdir / "sweep.png", style.png(draw(runs, summary["metric"])))
 
@@ -65,7 +65,7 @@ def table(runs: Sequence[Finished], summary: dict[str, Any]) -> str:
             f"{run.summary['best_eval']['step']:,}",
             f"{figure(run, 'eval', 'loss'):.3f}",
             f"{train_loss(run):.3f}",
-            effective_rank(run),
+            f"{np.nanmean(ranks):.2f}" if (ranks := effective_ranks(run.summary)).size else "-",
         ]
         for run in runs
     ]
@@ -110,12 +110,6 @@ def train_loss(run: Finished) -> float:
     return bin_means(steps, loss, 20)[1][-1] if loss.size else np.nan
 
 
-def effective_rank(run: Finished) -> str:
-    found = run.summary["intrinsic_dimension"].values()
-    ranks = [np.ravel(np.array(v["effective_rank"], np.float64)) for v in found]
-    return f"{np.nanmean(np.concatenate(ranks)):.2f}" if ranks else "-"
-
-
 def spread(values: Sequence[float], metric: str) -> str:
     """``74.6 % +- 0.3``: mean and standard deviation (of the sample)."""
     deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
@@ -134,9 +128,10 @@ def by_setting(runs: Sequence[Finished]) -> list[list[Finished]]:
 def draw(runs: Sequence[Finished], metric: str):
     """The matplotlib Figure: losses, the metric on validation, and each setting's test results."""
     groups = by_setting(runs)
+    labels = [group[0].label for group in groups]
     if len(groups) == 1:  # seeds alone: each has its colour
         groups = [[run] for run in runs]
-    labels = [g[0].label if len(by_setting(runs)) > 1 else f"seed {g[0].seed}" for g in groups]
+        labels = [f"seed {run.seed}" for run in runs]
     colours = palette(len(groups))
     height = 6.4 if len(groups) <= 16 else min(6.4 + 0.2 * (len(groups) - 16), 14.0)
     figure = style.new_figure(WIDTH, height)

@@ -72,7 +72,7 @@ def check_study(given: ConfigDict | Study) -> tuple[Study, dict[tuple, Run]]:
     for cell in plan.cells(c, opened):
         try:
             base = resolve(configured(c, opened[cell.task], cell.method, cell.variant))
-            bases[plan.place(cell)] = base
+            bases[cell.place] = base
             trained = program(cell, base, Path(), at_once=c.at_once, shared=c.shared)
             check_config(trained.config)
         except UserError as e:

@@ -122,6 +122,16 @@ class Cell(NamedTuple):
     variant: tuple[str, ...] = ()
 
     @property
+    def place(self) -> tuple:
+        """What decides the config that the runs share."""
+        return self.task, self.method, self.variant
+
+    @property
+    def waits(self) -> bool:
+        """Whether the learning rate is still to be chosen."""
+        return "learning_rate" not in self.settings[0]
+
+    @property
     def runs(self) -> int:
         return len(self.settings) * len(self.seeds)
 
@@ -167,23 +177,13 @@ def choose_rate(rows: Sequence[Mapping[str, Any]]) -> float:
     return max(sorted(by_rate), key=worth)
 
 
-def waits(cell: Cell) -> bool:
-    """Whether the cell's learning rate is still to be chosen."""
-    return "learning_rate" not in cell.settings[0]
-
-
 def decided(cell: Cell, choice: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> Cell:
     """The cell with the rate that the runs of the keys ``choice`` decide on, if it waits for one
     and all of them are among ``rows``."""
-    if not waits(cell) or any(key not in rows for key in choice):
+    if not cell.waits or any(key not in rows for key in choice):
         return cell
     rate = choose_rate([rows[key] for key in choice])
     return cell._replace(settings=tuple({"learning_rate": rate, **s} for s in cell.settings))
-
-
-def place(cell: Cell) -> tuple:
-    """What decides the config that a cell's runs share."""
-    return cell.task, cell.method, cell.variant
 
 
 def identity(config: Any, stage: str) -> str:

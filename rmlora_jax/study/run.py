@@ -42,7 +42,7 @@ def run_study(
     file = workdir / ROWS
 
     def program_of(cell: Cell) -> program.Program:
-        base = bases[plan.place(cell)]
+        base = bases[cell.place]
         return program.program(cell, base, workdir, at_once=study.at_once, shared=study.shared)
 
     if study.dry_run:
@@ -104,9 +104,9 @@ def cost_table(
     there = {row["key"]: row for row in rows}
     lines, sizes = [], {}
     for cell, one in programs(cells, program_of, there):
-        base = bases[plan.place(cell)]
+        base = bases[cell.place]
         # Runs whose rate is not chosen yet are all left.
-        done = 0 if plan.waits(cell) else sum(key in there for key in one.keys)
+        done = 0 if cell.waits else sum(key in there for key in one.keys)
         left, steps = cell.runs - done, steps_of(base, sizes)
         examples = None if steps is None else left * steps * base.batch_size
         pace, seconds = seconds_per_example(rows, cell), None if left else 0.0
