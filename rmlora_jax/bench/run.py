@@ -101,8 +101,8 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
 def sweep(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
     """``{"sweep": name, "values": [...], "benches": [what ``bench`` returned for each]}``.
 
-    The floor is measured anew at every value, in turns with the others, although rank and modules
-    do not change it: only so the ratios are of times under the same conditions.
+    The floor is measured at every value, although rank and modules do not change it: a ratio
+    compares times that were taken in turns.
     """
     found = []
     for value in options.values:
@@ -155,7 +155,7 @@ def _module(options: Options, entry: models.Entry):
 
 
 def _data(options: Options, entry: models.Entry):
-    """The parameters and the batches, on the device; those are the same for any ``Options.of``."""
+    """The parameters and the batches on the device; all variants share them."""
     with _refusals(options):
         try:
             base = models.random_params(_module(options, entry), entry)
@@ -185,7 +185,7 @@ def _program(method, entry, base, batches, options: Options) -> Program:
 
 @contextlib.contextmanager
 def _refusals(options: Options) -> Iterator[None]:
-    """What the library or XLA refuses becomes an error of the person's options."""
+    """Turns what the library or XLA refuses into an error of the options."""
     try:
         yield
     except UserError:

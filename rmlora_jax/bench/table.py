@@ -133,7 +133,7 @@ def what(results: Mapping[str, Any]) -> str:
 
 
 def footer(results: Mapping[str, Any]) -> str:
-    """What the limit is."""
+    """The limit in words, for the line below a table."""
     most, side = limit(results), results["product"]["side"]
     if most is None:
         return ""
@@ -143,7 +143,7 @@ def footer(results: Mapping[str, Any]) -> str:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """What ``bench.md`` holds."""
+    """The text of ``bench.md``."""
     versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items())
     ran = sorted({p["execution"] for p in results["programs"] if p.get("execution")})
     notes = [footer(results), f"factors ran {' and '.join(ran)}" if ran else "", versions]

@@ -1,9 +1,9 @@
 """PyTorch's PEFT on the same shapes, for the rows of ``--peft``.
 
-LoRA of the same rank on the same linear layers of the model of transformers, in eager mode;
-everything, the factors too, is in the compute dtype, which is PEFT at its fastest. The second row
-adds what the authors of RM-LoRA do, written anew from its description: the penalty of every module
-is added to the loss, and a Python loop masks the gradients after each backward pass.
+The first row is LoRA of the same rank on the same linear layers of transformers' model, in eager
+mode; all of it is in the compute dtype, which is PEFT at its fastest. The second row adds what the
+authors of RM-LoRA do, written from its description: the penalty of every module is added to the
+loss, and a Python loop masks the gradients after each backward pass.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ PENALTY = 0.1
 
 
 def check_installed() -> None:
-    """Raises a UserError where ``--peft`` cannot run."""
+    """Raises a UserError if ``--peft`` cannot run."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -68,12 +68,10 @@ def _program(name: str, options: Options) -> Program:
         "flops": step_flops(entry, options.batch, ROWS[name], options.rank),
     }
 
-    def finish() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def stretch(steps: int) -> float:
-        """On the device is one model at a time, so that the peak is its own."""
+        """Holds one model at a time on the device, so that the peak memory is its own."""
         try:
             model.to(device)
             if device == "cuda":

@@ -66,11 +66,10 @@ def task_loss(logits, labels) -> jax.Array:
 
 def _floor(model: nn.Module, entry: Entry) -> Variant:
     """What any method that trains in the first layer must compute on a frozen model: the loss, and
-    its gradient with respect to what enters the encoder. Nothing is trained.
+    its gradient with respect to the input of the encoder. Nothing is trained.
 
-    The gradient, (B, N, D), is taken with respect to a 0 that an interceptor of Flax adds to the
-    output of the module ``embed``. The state is the sum of the losses so far, so that a step waits
-    for the one before it as the other variants' steps do.
+    The gradient, (B, N, D), is that of a 0 that a Flax interceptor adds to the output of ``embed``.
+    The state is the sum of the losses so far: a step must wait for the one before it.
     """
 
     def step(total, base, batch):
@@ -163,9 +162,9 @@ def step_flops(entry: Entry, batch: int, name: str, rank: int = 4, modules: str 
 def compile_variant(variant: Variant, base: dict, batches: Sequence[tuple]) -> Program:
     """Compiles the step for these shapes.
 
-    Each stretch begins with a new state and a step that is not timed, so that the states of several
-    variants are never on the device together. It goes through ``batches`` in a circle, and ends
-    when the last state and output are there.
+    A stretch makes its own state, so that only one variant's state is on the device at a time, and
+    takes one step that is not timed. It cycles through ``batches`` and ends when the last state and
+    output are ready.
     """
     start, frozen = jax.jit(variant.start), variant.frozen(base)
     state = jax.eval_shape(start, base, batches[0][0])

@@ -1,4 +1,4 @@
-"""What a run has left in its folder, read: curves over the steps, kinds of modules, words.
+"""Reads the files in a run's folder: curves over the steps, kinds of modules; numbers as text.
 
 `rmlora_jax.train.metrics` writes both files and describes their lines.
 """

@@ -109,7 +109,7 @@ def key(ax, names: Sequence[str], marker: str, **where) -> None:
 
 
 def caption(figure, text: str) -> None:
-    """Small words under everything, as wide as the figure."""
+    """Small text below the figure, wrapped to its width."""
     width, height = figure.get_size_inches()
     lines = textwrap.fill(text, int(14.5 * width))
     figure.text(0.1 / width, -0.12 / height, lines, fontsize=9, color=MUTED, va="top",

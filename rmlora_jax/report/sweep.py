@@ -121,7 +121,7 @@ def by_setting(runs: Sequence[Finished]) -> list[list[Finished]]:
     """The runs in groups that differ by their seeds alone."""
     groups = {}
     for run in runs:
-        groups.setdefault(tuple(run.setting.values()), []).append(run)
+        groups.setdefault(run.label, []).append(run)
     return list(groups.values())
 
 

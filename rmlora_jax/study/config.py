@@ -28,10 +28,10 @@ def default_study() -> ConfigDict:
 
 
 def check_study(given: ConfigDict | Study) -> tuple[Study, dict[tuple, Run]]:
-    """The study, and the config that the runs of every place share (`plan.place`), tasks in their
-    order.
+    """The study, and for each `Cell.place` the config that its runs share, in the order of tasks.
 
-    Raises one UserError that lists every mistake.
+    Raises:
+      UserError: every mistake, a line each.
     """
     c, wrong = fields.read(Study, given)
     lines = list(wrong.values())

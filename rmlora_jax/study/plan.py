@@ -21,7 +21,7 @@ Setting = dict[str, float]  # name of rmlora_jax.train.config.SWEEPABLE -> value
 
 
 def each_once(values: Sequence, what: str = "values, each once") -> str | None:
-    """The problem of values that repeat, or of no values at all."""
+    """The problem with values that repeat or are missing, if any."""
     return None if values and len(set(values)) == len(values) else f"must be {what}"
 
 
@@ -41,11 +41,11 @@ def _unnamed(study: str) -> str | None:
 class Study:
     """Every field of a study."""
 
-    study: str = field("", "its name; its folder and its rows bear it", problem=_unnamed)
+    study: str = field("", "its name, for its folder and its rows", problem=_unnamed)
     tasks: tuple = field(
         (),
-        "config files of runs, each with fields of its own and, where two would be called the "
-        "same, a name: 'configs/minilm_glue.py:rte epochs=20 as rte_long'",
+        "config files of runs, each with fields of its own and, where two would have the same "
+        "name, another: 'configs/minilm_glue.py:rte epochs=20 as rte_long'",
         problem=lambda files: None if files else "must be one config file or more",
     )
     methods: tuple = field(
@@ -53,10 +53,10 @@ class Study:
         problem=lambda names: each_once(names, "one method or more, each of them once"),
     )
     fields: tuple = field(
-        (), "fields of every run that make the study what it is, such as ('steps=2000',)"
+        (), "fields of every run that belong to the study, such as ('steps=2000',)"
     )
     set: tuple = field(
-        (), "the same, set on top by who starts it, such as ('data.data_dir=/data',)"
+        (), "fields of every run that belong to the machine, such as ('data.data_dir=/data',)"
     )
     method_set: dict = field({}, "method -> fields of its runs")
     variants: tuple = field(
@@ -67,8 +67,7 @@ class Study:
     grid: dict = field({}, "values that are compared: penalty, keep, alpha, ...")
     rates: tuple = rate_field(
         (3e-4, 1e-3, 3e-3, 1e-2),
-        "learning rates to choose from, by validation at the last step; with one rate there is no "
-        "choice",
+        "learning rates to choose from, by validation at the last step; one rate is taken as it is",
     )
     full_rates: tuple = rate_field((2e-5, 5e-5, 1e-4, 2e-4), "of method full")
     head_rates: tuple = rate_field((1e-3, 3e-3, 1e-2, 3e-2), "of method head")

@@ -56,7 +56,7 @@ def append_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> N
 
 
 def row_of(folder: Path, **known: Any) -> dict[str, Any]:
-    """What a finished run's folder says of it, and what is ``known`` beside.
+    """The row of a finished run, from its folder, after what is ``known`` already.
 
     ``validation`` and ``test`` are the values of ``metric`` at the last step, ``test_best`` that at
     the step with the best validation; ``rank`` is the most that Delta W could have. The parameters

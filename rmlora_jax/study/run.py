@@ -1,4 +1,4 @@
-"""A study from its plan to its pictures, and what it will cost; the same folder again goes on."""
+"""A study from its plan to its pictures, and its cost beforehand. The same folder continues it."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,13 +28,13 @@ Row = Mapping[str, Any]
 def run_study(
     given: ConfigDict | Study, workdir: Path, *, trainer: Callable | None = None
 ) -> list[dict]:
-    """Runs what of the study has no row yet in ``workdir/rows.jsonl``, writes its table and
-    pictures, and returns its rows. With ``study.dry_run`` it prints the plan and its cost only.
+    """Trains the runs that have no row yet in ``workdir/rows.jsonl``, writes the study's table and
+    pictures, and returns its rows. With ``study.dry_run`` it only prints the plan and its cost.
 
-    A ``trainer`` takes the place of `rmlora_jax.study.program.trainer`, in this process.
+    A ``trainer`` replaces `rmlora_jax.study.program.trainer` and runs in this process.
 
     Raises:
-      UserError: what the person who started the study can put right.
+      UserError: the config is wrong, or a program failed.
     """
     study, bases = check_study(given)
     cells = plan.cells(study, dict.fromkeys(task for task, *_ in bases))

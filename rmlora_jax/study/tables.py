@@ -68,7 +68,7 @@ def by_task(rows: Iterable[Row]) -> dict[str, list[Group]]:
 
 
 def varied_names(rows: Iterable[Row]) -> list[str]:
-    """The names of all that is compared, each once."""
+    """The names of what the study compares, each once."""
     return list(dict.fromkeys(name for group in groups(rows) for name, _ in group.varied))
 
 
@@ -78,7 +78,7 @@ def distinct(rows: Iterable[Row], name: str) -> list:
 
 
 def values(rows: Iterable[Row], name: str) -> list[float]:
-    """The numbers under ``name`` that are there."""
+    """The finite numbers under ``name``."""
     found = (row.get(name) for row in rows)
     return [v for v in found if v is not None and math.isfinite(v)]
 
@@ -116,8 +116,8 @@ def parameters(rows: Sequence[Row]) -> tuple[int, int]:
 
 
 def unequal(found: Sequence[Group]) -> list[str]:
-    """A sentence where the methods with factors among the groups of a task end with numbers of
-    parameters that differ by more than 2 % of the smallest, the head left out."""
+    """A sentence if methods with factors end with more than 2 % more parameters than the smallest
+    of them, without the head."""
     counts = {}
     for group in found:
         count, _ = parameters(group.rows)
@@ -157,7 +157,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def together(found: Sequence[Group], columns: Sequence[str]) -> str:
-    """The devices of a table, and what the times and the memory are of, where it has any."""
+    """The devices of a table, and what its times and its memory mean, where it has them."""
     counts = sorted({row["together"] for group in found for row in group.rows})
     devices = ", ".join(dict.fromkeys(row["device"] for group in found for row in group.rows))
     if counts == [1]:
