@@ -28,7 +28,7 @@ def default_study() -> ConfigDict:
 
 
 def check_study(given: ConfigDict | Study) -> tuple[Study, dict[tuple, Run]]:
-    """The study, and for each `Cell.place` the config that its runs share, in the order of tasks.
+    """The study, and the config that the runs of each place of a `plan.Cell` share, in task order.
 
     Raises:
       UserError: every mistake, a line each.
