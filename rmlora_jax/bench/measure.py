@@ -22,7 +22,7 @@ TRACED_STEPS = 3
 
 
 class Program(NamedTuple):
-    """Something that takes steps, of JAX or of another framework."""
+    """A training step that can be timed, in JAX or another framework."""
 
     name: str  # of its row
     stretch: Callable[[int], float]  # a number of steps -> the seconds they took
@@ -38,27 +38,27 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Milliseconds a step of each program, over ``repeats`` turns of all of them.
 
-    The turns go through the programs forwards and backwards by turns, so that a machine that grows
-    slower meanwhile favours none of them. A program that runs out of memory takes no further part.
-
-    A stretch has ``steps`` steps; where they are None, as many as `enough` finds for each program.
+    The order of the programs alternates from turn to turn, so that a machine that slows down
+    favours none of them. A program that runs out of memory is left out of later turns. Without
+    ``steps``, `enough` finds how many steps a stretch of each program has.
 
     Returns:
       name -> ``{"steps": of a stretch, "ms": [a step's, for each repeat], "error": None}``, or with
       ``error="out of memory"`` and no times.
     """
     found = {p.name: {"steps": steps, "ms": [], "error": None} for p in programs}
+
+    def warm_up(program: Program, row: dict) -> None:
+        row["steps"] = steps or enough(program)
+
+    def turn(program: Program, row: dict) -> None:
+        row["ms"].append(1000 * program.stretch(row["steps"]) / row["steps"])
+
     for program in programs:
-        row = found[program.name]
-        with_memory(row, lambda p=program, r=row: r.update(steps=steps or enough(p)))
+        with_memory(found[program.name], warm_up, program, found[program.name])
     for repeat in range(repeats):
         for program in programs[:: -1 if repeat % 2 else 1]:
-            row = found[program.name]
-
-            def run(program=program, row=row):
-                row["ms"].append(1000 * program.stretch(row["steps"]) / row["steps"])
-
-            with_memory(row, run)
+            with_memory(found[program.name], turn, program, found[program.name])
         say(f"repeat {repeat + 1}/{repeats}")
     return found
 
@@ -73,12 +73,12 @@ def enough(program: Program) -> int:
     return steps
 
 
-def with_memory(row: dict, action: Callable[[], Any]) -> None:
-    """Runs ``action`` unless the row has an error; lack of memory becomes the row's error."""
+def with_memory(row: dict, action: Callable, *arguments: Any) -> None:
+    """Calls ``action`` unless the row has an error; lack of memory becomes the row's error."""
     if row["error"] is not None:
         return
     try:
-        action()
+        action(*arguments)
     except Exception as error:
         if not is_short(error):
             raise
@@ -93,9 +93,9 @@ def is_short(error: Exception) -> bool:
 
 
 def product_program(dtype: Any) -> tuple[Program, int]:
-    """A large matrix product that is repeated, and its flops: how fast the device computes at best.
+    """A large matrix product and its flops, to find how fast the device computes at best.
 
-    8192 x 8192 in the compute dtype, 1024 x 1024 on a CPU, normal entries.
+    It is 8192 x 8192 with normal entries in the compute dtype, 1024 x 1024 on a CPU.
     """
     side = 1024 if jax.default_backend() == "cpu" else 8192
     draw = jax.jit(lambda key: jax.random.normal(key, (2, side, side), dtype) / side**0.5)
@@ -116,8 +116,8 @@ def product_program(dtype: Any) -> tuple[Program, int]:
 def profile(program: Program) -> list[dict[str, Any]]:
     """What the device did in a step: ``[{"kernel", "ms", "calls"}, ...]``, the longest first.
 
-    The trace also holds the making of the first state, which is small beside the steps. Empty where
-    the platform traces no kernels (CPU).
+    The trace includes the initial state, which takes little time beside the steps. The list is
+    empty where the platform traces no kernels (CPU).
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

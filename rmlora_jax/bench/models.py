@@ -1,17 +1,11 @@
-"""The models that can be timed, by name, and the operations that a step of each needs.
-
-Sizes are as published, weights are drawn at random; nothing is downloaded.
-"""
+"""The models that can be timed, by name. Sizes are as published; nothing is downloaded."""
 
 import dataclasses
 import functools
-import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.hub import find_architecture
@@ -19,9 +13,8 @@ from rmlora_jax.models import Bert, BertConfig, Deberta, DebertaConfig, ViT, ViT
 
 CLASSES = 10  # outputs of the head, of every model
 
-ATTENTION = ("query", "key", "value", "out")
-LINEARS = (*ATTENTION, "fc1", "fc2")
-# Which of them are adapted, what --sweep=modules goes through: name -> target of the adapters.
+LINEARS = ("query", "key", "value", "out", "fc1", "fc2")
+# What --modules and --sweep=modules adapt: name -> target of the adapters.
 MODULES = {
     "query+value": r"encoder/layers/attention/(query|value)",
     "attention": r"encoder/layers/attention/.*",
@@ -84,23 +77,23 @@ def find_model(name: str, image_size: int | None = None, length: int | None = No
             f"--model is one of {', '.join(MODELS)}"
         )
     entry = MODELS[name]
-    if entry.length is None:
-        if length is not None:
-            raise UserError(f"{name} reads images, which have no --length; type --image_size")
-        if image_size is None:
-            return entry
+    if entry.length is None and length is not None:
+        raise UserError(f"{name} reads images, which have no --length; type --image_size")
+    if entry.length is not None and image_size is not None:
+        raise UserError(f"{name} reads texts, which have no --image_size; type --length")
+    if image_size is not None:
         patch = entry.config.patch_size
         if image_size < patch:
             raise UserError(
                 f"{name} has patches of {patch} pixels; type --image_size={patch} or more"
             )
-        return entry._replace(config=dataclasses.replace(entry.config, image_size=image_size))
-    if image_size is not None:
-        raise UserError(f"{name} reads texts, which have no --image_size; type --length")
-    longest = entry.config.longest  # None: positions are relative
-    if length is not None and longest is not None and length > longest:
-        raise UserError(f"{name} has positions for {longest} tokens; type --length={longest}")
-    return entry if length is None else entry._replace(length=length)
+        entry = entry._replace(config=dataclasses.replace(entry.config, image_size=image_size))
+    if length is not None:
+        longest = entry.config.longest  # None: positions are relative
+        if longest is not None and length > longest:
+            raise UserError(f"{name} has positions for {longest} tokens; type --length={longest}")
+        entry = entry._replace(length=length)
+    return entry
 
 
 def build(
@@ -124,19 +117,18 @@ def build(
     return kind(entry.config, CLASSES, **fields)
 
 
-def random_params(model: nn.Module, entry: Entry, seed: int = 0) -> dict:
+def random_params(model: nn.Module, entry: Entry) -> dict:
     """Initial parameters, drawn on the device."""
-    example = jax.eval_shape(lambda: _inputs(jax.random.key(0), entry, 1, model.dtype))
     rolled = model.clone(unroll=1)  # the same values, compiled faster
 
     @jax.jit
     def init(key):
-        return rolled.init(key, jnp.zeros(example.shape, example.dtype))["params"]
+        return rolled.init(key, _inputs(key, entry, 1, model.dtype))["params"]
 
-    return init(jax.random.key(seed))
+    return init(jax.random.key(0))
 
 
-def random_batches(entry: Entry, batch: int, count: int, dtype: Any, seed: int = 1) -> list:
+def random_batches(entry: Entry, batch: int, count: int, dtype: Any) -> list:
     """``count`` pairs (inputs, labels) on the device: normal pixels, or tokens without padding."""
 
     @jax.jit
@@ -144,7 +136,7 @@ def random_batches(entry: Entry, batch: int, count: int, dtype: Any, seed: int =
         labels = jax.random.randint(jax.random.fold_in(key, 1), (batch,), 0, CLASSES)
         return _inputs(key, entry, batch, dtype), labels
 
-    return [make(key) for key in jax.random.split(jax.random.key(seed), count)]
+    return [make(key) for key in jax.random.split(jax.random.key(1), count)]
 
 
 def _inputs(key, entry: Entry, batch: int, dtype) -> jax.Array:
@@ -161,83 +153,3 @@ def tokens(entry: Entry) -> int:
     (197, 128)
     """
     return 1 + entry.config.grid**2 if entry.length is None else entry.length
-
-
-def step_flops(entry: Entry, batch: int, variant: str, rank: int = 4, modules: str = "all") -> int:
-    r"""Floating-point operations of one step, a multiplication and an addition being 2.
-
-    The forward pass of B examples of N tokens, with width D, MLP width F and L layers, is
-
-    * linears: :math:`2 B N (4 D^2 + 2 D F)` a layer; the factors of one of in x out features
-      :math:`2 B N r (\mathrm{in} + \mathrm{out})` more;
-    * attention: :math:`4 B N^2 D` a layer, for :math:`Q K^T` and the mixing of V;
-    * for each of DeBERTa's terms c2p and p2c :math:`4 B N^2 D` more a layer, and
-      :math:`4 N D^2` for the projection of the 2 N relative positions;
-    * ViT's patches :math:`2 B g^2 p^2 c D`, the pooler of texts :math:`2 B D^2`, the head
-      :math:`2 B D \cdot \mathrm{classes}`.
-
-    The backward pass of a product takes as much again for each of its two sides that a gradient
-    must reach. On the floor it must reach the encoder's input, and no weight; with factors the
-    lowest of them; for ``head`` nothing in the encoder; in full fine-tuning every weight. So a
-    linear costs 2, about 2, 1 and 3 times its forward pass.
-
-    It is what the method needs and not what a program does: rematerialisation and the products of
-    ``execution="merged"`` are not counted, nor is anything but matrix products.
-
-    >>> [f"{step_flops(MODELS['vit-base'], 256, v) / 1e12:.1f}" for v in ("floor", "lora", "full")]
-    ['18.3', '18.3', '26.9']
-    """
-    c = entry.config
-    full, floor, head = (variant == name for name in ("full", "floor", "head"))
-    paths = [f"encoder/layers/{'attention' if n in ATTENTION else 'mlp'}/{n}" for n in LINEARS]
-    found = {p.rpartition("/")[2] for p in paths if re.fullmatch(MODULES[modules], p)}
-    adapted = set() if full or floor or head else found
-    moved = set(LINEARS) if full else adapted
-    later = c.num_hidden_layers - 1
-    products = [*_layer(entry, batch, moved, adapted, rank, full, reached=full or floor)]
-    products += later * [*_layer(entry, batch, moved, adapted, rank, full, reached=not head)]
-    rows = batch * 2 * c.hidden_size
-    if entry.length is None:
-        patch = rows * c.grid**2 * c.patch_size**2 * c.num_channels
-        products.append((patch, full))
-    else:
-        products.append((rows * c.hidden_size, 1 + (not floor)))
-    products.append((rows * CLASSES, 1 + (not floor)))
-    return sum(flops * (1 + sides) for flops, sides in products)
-
-
-def _layer(
-    entry: Entry, batch: int, moved: set, adapted: set, rank: int, full: bool, *, reached: bool
-) -> Iterator[tuple[int, int]]:
-    """(flops forward, sides that a gradient must reach) of each product of a layer.
-
-    ``moved`` are the linears with anything to train, ``reached`` says whether the layer's input
-    needs a gradient.
-    """
-    c, n = entry.config, tokens(entry)
-    d, f = c.hidden_size, c.intermediate_size
-    sizes = dict.fromkeys(ATTENTION, (d, d)) | {"fc1": (d, f), "fc2": (f, d)}
-    query, key, value = (reached or name in moved for name in ATTENTION[:3])
-    mixed = query or key or value
-    after = mixed or "out" in moved
-    reach = {"query": reached, "key": reached, "value": reached}
-    reach |= {"out": mixed, "fc1": after, "fc2": after or "fc1" in moved}
-
-    def linear(name: str, rows: int, reached: bool) -> Iterator[tuple[int, int]]:
-        wide, narrow = sizes[name]
-        yield 2 * rows * wide * narrow, reached + full
-        if name in adapted:
-            yield 2 * rows * wide * rank, reached + 1
-            yield 2 * rows * rank * narrow, 2
-
-    for name in LINEARS:
-        yield from linear(name, batch * n, reach[name])
-    core = 2 * batch * n * n * d
-    yield core, query + key
-    yield core, (query or key) + value
-    if isinstance(c, DebertaConfig):
-        # The relative positions go through the projections of the content (share_att_key).
-        for term, content, position in (("c2p", query, "key"), ("p2c", key, "query")):
-            if term in c.terms:
-                yield 2 * core, content + (position in moved)
-                yield from linear(position, 2 * n, full)

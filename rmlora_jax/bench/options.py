@@ -1,9 +1,9 @@
-"""What the command is told: its flags, their defaults, and what is wrong with them."""
+"""The flags of the command, their defaults, and what is wrong with them."""
 
 import argparse
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import jax
 from rmlora_jax.adapt.lora import EXECUTIONS
 from rmlora_jax.bench.models import MODELS, MODULES, Entry, find_model
 from rmlora_jax.bench.variants import USUAL, VARIANTS
+from rmlora_jax.config import field, leaves, not_allowed
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.models.attention import IMPLEMENTATIONS
 from rmlora_jax.models.blocks import REMAT
@@ -24,16 +25,8 @@ SWEEPS = {
     "length": (32, 64, 128, 256, 512),
     "modules": tuple(MODULES),
 }
-# Flags that a variant can have for itself, and their values.
-OWN = {"unroll": "all, or a number of layers", "remat": REMAT, "execution": EXECUTIONS,
-       "attention": IMPLEMENTATIONS}
+OWN = ("unroll", "remat", "execution", "attention")  # flags that a variant can have for itself
 SWEEP_VARIANTS = ("floor", "lora", "rm_lora")
-
-
-def flag(default: Any, help: str, known: Iterable[str] = (), **more: Any) -> Any:
-    """A field of `Options` and its flag: the values it may have, and what else argparse takes."""
-    metadata = {"known": known, "argument": {"default": default, "help": help} | more}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,30 +37,36 @@ class Options:
     where nothing is swept.
     """
 
-    model: str = flag("vit-base", ", ".join(MODELS))
-    batch: int = flag(None, "examples a step; None: the model's own", type=int)
-    image_size: int | None = flag(None, "pixels, for images", type=int)
-    length: int | None = flag(None, "tokens, for texts", type=int)
-    rank: int = flag(4, "of the adapters", type=int)
-    modules: str = flag("all", f"what is adapted: {', '.join(MODULES)}", MODULES)
-    dtype: str = flag(None, "of the computation; None: bfloat16, on a CPU float32", DTYPES)
-    base_dtype: str = flag(None, "in which the frozen weights are held; None: as --dtype", DTYPES)
-    unroll: int = flag("all", "layers a turn of the scan, or all")
-    remat: str = flag("none", ", ".join(REMAT), REMAT)
-    execution: str = flag("auto", ", ".join(EXECUTIONS), EXECUTIONS)
-    attention: str = flag("auto", ", ".join(IMPLEMENTATIONS), IMPLEMENTATIONS)
-    repeats: int = flag(10, "turns of all variants", type=int)
-    steps: int | None = flag(None, "of a stretch; None: as many as take 0.2 s", type=int)
-    variants: tuple[str, ...] = flag(
+    model: str = field("vit-base", ", ".join(MODELS))
+    batch: int = field(None, "examples a step; None: the model's own", least=1)
+    image_size: int | None = field(None, "pixels, for images")
+    length: int | None = field(None, "tokens, for texts")
+    rank: int = field(4, "of the adapters", least=1)
+    modules: str = field(
+        "all", f"what is adapted: {', '.join(MODULES)}", choices=tuple(MODULES)
+    )
+    dtype: str = field(None, "of the computation; None: bfloat16, on a CPU float32", choices=DTYPES)
+    base_dtype: str = field(
+        None, "in which the frozen weights are held; None: as --dtype", choices=DTYPES
+    )
+    unroll: Any = field("all", "layers a turn of the scan, or all")
+    remat: str = field("none", ", ".join(REMAT), choices=tuple(REMAT))
+    execution: str = field("auto", ", ".join(EXECUTIONS), choices=tuple(EXECUTIONS))
+    attention: str = field("auto", ", ".join(IMPLEMENTATIONS), choices=tuple(IMPLEMENTATIONS))
+    repeats: int = field(10, "turns of all variants", least=1)
+    steps: int | None = field(None, "of a stretch; None: as many as take 0.2 s", least=1)
+    variants: tuple[str, ...] = field(
         None, f"any of {','.join(VARIANTS)}, each with flags of its own behind a colon, as in "
               f"lora:execution=merged:unroll=1 ({', '.join(OWN)}); None: {','.join(USUAL)}, in a "
-              f"sweep {','.join(SWEEP_VARIANTS)}")
-    peft: bool = flag(False, "time PyTorch's PEFT beside them", action="store_true")
-    profile: bool = flag(False, "also list the kernels that a step consists of",
-                         action="store_true")
-    sweep: str = flag("", f"one of {', '.join(SWEEPS)}: a plot of the cost against it", SWEEPS)
-    values: tuple = flag(None, "of the sweep, with commas between")
-    out: str = flag(None, "folder of the results; None: a new one under runs/")
+              f"sweep {','.join(SWEEP_VARIANTS)}"
+    )
+    peft: bool = field(False, "time PyTorch's PEFT beside them")
+    profile: bool = field(False, "also list the kernels that a step consists of")
+    sweep: str = field(
+        None, f"one of {', '.join(SWEEPS)}: a plot of the cost against it", choices=tuple(SWEEPS)
+    )
+    values: tuple = field(None, "of the sweep, with commas between")
+    out: str = field(None, "folder of the results; None: a new one under runs/")
 
     def of(self, variant: str) -> tuple[str, "Options"]:
         """The method of one of ``variants``, such as ``"lora:unroll=1"``, and its own options."""
@@ -92,8 +91,11 @@ def parse(arguments: Sequence[str]) -> Options:
         exit_on_error=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    for field in dataclasses.fields(Options):
-        parser.add_argument(f"--{field.name}", **field.metadata["argument"])
+    for name, leaf in leaves(Options).items():
+        takes: dict[str, Any] = {"default": leaf.default, "help": leaf.spec.help}
+        takes |= {"action": "store_true"} if leaf.kind is bool else {}
+        takes |= {"type": int} if leaf.kind is int else {}
+        parser.add_argument(f"--{name}", **takes)
     try:
         given, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -105,10 +107,7 @@ def parse(arguments: Sequence[str]) -> Options:
             f"there is no argument {word}{did_you_mean(word, flags)}\n--help lists the flags"
         )
     entry = find_model(given.model, given.image_size, given.length)
-    for field in dataclasses.fields(Options):
-        value = getattr(given, field.name)
-        if value and field.metadata["known"]:
-            _among(f"--{field.name}", value, field.metadata["known"])
+    _check(**vars(given))
     if given.values is not None and not given.sweep:
         raise UserError("--values belong to a sweep; type --sweep=rank, or leave them out")
     for name in ("peft", "profile"):
@@ -123,15 +122,11 @@ def parse(arguments: Sequence[str]) -> Options:
         "base_dtype": given.base_dtype or dtype,
         "unroll": _unroll(given.unroll, entry.config.num_hidden_layers),
         "variants": _variants(given.variants, given.sweep, entry.config.num_hidden_layers),
+        "sweep": given.sweep or "",
         "values": _values(given.sweep, given.values, given.model, entry),
         "out": given.out or str(Path("runs", "_".join(filter(None, name)))),
     }
-    options = Options(**fields)
-    for name in ("batch", "rank", "repeats", "steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name}={value} must be a whole number of at least 1")
-    return options
+    return Options(**fields)
 
 
 def check_folder(out: str) -> None:
@@ -144,7 +139,13 @@ def check_folder(out: str) -> None:
         raise UserError(f"--out={out}: {error.strerror}; type another folder") from None
 
 
-def _among(flag: str, value: str, known) -> None:
+def _check(**values: Any) -> None:
+    """Raises a UserError with a line for each flag whose value is not allowed."""
+    if wrong := not_allowed(Options(**values)):
+        raise UserError("\n".join(line.replace("config.", "--", 1) for line in wrong.values()))
+
+
+def _among(flag: str, value: str, known: Collection[str]) -> None:
     if value not in known:
         raise UserError(
             f"{flag}={value} must be one of {', '.join(known)}{did_you_mean(value, known)}"
@@ -176,15 +177,12 @@ def _parsed(variant: str, layers: int) -> tuple[str, dict[str, str | int]]:
     """The method of a variant, and the flags that it has for itself."""
     method, *settings = variant.split(":")
     _among("--variants", method, VARIANTS)
-    own = {}
+    own: dict[str, str | int] = {}
     for setting in settings:
-        field, _, value = setting.partition("=")
-        _among("--variants: own flag", field, OWN)
-        if field == "unroll":
-            own[field] = _unroll(value, layers)
-        else:
-            _among(f"--variants={variant}: {field}", value, OWN[field])
-            own[field] = value
+        name, _, value = setting.partition("=")
+        _among("--variants: own flag", name, OWN)
+        own[name] = _unroll(value, layers) if name == "unroll" else value
+    _check(**own)
     return method, own
 
 

@@ -24,7 +24,7 @@ from rmlora_jax.bench.measure import (
 from rmlora_jax.bench.options import Options
 from rmlora_jax.bench.picture import bench_figure, sweep_figure
 from rmlora_jax.bench.table import cells, footer, markdown, table_rows, what
-from rmlora_jax.bench.variants import compile_variant, make_variant
+from rmlora_jax.bench.variants import compile_variant, make_variant, step_flops
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import write_bytes_atomic, write_text_atomic
 from rmlora_jax.report.records import amount
@@ -34,7 +34,7 @@ BATCHES = 4  # that the steps of a stretch go through in a circle
 
 
 def header(options: Options) -> str:
-    """What is going to be timed, in a line."""
+    """What will be timed, in a line."""
     known = {"options": vars(options), "tokens": models.tokens(options.entry)}
     swept = f"; {options.sweep} {', '.join(map(str, options.values))}" if options.sweep else ""
     return f"{what(known)}, on {jax.devices()[0].device_kind}{swept}"
@@ -55,21 +55,20 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
     entry = options.entry
     base, batches = _data(options, entry)
     rows, programs = {}, []
+
+    def prepare(name: str, method: str, own: Options) -> None:
+        program = _program(method, entry, base, batches, own)
+        programs.append(program._replace(name=name))
+        size = program.facts.get("memory_bytes")
+        told = [f"{program.facts['compile_seconds']:.1f} s", size and amount(size)]
+        say(f"  {', '.join(filter(None, [*told, program.facts['execution']]))}")
+
     for name in options.variants:
         say(f"compiling {name}")
         method, own = options.of(name)
-        flops = models.step_flops(entry, options.batch, method, options.rank, options.modules)
-        row = {"name": name, "framework": "jax", "flops": flops, "error": None}
-        rows[name] = row
-
-        def prepare(name=name, method=method, own=own):
-            program = _program(method, entry, base, batches, own)
-            programs.append(program._replace(name=name))
-            size = program.facts.get("memory_bytes")
-            told = [f"{program.facts['compile_seconds']:.1f} s", size and amount(size)]
-            say(f"  {', '.join(filter(None, [*told, program.facts['execution']]))}")
-
-        with_memory(row, prepare)
+        flops = step_flops(entry, options.batch, method, options.rank, options.modules)
+        row = rows[name] = {"name": name, "framework": "jax", "flops": flops, "error": None}
+        with_memory(row, prepare, name, method, own)
         if row["error"]:
             say(f"  {row['error']}")
     if options.peft:
@@ -83,8 +82,8 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
         rows[program.name] |= program.facts | times[program.name]
         if options.profile and program.facts["framework"] == "jax":
             say(f"tracing {program.name}")
-            with_memory(rows[program.name],
-                        lambda p=program: rows[p.name].update(profile=profile(p)))
+            row = rows[program.name]
+            with_memory(row, lambda p=program, row=row: row.update(profile=profile(p)))
     return {
         "options": dataclasses.asdict(options) | {"variants": list(options.variants),
                                                   "values": list(options.values)},
@@ -102,8 +101,8 @@ def bench(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
 def sweep(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
     """``{"sweep": name, "values": [...], "benches": [what ``bench`` returned for each]}``.
 
-    The floor is measured anew at every value, in turns with the others, although rank and modules
-    do not change it: only so the ratios are of times under the same conditions.
+    The floor is measured at every value, although rank and modules do not change it: a ratio
+    compares times that were taken in turns.
     """
     found = []
     for value in options.values:
@@ -156,7 +155,7 @@ def _module(options: Options, entry: models.Entry):
 
 
 def _data(options: Options, entry: models.Entry):
-    """The parameters and the batches, on the device; those are the same for any ``Options.of``."""
+    """The parameters and the batches on the device; all variants share them."""
     with _refusals(options):
         try:
             base = models.random_params(_module(options, entry), entry)
@@ -186,7 +185,7 @@ def _program(method, entry, base, batches, options: Options) -> Program:
 
 @contextlib.contextmanager
 def _refusals(options: Options) -> Iterator[None]:
-    """What the library or XLA refuses becomes an error of the person's options."""
+    """Turns what the library or XLA refuses into an error of the options."""
     try:
         yield
     except UserError:

@@ -39,13 +39,13 @@ class Row(NamedTuple):
     """A row of the table; figures that a row does not have are None."""
 
     name: str  # of the step
-    ms: Spread | None  # a step, over the repeats
-    ratios: dict[str, Spread]  # to the rows "floor" and "lora", over pairs of the same repeat
-    rate: float | None  # examples a second, from the median
     memory: int | None  # bytes
-    share: float | None  # flops over what the best repeat of the product did in the same time
     compile_seconds: float | None
-    note: str  # why there are no figures, or ""
+    ms: Spread | None = None  # a step, over the repeats
+    ratios: Mapping[str, Spread] = {}  # to the rows "floor" and "lora", of the same repeats
+    rate: float | None = None  # examples a second, from the median
+    share: float | None = None  # flops over what the best repeat of the product did in that time
+    note: str = ""  # why there are no figures
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -66,22 +66,20 @@ def limit(results: Mapping[str, Any]) -> float | None:
 def table_rows(results: Mapping[str, Any]) -> list[Row]:
     """The rows of what ``rmlora_jax.bench.run.bench`` returned."""
     times = {p["name"]: p["ms"] for p in results["programs"] if p.get("ms")}
-    return [_row(p, times, results["options"]["batch"], limit(results))
-            for p in results["programs"]]
-
-
-def _row(program, times, batch, most) -> Row:
-    ms = times.get(program["name"])
-    memory, seconds = program.get("memory_bytes"), program.get("compile_seconds")
-    if not ms:
-        note = program["error"] or "not measured"
-        return Row(program["name"], None, {}, None, memory, None, seconds, note)
-    ratios = {name: spread(np.divide(ms, times[name])) for name in RATIOS if name in times}
-    own = spread(ms)
-    share = None
-    if most and program.get("flops"):
-        share = 1000 * program["flops"] / own.median / most
-    return Row(program["name"], own, ratios, 1000 * batch / own.median, memory, share, seconds, "")
+    most, rows = limit(results), []
+    for p in results["programs"]:
+        row = Row(p["name"], p.get("memory_bytes"), p.get("compile_seconds"))
+        if row.name not in times:
+            rows.append(row._replace(note=p["error"] or "not measured"))
+            continue
+        own = spread(times[row.name])
+        rows.append(row._replace(
+            ms=own,
+            ratios={n: spread(np.divide(times[row.name], times[n])) for n in RATIOS if n in times},
+            rate=1000 * results["options"]["batch"] / own.median,
+            share=1000 * p["flops"] / own.median / most if most and p.get("flops") else None,
+        ))
+    return rows
 
 
 HEAD = ("step", "ms", "quartiles", "x floor", "x lora", "examples/s", "memory", "of limit",
@@ -96,17 +94,16 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def _figures(row: Row) -> tuple[str, ...]:
-    compiled = "" if row.compile_seconds is None else f"{row.compile_seconds:.1f} s"
-    memory = "" if row.memory is None else amount(row.memory)
-    if row.ms is None:
-        return row.note, "", "", "", "", memory, "", compiled
-    ratios = ["", ""]
-    for i, name in enumerate(RATIOS):
-        if found := row.ratios.get(name):
-            ratios[i] = f"{found.median:.3f} ({found.low:.3f} - {found.high:.3f})"
-    share = "" if row.share is None else f"{100 * row.share:.0f} %"
-    quartiles = f"{number(row.ms.low)} - {number(row.ms.high)}"
-    return number(row.ms.median), quartiles, *ratios, f"{row.rate:,.0f}", memory, share, compiled
+    ms, ratios = row.ms, [row.ratios.get(name) for name in RATIOS]
+    return (
+        number(ms.median) if ms else row.note,
+        f"{number(ms.low)} - {number(ms.high)}" if ms else "",
+        *(f"{r.median:.3f} ({r.low:.3f} - {r.high:.3f})" if r else "" for r in ratios),
+        "" if row.rate is None else f"{row.rate:,.0f}",
+        "" if row.memory is None else amount(row.memory),
+        "" if row.share is None else f"{100 * row.share:.0f} %",
+        "" if row.compile_seconds is None else f"{row.compile_seconds:.1f} s",
+    )
 
 
 def number(value: float) -> str:
@@ -136,7 +133,7 @@ def what(results: Mapping[str, Any]) -> str:
 
 
 def footer(results: Mapping[str, Any]) -> str:
-    """What the limit is."""
+    """The limit in words, for the line below a table."""
     most, side = limit(results), results["product"]["side"]
     if most is None:
         return ""
@@ -146,7 +143,7 @@ def footer(results: Mapping[str, Any]) -> str:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """What ``bench.md`` holds."""
+    """The text of ``bench.md``."""
     versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items())
     ran = sorted({p["execution"] for p in results["programs"] if p.get("execution")})
     notes = [footer(results), f"factors ran {' and '.join(ran)}" if ran else "", versions]

@@ -1,9 +1,9 @@
 """PyTorch's PEFT on the same shapes, for the rows of ``--peft``.
 
-LoRA of the same rank on the same linear layers of the model of transformers, in eager mode;
-everything, the factors too, is in the compute dtype, which is PEFT at its fastest. The second row
-adds what the authors of RM-LoRA do, written anew from its description: the penalty of every module
-is added to the loss, and a Python loop masks the gradients after each backward pass.
+The first row is LoRA of the same rank on the same linear layers of transformers' model, in eager
+mode; all of it is in the compute dtype, which is PEFT at its fastest. The second row adds what the
+authors of RM-LoRA do, written from its description: the penalty of every module is added to the
+loss, and a Python loop masks the gradients after each backward pass.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from typing import Any
 import jax
 
 from rmlora_jax.bench.measure import Program
-from rmlora_jax.bench.models import CLASSES, LINEARS, Entry, step_flops
+from rmlora_jax.bench.models import CLASSES, LINEARS, Entry
 from rmlora_jax.bench.options import Options
-from rmlora_jax.bench.variants import LEARNING_RATE
+from rmlora_jax.bench.variants import LEARNING_RATE, step_flops
 from rmlora_jax.errors import UserError
-from rmlora_jax.models import BertConfig, ViTConfig
+from rmlora_jax.models.config import INSERTS
 
 NEEDED = ("torch", "transformers", "peft")
 ROWS = {"peft_lora": "lora", "peft_rm_lora": "rm_lora"}
@@ -30,7 +30,7 @@ PENALTY = 0.1
 
 
 def check_installed() -> None:
-    """Raises a UserError where ``--peft`` cannot run."""
+    """Raises a UserError if ``--peft`` cannot run."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -47,11 +47,8 @@ def programs(options: Options, say: Callable[[str], None] = print) -> list[Progr
     """The rows of PEFT, as programs to be timed with the others."""
     if options.modules != "all":
         raise UserError("--peft adapts all linear layers; leave --modules out")
-    found = []
-    for name in ROWS:
-        say(f"building {name}")
-        found.append(_program(name, options))
-    return found
+    say(f"building {', '.join(ROWS)}")
+    return [_program(name, options) for name in ROWS]
 
 
 def _program(name: str, options: Options) -> Program:
@@ -71,12 +68,10 @@ def _program(name: str, options: Options) -> Program:
         "flops": step_flops(entry, options.batch, ROWS[name], options.rank),
     }
 
-    def finish() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def stretch(steps: int) -> float:
-        """On the device is one model at a time, so that the peak is its own."""
+        """Holds one model at a time on the device, so that the peak memory is its own."""
         try:
             model.to(device)
             if device == "cuda":
@@ -147,21 +142,14 @@ def base_model(entry: Entry):
     """The model of transformers with the entry's architecture."""
     import transformers
 
-    c = entry.config
-    fields = {name: value for name, value in dataclasses.asdict(c).items()
-              if name not in ("bottleneck_width", "prefix_length", "model_type")}
-    fields["num_labels"] = CLASSES
-    if isinstance(c, ViTConfig):
-        config = transformers.ViTConfig(**fields)
-        return transformers.ViTForImageClassification(config)
-    if isinstance(c, BertConfig):
-        kind = "Roberta" if c.is_roberta else "Bert"
-    else:
-        kind = "DebertaV2"
-        fields.pop("embedding_size")  # 0 here: as hidden_size
-        fields["pos_att_type"] = list(c.pos_att_type)
-    config = getattr(transformers, f"{kind}Config")(**fields)
-    return getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    fields = {"model_type": entry.config.model_types[0]} | dataclasses.asdict(entry.config)
+    for ours in (*INSERTS, "embedding_size"):  # 0 here, that of DeBERTa as hidden_size
+        fields.pop(ours, None)
+    if "pos_att_type" in fields:
+        fields["pos_att_type"] = list(fields["pos_att_type"])
+    config = transformers.AutoConfig.for_model(**fields, num_labels=CLASSES)
+    images, texts = "AutoModelForImageClassification", "AutoModelForSequenceClassification"
+    return getattr(transformers, images if entry.length is None else texts).from_config(config)
 
 
 def factors(model) -> list[tuple]:
@@ -187,12 +175,9 @@ def penalty(pairs: list[tuple]):
 def mask_gradients(pairs: list[tuple], k: int, draw: random.Random) -> None:
     """Sets the gradients of all but k random rank directions of each module to 0."""
     for a, b in pairs:
-        rank = a.shape[0]
-        chosen = set(draw.sample(range(rank), min(k, rank)))
-        for direction in range(rank):
-            if direction not in chosen:
-                a.grad[direction] = 0
-                b.grad[:, direction] = 0
+        for direction in draw.sample(range(a.shape[0]), a.shape[0] - k):
+            a.grad[direction] = 0
+            b.grad[:, direction] = 0
 
 
 def random_batch(entry: Entry, batch: int, dtype, device: str) -> dict[str, Any]:

@@ -14,8 +14,16 @@ import jax.numpy as jnp
 import optax
 
 import rmlora_jax as rm
+from rmlora_jax.aot.counts import flops
 from rmlora_jax.bench.measure import Program
-from rmlora_jax.bench.models import MODULES, Entry, tokens
+from rmlora_jax.bench.models import (
+    MODULES,
+    Entry,
+    build,
+    random_batches,
+    random_params,
+    tokens,
+)
 from rmlora_jax.optim.precision import clip_by_norm
 from rmlora_jax.parallel import memory
 
@@ -49,8 +57,7 @@ def make_variant(
     """The variant ``name`` of a model; all that is trained, and its optimizer, is float32."""
     if name == "floor":
         return _floor(model, entry)
-    lora, tx = _method(name, rank, MODULES[modules], execution)
-    return _trained(name, model, lora, tx)
+    return _trained(name, model, *_method(name, rank, MODULES[modules], execution))
 
 
 def task_loss(logits, labels) -> jax.Array:
@@ -59,11 +66,10 @@ def task_loss(logits, labels) -> jax.Array:
 
 def _floor(model: nn.Module, entry: Entry) -> Variant:
     """What any method that trains in the first layer must compute on a frozen model: the loss, and
-    its gradient with respect to what enters the encoder. Nothing is trained.
+    its gradient with respect to the input of the encoder. Nothing is trained.
 
-    The gradient, (B, N, D), is taken with respect to a 0 that an interceptor of Flax adds to the
-    output of the module ``embed``. The state is the sum of the losses so far, so that a step waits
-    for the one before it as the other variants' steps do.
+    The gradient, (B, N, D), is that of a 0 that a Flax interceptor adds to the output of ``embed``.
+    The state is the sum of the losses so far: a step must wait for the one before it.
     """
 
     def step(total, base, batch):
@@ -128,12 +134,37 @@ def _trained(name, model, lora: rm.LoRA, tx) -> Variant:
     return Variant(name, start, lambda base: rm.split(base, rest)[1], step, lora)
 
 
+def step_flops(entry: Entry, batch: int, name: str, rank: int = 4, modules: str = "all") -> int:
+    """Floating-point operations of one step, a multiplication and an addition being 2.
+
+    What the method needs, not what a program does: products with the factors are thin, nothing is
+    computed again in the backward pass, and a gradient goes no further back than to the lowest
+    layer that trains. Only the matrix products of the model are counted, as
+    `rmlora_jax.aot.counts.flops` does.
+
+    >>> from rmlora_jax.bench.models import MODELS
+    >>> [step_flops(MODELS["tiny"], 8, name) for name in ("floor", "lora", "full")]
+    [4489216, 5323776, 6853632]
+    """
+    model = build(entry, dtype=jnp.float32, base_dtype=jnp.float32, unroll=1, remat="none",
+                  attention="xla")
+    # The penalties of other methods are products, too: their steps need what LoRA's needs.
+    plain = name if name in ("floor", "head", "full") else "lora"
+    variant = make_variant(plain, model, entry, rank=rank, modules=modules, execution="factored")
+    base = jax.eval_shape(lambda: random_params(model, entry))
+    (example,) = jax.eval_shape(lambda: random_batches(entry, batch, 1, model.dtype))
+    state = jax.eval_shape(variant.start, base, example[0])
+    frozen = jax.eval_shape(variant.frozen, base)
+    with jax.disable_jit():  # a scan is a loop: its first layer may need fewer gradients
+        return flops(jax.jit(variant.step).trace(state, frozen, example))
+
+
 def compile_variant(variant: Variant, base: dict, batches: Sequence[tuple]) -> Program:
     """Compiles the step for these shapes.
 
-    Each stretch begins with a new state and a step that is not timed, so that the states of several
-    variants are never on the device together. It goes through ``batches`` in a circle, and ends
-    when the last state and output are there.
+    A stretch makes its own state, so that only one variant's state is on the device at a time, and
+    takes one step that is not timed. It cycles through ``batches`` and ends when the last state and
+    output are ready.
     """
     start, frozen = jax.jit(variant.start), variant.frozen(base)
     state = jax.eval_shape(start, base, batches[0][0])

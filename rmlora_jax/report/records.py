@@ -1,4 +1,4 @@
-"""What a run has left in its folder, read: curves over the steps, kinds of modules, words.
+"""Reads the files in a run's folder: curves over the steps, kinds of modules; numbers as text.
 
 `rmlora_jax.train.metrics` writes both files and describes their lines.
 """
@@ -86,6 +86,12 @@ def smooth(y: np.ndarray) -> np.ndarray:
     return np.array([y[i - min(half, i): i + min(half, i) + 1].mean() for i in range(len(y))])
 
 
+def effective_ranks(summary: Mapping[str, Any]) -> np.ndarray:
+    """The effective ranks of all modules and layers at the end of a run, from its summary."""
+    found = [np.ravel(m["effective_rank"]) for m in summary["intrinsic_dimension"].values()]
+    return np.concatenate([[], *found]).astype(np.float64)
+
+
 def by_kind(modules: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
     """Module paths gathered into kinds: singular_values (L, r), effective_rank (L,) of each.
 
@@ -121,15 +127,12 @@ def _stack(layers):
 
 
 def _short_names(paths: Sequence[str]) -> dict[str, str]:
-    def ends(path, n):
-        return "/".join(path.split("/")[-n:])
-
     names = {}
     for path in paths:
-        n = 1
-        while n <= path.count("/") and sum(ends(p, n) == ends(path, n) for p in paths) > 1:
-            n += 1
-        names[path] = ends(path, n)
+        parts = path.split("/")
+        ends = ["/".join(parts[start:]) for start in range(len(parts) - 1, 0, -1)]
+        alone = (e for e in ends if sum(f"/{p}".endswith(f"/{e}") for p in paths) == 1)
+        names[path] = next(alone, path)
     return names
 
 

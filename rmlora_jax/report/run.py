@@ -56,7 +56,10 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
         raise UserError(
             f"{workdir} has no {METRICS} with a measurement: nothing to draw.\n"
             "Give the folder of a run, the one that run.py named as its workdir.")
-    config, summary = _optional(workdir / "config.json"), _optional(workdir / "summary.json")
+    config, summary = (
+        read_object(path) if path.exists() else {}
+        for path in (workdir / "config.json", workdir / "summary.json")
+    )
     figure = draw(history, config, summary, read_intrinsic(workdir))
     return write_bytes_atomic(workdir / "report.png", style.png(figure))
 
@@ -75,8 +78,7 @@ def draw(history, config: Mapping[str, Any], summary: Mapping[str, Any], intrins
     grid = figure.add_gridspec(
         2 if kinds else 1, 3, left=0.05, right=0.975, top=1 - 2.05 / height, bottom=0.62 / height,
         hspace=0.46, wspace=0.2, width_ratios=(1, 1, 0.9))
-    loss_panel(figure.add_subplot(grid[0, 0]), history, summary,
-               task(config, summary).unit)
+    loss_panel(figure.add_subplot(grid[0, 0]), history, summary, task(config, summary).unit)
     metric_panel(figure.add_subplot(grid[0, 1]), history, summary, chosen(history, summary))
     facts_panel(figure.add_subplot(grid[0, 2]), headline(history, summary),
                 facts(history, config, summary))
@@ -174,6 +176,7 @@ def loss_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[str,
     title = "Loss"
     if broken is not None:
         title += f": not finite from step {broken:,} on"
+        ax.axvspan(broken, history[-1]["step"], color=ALARM, alpha=0.08, lw=0)
     elif validation.size:
         title += f": validation ended at {validation[-1]:.2f}, lowest {validation.min():.2f}"
     elif train.size:
@@ -183,8 +186,6 @@ def loss_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[str,
         ax.plot(eval_steps[lowest], validation[lowest], "o", ms=9, mfc="white", mew=2,
                 color=style.VALIDATION, zorder=5, label="lowest")
     test = _test_points(ax, summary, "loss", ("test",))
-    if broken is not None:
-        ax.axvspan(broken, history[-1]["step"], color="#c0322b", alpha=0.08, lw=0)
     top = np.concatenate([smooth(train), validation, test, [1e-3]])
     start = train[0] if train.size else top.max()
     # A spike must not flatten everything else: show up to twice the loss at the start.
@@ -197,11 +198,8 @@ def metric_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[st
     """A metric in training where it is measured there, on validation, and twice on test."""
     metric, _ = describe(key)
     train, _, validation = _curves(ax, history, key)
-    parts = []
-    if train.size:
-        parts.append(f"train {bin_means(train, train, 20)[1][-1]:.3f}")
-    if validation.size:
-        parts.append(f"validation {validation[-1]:.3f}")
+    parts = [f"train {bin_means(train, train, 20)[1][-1]:.3f}"] if train.size else []
+    parts += [f"validation {validation[-1]:.3f}"] if validation.size else []
     test = _test_points(ax, summary, key, ("test, last step", "test, best step"))
     values = np.concatenate([train, validation, test, [0.05]])
     top, bottom = values.max(), min(values.min(), 0)
@@ -209,8 +207,7 @@ def metric_panel(ax, history: Sequence[Mapping[str, float]], summary: Mapping[st
         ax.axhline(0, color=style.MUTED, lw=1.2)
     ax.set_ylim(1.2 * bottom, 1.02 if 0.7 < top <= 1 else 1.2 * top)
     title = metric.title + (f": {', '.join(parts)}" if parts else "")
-    style.finish_panel(ax, title, "step", metric.axis,
-                       last=history[-1]["step"])
+    style.finish_panel(ax, title, "step", metric.axis, last=history[-1]["step"])
 
 
 def singular_value_panel(ax, step: int, kinds: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -322,13 +319,13 @@ def _test_points(ax, summary, key, labels):
     points = [(summary.get("steps"), last.get(key), style.TEST)]
     if best.get("step") != summary.get("steps"):
         points.append((best.get("step"), best.get(key), "white"))
-    drawn = [(step, value, fill, label)
-             for (step, value, fill), label in zip(points, labels, strict=False)
-             if step is not None and value is not None]
-    for step, value, fill, label in drawn:
-        ax.plot(step, value, "D", ms=8, color=style.TEST, mfc=fill, mew=1.6, zorder=6,
-                clip_on=False, label=label)
-    return [value for _, value, _, _ in drawn]
+    drawn = []
+    for (step, value, fill), label in zip(points, labels, strict=False):
+        if step is not None and value is not None:
+            ax.plot(step, value, "D", ms=8, color=style.TEST, mfc=fill, mew=1.6, zorder=6,
+                    clip_on=False, label=label)
+            drawn.append(value)
+    return drawn
 
 
 def _masthead(figure, height, title, judgement):
@@ -342,7 +339,3 @@ def _masthead(figure, height, title, judgement):
     right = badge.get_window_extent(figure.canvas.get_renderer()).x1 / figure.bbox.width
     figure.text(right + 0.014, 1 - 0.98 / height, textwrap.fill(rest.strip(), 135), fontsize=12.5,
                 color=style.INK, va="center", linespacing=1.35)
-
-
-def _optional(path: pathlib.Path) -> dict[str, Any]:
-    return read_object(path) if path.exists() else {}

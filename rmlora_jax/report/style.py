@@ -5,12 +5,14 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 
+from rmlora_jax import methods
+
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e3e6eb"
 TRAIN, VALIDATION, TEST = "#2563a8", "#d9660a", "#111111"
 PALETTE = ("#6a3d9a", "#d0408f", "#1b9e77", "#7aa61e", "#a6611a", "#4d4d4d", "#17a2c4", "#e0a800",
            "#8c6bb1", "#e7298a", "#2c7fb8", "#66c2a4")
 # Methods. Okabe & Ito 2008: every kind of colour vision tells these apart.
-METHODS = {
+OWN = {
     "full": "#3b3b3b", "head": "#8f8f8f", "bitfit": "#b8a100", "lora": "#0072b2",
     "adalora": "#56b4e9", "sora": "#009e73", "reg_only": "#e69f00", "mask_only": "#cc79a7",
     "rm_lora": "#d55e00", "bottleneck": "#56b4e9", "prefix": "#009e73",
@@ -19,9 +21,15 @@ OTHERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#3b
 
 
 def colour(name: str, names: Sequence[str] = ()) -> str:
-    """A method's own colour, or one by the place of ``name`` among ``names``."""
+    """A method's colour, which is the same in all pictures. Any other name has one by its place
+    among ``names``."""
+    if name in OWN:
+        return OWN[name]
+    newer = [method for method in methods.METHODS if method not in OWN]
+    if name in newer:
+        return PALETTE[newer.index(name) % len(PALETTE)]
     place = names.index(name) if name in names else 0
-    return METHODS.get(name, OTHERS[place % len(OTHERS)])
+    return OTHERS[place % len(OTHERS)]
 
 
 def new_figure(width: float, height: float):
@@ -64,7 +72,7 @@ def finish_panel(ax, title, xlabel, ylabel, *, last=None, grid="", caption="", l
 
     With ``last``, the run's last step, x counts the steps up to it.
     """
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     handles = ax.get_legend_handles_labels()[0] if legend else []
     rows = max(-(-len(handles) // columns), 1)
@@ -79,8 +87,18 @@ def finish_panel(ax, title, xlabel, ylabel, *, last=None, grid="", caption="", l
            pad=10 + 19 * rows)
     if last is not None:
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        ax.xaxis.set_major_formatter("{x:,.0f}")
         ax.set_xlim(-0.02 * last, 1.02 * max(last, 1))
+
+
+def rows(ax, names: Sequence[str], tints: Sequence = (), size: float = 10.5) -> None:
+    """Names in place of the y axis, the first at the top; ``tints`` make them the curves' key."""
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_yticks(range(len(names)), names)
+    ax.tick_params(axis="y", labelsize=size, labelcolor=INK)
+    for label, tint in zip(ax.get_yticklabels(), tints, strict=False):
+        label.set(color=tint, fontweight="bold")
+    ax.spines["left"].set_visible(False)
 
 
 def key(ax, names: Sequence[str], marker: str, **where) -> None:
@@ -91,7 +109,7 @@ def key(ax, names: Sequence[str], marker: str, **where) -> None:
 
 
 def caption(figure, text: str) -> None:
-    """Small words under everything, as wide as the figure."""
+    """Small text below the figure, wrapped to its width."""
     width, height = figure.get_size_inches()
     lines = textwrap.fill(text, int(14.5 * width))
     figure.text(0.1 / width, -0.12 / height, lines, fontsize=9, color=MUTED, va="top",

@@ -11,6 +11,7 @@ from rmlora_jax.report import style
 from rmlora_jax.report.records import (
     bin_means,
     duration,
+    effective_ranks,
     finite,
     read_metrics,
     series,
@@ -42,9 +43,8 @@ def write_sweep_report(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
     runs = []
     for name in summary["runs"]:  # such as seed=3,penalty=0.1
         setting = dict(part.split("=", 1) for part in name.split(","))
-        folder = workdir / name
-        runs.append(Finished(setting.pop("seed"), setting, read_metrics(folder),
-                             read_json(folder / "summary.json")))
+        own = read_json(workdir / name / "summary.json")
+        runs.append(Finished(setting.pop("seed"), setting, read_metrics(workdir / name), own))
     write_text_atomic(workdir / "sweep.md", table(runs, summary))
     write_bytes_atomic(workdir / "sweep.png", style.png(draw(runs, summary["metric"])))
 
@@ -65,7 +65,7 @@ def table(runs: Sequence[Finished], summary: dict[str, Any]) -> str:
             f"{run.summary['best_eval']['step']:,}",
             f"{figure(run, 'eval', 'loss'):.3f}",
             f"{train_loss(run):.3f}",
-            effective_rank(run),
+            f"{np.nanmean(ranks):.2f}" if (ranks := effective_ranks(run.summary)).size else "-",
         ]
         for run in runs
     ]
@@ -110,12 +110,6 @@ def train_loss(run: Finished) -> float:
     return bin_means(steps, loss, 20)[1][-1] if loss.size else np.nan
 
 
-def effective_rank(run: Finished) -> str:
-    found = run.summary["intrinsic_dimension"].values()
-    ranks = [np.ravel(np.array(v["effective_rank"], np.float64)) for v in found]
-    return f"{np.nanmean(np.concatenate(ranks)):.2f}" if ranks else "-"
-
-
 def spread(values: Sequence[float], metric: str) -> str:
     """``74.6 % +- 0.3``: mean and standard deviation (of the sample)."""
     deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
@@ -127,16 +121,17 @@ def by_setting(runs: Sequence[Finished]) -> list[list[Finished]]:
     """The runs in groups that differ by their seeds alone."""
     groups = {}
     for run in runs:
-        groups.setdefault(tuple(run.setting.values()), []).append(run)
+        groups.setdefault(run.label, []).append(run)
     return list(groups.values())
 
 
 def draw(runs: Sequence[Finished], metric: str):
     """The matplotlib Figure: losses, the metric on validation, and each setting's test results."""
     groups = by_setting(runs)
+    labels = [group[0].label for group in groups]
     if len(groups) == 1:  # seeds alone: each has its colour
         groups = [[run] for run in runs]
-    labels = [g[0].label if len(by_setting(runs)) > 1 else f"seed {g[0].seed}" for g in groups]
+        labels = [f"seed {run.seed}" for run in runs]
     colours = palette(len(groups))
     height = 6.4 if len(groups) <= 16 else min(6.4 + 0.2 * (len(groups) - 16), 14.0)
     figure = style.new_figure(WIDTH, height)
@@ -227,12 +222,9 @@ def results_panel(ax, groups, colours, labels, metric: str) -> None:
                     solid_capstyle="round")
             ax.plot([found.mean()] * 2, [y - 0.3, y + 0.3], color=colour, lw=2.4)
         ax.plot(found, [y] * len(found), "o", color=colour, ms=7, mec="white", mew=1.0, zorder=3)
-    ax.set_ylim(len(groups) - 0.4, -0.6)
-    size = 10.5 if len(groups) <= NAMED else 8
-    ax.set_yticks(range(len(labels)), [style.shorten(label, MOST) for label in labels])
     named, several = describe(metric)[0], max(map(len, groups)) > 1
     style.finish_panel(ax, f"Test {named.long}", named.axis, "", grid="x",
                        caption="at the best step" + "; bar: mean" * several)
-    for label, colour in zip(ax.get_yticklabels(), colours, strict=True):
-        label.set(color=colour, fontsize=size, fontweight="bold")
-    ax.spines[["left"]].set_visible(False)
+    style.rows(ax, [style.shorten(label, MOST) for label in labels], colours,
+               10.5 if len(labels) <= NAMED else 8)
+    ax.set_ylim(len(groups) - 0.4, -0.6)

@@ -32,7 +32,7 @@ FEWEST = 5  # lines: with fewer no rule means anything
 LEVELS = 20  # levels that the training curve is cut into, at most
 SWING = 0.10  # of the descent; noise of batches of 32 leaves about 0.02 to 0.05
 RISE = 0.10  # of the lowest validation loss
-RISE_FLOOR = 0.02  # nats, or squared error: a rise from 0.01 to 0.02 is no matter
+RISE_FLOOR = 0.02  # nats, or squared error: a rise from 0.01 to 0.02 does not count
 STILL_FALLS = 0.02  # of the training loss at the validation minimum
 STEEP = 0.08  # of the descent in a quarter of the run; exponential decay over 2 spans leaves 0.10
 LOW_ACCURACY = 0.5
@@ -40,7 +40,7 @@ GAP = 0.05
 CORRELATIONS = ("matthews", "pearson", "spearman")
 LOW_CORRELATION = 0.1  # 0 is guessing
 BARELY = 0.05  # of the first level: of two classes guessing costs 0.69 nats, before and after
-FITTED = 0.9  # whoever begins with this need not improve
+FITTED = 0.9  # a run that begins with this need not improve
 
 
 def verdict(history: Sequence[Mapping[str, float]]) -> str:

@@ -1,18 +1,16 @@
-"""Every field of a study, with its meaning; its tasks, and the checks made before anything runs.
-
-A task is a config file of runs, with fields that are set on top.
-"""
+"""The tasks of a study, which are configs of runs, and the checks made before anything runs."""
 
 import ast
 import copy
-import importlib.util
+import runpy
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import ml_collections
 
 from rmlora_jax import config as fields
-from rmlora_jax.config import ConfigDict, is_names, is_number
+from rmlora_jax.config import ConfigDict, is_names, is_number, leaves
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.fields import Run
 from rmlora_jax.methods import METHODS, readers
@@ -21,7 +19,7 @@ from rmlora_jax.study.pictures import PICTURES
 from rmlora_jax.study.plan import Study
 from rmlora_jax.study.program import ROOT, program
 from rmlora_jax.sweep.grid import check_config
-from rmlora_jax.train.config import SWEEPABLE, flatten, resolve
+from rmlora_jax.train.config import SWEEPABLE, RunConfig, flatten, resolve
 
 
 def default_study() -> ConfigDict:
@@ -30,15 +28,15 @@ def default_study() -> ConfigDict:
 
 
 def check_study(given: ConfigDict | Study) -> tuple[Study, dict[tuple, Run]]:
-    """The study, and the config that the runs of every place share (`plan.place`), tasks in their
-    order.
+    """The study, and the config that the runs of each place of a `plan.Cell` share, in task order.
 
-    Raises one UserError that lists every mistake.
+    Raises:
+      UserError: every mistake, a line each.
     """
     c, wrong = fields.read(Study, given)
     lines = list(wrong.values())
 
-    def known(field: str, names, allowed, what: str):
+    def known(field: str, names: Iterable[str], allowed: Collection[str], what: str) -> None:
         for name in names:
             if name not in allowed:
                 hint = did_you_mean(name, allowed)
@@ -48,8 +46,8 @@ def check_study(given: ConfigDict | Study) -> tuple[Study, dict[tuple, Run]]:
 
     known("methods", c.methods, METHODS, "method")
     known("method_set", c.method_set, METHODS, "method")
-    known("pictures", c.pictures, tuple(PICTURES), "picture")
-    known("grid", c.grid, tuple(SWEEPABLE), "name")
+    known("pictures", c.pictures, PICTURES, "picture")
+    known("grid", c.grid, SWEEPABLE, "name")
     for name, values in c.grid.items():
         fine = isinstance(values, tuple | list) and all(map(is_number, values))
         if not fine or plan.each_once(values):
@@ -65,8 +63,8 @@ def check_study(given: ConfigDict | Study) -> tuple[Study, dict[tuple, Run]]:
                 f"config.method_set.{method}={values!r}: must be a tuple of fields, such as "
                 "('lora.rank=2',)"
             )
-    axes = ("method", "task", *c.grid, *plan.varied_fields(c.variants))
-    known("along", (c.along,), axes, "axis")
+    varied = [text.partition("=")[0] for variant in c.variants for text in variant]
+    known("along", (c.along,), dict.fromkeys(("method", "task", *c.grid, *varied)), "axis")
     if lines:
         raise UserError("\n".join(lines))
 
@@ -74,7 +72,7 @@ def check_study(given: ConfigDict | Study) -> tuple[Study, dict[tuple, Run]]:
     for cell in plan.cells(c, opened):
         try:
             base = resolve(configured(c, opened[cell.task], cell.method, cell.variant))
-            bases[plan.place(cell)] = base
+            bases[cell.place] = base
             trained = program(cell, base, Path(), at_once=c.at_once, shared=c.shared)
             check_config(trained.config)
         except UserError as e:
@@ -128,14 +126,11 @@ def load(text: str) -> ConfigDict:
     file = next((p for p in (Path(name), ROOT / name) if p.is_file()), None)
     if file is None:
         raise UserError(f"config.tasks: there is no config file {name!r}")
-    spec = importlib.util.spec_from_file_location(f"task_{file.stem}", file)
-    assert spec is not None and spec.loader is not None  # every name of Python code has both
-    module = importlib.util.module_from_spec(spec)
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))  # a config may build on another: from configs import ...
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config(argument) if argument else module.get_config()
+        get_config = runpy.run_path(str(file))["get_config"]
+        config = get_config(argument) if argument else get_config()
     except UserError:
         raise
     except Exception as error:  # whatever is wrong in a file that someone wrote
@@ -156,22 +151,21 @@ def configured(study: Study, base: ConfigDict, method: str, variant=()):
 
 
 def override(config: ConfigDict, *texts: str) -> None:
-    """Sets ``"a.b=value"``; a value is a Python literal, where the field is no text.
+    """Sets ``"a.b=value"``: a text as it stands, any other value as a Python literal.
 
     Raises:
-      UserError: there is no such field, or the value is of another type.
+      UserError: the field does not exist, or the value is of another type.
     """
-    flat = flatten(config)
+    flat, known = flatten(config), leaves(RunConfig)
     for text in texts:
         path, equals, value = text.partition("=")
         if not equals or path not in flat:
             hint = did_you_mean(path, flat)
             raise UserError(f"{text!r}: must be a field and its value, such as epochs=4{hint}")
-        *parents, name = path.split(".")
-        node = config
-        for parent in parents:
-            node = node[parent]
         try:
-            node[name] = value if node.get_type(name) is str else ast.literal_eval(value)
+            is_text = path in known and known[path].kind is str
+            config.update_from_flattened_dict(
+                {path: value if is_text else ast.literal_eval(value)}
+            )
         except (ValueError, SyntaxError, TypeError) as e:
             raise UserError(f"{text!r}: must be like {flat[path]!r}") from e

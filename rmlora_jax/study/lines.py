@@ -33,8 +33,8 @@ def gap_picture(rows: Sequence[dict], along: str = "method"):
         metric = "loss" if by_loss else found[0].rows[0]["metric"]
         factor = 1.0 if by_loss else scale(metric)
         tested = all(v is not None for g in found for r in g.rows for v in r["curve"]["test"])
-        held = "test" if tested else "validation"
-        keys = ("train_loss", f"{held}_loss") if by_loss else ("train", held)
+        split = "test" if tested else "validation"
+        keys = ("train_loss", f"{split}_loss") if by_loss else ("train", split)
         tints = [style.colour(name, names) for name in names]
         for i, (group, name, tint) in enumerate(zip(found, names, tints, strict=True)):
             ends = []
@@ -49,24 +49,18 @@ def gap_picture(rows: Sequence[dict], along: str = "method"):
             gaps = (ends[1] - ends[0]) * (1 if by_loss else -1)
             style.strip(right, i, [float(v) for v in gaps if np.isfinite(v)], tint, along="x")
         what = "loss, nats" if by_loss else unit(metric)
-        limits = [ax.get_ylim() for ax in (left, middle)]
+        low, high = zip(left.get_ylim(), middle.get_ylim(), strict=True)
         for ax in (left, middle):
-            ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
-        style.finish(left, f"{task}: train", "step", what)
-        style.finish(middle, "test" if tested else "held out", "step", "")
+            ax.set_ylim(min(low), max(high))
+            ax.xaxis.set_major_formatter("{x:,.0f}")
         held = "test" if tested else "held out"
+        style.finish(left, f"{task}: train", "step", what)
+        style.finish(middle, held, "step")
         words = f"loss, {held} less train, nats" if by_loss else (
             f"{unit(metric).partition(',')[0]}, train less {held}, points")
         style.finish(right, "gap at the end", words, grid="x")
         right.axvline(0, color=style.MUTED, lw=1)
-        right.set_ylim(len(names) - 0.5, -0.5)
-        right.set_yticks(range(len(names)), names)
-        right.tick_params(axis="y", labelsize=10.5)
-        for label, tint in zip(right.get_yticklabels(), tints, strict=True):
-            label.set(color=tint, fontweight="bold")  # the curves' key
-        right.spines["left"].set_visible(False)
-    for ax in axes[:, :2].flat:
-        ax.xaxis.set_major_formatter("{x:,.0f}")
+        style.rows(right, names, tints)
     figure.tight_layout(w_pad=2.5, h_pad=2.5)
     followed = "" if tested else "  held out: the part of train that validates."
     style.caption(figure, "line: mean over seeds; band: sample standard deviation.  train: as it "

@@ -1,4 +1,4 @@
-"""The pictures of a study, each from its rows: which there are, and those that compare methods."""
+"""The pictures of a study, each from its rows; those over steps are in `lines`."""
 
 import math
 import os
@@ -40,8 +40,8 @@ def write_pictures(
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path, name: str, along: str) -> Path | None:
-    """One of `PICTURES`, of the rows of stage "final"; None where they have no such figures, as
-    methods without factors have no effective rank."""
+    """Draws one of `PICTURES` from the rows of stage "final"; None where they lack its figures, as
+    methods without factors lack the effective rank."""
     final = [row for row in rows if row["stage"] == FINAL]
     figure = PICTURES[name](final, along) if final else None
     if figure is None:
@@ -84,11 +84,9 @@ def table_picture(rows: Sequence[dict], along: str = "method"):
         head = {"transform": ax.transAxes, "fontsize": 9, "color": style.MUTED, "va": "bottom"}
         ax.text(1.04, 1.02, "mean ± sd", **head)
         ax.text(1.56, 1.02, "trained", ha="right", **head)
-        ax.set_ylim(len(names) - 0.5, -0.5)
-        ax.set_yticks(range(len(names)), names)
         style.finish(ax, task, f"test {unit(first['metric'])}", grid="x")
-        ax.tick_params(axis="y", labelsize=10.5, labelcolor=style.INK, labelleft=place == 0)
-        ax.spines["left"].set_visible(False)
+        style.rows(ax, names)
+        ax.tick_params(axis="y", labelleft=place == 0)
     for panels in limits.values():
         for ax, *_ in panels:
             ax.set_xlim(min(low for _, low, _ in panels), max(high for *_, high in panels))
@@ -188,13 +186,12 @@ def heat_picture(rows: Sequence[dict], along: str = "keep"):
         ax = figure.add_subplot(1, len(tasks), place + 1)
         metric = next(row["metric"] for row in rows if row["task"] == task)
         means, spreads = (np.full((len(ys), len(xs)), np.nan) for _ in range(2))
-        for group in groups(rows):
-            numbers = group.scaled("test")
-            at = dict(group.varied)
-            if group.task == task and numbers:
-                y, x = ys.index(at[down]), xs.index(at[across])
-                means[y, x] = statistics.mean(numbers)
-                spreads[y, x] = statistics.stdev(numbers) if len(numbers) > 1 else np.nan
+        for group in by_task(rows)[task]:
+            numbers, at = group.scaled("test"), dict(group.varied)
+            if numbers:
+                cell = ys.index(at[down]), xs.index(at[across])
+                means[cell] = statistics.mean(numbers)
+                spreads[cell] = statistics.stdev(numbers) if len(numbers) > 1 else np.nan
         _cells(ax, means, spreads)
         ax.set_xticks(range(len(xs)), [shown(x) for x in xs])
         ax.set_yticks(range(len(ys)), [shown(y) for y in ys])
@@ -242,11 +239,10 @@ def layers_picture(rows: Sequence[dict], along: str = "method"):
     else:
         rows_of = [found[i : i + ACROSS] for i in range(0, len(found), ACROSS)]
     across = max(map(len, rows_of))
-    maps = [_mean_map(group) for group in found]
+    maps = np.concatenate([np.ravel(_mean_map(group)[1]) for group in found])
     ranks = {group.rows[0]["rank"] for group in found}
-    high = max(float(np.nanmax(m)) for _, m in maps)
-    bound = max(ranks) if len(ranks) == 1 else math.ceil(10 * high) / 10
-    low = math.floor(10 * min(np.nanmin(m) for _, m in maps)) / 10
+    bound = max(ranks) if len(ranks) == 1 else math.ceil(10 * float(np.nanmax(maps))) / 10
+    low = math.floor(10 * np.nanmin(maps)) / 10
     width, height = 2.35 * across + 1.3, 2.5 * len(rows_of) + 0.3
     figure = style.new_figure(width, height)
     axes = figure.subplots(len(rows_of), across, squeeze=False)

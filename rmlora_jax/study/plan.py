@@ -21,7 +21,7 @@ Setting = dict[str, float]  # name of rmlora_jax.train.config.SWEEPABLE -> value
 
 
 def each_once(values: Sequence, what: str = "values, each once") -> str | None:
-    """The problem of values that repeat, or of no values at all."""
+    """The problem with values that repeat or are missing, if any."""
     return None if values and len(set(values)) == len(values) else f"must be {what}"
 
 
@@ -41,11 +41,11 @@ def _unnamed(study: str) -> str | None:
 class Study:
     """Every field of a study."""
 
-    study: str = field("", "its name; its folder and its rows bear it", problem=_unnamed)
+    study: str = field("", "its name, for its folder and its rows", problem=_unnamed)
     tasks: tuple = field(
         (),
-        "config files of runs, each with fields of its own and, where two would be called the "
-        "same, a name: 'configs/minilm_glue.py:rte epochs=20 as rte_long'",
+        "config files of runs, each with fields of its own and, where two would have the same "
+        "name, another: 'configs/minilm_glue.py:rte epochs=20 as rte_long'",
         problem=lambda files: None if files else "must be one config file or more",
     )
     methods: tuple = field(
@@ -53,10 +53,10 @@ class Study:
         problem=lambda names: each_once(names, "one method or more, each of them once"),
     )
     fields: tuple = field(
-        (), "fields of every run that make the study what it is, such as ('steps=2000',)"
+        (), "fields of every run that belong to the study, such as ('steps=2000',)"
     )
     set: tuple = field(
-        (), "the same, set on top by who starts it, such as ('data.data_dir=/data',)"
+        (), "fields of every run that belong to the machine, such as ('data.data_dir=/data',)"
     )
     method_set: dict = field({}, "method -> fields of its runs")
     variants: tuple = field(
@@ -67,8 +67,7 @@ class Study:
     grid: dict = field({}, "values that are compared: penalty, keep, alpha, ...")
     rates: tuple = rate_field(
         (3e-4, 1e-3, 3e-3, 1e-2),
-        "learning rates to choose from, by validation at the last step; with one rate there is no "
-        "choice",
+        "learning rates to choose from, by validation at the last step; one rate is taken as it is",
     )
     full_rates: tuple = rate_field((2e-5, 5e-5, 1e-4, 2e-4), "of method full")
     head_rates: tuple = rate_field((1e-3, 3e-3, 1e-2, 3e-2), "of method head")
@@ -122,6 +121,16 @@ class Cell(NamedTuple):
     variant: tuple[str, ...] = ()
 
     @property
+    def place(self) -> tuple:
+        """What decides the config that the runs share."""
+        return self.task, self.method, self.variant
+
+    @property
+    def waits(self) -> bool:
+        """Whether the learning rate is still to be chosen."""
+        return "learning_rate" not in self.settings[0]
+
+    @property
     def runs(self) -> int:
         return len(self.settings) * len(self.seeds)
 
@@ -131,37 +140,22 @@ class Cell(NamedTuple):
 
 def cells(study: Study, tasks: Iterable[str]) -> tuple[Cell, ...]:
     """Everything that the study runs, in order: for each task and method first the choice of its
-    rate, at the task's own fields, then every variant."""
+    rate, at the task's own fields, then every variant with the product of ``study.grid``."""
     choose = tuple(range(FIRST_CHOOSE_SEED, FIRST_CHOOSE_SEED + study.choose_seeds))
     final = tuple(range(study.seeds))
-    found = []
+    names, found = sorted(study.grid), []
+    products = itertools.product(*(study.grid[name] for name in names))
+    settings = [dict(zip(names, map(float, values), strict=True)) for values in products]
     for task, method in itertools.product(tasks, study.methods):
         own = {"full": study.full_rates, "head": study.head_rates}
         rates = [float(rate) for rate in own.get(method, study.rates)]
-        grid = grid_settings(study)
-        if len(rates) == 1:
-            grid = tuple({"learning_rate": rates[0], **setting} for setting in grid)
-        else:
+        rate = {"learning_rate": rates[0]} if len(rates) == 1 else {}
+        grid = tuple(rate | setting for setting in settings)
+        if not rate:
             candidates = tuple({"learning_rate": rate} for rate in rates)
             found.append(Cell(task, method, CHOOSE, candidates, choose))
         found += [Cell(task, method, FINAL, grid, final, tuple(v)) for v in study.variants]
     return tuple(found)
-
-
-def grid_settings(study: Study) -> tuple[Setting, ...]:
-    """The product of ``study.grid``: one empty setting where it is empty."""
-    names = sorted(study.grid)
-    products = itertools.product(*(study.grid[name] for name in names))
-    return tuple(dict(zip(names, map(float, values), strict=True)) for values in products)
-
-
-def varied_fields(variants: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    """The fields that occur in any of the variants.
-
-    >>> varied_fields((("lora.rank=2", "epochs=4"), ("lora.rank=8",), ()))
-    ('lora.rank', 'epochs')
-    """
-    return tuple(dict.fromkeys(text.partition("=")[0] for v in variants for text in v))
 
 
 def choose_rate(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -182,23 +176,13 @@ def choose_rate(rows: Sequence[Mapping[str, Any]]) -> float:
     return max(sorted(by_rate), key=worth)
 
 
-def waits(cell: Cell) -> bool:
-    """Whether the cell's learning rate is still to be chosen."""
-    return "learning_rate" not in cell.settings[0]
-
-
 def decided(cell: Cell, choice: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> Cell:
     """The cell with the rate that the runs of the keys ``choice`` decide on, if it waits for one
     and all of them are among ``rows``."""
-    if not waits(cell) or any(key not in rows for key in choice):
+    if not cell.waits or any(key not in rows for key in choice):
         return cell
     rate = choose_rate([rows[key] for key in choice])
     return cell._replace(settings=tuple({"learning_rate": rate, **s} for s in cell.settings))
-
-
-def place(cell: Cell) -> tuple:
-    """What decides the config that a cell's runs share."""
-    return cell.task, cell.method, cell.variant
 
 
 def identity(config: Any, stage: str) -> str:

@@ -1,5 +1,4 @@
-"""One program of a study: the runs of a cell, trained together, and their rows.
-"""
+"""One program of a study: the runs of a cell, trained together, and their rows."""
 
 import hashlib
 import multiprocessing
@@ -31,7 +30,7 @@ ROWS = ".rows.json"  # beside the program's folder
 
 
 class Program(NamedTuple):
-    """What is trained at once. ``runs`` has the identity, the setting and the seed of each."""
+    """Runs that are trained together; ``runs`` has the identity, setting and seed of each."""
 
     cell: Cell
     config: Any  # what the trainer takes, as a dict of plain values
@@ -54,8 +53,8 @@ def program(
     """The program of a cell; ``base``: the config that its runs share.
 
     All runs of a sweep have the same batches, in the order of the first seed. With ``shared`` the
-    relatives of rm_lora run as rm_lora, with penalty and keep among what is swept whatever they
-    are, so that their programs differ in their inputs only.
+    relatives of rm_lora run as rm_lora and always sweep penalty and keep, so that their programs
+    differ in their inputs only.
     """
     own, also = base.own(methods.Rm), {}
     if shared and cell.method in plan.AS_RM_LORA and own.draw == "bernoulli":
@@ -127,10 +126,10 @@ def train(program: Program, study: str, *, trainer: Callable = trainer) -> list[
 
 
 def in_own_process(program: Program, study: str) -> list[dict]:
-    """`train` in a process of its own, whose memory is all its own and whose end ends nothing else.
+    """`train` in a process of its own: it shares no memory, and a crash stops nothing else.
 
     Raises:
-      UserError: it failed; what it said stands above on the terminal.
+      UserError: it failed; its messages are on the terminal.
     """
     rows = Path(program.folder + ROWS)
     if not rows.exists():
@@ -142,7 +141,7 @@ def in_own_process(program: Program, study: str) -> list[dict]:
             child.kill()  # where this process is interrupted
         if child.exitcode:
             raise UserError(
-                f"{program.cell} failed with code {child.exitcode}; its words stand above\n"
+                f"{program.cell} failed with code {child.exitcode}; its messages are above\n"
                 "The same command goes on from here"
             )
     return read_json(rows)

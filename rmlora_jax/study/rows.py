@@ -18,7 +18,12 @@ import numpy as np
 import rmlora_jax as rm
 from rmlora_jax.files import plain, read_json, read_json_lines, write_text_atomic
 from rmlora_jax.methods import description
-from rmlora_jax.report.records import by_kind, read_intrinsic, read_metrics
+from rmlora_jax.report.records import (
+    by_kind,
+    effective_ranks,
+    read_intrinsic,
+    read_metrics,
+)
 from rmlora_jax.train import snapshots
 from rmlora_jax.train.config import read_config
 
@@ -51,18 +56,18 @@ def append_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> N
 
 
 def row_of(folder: Path, **known: Any) -> dict[str, Any]:
-    """What a finished run's folder says of it, and what is ``known`` beside.
+    """The row of a finished run, from its folder, after what is ``known`` already.
 
     ``validation`` and ``test`` are the values of ``metric`` at the last step, ``test_best`` that at
     the step with the best validation; ``rank`` is the most that Delta W could have. The parameters
-    of factors (whatever is not the head) and head are those at the end, without closed directions.
+    of factors (whatever is not the head) and head are those at the end, without closed directions;
+    ``seconds`` is the run's share of the training steps of its program.
     """
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
-    metric, steps = summary["metric"], summary["steps"]
-    history = read_metrics(folder)
-    curve = curve_of(history, metric)
-    ranks = [float(r) for m in summary["intrinsic_dimension"].values()
-             for r in np.ravel(m["effective_rank"])]
+    metric, steps, rate = summary["metric"], summary["steps"], summary.get("examples_per_second")
+    curve = curve_of(read_metrics(folder), metric)
+    alone = steps * config["batch_size"] / rate if rate else summary.get("wall_seconds")
+    ranks = effective_ranks(summary)
     widths = [np.shape(m["singular_values"])[-1] for m in summary["intrinsic_dimension"].values()]
     return known | {
         "dataset": summary["dataset"],
@@ -81,7 +86,7 @@ def row_of(folder: Path, **known: Any) -> dict[str, Any]:
         "batch_size": config["batch_size"],
         "rank": max(widths, default=None),
         "classes": config["data"]["classes"],
-        "effective_rank": float(np.mean(ranks)) if ranks else None,
+        "effective_rank": float(np.mean(ranks)) if ranks.size else None,
         "effective_rank_modules": {
             name: round(float(np.mean(m["effective_rank"])), 4)
             for name, m in summary["intrinsic_dimension"].items()
@@ -90,20 +95,13 @@ def row_of(folder: Path, **known: Any) -> dict[str, Any]:
         "total_parameters": summary["total_parameters"],
         "factor_parameters": summary["final_parameters"]["factors"],
         "head_parameters": summary["final_parameters"]["head"],
-        "seconds": seconds_of(config, summary),
+        "seconds": summary.get("train_seconds", alone),
         "together": summary.get("sweep", 1),
         "peak_memory_bytes": summary.get("peak_memory_bytes"),
         "curve": curve,
         "layers": layers_of(folder),
         "trajectory": trajectory(folder),
     }
-
-
-def seconds_of(config: Mapping[str, Any], summary: Mapping[str, Any]) -> float | None:
-    """The seconds of a run's training steps: its share, where several ran in one program."""
-    rate = summary.get("examples_per_second")
-    alone = summary["steps"] * config["batch_size"] / rate if rate else summary.get("wall_seconds")
-    return summary.get("train_seconds", alone)
 
 
 def curve_of(history: list[dict], metric: str) -> dict[str, list]:

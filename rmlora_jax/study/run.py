@@ -1,7 +1,7 @@
-"""A study from its plan to its pictures, and what it will cost; the same folder again goes on."""
+"""A study from its plan to its pictures, and its cost beforehand. The same folder continues it."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,19 @@ from rmlora_jax.train.workdir import opened
 
 HEADS = ("program", "runs", "left", "steps a run", "examples left", "time left")
 
+Row = Mapping[str, Any]
 
 
 def run_study(
     given: ConfigDict | Study, workdir: Path, *, trainer: Callable | None = None
 ) -> list[dict]:
-    """Runs what of the study has no row yet in ``workdir/rows.jsonl``, writes its table and
-    pictures, and returns its rows. With ``study.dry_run`` it prints the plan and its cost only.
+    """Trains the runs that have no row yet in ``workdir/rows.jsonl``, writes the study's table and
+    pictures, and returns its rows. With ``study.dry_run`` it only prints the plan and its cost.
 
-    A ``trainer`` takes the place of `rmlora_jax.study.program.trainer`, in this process.
+    A ``trainer`` replaces `rmlora_jax.study.program.trainer` and runs in this process.
 
     Raises:
-      UserError: what the person who started the study can put right.
+      UserError: the config is wrong, or a program failed.
     """
     study, bases = check_study(given)
     cells = plan.cells(study, dict.fromkeys(task for task, *_ in bases))
@@ -41,7 +42,7 @@ def run_study(
     file = workdir / ROWS
 
     def program_of(cell: Cell) -> program.Program:
-        base = bases[plan.place(cell)]
+        base = bases[cell.place]
         return program.program(cell, base, workdir, at_once=study.at_once, shared=study.shared)
 
     if study.dry_run:
@@ -51,21 +52,30 @@ def run_study(
     train = program.in_own_process if study.processes else program.train
     if trainer is not None:
         train = functools.partial(program.train, trainer=trainer)
-    choice, rows = [], []
+    rows = []
     with opened(workdir, alone=True):
         there = {row["key"]: row for row in read_rows(file)}
-        for number, cell in enumerate(cells, 1):
-            if cell.stage == plan.CHOOSE:
-                choice = program_of(cell).keys
-            one = program_of(plan.decided(cell, choice, there))
+        for number, (cell, one) in enumerate(programs(cells, program_of, there), 1):
             if any(key not in there for key in one.keys):
                 runs = f"{cell.runs} run" + "s" * (cell.runs != 1)
                 print(f"[{number}/{len(cells)}] {cell}: {runs}", flush=True)
                 append_rows(file, train(one, study.study))
-                there = {row["key"]: row for row in read_rows(file)}
+                there |= {row["key"]: row for row in read_rows(file)}
             rows += [there[key] for key in one.keys]
         write_results(study, workdir, rows)
     return rows
+
+
+def programs(
+    cells: Sequence[Cell], program_of: Callable[[Cell], program.Program], there: Mapping[str, Row]
+) -> Iterator[tuple[Cell, program.Program]]:
+    """Each cell with its program, at the chosen rate where the rows ``there`` decide it by then."""
+    choice = []
+    for cell in cells:
+        one = program_of(plan.decided(cell, choice, there))
+        if cell.stage == plan.CHOOSE:
+            choice = one.keys
+        yield one.cell, one
 
 
 def write_results(study: Study, workdir: Path, rows: list[dict]) -> None:
@@ -83,7 +93,7 @@ def write_results(study: Study, workdir: Path, rows: list[dict]) -> None:
 def cost_table(
     cells: Sequence[Cell],
     bases: Mapping[tuple, Run],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     program_of: Callable,
 ) -> str:
     """A line a program: its runs, those that have no row yet, and what they cost.
@@ -92,31 +102,25 @@ def cost_table(
     of the task has been measured yet.
     """
     there = {row["key"]: row for row in rows}
-    lines, sizes, choice = [], {}, []
-    totals, unknown = [0, 0, 0, 0.0], 0
-    for cell in cells:
-        base = bases[plan.place(cell)]
-        if cell.stage == plan.CHOOSE:
-            choice = program_of(cell).keys
-        cell = plan.decided(cell, choice, there)
+    lines, sizes = [], {}
+    for cell, one in programs(cells, program_of, there):
+        base = bases[cell.place]
         # Runs whose rate is not chosen yet are all left.
-        done = 0 if plan.waits(cell) else sum(k in there for k in program_of(cell).keys)
-        left = cell.runs - done
-        steps = steps_of(base, sizes)
+        done = 0 if cell.waits else sum(key in there for key in one.keys)
+        left, steps = cell.runs - done, steps_of(base, sizes)
         examples = None if steps is None else left * steps * base.batch_size
-        pace = seconds_per_example(rows, cell)
-        seconds = 0.0 if not left else None
-        if left and examples is not None and pace is not None:
+        pace, seconds = seconds_per_example(rows, cell), None if left else 0.0
+        if examples and pace is not None:
             seconds = examples * pace
-        unknown += seconds is None
-        found = (cell.runs, left, examples or 0, seconds or 0.0)
-        totals = [a + b for a, b in zip(totals, found, strict=True)]
-        lines.append((str(cell), cell.runs, left, steps, examples,
-                      "?" if seconds is None else duration(seconds)))
-    end = duration(totals[3]) if not unknown else "?"
-    if unknown and totals[3]:
-        end = f"{duration(totals[3])} and {unknown} unknown"
-    lines.append((f"all {len(cells)}", *totals[:2], "", totals[2], end))
+        lines.append((str(cell), cell.runs, left, steps, examples, seconds))
+    runs, left, examples, seconds = (
+        sum(line[i] or 0 for line in lines) for i in (1, 2, 4, 5)
+    )
+    unknown = sum(line[5] is None for line in lines)
+    end = "?" if unknown and not seconds else duration(seconds)
+    if unknown and seconds:
+        end += f" and {unknown} unknown"
+    lines.append((f"all {len(cells)}", runs, left, "", examples, end))
     return text_table([HEADS, *([_text(v) for v in line] for line in lines)])
 
 
@@ -134,7 +138,7 @@ def steps_of(config: Run, sizes: dict) -> int | None:
     return max(1, round(config.epochs * sizes[what] / config.batch_size))
 
 
-def seconds_per_example(rows: Sequence[Mapping[str, Any]], cell: Cell) -> float | None:
+def seconds_per_example(rows: Sequence[Row], cell: Cell) -> float | None:
     """The mean over the measured runs of the method on the task, or else of any on the task."""
     here = [row for row in rows if row["task"] == cell.task and row["seconds"] is not None]
     same = [row for row in here if row["method"] == cell.method]
@@ -145,4 +149,6 @@ def seconds_per_example(rows: Sequence[Mapping[str, Any]], cell: Cell) -> float 
 def _text(value) -> str:
     if value is None:
         return "?"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, float):
+        return duration(value)
+    return f"{value:,}" if isinstance(value, int) else value

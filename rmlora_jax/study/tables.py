@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rmlora_jax.report.style import markdown_table
 from rmlora_jax.study.plan import CHOOSE, FINAL
 from rmlora_jax.tasks.scores import describe, higher_is_better
 
@@ -67,7 +68,7 @@ def by_task(rows: Iterable[Row]) -> dict[str, list[Group]]:
 
 
 def varied_names(rows: Iterable[Row]) -> list[str]:
-    """The names of all that is compared, each once."""
+    """The names of what the study compares, each once."""
     return list(dict.fromkeys(name for group in groups(rows) for name, _ in group.varied))
 
 
@@ -77,7 +78,7 @@ def distinct(rows: Iterable[Row], name: str) -> list:
 
 
 def values(rows: Iterable[Row], name: str) -> list[float]:
-    """The numbers under ``name`` that are there."""
+    """The finite numbers under ``name``."""
     found = (row.get(name) for row in rows)
     return [v for v in found if v is not None and math.isfinite(v)]
 
@@ -115,8 +116,8 @@ def parameters(rows: Sequence[Row]) -> tuple[int, int]:
 
 
 def unequal(found: Sequence[Group]) -> list[str]:
-    """A sentence where the methods with factors among the groups of a task end with numbers of
-    parameters that differ by more than 2 % of the smallest, the head left out."""
+    """A sentence if methods with factors end with more than 2 % more parameters than the smallest
+    of them, without the head."""
     counts = {}
     for group in found:
         count, _ = parameters(group.rows)
@@ -146,18 +147,17 @@ def markdown(rows: Sequence[Row]) -> str:
             lines.append([group.method, *(_value(dict(group.varied).get(n)) for n in names),
                           rate, *_figures(group)])
         known = [i for i in range(len(heads)) if any(line[i] != "-" for line in lines[1:])]
-        lines = [_line(line[i] for i in known) for line in lines]
-        lines.insert(1, "|" + "---|" * len(known))
+        table = markdown_table([[line[i] for i in known] for line in lines], len(known))
         notes = [together(found, [heads[i] for i in known])]
         notes += ["\\* at the edge of the rates it was chosen from."] if edges else []
         notes += unequal(found)
         title = f"**{task}**: {first['dataset']}, {first['model']}, {first['steps']:,} steps"
-        parts += [title, "\n".join(lines), *notes]
+        parts += [title, table, *notes]
     return "\n\n".join(parts)
 
 
 def together(found: Sequence[Group], columns: Sequence[str]) -> str:
-    """The devices of a table, and what the times and the memory are of, where it has any."""
+    """The devices of a table, and what its times and its memory mean, where it has them."""
     counts = sorted({row["together"] for group in found for row in group.rows})
     devices = ", ".join(dict.fromkeys(row["device"] for group in found for row in group.rows))
     if counts == [1]:
@@ -213,8 +213,8 @@ def rates_table(rows: Sequence[Row]) -> str:
         cells.setdefault((group.task, group.method), []).append(text)
     if not cells:
         return ""
-    return "\n".join(["| task | method | rate: validation, mean of the runs that choose |",
-                      "|---|---|---|", *(_line([*k, ", ".join(v)]) for k, v in cells.items())])
+    head = ("task", "method", "rate: validation, mean of the runs that choose")
+    return markdown_table([head, *((*k, ", ".join(v)) for k, v in cells.items())], len(head))
 
 
 def at_edge(group: Group, rows: Iterable[Row]) -> bool:
@@ -248,10 +248,6 @@ def csv_text(rows: Sequence[Row]) -> str:
             first["device"], first["jax"],
         ])
     return file.getvalue()
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _value(value: Any) -> str:

@@ -232,7 +232,7 @@ COUNTED = {
      slow("bert", "head", "all"), slow("bert", "lora", "attention"),
      slow("deberta", "floor", "all"), ("deberta", "lora", "all"), slow("deberta", "full", "all")],
 )
-def test_the_formula_counts_what_xla_counts(kind, name, modules):
+def test_the_flops_of_a_step_are_what_xla_counts(kind, name, modules):
     entry, rank = COUNTED[kind], 16
     model, params = built(entry, unroll=2)
     variant = variants.make_variant(name, model, entry, rank=rank, modules=modules,
@@ -241,9 +241,9 @@ def test_the_formula_counts_what_xla_counts(kind, name, modules):
     state = jax.eval_shape(variant.start, params, batch[0])
     program = compiled(variant.step, state, variant.frozen(params), batch)
     counted = program.cost_analysis()["flops"]
-    formula = models.step_flops(entry, entry.batch, name, rank, modules)
+    needed = variants.step_flops(entry, entry.batch, name, rank, modules)
     # XLA also counts norms, softmax, activations and the optimizer.
-    assert 1 <= counted / formula < 1.06
+    assert 1 <= counted / needed < 1.06
 
 
 RESULTS = {
@@ -369,19 +369,19 @@ def test_lack_of_memory_is_a_row():
         (["--variants=floor,rm_lore"], "--variants=rm_lore must be one of .*did you mean rm_lora"),
         (["--variants=lora:unrol=1"], "own flag=unrol must be one of .*did you mean unroll"),
         (["--variants=lora:unroll=13"], "--unroll=13 must be all"),
-        (["--variants=lora:remat=dot"], "lora:remat=dot: remat=dot must be .*did you mean dots"),
+        (["--variants=lora:remat=dot"], "--remat='dot': must be .*did you mean dots"),
         (["--remat=dot"], "must be one of none, dots, attention, full; did you mean dots"),
-        (["--execution=both"], "--execution=both must be one of auto, factored, merged"),
-        (["--attention=flash"], "--attention=flash must be one of auto, xla, cudnn"),
-        (["--dtype=bf16"], "--dtype=bf16 must be one of bfloat16"),
-        (["--base_dtype=int8"], "--base_dtype=int8 must be one of"),
+        (["--execution=both"], "--execution='both': must be one of auto, factored, merged"),
+        (["--attention=flash"], "--attention='flash': must be one of auto, xla, cudnn"),
+        (["--dtype=bf16"], "--dtype='bf16': must be one of bfloat16"),
+        (["--base_dtype=int8"], "--base_dtype='int8': must be one of"),
         (["--unroll=13"], "--unroll=13 must be all, or a number of layers from 1 to 12"),
-        (["--batch=0"], "--batch=0 must be a whole number of at least 1"),
-        (["--rank=0"], "--rank=0 must be"),
-        (["--repeats=0"], "--repeats=0 must be"),
-        (["--steps=0"], "--steps=0 must be"),
+        (["--batch=0"], "--batch=0: must be at least 1"),
+        (["--rank=0"], "--rank=0: must be"),
+        (["--repeats=0"], "--repeats=0: must be"),
+        (["--steps=0"], "--steps=0: must be"),
         (["--batch=many"], "--batch: invalid int value"),
-        (["--sweep=ranks"], "--sweep=ranks must be one of rank, .*did you mean rank"),
+        (["--sweep=ranks"], "--sweep='ranks': must be one of rank, .*did you mean rank"),
         (["--values=1,2"], "--values belong to a sweep"),
         (["--sweep=rank", "--values=1,x"], "--values=1,x must be whole numbers"),
         (["--sweep=modules", "--values=mpl"], "--values=mpl must be one of .*did you mean mlp"),

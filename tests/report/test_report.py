@@ -14,6 +14,7 @@ from marks import every_other
 
 from rmlora_jax import files
 from rmlora_jax.errors import UserError
+from rmlora_jax.methods import METHODS
 from rmlora_jax.report import records, style, verdict
 from rmlora_jax.report import run as report
 from rmlora_jax.train.metrics import append_intrinsic
@@ -75,6 +76,14 @@ def rise(t):
 def test_examples_in_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_a_method_without_a_colour_of_its_own_shares_that_of_no_other():
+    new = [method for method in METHODS if method not in style.OWN]
+    assert "dora" in new
+    colours = [style.colour(method) for method in new]
+    assert not {*colours} & {*style.OWN.values()} and len({*colours}) == len(new)
+    assert style.colour("dora", ("lora", "dora")) == style.colour("dora")
 
 
 # Verdict

@@ -435,7 +435,7 @@ def test_steps_of_data_that_are_not_here_are_unknown(study, tmp_path):
     study, bases = check_study(study)
     cells = plan.cells(study, ("cifar100", "digits"))
     table = cost_table(cells, bases, [], lambda cell: program.program(
-        cell, bases[plan.place(cell)], tmp_path)).splitlines()
+        cell, bases[cell.place], tmp_path)).splitlines()
     assert table[1].split()[-3:] == ["?", "?", "?"]
     assert f" {round(2 * 1293 / 32)} " in table[4]
     assert not list(tmp_path.iterdir())
