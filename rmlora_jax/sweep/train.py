@@ -106,14 +106,12 @@ def _train(config: Config, workdir: Path) -> dict:
 
 
 def ending(summary: dict, workdir: Path) -> str:
-    took, compiling = (terminal.duration(summary[f"{k}_seconds"]) for k in ("wall", "compile"))
-    rows = [
+    return terminal.format_table("done", [
         ("runs", f"{summary['sweep']}, a folder each in {workdir}"),
-        ("time", f"{took}, of which {compiling} compilation"),
+        ("time", terminal.times(summary)),
         ("table", workdir / "sweep.md"),
         ("picture", workdir / "sweep.png"),
-    ]
-    return terminal.format_table("done", rows)
+    ])
 
 
 class Programs:

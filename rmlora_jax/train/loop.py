@@ -75,7 +75,7 @@ def _train(config: Run, workdir: Path) -> dict:
         if leader:
             (workdir / "summary.json").unlink(missing_ok=True)  # of a run that goes on
             write_config(workdir, config)
-            print(header(config, job.base, devices, workdir, start_step=start), flush=True)
+            print(header(config, job.base, devices, workdir, start=start), flush=True)
             for note in job.problem.notes:
                 print(note, flush=True)
         compiled = compile_steps(job, state, start, devices)
@@ -140,25 +140,27 @@ def train_program(
     )
 
 
-def header(config: Run, base: setup.Base, devices: Devices, workdir: Path, **more) -> str:
-    """What is about to be trained, for the terminal."""
-    return terminal.header(
-        devices=jax.devices(),
-        mesh=dict(devices.mesh.shape),
-        model=config.model.source,
-        method=config.method,
-        trainable=base.trainable_parameters,
-        total=base.total_parameters,
-        data=base.feed.sizes,
-        dataset=config.data.name,
-        workdir=workdir,
-        total_steps=base.steps,
-        **more,
-    )
+def header(
+    config: Run, base: setup.Base, devices: Devices, workdir: Path, *, start=0, runs=None
+) -> str:
+    """The table that a run begins with; ``runs`` says in words which runs a sweep has."""
+    sizes = ", ".join(f"{split} {n:,}" for split, n in base.feed.sizes.items())
+    steps = f"{base.steps:,}" + (f", continuing after step {start:,}" if start else "")
+    return terminal.format_table("rmlora_jax", [
+        ("devices", terminal.count_devices(jax.devices())),
+        ("mesh", ", ".join(f"{axis} {n}" for axis, n in devices.mesh.shape.items())),
+        ("model", config.model.source),
+        ("method", config.method),
+        ("runs", runs),
+        ("parameters", terminal.parameters(base.trainable_parameters, base.total_parameters)),
+        ("data", f"{config.data.name}: {sizes}"),
+        ("steps", steps),
+        ("workdir", workdir),
+    ])
 
 
 def ending(summary: dict, workdir: Path) -> str:
-    return terminal.closing(summary, workdir, verdict=verdict(read_metrics(workdir)))
+    return terminal.closing(summary, workdir, verdict(read_metrics(workdir)))
 
 
 def fit(
