@@ -213,15 +213,6 @@ def check(config: Run) -> Iterator[Mistake]:
     yield from method.check(config)
 
 
-def swept(config: Run, names: Mapping[str, str], traced: Values | None = None) -> Values:
-    """The values of everything that a sweep can vary: ``traced`` ones, else those of the config.
-
-    ``names`` maps a name of ``sweep.grid`` to the path of its field.
-    """
-    flat = c.flatten(config)
-    return {name: flat[path] for name, path in names.items()} | dict(traced or {})
-
-
 def learning_rate(config: Run, steps: int, peak: Any = None) -> optax.Schedule:
     """Step -> rate: linear warm-up from 0, then constant or a decay that reaches 0 at ``steps``."""
     own = config.optimizer
@@ -238,11 +229,16 @@ def learning_rate(config: Run, steps: int, peak: Any = None) -> optax.Schedule:
     return optax.join_schedules([rise, decay], [warmup])
 
 
-def optimizer(config: Run, steps: int, values: Values) -> optax.GradientTransformation:
+def optimizer(
+    config: Run, steps: int, traced: Values | None = None
+) -> optax.GradientTransformation:
     """Clip and AdamW for a run of ``steps`` steps, with what the method adds before and after.
 
-    ``values`` are those of `swept`, which may be traced.
+    ``traced`` are the values that a sweep varies, in place of the config's.
     """
+    flat, known = c.flatten(config), c.leaves(type(config)).items()
+    values = {leaf.spec.sweep: flat[path] for path, leaf in known if leaf.spec.sweep}
+    values |= traced or {}
     own, schedule = config.optimizer, learning_rate(config, steps, values["learning_rate"])
     adamw = {"b1": own.b1, "b2": own.b2, "eps": own.eps, "weight_decay": values["weight_decay"]}
     tx = of(config).optimize(config, values, schedule, steps, adamw)

@@ -5,7 +5,6 @@ the batch and the number of the step are not, so that there is one of each, and 
 augmented once for all runs.
 """
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from rmlora_jax.fields import Run as Config
 from rmlora_jax.parallel.mesh import Devices, replicate, spread
 from rmlora_jax.sweep.grid import Run
 from rmlora_jax.train import setup
+from rmlora_jax.train.setup import pick
 from rmlora_jax.train.step import Constants, State
 
 MAPPED = State(step=None, trainable=0, opt_state=0)  # the axis of the runs in a state of many
@@ -35,21 +35,6 @@ class ManyConstants(NamedTuple):
 
     shared: Constants  # its seed is not read
     values: dict  # "seed" uint32 (K,), and what is swept, float32 (K,), by the names of SWEEPABLE
-
-
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """The runs of a sweep, stacked on the first axis of what differs between them."""
-
-    count: int
-
-    def pick(self, tree: Any, i: int) -> Any:
-        """What a tree holds of run ``i``."""
-        return pick(tree, i)
-
-    def apart(self, values: dict[str, Any]) -> list[dict[str, Any]]:
-        """Metrics of all runs, as one dict for each."""
-        return [{name: value[i] for name, value in values.items()} for i in range(self.count)]
 
 
 def build(config: Config, runs: Sequence[Run], base: setup.Base, devices: Devices) -> setup.Job:
@@ -66,15 +51,13 @@ def build(config: Config, runs: Sequence[Run], base: setup.Base, devices: Device
     return setup.Job(
         base=base,
         runs=tuple(run.config for run in runs),
-        axis=Axis(len(runs)),
         lora=tuple(methods.description(run.config) for run in runs),
         state=shapes(runs[0], len(runs), base, devices),
         constants=ManyConstants(base.constants, replicate(values, devices)),
         train_step=spread(train_step(config, base), devices, donate=True),
         eval_step=spread(eval_step(config, base), devices),
-        schedule=tuple(methods.learning_rate(run.config, base.steps) for run in runs),
-        eval_every=setup.eval_every(config, base),
         look=functools.partial(look, config, base),
+        stacked=True,
     )
 
 
@@ -83,7 +66,7 @@ def look(config: Config, base: setup.Base, trainable, constants: ManyConstants, 
     values, trainable = pick((constants.values, trainable), 0)
     shared = constants.shared._replace(seed=values["seed"])
     prepare = _with_alpha(config, base, values)
-    return setup.look(config, base, prepare)(trainable, shared, batch, step)
+    return setup.look(base, trainable, shared, batch, step, prepare_params=prepare)
 
 
 def train_step(config: Config, base: setup.Base) -> Callable:
@@ -193,9 +176,3 @@ def better(state: State, best: State, improved: jax.Array) -> State:
         return jax.numpy.where(mask, new, old)
 
     return jax.tree.map(choose, state, best)
-
-
-@jax.jit
-def pick(tree: Any, i: jax.Array) -> Any:
-    """Run ``i`` of a stacked tree."""
-    return jax.tree.map(lambda x: x[i], tree)

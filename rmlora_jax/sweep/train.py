@@ -222,9 +222,7 @@ def train_chunk(
                   + (f"; continuing after step {start:,}" if start else ""), flush=True)
         folders = [workdir / name for name in names]
         try:
-            loop.train_program(
-                config, job, state, steps, keeper, folders, devices, began, alone=False
-            )
+            loop.train_program(config, job, state, steps, keeper, folders, devices, began)
         except jax.errors.JaxRuntimeError as e:
             if memory.is_short(e):
                 raise UserError(
@@ -237,13 +235,14 @@ def train_chunk(
         shutil.rmtree(folder)
 
 
-class AtOnce:
-    """The `checkpoint.Keeper` of many runs: one checkpoint of all, with the best state of each."""
+class AtOnce(checkpoint.Keeper):
+    """The keeper of many runs: one checkpoint of all, with the best state of each."""
 
     def __init__(self, manager: Any, metric: str, count: int):
-        self.manager, self.metric, self.count = manager, metric, count
+        super().__init__(manager, metric)
+        self.count = count
         self.best_state: State | None = None
-        self.figures: dict[str, list] = {"last": [None] * count, "best": [None] * count}
+        self.figures: Any = {"last": [None] * count, "best": [None] * count}
 
     def newest(self, like: State) -> tuple[State | None, int]:
         """The newest state of all runs that can be read, and its step; None, 0 without any."""
@@ -279,20 +278,18 @@ class AtOnce:
         together = Together(state, self.best_state)
         checkpoint.write(self.manager, int(state.step), together, self.figures)
 
-    def wait(self) -> None:
-        self.manager.wait_until_finished()
-
     def best(self, state: State) -> tuple[State, list[int]]:
         assert self.best_state is not None  # the last step is evaluated
         return self.best_state, [found["step"] for found in self.figures["best"]]
 
-    def settle(self, i: int, folder: Path, state: State, best: State, job: setup.Job) -> None:
+    def settle(self, i: int, folder: Path, state: State, best: State) -> None:
         if jax.process_index() == 0:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a finish that was killed
-        last = state._replace(step=np.full(self.count, job.steps, np.int32))
+        end = int(state.step)
+        last = state._replace(step=np.full(self.count, end, np.int32))
         with checkpoint.open_checkpoints(folder) as manager:
             for name, states in (("best", best), ("last", last)):
                 found = {k: v for k, v in self.figures[name][i].items() if k != "step"}
                 step = self.figures[name][i]["step"]
-                if name == "last" or step != job.steps:
+                if name == "last" or step != end:
                     checkpoint.write(manager, step, jax.device_get(many.pick(states, i)), found)

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
-from rmlora_jax.errors import UserError
+from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.fields import Run
 from rmlora_jax.files import read_json
 from rmlora_jax.tasks.scores import higher_is_better
@@ -31,18 +31,13 @@ LATEST = 2  # checkpoints kept beside the best while a run trains
 DAMAGED = "damaged"  # the folder beside checkpoints/ for those that cannot be read
 
 
-class Score(NamedTuple):
-    """Validation figures of a checkpoint, in the order in which checkpoints are compared."""
+def score(metrics: Any) -> tuple[float, ...]:
+    """What checkpoints are compared by: the metric that best is chosen by, then the loss.
 
-    value: float  # of the metric that best is chosen by, negated where lower is better
-    negative_loss: float
-
-
-def score(metrics: Any) -> Score:
-    def finite(x):
-        return x if math.isfinite(x) else -math.inf
-
-    return Score(finite(metrics["score"]), finite(-metrics["loss"]))
+    Both are negated where lower is better, and -inf where they are not finite.
+    """
+    values = metrics["score"], -metrics["loss"]
+    return tuple(x if math.isfinite(x) else -math.inf for x in values)
 
 
 def open_checkpoints(workdir: Path, *, keep_best: bool = True) -> ocp.CheckpointManager:
@@ -124,53 +119,39 @@ def none_left(folder: Path, why: dict[int, str]) -> UserError:
     )
 
 
-class Keeper(Protocol):
-    """What keeps the states of a program while it trains, and knows each run's best."""
+class Keeper:
+    """Keeps the states of a program while it trains, and knows each run's best.
+
+    This one is for a single run, with a checkpoint for each evaluation. ``metric`` names the figure
+    that best is chosen by.
+    """
+
+    def __init__(self, manager: ocp.CheckpointManager, metric: str):
+        self.manager, self.metric = manager, metric
 
     def evaluated(self, state: State, figures: Sequence[dict[str, float]]) -> None:
         """Saves after an evaluation with the validation figures of each run."""
+        write(self.manager, int(state.step), state, scored(figures[0], self.metric))
 
     def interrupted(self, state: State) -> None:
         """Saves between two evaluations, for a run that stops."""
-
-    def wait(self) -> None:
-        """Waits until all is on the disk."""
-
-    def best(self, state: State) -> tuple[State, list[int]]:
-        """The states of the best evaluations, and their steps; ``state`` is the last."""
-        ...
-
-    def settle(self, i: int, folder: Path, state: State, best: State, job: Any) -> None:
-        """Leaves in the folder of run ``i`` the checkpoints that a finished run has."""
-
-
-class Each(NamedTuple):
-    """The `Keeper` of a single run: each evaluation is a checkpoint.
-
-    ``metric`` names the figure that best is chosen by.
-    """
-
-    manager: ocp.CheckpointManager
-    metric: str
-
-    def evaluated(self, state, figures):
-        write(self.manager, int(state.step), state, scored(figures[0], self.metric))
-
-    def interrupted(self, state):
         # Without an evaluation it is never the best.
         write(self.manager, int(state.step), state, scored({"loss": math.inf}, "loss"))
 
-    def wait(self):
+    def wait(self) -> None:
+        """Waits until everything is on the disk."""
         self.manager.wait_until_finished()
 
-    def best(self, state):
-        step = by_score(self.manager)[0]
-        if step == int(state.step):
-            return state, [step]
-        found, step = first_intact(self.manager, state, by_score(self.manager))
+    def best(self, state: State) -> tuple[State, list[int]]:
+        """The states of the best evaluations, and their steps; ``state`` is the last."""
+        steps = by_score(self.manager)
+        if steps[0] == int(state.step):
+            return state, steps[:1]
+        found, step = first_intact(self.manager, state, steps)
         return found, [step]
 
-    def settle(self, i, folder, state, best, job):
+    def settle(self, i: int, folder: Path, state: State, best: State) -> None:
+        """Leaves in the folder of run ``i`` the checkpoints that a finished run has."""
         for step in set(self.manager.all_steps()) - {int(best.step), int(state.step)}:
             self.manager.delete(step)
 
@@ -248,17 +229,11 @@ def restore(manager: ocp.CheckpointManager, like: T, step: int) -> T:
 
 def damaged(error: Exception) -> str:
     """The words for a checkpoint that cannot be read."""
-    why = str(error).splitlines()[0][:200] if str(error) else "no details"
-    return f"cannot be read ({type(error).__name__}: {why})"
-
-
-def best_step(manager: ocp.CheckpointManager) -> int:
-    """The step with the best validation score; of equals the latest, which is the one kept."""
-    return by_score(manager)[0]
+    return f"cannot be read ({type(error).__name__}: {first_line(error)[:200]})"
 
 
 def by_score(manager: ocp.CheckpointManager) -> list[int]:
-    """All steps, the best first."""
+    """All steps, the best first; of equals the latest, which is the one kept."""
     steps = manager.all_steps()
     return sorted(steps, key=lambda s: (score(manager.metrics(s)), s), reverse=True)
 
@@ -270,7 +245,7 @@ def best_trainable(workdir: Path) -> dict:
       UserError: its checkpoints are damaged.
     """
     with open_checkpoints(workdir) as manager:
-        folder = manager.directory / str(best_step(manager)) / "default"
+        folder = manager.directory / str(by_score(manager)[0]) / "default"
     reader = ocp.StandardCheckpointer()
     # On one device here, however many wrote it.
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

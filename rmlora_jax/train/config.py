@@ -15,7 +15,7 @@ from rmlora_jax.tasks import places
 
 __all__ = [
     "FREE_ON_RESUME", "SWEEPABLE", "RunConfig", "changes", "default_config",
-    "flatten", "mistakes", "read_config", "resolve", "swept", "use_glue", "with_values",
+    "flatten", "mistakes", "read_config", "resolve", "use_glue", "with_values",
 ]
 
 
@@ -125,11 +125,6 @@ def read_config(workdir: Path) -> Run:
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as e:
         why = str(e).replace(str(file), "it").splitlines()[0][:300] if str(e) else type(e).__name__
         raise UserError(f"{file} is not the config of a run ({why}); copy the folder again") from e
-
-
-def swept(config: Run, traced: methods.Values | None = None) -> methods.Values:
-    """The values of all that a sweep can vary; ``traced`` ones take the place of the config's."""
-    return methods.swept(config, SWEEPABLE, traced)
 
 
 def changes(old: dict, new: Any) -> tuple[list[str], list[str]]:

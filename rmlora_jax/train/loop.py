@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import optax
 
-import rmlora_jax as rm
 from rmlora_jax import config as fields
+from rmlora_jax import methods
 from rmlora_jax.config import ConfigDict
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
@@ -26,7 +26,7 @@ from rmlora_jax.report.run import verdict, write_report
 from rmlora_jax.tasks.task import measured
 from rmlora_jax.train import checkpoint, finished, nonfinite, setup, snapshots, terminal
 from rmlora_jax.train.config import flatten, resolve
-from rmlora_jax.train.evaluate import Steps, apart, compile_steps, evaluate, spectrum
+from rmlora_jax.train.evaluate import Steps, compile_steps, evaluate, spectrum
 from rmlora_jax.train.metrics import MetricWriter, read_metrics
 from rmlora_jax.train.step import State, updates_done
 from rmlora_jax.train.stopping import Stopped, watch
@@ -81,7 +81,7 @@ def _train(config: Run, workdir: Path) -> dict:
         compiled = compile_steps(job, state, start, devices)
         if leader:
             print(f"compiled in {terminal.duration(compiled.seconds)}", flush=True)
-        keeper = checkpoint.Each(manager, job.problem.metrics[0])
+        keeper = checkpoint.Keeper(manager, job.problem.metrics[0])
         (summary,) = train_program(
             config, job, state, compiled, keeper, [workdir], devices, began
         )
@@ -104,40 +104,22 @@ def train_program(
     folders: Sequence[Path],
     devices: Devices,
     began: float,
-    *,
-    alone: bool = True,
 ) -> list[dict]:
     """Trains the runs of a job from ``state`` to the last step and writes what each one leaves.
 
-    Args:
-      config: that the runs share.
-      job: the program.
-      state: the job's, or a later one.
-      compiled: its steps.
-      keeper: of the checkpoints.
-      folders: of the runs.
-      devices: that it is on.
-      began: when this start of it began, by ``time.monotonic``.
-      alone: whether this is a single run: it has TensorBoard's events, which of many runs cost as
-        much as some steps.
-
-    Returns:
-      The ``summary.json`` of each run.
+    ``config`` is that which the runs share, ``began`` the ``time.monotonic`` of this start.
+    Returns the ``summary.json`` of each run that had none.
     """
     leader, start = jax.process_index() == 0, int(state.step)
     with contextlib.ExitStack() as stack:
-        writers = [
-            stack.enter_context(MetricWriter(
-                folder, start_step=start, enabled=leader, tensorboard=alone
-            ))
-            for folder in folders
-        ]
+        # TensorBoard's events of many runs cost as much as some steps.
+        options = {"start_step": start, "enabled": leader, "tensorboard": not job.stacked}
+        writers = [stack.enter_context(MetricWriter(folder, **options)) for folder in folders]
         progress = stack.enter_context(contextlib.closing(terminal.Progress(job.steps)))
         state, seconds = fit(config, job, state, compiled, keeper, writers, progress, devices)
     keeper.wait()
-    return finished.finish(
-        job, state, keeper, compiled, folders, devices, began, seconds, job.steps - start, alone
-    )
+    trained = job.steps - start
+    return finished.finish(job, state, keeper, compiled, folders, devices, began, seconds, trained)
 
 
 def header(
@@ -177,13 +159,14 @@ def fit(
     without compilation, evaluation, checkpoints."""
     seconds, shown, leader = 0.0, {}, jax.process_index() == 0
     watched = [nonfinite.Watched(config.nonfinite_limit) for _ in job.runs]
+    schedules = [methods.learning_rate(run, job.steps) for run in job.runs]
     for done in stretches(config, job, state, compiled, devices):
         state, seconds = done.state, seconds + done.seconds
-        metrics = [list(of_run) for of_run in zip(*map(job.axis.apart, done.metrics), strict=True)]
+        metrics = [list(of_run) for of_run in zip(*map(job.apart, done.metrics), strict=True)]
         rows = [
             row_of(done, own, schedule, config, skipped)
             for own, schedule, skipped in zip(
-                metrics, job.schedule, np.ravel(done.skipped), strict=True
+                metrics, schedules, np.ravel(done.skipped), strict=True
             )
         ]
         for writer, one, own in zip(writers, watched, metrics, strict=True):
@@ -193,15 +176,14 @@ def fit(
         validation = []
         if done.evaluating:
             outputs = evaluate(compiled, state.trainable, job, "validation", devices)
-            validation = [measured(own, job.problem.metrics) for own in apart(outputs, job)]
+            validation = [measured(own, job.problem.metrics) for own in outputs]
             for row, found in zip(rows, validation, strict=True):
                 row |= {f"eval/{name}": value for name, value in found.items()}
             keeper.wait()  # see check_nothing_lost
         for i, (writer, row) in enumerate(zip(writers, rows, strict=True)):
             writer.write(done.step, row)
             if done.evaluating:
-                own = job.axis.pick(state.trainable, i)
-                keep_factors(config, writer, done.step, own, job.frozen, job.lora[i])
+                keep_factors(job, i, writer, done.step, job.pick(state.trainable, i))
         shown |= summed_up(rows)
         if leader:
             progress.update(done.step, shown)
@@ -217,8 +199,11 @@ def fit(
         if done.stopping or over:
             keeper.wait()
             if over:
-                raise ended(job, state.trainable, watched[0], done.step)
-            raise saved_after(done.step, job.steps)
+                raise nonfinite.ended(job, state.trainable, watched[0], done.step)
+            raise Stopped(
+                f"saved after step {done.step:,} of {job.steps:,}; the same command goes on from "
+                "there"
+            )
     return state, seconds
 
 
@@ -234,22 +219,11 @@ def summed_up(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def saved_after(step: int, steps: int) -> Stopped:
-    return Stopped(f"saved after step {step:,} of {steps:,}; the same command goes on from there")
-
-
-def ended(job: setup.Job, trainable, watched: nonfinite.Watched, step: int):
-    """The error of a run that has had too many steps in a row that are not finite."""
-    batch = next(iter(job.feed.train(watched.first - 1)))
-    where = job.look(trainable, job.constants, batch, watched.first - 1)
-    return nonfinite.ended(watched, step, batch["id"], where)
-
-
-def keep_factors(config: Run, writer, step: int, trainable, frozen, lora: rm.LoRA) -> None:
+def keep_factors(job: setup.Job, i: int, writer: MetricWriter, step: int, trainable) -> None:
     """Writes what an evaluation keeps of a run's factors: spectrum and, if asked, a snapshot."""
-    intrinsic = spectrum(trainable, frozen, lora)
+    intrinsic = spectrum(job, i, trainable)
     writer.intrinsic(step, intrinsic)
-    if config.snapshots and writer.enabled and intrinsic:
+    if job.runs[i].snapshots and writer.enabled and intrinsic:
         snapshots.save(writer.workdir, step, jax.device_get(trainable))
 
 

@@ -35,10 +35,6 @@ class Constants(NamedTuple):
     seed: Any  # uint32: of dropout; folded with the step
 
 
-def init_state(tx: optax.GradientTransformation, trainable: dict) -> State:
-    return State(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
-
-
 def make_train_step(
     apply: Callable,
     loss: Callable,

@@ -44,7 +44,7 @@ def one_device():
 
 def follow(job, state, devices, runs, steps=STEPS):
     """What each run saw in its first steps; ``runs`` are configs, one for a single run."""
-    pick = job.axis.pick
+    pick = job.pick
     masks_of = [masks_by(resolve(c)) for c in runs if c.method == "rm_lora"]
     seen = [{"ids": [], "masks": [], "loss": [], "correct": [], "kept": []} for _ in runs]
     for _, batch in zip(range(steps), job.feed.train(0), strict=False):
@@ -52,7 +52,7 @@ def follow(job, state, devices, runs, steps=STEPS):
         masks = [of(*pair) for of, pair in zip(masks_of, before, strict=False)]
         state, metrics = job.train_step(state, job.constants, shard(batch, devices))
         for i, own in enumerate(seen):
-            found = {k: float(v) for k, v in job.axis.apart(metrics)[i].items()}
+            found = {k: float(v) for k, v in job.apart(metrics)[i].items()}
             own["ids"].append(batch["id"])
             own["loss"].append(found["loss"])
             own["correct"].append(found["accuracy"])

@@ -155,7 +155,7 @@ def test_every_reported_split_has_its_figures(config):
     steps = evaluate.Steps(evaluate.Compiled(job.train_step), evaluate.Compiled(job.eval_step))
     (figures,) = evaluate.reported(steps, job.state.trainable, job, devices)
     assert list(figures) == ["accuracy", "loss", "accuracy_mismatched", "loss_mismatched"]
-    outputs = evaluate.evaluate(steps, job.state.trainable, job, "validation", devices)
+    (outputs,) = evaluate.evaluate(steps, job.state.trainable, job, "validation", devices)
     assert figures["accuracy_mismatched"] == np.mean(outputs.predictions == outputs.labels)
 
 

@@ -52,7 +52,7 @@ def restored(config, workdir):
     """Logits of a run's best checkpoint, read through orbax and the trainer's own model."""
     job = setup.build(resolve(config), all_devices(limit=1))
     with checkpoint.open_checkpoints(workdir) as manager:
-        state = checkpoint.restore(manager, job.state, checkpoint.best_step(manager))
+        state = checkpoint.restore(manager, job.state, checkpoint.by_score(manager)[0])
     params = rm.join(state.trainable, job.constants.frozen)
     base = job.problem.pretrained
     model = rm.adapt(job.problem.model, job.lora[0])
