@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rmlora_jax import methods
-from rmlora_jax.config import MOST
+from rmlora_jax.config import MOST, with_values
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.fields import Run as Config
 from rmlora_jax.fields import Sweep
-from rmlora_jax.train.config import SWEEPABLE, flatten, mistakes, resolve, with_values
+from rmlora_jax.train.config import SWEEPABLE, flatten, mistakes, resolve
 
 MOST_RUNS = 10_000  # of a sweep
 EXAMPLE = "{'penalty': (0, 0.1), 'keep': (0.5, 1)}"
