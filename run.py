@@ -1,6 +1,6 @@
 """Fine-tune a pretrained model: ``python run.py --config=configs/NAME.py --workdir=DIR``.
 
-A config with a field ``study`` is of many runs, and goes to ``rmlora_jax.study``.
+A config with a field ``study`` describes many runs and goes to ``rmlora_jax.study``.
 
 Use a trained one: ``python run.py --workdir=DIR --predict photos/``.
 """

@@ -43,7 +43,7 @@ ConfigDict = Any
 
 FIXED = "fixed"  # a run that continues must have the same value
 FREE = "free"  # it may have another: the field changes no number
-GROWS = "grows"  # it may have more, where no step depends on how many steps there are
+GROWS = "grows"  # it may have more, if no step depends on the number of steps
 
 LARGE = 2**20  # of widths, ranks, lengths
 MOST = 2**31 - 1  # of steps and seeds

@@ -148,7 +148,7 @@ class Method:
       maskable: the parameters that ``rm.also`` masks, as ``factors`` of the mask, from a config.
       masks: whether the optimizer always masks the factors.
       gated: whether a diagonal closes directions.
-      continues: whether it may go on from ``model.adapter``.
+      continues: the kind of adapter that ``model.adapter`` may hold, if any.
       section: the fields that it reads beside those of every run.
       plans: what of it depends on the number of steps beside the learning rate, in words.
     """
@@ -163,7 +163,7 @@ class Method:
     maskable: Callable[[Run], FactorNames] | None = None
     masks: bool = False
     gated: bool = False
-    continues: bool = False
+    continues: type[rm.LoRA] | None = None
     section: type | None = None
     plans: str = ""
 
@@ -465,19 +465,19 @@ PREFIXES = r".*/prefix/(?:key|value)"
 METHODS: dict[str, Method] = {
     "rm_lora": Method(
         "LoRA with the orthogonality penalty and the random mask", factors(), rm_lora,
-        adapts=True, sweeps=("penalty", "keep", "alpha"), masks=True, continues=True,
+        adapts=True, sweeps=("penalty", "keep", "alpha"), masks=True, continues=rm.LoRA,
         section=Rm,
     ),
     "lora": Method(
-        "LoRA", factors(), plain, adapts=True, sweeps=("alpha",), continues=True
+        "LoRA", factors(), plain, adapts=True, sweeps=("alpha",), continues=rm.LoRA
     ),
     "reg_only": Method(
         "half of rm_lora: the penalty without the mask", factors(), penalty_alone,
-        adapts=True, sweeps=("penalty", "alpha"), continues=True,
+        adapts=True, sweeps=("penalty", "alpha"), continues=rm.LoRA,
     ),
     "mask_only": Method(
         "half of rm_lora: the mask without the penalty", factors(), mask_alone,
-        adapts=True, sweeps=("keep", "alpha"), masks=True, continues=True,
+        adapts=True, sweeps=("keep", "alpha"), masks=True, continues=rm.LoRA,
     ),
     "adalora": Method(
         "AdaLoRA: moves its rank directions between layers while it trains",
@@ -492,7 +492,7 @@ METHODS: dict[str, Method] = {
     ),
     "dora": Method(
         "DoRA: LoRA with a trained magnitude for each output", factors(rm.DoRA), plain,
-        adapts=True, sweeps=("alpha",), check=check_init, continues=True,
+        adapts=True, sweeps=("alpha",), check=check_init, continues=rm.DoRA,
     ),
     # Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199.
     "bitfit": Method(

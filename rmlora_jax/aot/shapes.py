@@ -55,15 +55,13 @@ def open_shapes(config: Run, devices: Devices) -> RunShapes:
         return _on(tree, devices, PartitionSpec())
 
     if config.is_sweep:
-        state = many.shapes(every[0], count, base, devices)
-        values = {"seed": jax.ShapeDtypeStruct((count,), jnp.uint32)}
-        values |= {n: jax.ShapeDtypeStruct((count,), jnp.float32) for n in every[0].setting}
-        constants = many.ManyConstants(base.constants, replicated(values))
-        step = many.train_step(config, base)
+        state = many.shapes(every[0], count, base)
+        constants = many.ManyConstants(base.constants, replicated(many.values_of(every[:count])))
+        step = many.train_step(base)
     else:
         tree = base.trainable
         state = replicated(jax.eval_shape(lambda tree: setup.start(config, base, tree), tree))
-        constants, step = base.constants, setup.train_step(config, base)
+        constants, step = base.constants, setup.train_step(base)
     return RunShapes(
         step=spread(step, devices, donate=True),
         arguments=(state, constants, _on(task.batch, devices, devices.rows)),
@@ -95,6 +93,8 @@ def _base(config: Run, task: Shapes, devices: Devices) -> setup.Base:
     absent: Any = None  # only a run with data reads it
     constants = Constants(frozen, task.resident, seed, seed)
     return setup.Base(
+        config=config,
+        devices=devices,
         problem=absent,
         feed=Feed({}, absent, absent, task.resident, task.prepare_train, absent),
         objective=task.objective,

@@ -1,8 +1,8 @@
 """Orbax checkpoints of what a run changes: step, trainable parameters, optimizer state.
 
-The base is never written: it comes from where the config says. Kept are the best checkpoint by
-validation and, while a run trains, the latest two: it continues from the second where the latest
-cannot be read. A checkpoint that cannot be read is never deleted but set aside, into ``damaged/``.
+The base is never written: it comes from where the config says. A run keeps its best checkpoint by
+validation and, while it trains, the latest two: it continues from the second if the latest cannot
+be read. A checkpoint that cannot be read is never deleted; it is moved to ``damaged/``.
 """
 
 import math
@@ -24,7 +24,7 @@ from rmlora_jax.files import read_json
 from rmlora_jax.tasks.scores import higher_is_better
 from rmlora_jax.train.config import read_config
 from rmlora_jax.train.step import State
-from rmlora_jax.train.workdir import without_late
+from rmlora_jax.train.workdir import is_late, quiet
 
 T = TypeVar("T")  # a NamedTuple of arrays: State, or the states of a sweep
 LATEST = 2  # checkpoints kept beside the best while a run trains
@@ -46,7 +46,7 @@ def open_checkpoints(workdir: Path, *, keep_best: bool = True) -> ocp.Checkpoint
     It keeps the latest two checkpoints and, with ``keep_best``, the best.
 
     Raises:
-      UserError: the folder is none, or what it says of its steps is missing or damaged.
+      UserError: it is a file, or the figures of all checkpoints are missing or damaged.
     """
     folder = workdir / "checkpoints"
     policy = preservation_policy
@@ -101,7 +101,7 @@ def _wrong_figures(step: Path) -> str | None:
 
 
 def set_aside(step: Any, why: str) -> None:
-    """Moves the folder of a step into ``damaged/``, where a save cannot meet it, and says so."""
+    """Moves the folder of a step to ``damaged/``, where a save cannot meet it, and reports it."""
     place = step.parent.parent / DAMAGED / step.name
     while place.exists():
         place = place.with_name(place.name + "-again")
@@ -111,7 +111,7 @@ def set_aside(step: Any, why: str) -> None:
 
 
 def none_left(folder: Path, why: dict[int, str]) -> UserError:
-    """The words where no checkpoint of several, or of one, can be read: nothing was moved."""
+    """The error for a run none of whose checkpoints can be read; nothing was moved."""
     steps = "; ".join(f"{folder / str(step)} {words}" for step, words in sorted(why.items()))
     return UserError(
         f"no checkpoint of this run can be read: {steps}\n"
@@ -168,17 +168,15 @@ def write(manager: ocp.CheckpointManager, step: int, state: NamedTuple, figures:
 
 
 def newest(manager: ocp.CheckpointManager, like: T) -> tuple[T | None, int]:
-    """The newest state that can be read, as `restore` gives it, and its step; None, 0 without any.
-
-    Raises:
-      UserError: there are checkpoints, and none can be read.
-    """
+    """As `first_intact`, of all steps, the newest first; None, 0 where there are no checkpoints."""
     steps = sorted(manager.all_steps(), reverse=True)
     return first_intact(manager, like, steps) if steps else (None, 0)
 
 
 def first_intact(manager: ocp.CheckpointManager, like: T, steps: Iterable[int]) -> tuple[T, int]:
-    """The first of ``steps`` that can be read; those before it are set aside.
+    """The state of the first of ``steps`` that can be read, and its step.
+
+    Those before it are set aside.
 
     Raises:
       UserError: none can be read. Nothing is moved then.
@@ -218,7 +216,7 @@ def restore(manager: ocp.CheckpointManager, like: T, step: int) -> T:
     """
     own = cast(NamedTuple, like)._asdict()
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, own)
-    hook, sys.unraisablehook = sys.unraisablehook, without_late(sys.unraisablehook)
+    hook, sys.unraisablehook = sys.unraisablehook, quiet(sys.unraisablehook, is_late)
     try:
         state = type(like)(**manager.restore(step, args=ocp.args.StandardRestore(target)))
         sys.unraisablehook = hook
@@ -263,15 +261,11 @@ def best_trainable(workdir: Path) -> dict:
 
 
 def read_base(workdir: Path, task: str, advice: str) -> tuple[Run, dict]:
-    """The config of the run in ``workdir`` and the parameters of its best step, on the host.
-
-    Args:
-      workdir: of the run.
-      task: that it must have had.
-      advice: how to make such a run, in words.
+    """The config of a finished run of ``task`` and the parameters of its best step, on the host.
 
     Raises:
-      UserError: there is no such run, it is not finished, or it trained a part of its model.
+      UserError: ``workdir`` holds no such run, or one that trained a part of its model; ``advice``
+        says how to make one.
     """
     workdir = workdir.absolute()  # orbax takes no other
     if not (workdir / "summary.json").is_file():

@@ -27,7 +27,7 @@ ADAPTER, MERGED = "adapter", "merged"
 
 
 def finish(
-    job: Job, state: State, keeper, compiled, folders, devices, began, seconds: float, trained: int
+    job: Job, state: State, keeper, compiled, folders, began, seconds: float, trained: int
 ) -> list[dict]:
     """Evaluates the runs on test, and writes what is left to write into their folders.
 
@@ -36,13 +36,12 @@ def finish(
     """
     # Asked before the evaluations, which all processes wait for: no summary is written until then.
     left = [i for i, folder in enumerate(folders) if not (folder / "summary.json").exists()]
-    last = best = reported(compiled, state.trainable, job, devices)
+    last = best = reported(compiled, state.trainable, job)
     chosen, steps = keeper.best(state)
     if any(step != job.steps for step in steps):
-        best = reported(compiled, chosen.trainable, job, devices)
+        best = reported(compiled, chosen.trainable, job)
     predicted = {
-        split: evaluate(compiled, chosen.trainable, job, split, devices)
-        for split in job.feed.unlabelled
+        split: evaluate(compiled, chosen.trainable, job, split) for split in job.feed.unlabelled
     }
     summaries = []
     for i in left:

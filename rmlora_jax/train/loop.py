@@ -21,13 +21,14 @@ from rmlora_jax.config import ConfigDict
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import read_json, write_json
-from rmlora_jax.parallel.mesh import Devices, all_devices, shard
+from rmlora_jax.parallel.mesh import all_devices, shard
+from rmlora_jax.report.records import read_metrics
 from rmlora_jax.report.run import verdict, write_report
 from rmlora_jax.tasks.task import measured
 from rmlora_jax.train import checkpoint, finished, nonfinite, setup, snapshots, terminal
 from rmlora_jax.train.config import flatten, resolve
 from rmlora_jax.train.evaluate import Steps, compile_steps, evaluate, spectrum
-from rmlora_jax.train.metrics import MetricWriter, read_metrics
+from rmlora_jax.train.metrics import MetricWriter
 from rmlora_jax.train.step import State, updates_done
 from rmlora_jax.train.stopping import Stopped, watch
 from rmlora_jax.train.workdir import check_nothing_lost, check_workdir, opened
@@ -75,16 +76,12 @@ def _train(config: Run, workdir: Path) -> dict:
         if leader:
             (workdir / "summary.json").unlink(missing_ok=True)  # of a run that goes on
             write_config(workdir, config)
-            print(header(config, job.base, devices, workdir, start=start), flush=True)
-            for note in job.problem.notes:
-                print(note, flush=True)
-        compiled = compile_steps(job, state, start, devices)
+            print(header(job.base, workdir, start=start), flush=True)
+        compiled = compile_steps(job, state, start)
         if leader:
             print(f"compiled in {terminal.duration(compiled.seconds)}", flush=True)
         keeper = checkpoint.Keeper(manager, job.problem.metrics[0])
-        (summary,) = train_program(
-            config, job, state, compiled, keeper, [workdir], devices, began
-        )
+        (summary,) = train_program(job, state, compiled, keeper, [workdir], began)
     if leader:
         write_report(workdir)
         print(ending(summary, workdir), flush=True)
@@ -96,19 +93,17 @@ def write_config(workdir: Path, config: Run) -> None:
 
 
 def train_program(
-    config: Run,
     job: setup.Job,
     state: State,
     compiled: Steps,
     keeper: checkpoint.Keeper,
     folders: Sequence[Path],
-    devices: Devices,
     began: float,
 ) -> list[dict]:
     """Trains the runs of a job from ``state`` to the last step and writes what each one leaves.
 
-    ``config`` is that which the runs share, ``began`` the ``time.monotonic`` of this start.
-    Returns the ``summary.json`` of each run that had none.
+    ``began`` is the ``time.monotonic`` of this start. Returns the ``summary.json`` of each run that
+    had none.
     """
     leader, start = jax.process_index() == 0, int(state.step)
     with contextlib.ExitStack() as stack:
@@ -116,29 +111,31 @@ def train_program(
         options = {"start_step": start, "enabled": leader, "tensorboard": not job.stacked}
         writers = [stack.enter_context(MetricWriter(folder, **options)) for folder in folders]
         progress = stack.enter_context(contextlib.closing(terminal.Progress(job.steps)))
-        state, seconds = fit(config, job, state, compiled, keeper, writers, progress, devices)
+        state, seconds = fit(job, state, compiled, keeper, writers, progress)
     keeper.wait()
     trained = job.steps - start
-    return finished.finish(job, state, keeper, compiled, folders, devices, began, seconds, trained)
+    return finished.finish(job, state, keeper, compiled, folders, began, seconds, trained)
 
 
-def header(
-    config: Run, base: setup.Base, devices: Devices, workdir: Path, *, start=0, runs=None
-) -> str:
-    """The table that a run begins with; ``runs`` says in words which runs a sweep has."""
+def header(base: setup.Base, workdir: Path, *, start=0, runs: str | None = None) -> str:
+    """What a run begins with: a table, and notes on data and model.
+
+    ``runs`` says in words which runs a sweep has.
+    """
     sizes = ", ".join(f"{split} {n:,}" for split, n in base.feed.sizes.items())
     steps = f"{base.steps:,}" + (f", continuing after step {start:,}" if start else "")
-    return terminal.format_table("rmlora_jax", [
+    table = terminal.format_table("rmlora_jax", [
         ("devices", terminal.count_devices(jax.devices())),
-        ("mesh", ", ".join(f"{axis} {n}" for axis, n in devices.mesh.shape.items())),
-        ("model", config.model.source),
-        ("method", config.method),
+        ("mesh", ", ".join(f"{axis} {n}" for axis, n in base.devices.mesh.shape.items())),
+        ("model", base.config.model.source),
+        ("method", base.config.method),
         ("runs", runs),
         ("parameters", terminal.parameters(base.trainable_parameters, base.total_parameters)),
-        ("data", f"{config.data.name}: {sizes}"),
+        ("data", f"{base.config.data.name}: {sizes}"),
         ("steps", steps),
         ("workdir", workdir),
     ])
+    return "\n".join([table, *base.problem.notes])
 
 
 def ending(summary: dict, workdir: Path) -> str:
@@ -146,21 +143,19 @@ def ending(summary: dict, workdir: Path) -> str:
 
 
 def fit(
-    config: Run,
     job: setup.Job,
     state: State,
     compiled: Steps,
     keeper: checkpoint.Keeper,
     writers: Sequence[MetricWriter],
     progress: terminal.Progress,
-    devices: Devices,
 ) -> tuple[State, float]:
-    """Trains to the last step; returns the state and the seconds of the training steps alone:
-    without compilation, evaluation, checkpoints."""
+    """Trains to the last step; returns the state and the seconds of the training steps alone."""
     seconds, shown, leader = 0.0, {}, jax.process_index() == 0
+    config = job.base.config
     watched = [nonfinite.Watched(config.nonfinite_limit) for _ in job.runs]
     schedules = [methods.learning_rate(run, job.steps) for run in job.runs]
-    for done in stretches(config, job, state, compiled, devices):
+    for done in stretches(job, state, compiled):
         state, seconds = done.state, seconds + done.seconds
         metrics = [list(of_run) for of_run in zip(*map(job.apart, done.metrics), strict=True)]
         rows = [
@@ -175,7 +170,7 @@ def fit(
                     progress.print(f"{writer.workdir.name}: {note}" if writers[1:] else note)
         validation = []
         if done.evaluating:
-            outputs = evaluate(compiled, state.trainable, job, "validation", devices)
+            outputs = evaluate(compiled, state.trainable, job, "validation")
             validation = [measured(own, job.problem.metrics) for own in outputs]
             for row, found in zip(rows, validation, strict=True):
                 row |= {f"eval/{name}": value for name, value in found.items()}
@@ -243,9 +238,7 @@ class Stretch(NamedTuple):
         return self.step - len(self.metrics) + 1
 
 
-def stretches(
-    config: Run, job: setup.Job, state: State, compiled: Steps, devices: Devices
-) -> Iterator[Stretch]:
+def stretches(job: setup.Job, state: State, compiled: Steps) -> Iterator[Stretch]:
     """Trains from ``state`` to the last step. Time the caller spends between stretches is not
     counted."""
     pending = []
@@ -259,11 +252,11 @@ def stretches(
     batches = zip(range(start + 1, job.steps + 1), job.feed.train(start), strict=False)
     with watch("saving after this step") as asked:
         for done, batch in batches:
-            state, metrics = compiled.train(state, job.constants, shard(batch, devices))
+            state, metrics = compiled.train(state, job.constants, shard(batch, job.base.devices))
             pending.append(metrics)
             stopping = asked(done) and done < job.steps
             evaluating = done % job.eval_every == 0 or done == job.steps
-            if done % config.log_every and not evaluating and not stopping:
+            if done % job.base.config.log_every and not evaluating and not stopping:
                 continue
             metrics = jax.device_get(pending)  # waits for the steps
             skipped = skipped + np.sum([m["skipped"] for m in metrics], axis=0, dtype=np.int64)
@@ -285,8 +278,7 @@ def row_of(
 
 
 def mean_of(metrics: list[dict]) -> dict[str, Any]:
-    """Means of the steps' metrics, under the names of metrics.jsonl; of those that were not
-    skipped, if there are any."""
+    """Means over the steps that were not skipped, or else over all, by names of metrics.jsonl."""
     kept = [m for m in metrics if not m.get("skipped")] or metrics
     names = [k for k in metrics[0] if k != "skipped"]
     return {f"train/{k}": np.mean([m[k] for m in kept], dtype=np.float32) for k in names}

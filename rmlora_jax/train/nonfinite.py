@@ -1,7 +1,7 @@
-"""Non-finite values: which step, which examples, which layer; and losses far off the others.
+"""Non-finite values: in which step, examples and layer; and losses far above the others.
 
-A step skips by itself what is not finite (`step.make_train_step`). Here, on the host and from
-numbers that are there anyway, it is counted; only where a run ends is the model run once more.
+A step leaves out a non-finite update by itself (`step.make_train_step`). Here skipped steps are
+counted on the host, from metrics that exist already. The model runs once more only when a run ends.
 """
 
 import collections
@@ -28,9 +28,9 @@ class Watched:
     """The losses of one run, step by step.
 
     Attributes:
-      over: whether ``limit`` steps in a row were skipped; once true it stays so. 0: never.
-      first: the first of the steps in a row that were.
-      length: how many they are.
+      over: whether ``limit`` steps in a row were skipped; once true it stays true. 0: never.
+      first: the first step of the latest row of skipped steps.
+      length: the number of steps in that row; 0 after a step that was not skipped.
     """
 
     def __init__(self, limit: int):

@@ -44,6 +44,8 @@ from rmlora_jax.train.step import (
 class Base(NamedTuple):
     """What a run, or all runs of a sweep, starts from: data, pretrained weights, adapted model."""
 
+    config: Run
+    devices: Devices
     problem: Any  # Problem; None where nothing is run
     feed: Feed
     objective: Objective
@@ -120,8 +122,8 @@ def build(config: Run, devices: Devices) -> Job:
         lora=(base.lora,),
         state=replicate(start(config, base, base.trainable), devices),
         constants=base.constants,
-        train_step=spread(train_step(config, base), devices, donate=True),
-        eval_step=spread(eval_step(config, base), devices),
+        train_step=spread(train_step(base), devices, donate=True),
+        eval_step=spread(eval_step(base), devices),
         look=functools.partial(look, base),
     )
 
@@ -138,18 +140,21 @@ def open_base(config: Run, devices: Devices) -> Base:
     with fields("lora.*"):
         lora, adapted, params = with_new(config, problem, problem.params, factors_key)
         trainable, frozen = rm.split(params, lora)
+    notes = [*problem.notes]
     if config.model.adapter:
         found = f"goes on from {config.model.adapter}: {lora.rank=}, {lora.alpha=}, {lora.target=}"
-        problem = problem._replace(notes=(*problem.notes, found.replace("lora.", "")))
+        notes.append(found.replace("lora.", ""))
 
     feed = problem.open_feed()
     check_same("the data", (feed.sizes, problem.skipped))
-    notes = (*problem.notes, *data_notes(problem, feed, config.batch_size))
-    problem = problem._replace(notes=notes)
+    notes += data_notes(problem, feed, config.batch_size)
+    problem = problem._replace(notes=tuple(notes))
     steps = config.steps or max(1, round(config.epochs * feed.train_size / config.batch_size))
     trainable = cast(trainable, jnp.float32)
     check_optimizer(config, steps, trainable)
     return Base(
+        config=config,
+        devices=devices,
         problem=problem,
         feed=feed,
         objective=problem.objective,
@@ -210,17 +215,18 @@ def from_adapter(config: Run, problem: Problem, params: dict) -> tuple[dict, rm.
     """The factors of ``model.adapter``, and its head where that is for as many classes.
 
     Raises:
-      UserError: they are of another form than those of the method.
+      UserError: the method cannot go on from factors of that kind.
     """
     folder, base = Path(config.model.adapter).expanduser(), problem.pretrained
     assert base is not None  # the task's check refuses model.adapter otherwise
     whole = hub.stored_labels(folder) == base.num_labels
     params, lora = hub.load_peft(folder, base._replace(params=params), saved=whole)
-    found, own = type(lora).__name__, type(methods.description(config)).__name__
-    if found != own:
+    if type(lora) is not methods.of(config).continues:
+        able = [name for name, one in methods.METHODS.items() if one.continues is type(lora)]
         raise UserError(
-            f"config.model.adapter={config.model.adapter!r} holds {found} factors, and method "
-            f"{config.method} trains {own} factors; type --config.method={found.lower()}"
+            f"config.model.adapter={config.model.adapter!r} holds {type(lora).__name__} factors, "
+            f"which method {config.method} does not continue; "
+            + (f"type --config.method={' or '.join(able)}" if able else "no method does")
         )
     rules = [*map(re.escape, lora.train or ()), config.lora.train]
     return params, dataclasses.replace(lora, train="|".join(rules), dropout=config.lora.dropout)
@@ -240,14 +246,13 @@ def reseeded(config: Run, base: Base) -> dict:
     return cast(rm.split(params, lora)[0], jnp.float32)
 
 
-def train_step(
-    config: Run, base: Base, traced: methods.Values | None = None, prepare_params=None
-) -> Callable:
+def train_step(base: Base, traced: methods.Values | None = None, prepare_params=None) -> Callable:
     """The step of one device.
 
     ``traced`` are the values that a sweep varies. ``prepare_params`` changes the parameters on
     their way into the model.
     """
+    config = base.config
     return make_train_step(
         _apply(base, prepare_params, config.fsdp > 1),
         base.objective.loss,
@@ -258,9 +263,9 @@ def train_step(
     )
 
 
-def eval_step(config: Run, base: Base, prepare_params=None) -> Callable:
+def eval_step(base: Base, prepare_params=None) -> Callable:
     """The evaluation step of one device, as `train_step`."""
-    apply = _apply(base, prepare_params, config.fsdp > 1)
+    apply = _apply(base, prepare_params, base.config.fsdp > 1)
     return make_eval_step(apply, base.objective.predict, base.feed.prepare_eval)
 
 

@@ -72,14 +72,8 @@ def parameters(trainable: int, total: int) -> str:
 class Progress:
     """A progress bar on a terminal; a plain line every ``interval`` seconds anywhere else.
 
-    Time is counted from the first `update`, so that the compilation before it does not spoil the
-    estimate of what is left.
-
-    Args:
-      total: the run's last step.
-      stream: where to write; standard output by default.
-      interval: seconds between plain lines; the first and the last step always have one.
-      clock: a function returning seconds, for tests.
+    The first step and the last, ``total``, always have a line. Time is counted from the first
+    `update`, so that the compilation before it does not spoil the estimate of what is left.
     """
 
     def __init__(self, total: int, *, stream: TextIO | None = None, interval: float = 5.0,

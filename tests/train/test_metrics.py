@@ -24,15 +24,10 @@ import pytest
 
 from rmlora_jax import files
 from rmlora_jax.errors import UserError
+from rmlora_jax.report.records import read_intrinsic, read_metrics
 from rmlora_jax.train import loop, metrics, terminal
 from rmlora_jax.train.config import default_config, resolve
-from rmlora_jax.train.metrics import (
-    MetricWriter,
-    append_intrinsic,
-    drop_after,
-    read_intrinsic,
-    read_metrics,
-)
+from rmlora_jax.train.metrics import MetricWriter, append_intrinsic, drop_after
 
 
 def strict(text):
@@ -357,9 +352,10 @@ def test_header_counts_devices_and_names_what_is_trained(tmp_path, monkeypatch):
     config = dataclasses.replace(resolve(default_config()), method="lora")
     base = types.SimpleNamespace(
         feed=types.SimpleNamespace(sizes={"train": 45_000, "test": 10_000}), steps=5000,
-        trainable_parameters=740_452, total_parameters=86_612_836)
-    devices = types.SimpleNamespace(mesh=types.SimpleNamespace(shape={"data": 4, "model": 2}))
-    text = loop.header(config, base, devices, tmp_path, start=500)
+        trainable_parameters=740_452, total_parameters=86_612_836, config=config,
+        problem=types.SimpleNamespace(notes=("newly initialised: head",)),
+        devices=types.SimpleNamespace(mesh=types.SimpleNamespace(shape={"data": 4, "model": 2})))
+    text = loop.header(base, tmp_path, start=500)
     assert text.splitlines() == [
         "rmlora_jax",
         "  devices     8 x TPU v5e of 2 processes",
@@ -370,6 +366,7 @@ def test_header_counts_devices_and_names_what_is_trained(tmp_path, monkeypatch):
         "  data        cifar100: train 45,000, test 10,000",
         "  steps       5,000, continuing after step 500",
         f"  workdir     {tmp_path}",
+        "newly initialised: head",
     ]
 
 
