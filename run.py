@@ -69,40 +69,49 @@ DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error")
 
 
 def main(argv):
-    if PREDICT.value is not None:
-        return predict([*PREDICT.value, *argv[1:]])
-    if EXPORT.value is not None:
-        return export()
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; fields: --config.a.b=value")
-    if PRINT_CONFIG.value:
-        print_config()
-        return
     logging.set_verbosity(logging.WARNING)  # jax and TFDS tell of every file and backend at INFO
     # Imported here: --help and a mistyped flag need not wait for jax.
     from rmlora_jax.errors import UserError
-    from rmlora_jax.sweep import grid
-    from rmlora_jax.sweep import train as sweep
-    from rmlora_jax.train import loop, stopping
+    from rmlora_jax.train import stopping
 
     try:
-        if "study" in CONFIG.value:
-            study(CONFIG.value)
-            return
-        if COMPILE_ONLY.value or TOPOLOGY.value:
-            compile_only()
-            return
-        config = grid.check_config(CONFIG.value, there=True)
-        if DISTRIBUTED.value or COORDINATOR.value:
-            join_processes()
-        train = sweep.train if config.is_sweep else loop.train
-        train(config, workdir())
+        return command(argv[1:])
     except UserError as e:
         stop(e)
     except stopping.Stopped as e:
         stop(e, stopping.RESUME)
     except KeyboardInterrupt:
         stop(KeyboardInterrupt("stopped outside of a step; the same command goes on"), 130)
+
+
+def command(words):
+    """Does what the flags ask for; ``words`` are the arguments without a flag."""
+    if PREDICT.value is not None:
+        from rmlora_jax.inference.predict import predict
+
+        return predict(WORKDIR.value, [*PREDICT.value, *words], top=TOP.value, out=OUT.value)
+    if EXPORT.value is not None:
+        return export()
+    if words:
+        raise app.UsageError(f"unexpected argument {words[0]!r}; fields: --config.a.b=value")
+    if PRINT_CONFIG.value:
+        return print_config()
+    if "study" in CONFIG.value:
+        return study(CONFIG.value)
+    if COMPILE_ONLY.value or TOPOLOGY.value:
+        return compile_only()
+    train()
+
+
+def train():
+    from rmlora_jax.sweep import grid
+    from rmlora_jax.sweep import train as sweep
+    from rmlora_jax.train import loop
+
+    config = grid.check_config(CONFIG.value, there=True)
+    if DISTRIBUTED.value or COORDINATOR.value:
+        join_processes()
+    (sweep.train if config.is_sweep else loop.train)(config, workdir())
 
 
 def print_config():
@@ -113,28 +122,13 @@ def print_config():
     print(config.describe(Study if "study" in CONFIG.value else RunConfig, CONFIG.value))
 
 
-def predict(inputs):
-    logging.set_verbosity(logging.WARNING)
-    from rmlora_jax.errors import UserError
-    from rmlora_jax.inference.predict import predict
-
-    try:
-        return predict(WORKDIR.value, inputs, top=TOP.value, out=OUT.value)
-    except UserError as e:
-        stop(e)
-
-
 def export():
-    logging.set_verbosity(logging.WARNING)
     from rmlora_jax.errors import UserError
     from rmlora_jax.train.finished import export_merged
 
-    try:
-        if not WORKDIR.value:
-            raise UserError("--export needs the --workdir of a finished run")
-        print(f"merged model: {export_merged(Path(WORKDIR.value))}")
-    except UserError as e:
-        stop(e)
+    if not WORKDIR.value:
+        raise UserError("--export needs the --workdir of a finished run")
+    print(f"merged model: {export_merged(Path(WORKDIR.value))}")
 
 
 def study(config):

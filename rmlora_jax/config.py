@@ -43,7 +43,7 @@ ConfigDict = Any
 
 FIXED = "fixed"  # a run that continues must have the same value
 FREE = "free"  # it may have another: the field changes no number
-GROWS = "grows"  # it may have more, where no step depends on how many steps there are
+GROWS = "grows"  # it may have more, if no step depends on the number of steps
 
 LARGE = 2**20  # of widths, ranks, lengths
 MOST = 2**31 - 1  # of steps and seeds
@@ -65,7 +65,6 @@ class Spec(NamedTuple):
       help: the meaning, with its unit.
       choices: the allowed values of a text.
       least, most, above, below: the bounds of a number.
-      words: what to call the bounds; by default they are named one by one.
       problem: ``value -> words or None`` for what bounds cannot say.
       elements: of a tuple; names by default.
       resume: FIXED, FREE or GROWS.
@@ -79,7 +78,6 @@ class Spec(NamedTuple):
     most: float | None = None
     above: float | None = None
     below: float | None = None
-    words: str = ""
     problem: Callable[[Any], str | None] | None = None
     elements: Elements | None = None
     resume: str = FIXED
@@ -337,12 +335,15 @@ def _not_allowed(value: Any, spec: Spec) -> str | None:
         return f"must be one of {', '.join(spec.choices)}{did_you_mean(value, spec.choices)}"
     for words, holds in _bounds(spec):
         if not holds(value):
-            return f"must be {spec.words or words}"
+            return f"must be {words}"
     return spec.problem(value) if spec.problem else None
 
 
 def _bounds(spec: Spec) -> Iterator[tuple[str, Callable[[Any], bool]]]:
     least, most, above, below = spec.least, spec.most, spec.above, spec.below
+    if least is not None and below is not None:
+        yield f"in [{least}, {below})", lambda v: least <= v < below
+        return
     if least is not None:
         yield ("0 or more" if least == 0 else f"at least {least}"), lambda v: v >= least
     if above is not None:
@@ -358,9 +359,7 @@ def _allowed(leaf: Leaf) -> str:
         return "one of " + ", ".join(leaf.spec.choices)
     # Counts begin where counts begin, and the largest bounds only catch slips of the hand.
     hidden = {"0 or more", "at least 1", f"at most {LARGE}", f"at most {MOST}"}
-    return leaf.spec.words or ", ".join(
-        words for words, _ in _bounds(leaf.spec) if words not in hidden
-    )
+    return ", ".join(words for words, _ in _bounds(leaf.spec) if words not in hidden)
 
 
 def _is(path: str, value: Any, words: str, length: int = 200) -> str:

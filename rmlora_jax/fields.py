@@ -23,13 +23,19 @@ DTYPES = ("bfloat16", "float16", "float32")
 LARGEST_IMAGE = 2**14  # pixels of a side
 
 
+def _validation_problem(value: float) -> str | None:
+    if value <= 0:
+        return "must be above 0: the best step is chosen on it"
+    if value >= 1 and value != value // 1:
+        return "must be a fraction below 1, or a whole number"
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """Which pretrained model, and how it is computed."""
 
-    source: str = field(
-        "google/vit-base-patch16-224-in21k", "folder, bundled name, or name on the hub"
-    )
+    source: str = field("google/vit-base-patch16-224-in21k", "folder, bundled name or hub name")
     adapter: str = field(
         "",
         "folder of a PEFT adapter of that model to go on from: rank, alpha and targets are then "
@@ -67,9 +73,7 @@ class Data:
         "in data_dir), glue/cola ..., or a name of TFDS; with text.train_file any",
         problem=blank_problem("a name"),
     )
-    data_dir: str | None = field(
-        None, "folder of the data; None: TFDS's own default", resume=FREE
-    )
+    data_dir: str | None = field(None, "folder of the data; None: TFDS's own default", resume=FREE)
     train_split: str = field(
         "train", "a split or a slice, such as train[:80%]",
         problem=blank_problem("a split, such as train[:80%]"),
@@ -80,7 +84,7 @@ class Data:
     label_key: str = field("label", "name of the feature", problem=blank_problem("a name"))
     validation: float = field(
         0.1, "fraction (below 1) or number of training examples held out",
-        problem=lambda v: _validation_problem(v),
+        problem=_validation_problem,
     )
     limit: int = field(0, "use this many training examples; 0: all", least=0)
     classes: int = field(
@@ -115,8 +119,7 @@ class Data:
         choices=("pad", "resized", "none"),
     )
     seed: int | None = field(
-        None, "of order and augmentation; None: the run's seed",
-        least=0, most=MOST, words=f"from 0 to {MOST}",
+        None, "of order and augmentation; None: the run's seed", least=0, most=MOST
     )
 
 
@@ -125,9 +128,7 @@ class Lora:
     """The factors beside the weights."""
 
     rank: int = field(4, "rank directions of a layer", least=1, most=LARGE)
-    alpha: float = field(
-        16.0, "the low-rank product is scaled by alpha / rank", above=0, sweep="alpha"
-    )
+    alpha: float = field(16.0, "the product A B is scaled by alpha / rank", above=0, sweep="alpha")
     target: str = field(
         r"encoder/layers/.*", "regex on module paths: every linear layer inside",
         problem=regex_problem,
@@ -136,9 +137,7 @@ class Lora:
         r"head", "regex on paths that are trained in full beside the factors",
         problem=regex_problem,
     )
-    dropout: float = field(
-        0.0, "on the adapters' input, in training", least=0, below=1, words="in [0, 1)"
-    )
+    dropout: float = field(0.0, "on the adapters' input, in training", least=0, below=1)
     init: str = field(
         "kaiming", "of A", choices=("kaiming", "normal", "gaussian", "orthogonal", "pissa")
     )
@@ -167,17 +166,15 @@ class Optimizer:
         "linear", "linear or cosine to 0, or constant", choices=("linear", "cosine", "constant")
     )
     warmup: float = field(
-        0.0, "fraction of the steps in which the rate rises from 0",
-        least=0, below=1, words="a fraction of the steps in [0, 1)",
+        0.0, "fraction of the steps in which the rate rises from 0", least=0, below=1
     )
     weight_decay: float = field(0.0, "decoupled", least=0, sweep="weight_decay")
-    b1: float = field(0.9, "decay of the first moment", least=0, below=1, words="in [0, 1)")
-    b2: float = field(0.999, "decay of the second moment", least=0, below=1, words="in [0, 1)")
+    b1: float = field(0.9, "decay of the first moment", least=0, below=1)
+    b2: float = field(0.999, "decay of the second moment", least=0, below=1)
     eps: float = field(1e-8, "added to the root of the second moment", above=0)
     clip: float = field(1.0, "global norm of the gradient; 0: no clipping", least=0)
     label_smoothing: float = field(
-        0.0, "weight of the uniform distribution in the targets", least=0, below=1,
-        words="in [0, 1)",
+        0.0, "weight of the uniform distribution in the targets", least=0, below=1
     )
     lora_plus: float = field(
         1.0, "LoRA+: learning rate of lora_b over that of all else, such as 16", above=0
@@ -207,39 +204,27 @@ class Run:
     method: str = field("rm_lora", "how it is learnt")
     seed: int = field(
         0, "of factors, head, masks and dropout; where data.seed is None, of the data too",
-        least=0, most=MOST, words=f"from 0 to {MOST}",
+        least=0, most=MOST,
     )
-    epochs: float = field(
-        8.0, "passes over the training split; ignored where steps is set", resume=GROWS
-    )
+    epochs: float = field(8.0, "passes over the training split, if steps is 0", resume=GROWS)
     steps: int = field(0, "optimizer steps; 0: from epochs", least=0, most=MOST, resume=GROWS)
     batch_size: int = field(
         64, "examples an optimizer step, over all devices of all processes", least=1, most=MOST
     )
-    accumulate: int = field(
-        1, "micro-batches a step: memory of batch_size / accumulate", least=1
-    )
-    eval_batch_size: int = field(
-        256, "examples an evaluation step, over all devices", least=1, most=MOST
-    )
+    accumulate: int = field(1, "micro-batches a step: memory of batch_size / accumulate", least=1)
+    eval_batch_size: int = field(256, "examples an evaluation step", least=1, most=MOST)
     eval_every: int = field(
         0, "steps between evaluations (each is a checkpoint); 0: once an epoch", least=0, most=MOST
     )
-    snapshots: bool = field(
-        False, "keep the factors of each evaluation, for what training explored"
-    )
-    log_every: int = field(
-        20, "steps between lines of metrics.jsonl", least=1, most=MOST, resume=FREE
-    )
+    snapshots: bool = field(False, "keep the factors of each evaluation, to measure them later")
+    log_every: int = field(20, "steps per line of metrics.jsonl", least=1, most=MOST, resume=FREE)
     nonfinite_limit: int = field(
         10,
         "a step whose loss or gradient is not finite changes nothing; after this many in a row "
         "the run ends and names the first layer with such a value. 0: it goes on",
         least=0, resume=FREE,
     )
-    parallel: str = field(
-        "mesh", "mesh: jit(shard_map); pmap: jax.pmap", choices=("mesh", "pmap")
-    )
+    parallel: str = field("mesh", "mesh: jit(shard_map); pmap: jax.pmap", choices=("mesh", "pmap"))
     fsdp: int = field(
         1, "devices that share one copy of the base, with parallel=mesh; 1: a copy on each", least=1
     )
@@ -270,23 +255,12 @@ class Run:
         """What is wrong between the fields of every run, as (field, what it must be)."""
         if self.parallel == "pmap" and self.fsdp != 1:
             yield "fsdp", "1 where parallel is pmap; type --config.parallel=mesh"
-        if not self.steps > 0:
-            if not self.epochs > 0:
-                yield "epochs", "above 0 where steps is 0"
-            elif self.epochs > MOST:
-                yield "epochs", f"at most {MOST}"
+        if self.steps <= 0 and not 0 < self.epochs <= MOST:
+            yield "epochs", f"above 0 and at most {MOST} where steps is 0"
         if self.accumulate >= 1 and self.batch_size % self.accumulate:
             yield "accumulate", f"a divisor of batch_size {self.batch_size}"
         if self.model.adapter and self.is_sweep:
-            yield "model.adapter", "empty for sweep.*, whose runs begin apart"
-
-
-def _validation_problem(value: float) -> str | None:
-    if value <= 0:
-        return "must be above 0: the best step is chosen on it"
-    if value >= 1 and value != value // 1:
-        return "must be a fraction below 1, or a whole number"
-    return None
+            yield "model.adapter", "empty for sweep.*, whose runs begin with factors of their own"
 
 
 def under(regex: str, own: str) -> str:

@@ -52,7 +52,7 @@ def main(_):
     feed = base.feed.train(0)
     batches = [shard(next(feed), devices) for _ in range(STEPS.value)]
 
-    together = many.build(resolve(config), every, base, devices)
+    together = many.build(every, base)
     program, compile_together = compiled(together, together.state, batches[0])
     alone = setup.build(every[0].config, devices)
     single, compile_alone = compiled(alone, alone.state, batches[0])
@@ -60,7 +60,7 @@ def main(_):
         alone.constants._replace(seed=many.pick(together.constants.values["seed"], i))
         for i in range(len(every))
     ]
-    states = {"together": many.first_state(every, base, devices)}
+    states = {"together": many.first_state(every, base)}
     states |= {i: many.pick(states["together"]._replace(step=np.zeros(len(every), np.int32)), i)
                for i in range(len(every))}
 

@@ -51,15 +51,14 @@ def open_shapes(config: Run, devices: Devices) -> RunShapes:
     count = min(config.sweep.at_once or len(every), len(every))
     whole = PartitionSpec()
     if config.is_sweep:
-        state = many.shapes(every[0], count, base, devices)
-        values = {"seed": jax.ShapeDtypeStruct((count,), jnp.uint32)}
-        values |= {n: jax.ShapeDtypeStruct((count,), jnp.float32) for n in every[0].setting}
+        state = many.shapes(every[0], count, base)
+        values = many.values_of(every[:count])
         constants = many.ManyConstants(base.constants, _on(values, devices, whole))
-        step = many.train_step(config, base)
+        step = many.train_step(base)
     else:
         start = functools.partial(setup.start, config, base)
         state = _on(jax.eval_shape(start, base.trainable), devices, whole)
-        constants, step = base.constants, setup.train_step(config, base)
+        constants, step = base.constants, setup.train_step(base)
     arguments = (state, constants, _on(task.batch, devices, devices.rows))
     return RunShapes(spread(step, devices, donate=True), arguments, task, base, count)
 
@@ -86,6 +85,8 @@ def _base(config: Run, task: Shapes, devices: Devices) -> setup.Base:
         lambda x: _on(x, devices, base_sharding(x.shape, devices).spec), frozen
     )
     return setup.Base(
+        config=config,
+        devices=devices,
         problem=absent,
         feed=Feed({}, absent, absent, task.resident, task.prepare_train, absent),
         objective=TASKS[config.task].objective(config),

@@ -21,7 +21,6 @@ from rmlora_jax.bench.models import CLASSES, LINEARS, Entry
 from rmlora_jax.bench.options import Options
 from rmlora_jax.bench.variants import LEARNING_RATE, step_flops
 from rmlora_jax.errors import UserError
-from rmlora_jax.models.config import INSERTS
 
 NEEDED = ("torch", "transformers", "peft")
 ROWS = {"peft_lora": "lora", "peft_rm_lora": "rm_lora"}
@@ -143,7 +142,8 @@ def base_model(entry: Entry):
     import transformers
 
     fields = {"model_type": entry.config.model_types[0]} | dataclasses.asdict(entry.config)
-    for ours in (*INSERTS, "embedding_size"):  # 0 here, that of DeBERTa as hidden_size
+    # Fields that are ours alone, 0 here, and DeBERTa's that equals hidden_size.
+    for ours in ("bottleneck_width", "prefix_length", "embedding_size"):
         fields.pop(ours, None)
     if "pos_att_type" in fields:
         fields["pos_att_type"] = list(fields["pos_att_type"])

@@ -17,7 +17,8 @@ import optax
 
 import rmlora_jax as rm
 from rmlora_jax.adapt.lora import is_factor
-from rmlora_jax.config import Mistake, sections
+from rmlora_jax.config import Mistake, leaves, sections
+from rmlora_jax.config import flatten as flat_values
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run, under
 from rmlora_jax.methods.fields import UNITS, AdaLora, Bottleneck, Prefix, Rm, Sora
@@ -49,7 +50,7 @@ class Method:
     units: tuple[str, ...] = UNITS
     masks: bool = False  # whether the optimizer always masks the factors
     gated: bool = False  # whether a diagonal closes directions
-    continues: bool = False  # whether it may go on from ``model.adapter``
+    continues: type[rm.LoRA] | None = None  # the kind of adapter that ``model.adapter`` may hold
     section: type | None = None  # the fields that it reads beside those of every run
     plans: str = ""  # what else, beside the learning rate, depends on the number of steps
 
@@ -114,8 +115,16 @@ def learning_rate(config: Run, steps: int, peak: Any = None) -> optax.Schedule:
     return optax.join_schedules([rise, decay], [warmup])
 
 
-def optimizer(config: Run, steps: int, values: Values) -> optax.GradientTransformation:
-    """Clip and AdamW for a run of ``steps`` steps, with what the method adds before and after."""
+def optimizer(
+    config: Run, steps: int, traced: Values | None = None
+) -> optax.GradientTransformation:
+    """Clip and AdamW for a run of ``steps`` steps, with what the method adds before and after.
+
+    ``traced`` are the values that a sweep varies, in place of the config's.
+    """
+    flat, known = flat_values(config), leaves(type(config)).items()
+    values = {leaf.spec.sweep: flat[path] for path, leaf in known if leaf.spec.sweep}
+    values |= traced or {}
     own, schedule = config.optimizer, learning_rate(config, steps, values["learning_rate"])
     tx = of(config).optimize(
         config,
@@ -309,19 +318,19 @@ PREFIXES = r".*/prefix/(?:key|value)"
 METHODS: dict[str, Method] = {
     "rm_lora": Method(
         "LoRA with the orthogonality penalty and the random mask", factors(), rm_lora,
-        adapts=True, sweeps=("penalty", "keep", "alpha"), masks=True, continues=True,
+        adapts=True, sweeps=("penalty", "keep", "alpha"), masks=True, continues=rm.LoRA,
         section=Rm,
     ),
-    "lora": Method("LoRA", factors(), plain, adapts=True, sweeps=("alpha",), continues=True),
+    "lora": Method("LoRA", factors(), plain, adapts=True, sweeps=("alpha",), continues=rm.LoRA),
     "reg_only": Method(
         "half of rm_lora: the penalty without the mask", factors(),
         functools.partial(rm_lora, mask=False), adapts=True, sweeps=("penalty", "alpha"),
-        continues=True,
+        continues=rm.LoRA,
     ),
     "mask_only": Method(
         "half of rm_lora: the mask without the penalty", factors(),
         functools.partial(rm_lora, penalty=False), adapts=True, sweeps=("keep", "alpha"),
-        masks=True, continues=True,
+        masks=True, continues=rm.LoRA,
     ),
     "adalora": Method(
         "AdaLoRA: moves its rank directions between layers while it trains",
@@ -336,7 +345,7 @@ METHODS: dict[str, Method] = {
     ),
     "dora": Method(
         "DoRA: LoRA with a trained magnitude for each output", factors(rm.DoRA), plain,
-        adapts=True, sweeps=("alpha",), check=check_init, continues=True,
+        adapts=True, sweeps=("alpha",), check=check_init, continues=rm.DoRA,
     ),
     # Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199.
     "bitfit": Method(

@@ -81,7 +81,7 @@ class Sora:
         None,
         "instead of sparsity: what a gate loses over the run, so that one value fits any rate "
         "and length; gates begin as N(0, 1). None: sparsity",
-        least=0, words="0 or more, or None for sora.sparsity", sweep="shrink",
+        least=0, sweep="shrink",
     )
     l1: float = field(0.0, "lambda_1: weight of the mean |gate| in the loss", least=0, sweep="l1")
     gate_rate: float = field(1.0, "learning rate of the gates over that of all else", above=0)

@@ -10,9 +10,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rmlora_jax.config import Elements, field, is_names, is_number, leaves
+from rmlora_jax.config import FREE, Elements, field, is_names, is_number, leaves
 from rmlora_jax.tasks.scores import higher_is_better
-from rmlora_jax.train.config import FREE_ON_RESUME, RunConfig, flatten
+from rmlora_jax.train.config import RunConfig, flatten
 
 CHOOSE, FINAL = "choose", "final"
 FIRST_CHOOSE_SEED = 100
@@ -191,13 +191,13 @@ def identity(config: Any, stage: str) -> str:
     They stand for the fields that differ from the defaults, those left out that change no number:
     a new field of the trainer leaves the identity of runs that do not use it as it is.
     """
-    default = {path: leaf.default for path, leaf in leaves(RunConfig).items()}
+    known = leaves(RunConfig)
     own = {
         name: _canonical(value)
         for name, value in flatten(config).items()
-        if name not in FREE_ON_RESUME
+        if known[name].spec.resume != FREE
         and not name.startswith("sweep.")
-        and (name not in default or _canonical(default[name]) != _canonical(value))
+        and _canonical(known[name].default) != _canonical(value)
     }
     text = json.dumps([stage, own], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

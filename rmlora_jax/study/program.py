@@ -12,6 +12,7 @@ from absl import logging
 
 from rmlora_jax import config as fields
 from rmlora_jax import methods
+from rmlora_jax.config import with_values
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import read_json, write_json
@@ -22,7 +23,7 @@ from rmlora_jax.sweep import train as sweep
 from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.sweep.grid import runs as runs_of_sweep
 from rmlora_jax.train import loop
-from rmlora_jax.train.config import SWEEPABLE, flatten, with_values
+from rmlora_jax.train.config import SWEEPABLE, flatten
 from rmlora_jax.train.finished import peak_memory
 
 ROOT = Path(__file__).parent.parent.parent  # where configs/ lies in a checkout

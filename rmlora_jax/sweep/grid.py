@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rmlora_jax import methods
-from rmlora_jax.config import MOST
+from rmlora_jax.config import MOST, is_number, with_values
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.fields import Run as Config
 from rmlora_jax.fields import Sweep
-from rmlora_jax.train.config import SWEEPABLE, flatten, mistakes, resolve, with_values
+from rmlora_jax.train.config import SWEEPABLE, flatten, mistakes, resolve
 
 MOST_RUNS = 10_000  # of a sweep
 EXAMPLE = "{'penalty': (0, 0.1), 'keep': (0.5, 1)}"
@@ -29,7 +29,7 @@ def parse(text: str) -> list[dict[str, float]]:
     [{'alpha': 8.0}, {'alpha': 16.0, 'penalty': 0.0}]
 
     Raises:
-      ValueError: it is neither of the two, or a value is no number.
+      ValueError: it is neither, or a value is not a number.
     """
     if not text.strip():
         return [{}]
@@ -67,7 +67,7 @@ def runs(c: Config) -> list[Run]:
     """The runs of a sweep: every setting of ``sweep.grid``, each with every seed.
 
     Raises:
-      ValueError: ``sweep.grid`` is not as it should be; `check_config` says all that is wrong.
+      ValueError: ``sweep.grid`` has a mistake; `check_config` lists them all.
     """
     settings = parse(c.sweep.grid)
     swept = dict.fromkeys(name for setting in settings for name in setting)
@@ -137,7 +137,7 @@ def _mistakes_of_sweep(c: Config, known: set[str]) -> list[str]:
 
 
 def _number(name, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_number(value):
         raise ValueError(f"{name!r} has the value {value!r}, which is not a finite number")
     return float(value)
 

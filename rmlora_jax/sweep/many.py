@@ -5,7 +5,6 @@ the batch and the number of the step are not, so that there is one of each, and 
 augmented once for all runs.
 """
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -20,10 +19,10 @@ import rmlora_jax as rm
 from rmlora_jax import methods
 from rmlora_jax.adapt.forms import FACTORS
 from rmlora_jax.errors import UserError
-from rmlora_jax.fields import Run as Config
-from rmlora_jax.parallel.mesh import Devices, replicate, spread
+from rmlora_jax.parallel.mesh import replicate, spread
 from rmlora_jax.sweep.grid import Run
 from rmlora_jax.train import setup
+from rmlora_jax.train.setup import pick
 from rmlora_jax.train.step import Constants, State
 
 MAPPED = State(step=None, trainable=0, opt_state=0)  # the axis of the runs in a state of many
@@ -37,68 +36,53 @@ class ManyConstants(NamedTuple):
     values: dict  # "seed" uint32 (K,), and what is swept, float32 (K,), by the names of SWEEPABLE
 
 
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """The runs of a sweep, stacked on the first axis of what differs between them."""
-
-    count: int
-
-    def pick(self, tree: Any, i: int) -> Any:
-        """What a tree holds of run ``i``."""
-        return pick(tree, i)
-
-    def apart(self, values: dict[str, Any]) -> list[dict[str, Any]]:
-        """Metrics of all runs, as one dict for each."""
-        return [{name: value[i] for name, value in values.items()} for i in range(self.count)]
-
-
-def build(config: Config, runs: Sequence[Run], base: setup.Base, devices: Devices) -> setup.Job:
+def build(runs: Sequence[Run], base: setup.Base) -> setup.Job:
     """The job of ``runs``: its state is that of each run alone, stacked on a first axis.
 
-    ``state`` holds shapes only, `first_state` makes it. The metrics and outputs of the steps have
-    the axis, too.
+    ``state`` holds shapes only, `first_state` makes it.
     """
-    values: dict[str, Any] = {
-        "seed": np.array([run.config.seed for run in runs], np.uint32)
-    }
-    for name in runs[0].setting:
-        values[name] = np.array([run.setting[name] for run in runs], np.float32)
     return setup.Job(
         base=base,
         runs=tuple(run.config for run in runs),
-        axis=Axis(len(runs)),
         lora=tuple(methods.description(run.config) for run in runs),
-        state=shapes(runs[0], len(runs), base, devices),
-        constants=ManyConstants(base.constants, replicate(values, devices)),
-        train_step=spread(train_step(config, base), devices, donate=True),
-        eval_step=spread(eval_step(config, base), devices),
-        schedule=tuple(methods.learning_rate(run.config, base.steps) for run in runs),
-        eval_every=setup.eval_every(config, base),
-        look=functools.partial(look, config, base),
+        state=shapes(runs[0], len(runs), base),
+        constants=ManyConstants(base.constants, replicate(values_of(runs), base.devices)),
+        train_step=spread(train_step(base), base.devices, donate=True),
+        eval_step=spread(eval_step(base), base.devices),
+        look=functools.partial(look, base),
+        stacked=True,
     )
 
 
-def look(config: Config, base: setup.Base, trainable, constants: ManyConstants, batch, step: int):
+def values_of(runs: Sequence[Run]) -> dict[str, np.ndarray]:
+    """What differs between runs, for `ManyConstants`."""
+    seeds = np.array([run.config.seed for run in runs], np.uint32)
+    return {"seed": seeds} | {
+        name: np.array([run.setting[name] for run in runs], np.float32) for name in runs[0].setting
+    }
+
+
+def look(base: setup.Base, trainable, constants: ManyConstants, batch, step: int) -> str:
     """`setup.look` of the first run."""
     values, trainable = pick((constants.values, trainable), 0)
     shared = constants.shared._replace(seed=values["seed"])
-    prepare = _with_alpha(config, base, values)
-    return setup.look(config, base, prepare)(trainable, shared, batch, step)
+    prepare = _with_alpha(base, values)
+    return setup.look(base, trainable, shared, batch, step, prepare_params=prepare)
 
 
-def train_step(config: Config, base: setup.Base) -> Callable:
+def train_step(base: setup.Base) -> Callable:
     """``step(state, constants, batch) -> (state, metrics)`` of many runs, on one device."""
 
     def one(state, values, shared, batch):
         traced = {name: value for name, value in values.items() if name not in ("seed", "alpha")}
-        step = setup.train_step(config, base, traced, _with_alpha(config, base, values))
+        step = setup.train_step(base, traced, _with_alpha(base, values))
         return step(state, shared._replace(seed=values["seed"]), batch)
 
     mapped = jax.vmap(one, in_axes=(MAPPED, 0, None, None), out_axes=(MAPPED, 0))
     return lambda state, constants, batch: mapped(state, constants.values, constants.shared, batch)
 
 
-def eval_step(config: Config, base: setup.Base) -> Callable:
+def eval_step(base: setup.Base) -> Callable:
     """``step(trainable, constants, batch) -> outputs`` of many runs, on one device.
 
     Run after run: a batch of an evaluation is large by itself, and memory is that of one run.
@@ -107,8 +91,8 @@ def eval_step(config: Config, base: setup.Base) -> Callable:
     def step(trainable, constants, batch):
         def one(run):
             trainable, values = run
-            prepare = _with_alpha(config, base, values)
-            return setup.eval_step(config, base, prepare)(trainable, constants.shared, batch)
+            prepare = _with_alpha(base, values)
+            return setup.eval_step(base, prepare)(trainable, constants.shared, batch)
 
         rows = jax.lax.map(one, (trainable, constants.values))
         return {name: row if name in OF_A_RUN else row[0] for name, row in rows.items()}
@@ -116,11 +100,11 @@ def eval_step(config: Config, base: setup.Base) -> Callable:
     return step
 
 
-def _with_alpha(config: Config, base: setup.Base, values: dict) -> Callable | None:
+def _with_alpha(base: setup.Base, values: dict) -> Callable | None:
     """What a run's own alpha does to the parameters, where alpha is swept."""
     if "alpha" not in values:
         return None
-    ratio = values["alpha"] / config.lora.alpha
+    ratio = values["alpha"] / base.config.lora.alpha
     return functools.partial(scale_a, ratio=ratio, lora=base.lora)
 
 
@@ -138,8 +122,9 @@ def scale_a(params: dict, ratio: jax.Array, lora: rm.LoRA) -> dict:
     return unflatten_dict(flat)
 
 
-def check_frozen(config: Config, base: setup.Base) -> None:
+def check_frozen(base: setup.Base) -> None:
     """Raises a UserError where something that is drawn from the seed would be frozen."""
+    config = base.config
     frozen = [path for path in base.problem.new if not base.lora.trains(path)]
     if config.sweep.seeds > 1 and frozen:
         roots = "|".join(sorted({path.split("/")[0] for path in frozen}))
@@ -150,24 +135,16 @@ def check_frozen(config: Config, base: setup.Base) -> None:
         )
 
 
-def shapes(run: Run, count: int, base: setup.Base, devices: Devices) -> State:
+def shapes(run: Run, count: int, base: setup.Base) -> State:
     """The state of ``count`` runs such as ``run``, as shapes on the devices."""
-    sharding = NamedSharding(devices.mesh, PartitionSpec())
+    sharding = NamedSharding(base.devices.mesh, PartitionSpec())
     one = jax.eval_shape(lambda tree: setup.start(run.config, base, tree), base.trainable)
     struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     many = jax.tree.map(lambda x: struct((count, *x.shape), x.dtype), one)
     return many._replace(step=struct((), one.step.dtype))
 
 
-def best_shapes(state: State) -> State:
-    """The shapes of what `better` makes of states such as ``state``."""
-    step = state.step
-    count = jax.tree.leaves(state.trainable)[0].shape[0]
-    apart = jax.ShapeDtypeStruct((count,), step.dtype, sharding=step.sharding)
-    return state._replace(step=apart)
-
-
-def first_state(runs: Sequence[Run], base: setup.Base, devices: Devices) -> State:
+def first_state(runs: Sequence[Run], base: setup.Base) -> State:
     """The states of the runs before their first step, each as a single run would have it."""
     # What is trained depends on the seed and the description alone, and is made once for each.
     kinds = [(run.config.seed, methods.description(run.config)) for run in runs]
@@ -178,7 +155,7 @@ def first_state(runs: Sequence[Run], base: setup.Base, devices: Devices) -> Stat
         for kind, run in zip(kinds, runs, strict=True)
     ]
     many = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
-    return replicate(many._replace(step=states[0].step), devices)
+    return replicate(many._replace(step=states[0].step), base.devices)
 
 
 @jax.jit
@@ -193,9 +170,3 @@ def better(state: State, best: State, improved: jax.Array) -> State:
         return jax.numpy.where(mask, new, old)
 
     return jax.tree.map(choose, state, best)
-
-
-@jax.jit
-def pick(tree: Any, i: jax.Array) -> Any:
-    """Run ``i`` of a stacked tree."""
-    return jax.tree.map(lambda x: x[i], tree)

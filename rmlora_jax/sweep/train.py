@@ -23,7 +23,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run as Config
 from rmlora_jax.files import read_json, write_json
 from rmlora_jax.parallel import memory
-from rmlora_jax.parallel.mesh import Devices, all_devices, shard
+from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.report.records import amount
 from rmlora_jax.report.sweep import write_sweep_report
 from rmlora_jax.sweep import many
@@ -64,10 +64,9 @@ def _train(config: Config, workdir: Path) -> dict:
         print(ending(summary, workdir), flush=True)
         return summary
     loop.use_compilation_cache(config.compilation_cache)
-    devices = all_devices(config.parallel, fsdp=config.fsdp)
     every = runs(config)
-    base = setup.open_base(config, devices)
-    many.check_frozen(config, base)
+    base = setup.open_base(config, all_devices(config.parallel, fsdp=config.fsdp))
+    many.check_frozen(base)
     for run in every:
         check_workdir(run.config, workdir / run.name)
     if leader:
@@ -76,18 +75,16 @@ def _train(config: Config, workdir: Path) -> dict:
             loop.write_config(workdir / run.name, run.config)
         first, last = every[0].name, every[-1].name
         words = f"{len(every)}: {first} to {last}" if every[1:] else first
-        print(loop.header(config, base, devices, workdir, runs=words), flush=True)
-        for note in base.problem.notes:
-            print(note, flush=True)
+        print(loop.header(base, workdir, runs=words), flush=True)
 
-    programs = Programs(config, base, devices)
-    chunks = plan(config, every, workdir, programs)
+    programs = Programs(base)
+    chunks = plan(every, workdir, programs)
     since = began
     for number, chunk in enumerate(chunks, 1):
         if leader and len(chunks) > 1:
             names = ", ".join(run.name for run in chunk)
             print(f"program {number} of {len(chunks)}: {names}", flush=True)
-        train_chunk(config, base, chunk, programs, workdir, devices, since)
+        train_chunk(chunk, programs, workdir, since)
         since = time.monotonic()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"chunk {number}")
@@ -107,48 +104,46 @@ def _train(config: Config, workdir: Path) -> dict:
 
 
 def ending(summary: dict, workdir: Path) -> str:
-    took, compiling = (terminal.duration(summary[f"{k}_seconds"]) for k in ("wall", "compile"))
-    rows = [
+    return terminal.format_table("done", [
         ("runs", f"{summary['sweep']}, a folder each in {workdir}"),
-        ("time", f"{took}, of which {compiling} compilation"),
+        ("time", terminal.times(summary)),
         ("table", workdir / "sweep.md"),
         ("picture", workdir / "sweep.png"),
-    ]
-    return terminal.format_table("done", rows)
+    ])
 
 
 class Programs:
     """The compiled steps for each number of runs at once; ``seconds`` is the time they took."""
 
-    def __init__(self, config: Config, base: setup.Base, devices: Devices):
-        self.config, self.base, self.devices = config, base, devices
-        self.by_size = {}
+    def __init__(self, base: setup.Base):
+        self.base, self.by_size = base, {}
 
     @property
     def seconds(self) -> float:
         return sum(steps.seconds for steps in self.by_size.values())
 
-    def of(self, job: setup.Job, count: int, start: int = 0) -> Steps:
-        """The steps for ``count`` runs, compiled for the batch of step ``start``."""
+    def of(self, job: setup.Job, start: int = 0) -> Steps:
+        """The steps of a job, compiled for the batch of step ``start``."""
+        count = len(job.runs)
         if count not in self.by_size:
-            self.by_size[count] = compile_steps(job, job.state, start, self.devices)
+            self.by_size[count] = compile_steps(job, job.state, start)
         return self.by_size[count]
 
     def need(self, chunk: Sequence[Run]) -> int | None:
         """Bytes that the runs need at once; None where the compiler already runs out of them."""
-        job = many.build(self.config, chunk, self.base, self.devices)
+        job = many.build(chunk, self.base)
         try:
-            steps = self.of(job, len(chunk))
+            steps = self.of(job)
             if self.base.feed.varies:  # the first batch may be a short one
                 batches = itertools.islice(self.base.feed.train(0), SAMPLED)
                 longest = max(batches, key=size_of)
-                steps.train.program(job.state, job.constants, shard(longest, self.devices))
+                steps.train.program(job.state, job.constants, shard(longest, self.base.devices))
         except jax.errors.JaxRuntimeError as e:
             if memory.is_short(e):
                 return None
             raise
         found = [p for step in steps for p in step.programs.values()]
-        # The best state of each run is kept as well, and is there twice while it is chosen.
+        # The best state of each run is kept as well, in two copies while it is chosen.
         return max(map(memory.needed, found)) + 2 * size_of(job.state)
 
 
@@ -156,9 +151,7 @@ def size_of(tree) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def plan(
-    config: Config, every: Sequence[Run], workdir: Path, programs: Programs
-) -> list[list[Run]]:
+def plan(every: Sequence[Run], workdir: Path, programs: Programs) -> list[list[Run]]:
     """The runs that are not finished, in chunks: first the one that was interrupted, if any."""
     by_name = {run.name: run for run in every}
     left = [run for run in every if not (workdir / run.name / "summary.json").exists()]
@@ -170,8 +163,9 @@ def plan(
         left = [run for run in left if run.name not in interrupted]
     if not left:
         return chunks
-    most = min(config.sweep.at_once or len(left), len(left))
-    if not config.sweep.at_once:
+    at_once = programs.base.config.sweep.at_once
+    most = min(at_once or len(left), len(left))
+    if not at_once:
         limit = memory.available()
         constant = size_of(programs.base.constants)
         most, whole = memory.largest(
@@ -191,43 +185,33 @@ def plan(
 
 
 def recorded(workdir: Path) -> list[str]:
-    """The names of the runs that the checkpoint in ``program/`` is of; [] if there is none."""
+    """The names of the runs in the checkpoint in ``program/``; [] without one."""
     folder = workdir / "program"
     steps = [p for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]
     return read_json(folder / "runs.json") if steps and (folder / "runs.json").exists() else []
 
 
-def train_chunk(
-    config: Config,
-    base: setup.Base,
-    chunk: Sequence[Run],
-    programs: Programs,
-    workdir: Path,
-    devices: Devices,
-    began: float,
-) -> None:
+def train_chunk(chunk: Sequence[Run], programs: Programs, workdir: Path, began: float) -> None:
     """Trains the runs of a chunk in one program and finishes their folders."""
-    leader = jax.process_index() == 0
+    base, leader = programs.base, jax.process_index() == 0
     folder, names = workdir / "program", [run.name for run in chunk]
     if leader and recorded(workdir) != names:
         shutil.rmtree(folder, ignore_errors=True)
         write_json(folder / "runs.json", names)
-    job = many.build(config, chunk, base, devices)
+    job = many.build(chunk, base)
     with checkpoint.open_checkpoints(folder, keep_best=False) as manager:
         keeper = AtOnce(manager, base.problem.metrics[0], len(chunk))
         state, start = keeper.newest(job.state)
         if state is None:
-            state = many.first_state(chunk, base, devices)
-        steps = programs.of(job, len(chunk), min(start, base.steps - 1))
+            state = many.first_state(chunk, base)
+        steps = programs.of(job, min(start, base.steps - 1))
         if leader:
             print(f"{len(chunk)} runs in one program, compiled in "
                   f"{terminal.duration(steps.seconds)}"
                   + (f"; continuing after step {start:,}" if start else ""), flush=True)
         folders = [workdir / name for name in names]
         try:
-            loop.train_program(
-                config, job, state, steps, keeper, folders, devices, began, alone=False
-            )
+            loop.train_program(job, state, steps, keeper, folders, began)
         except jax.errors.JaxRuntimeError as e:
             if memory.is_short(e):
                 raise UserError(
@@ -240,17 +224,19 @@ def train_chunk(
         shutil.rmtree(folder)
 
 
-class AtOnce:
-    """The `checkpoint.Keeper` of many runs: one checkpoint of all, with the best state of each."""
+class AtOnce(checkpoint.Keeper):
+    """The keeper of many runs: one checkpoint of all, with the best state of each."""
 
     def __init__(self, manager: Any, metric: str, count: int):
-        self.manager, self.metric, self.count = manager, metric, count
+        super().__init__(manager, metric)
+        self.count = count
         self.best_state: State | None = None
-        self.figures: dict[str, list] = {"last": [None] * count, "best": [None] * count}
+        self.figures: Any = {"last": [None] * count, "best": [None] * count}
 
     def newest(self, like: State) -> tuple[State | None, int]:
         """The newest state of all runs that can be read, and its step; None, 0 without any."""
-        together = Together(like, many.best_shapes(like))
+        own = jax.ShapeDtypeStruct((self.count,), like.step.dtype, sharding=like.step.sharding)
+        together = Together(like, like._replace(step=own))
         found, start = checkpoint.newest(self.manager, together)
         if found is None:
             return None, 0
@@ -260,17 +246,14 @@ class AtOnce:
     def evaluated(self, state: State, figures: Sequence[dict[str, float]]) -> None:
         step = int(state.step)
         last = [checkpoint.scored(own, self.metric) | {"step": step} for own in figures]
+        pairs = list(zip(last, self.figures["best"], strict=True))
         improved = [  # of equals the latest
-            old is None or checkpoint.score(new) >= checkpoint.score(old)
-            for new, old in zip(last, self.figures["best"], strict=True)
+            old is None or checkpoint.score(new) >= checkpoint.score(old) for new, old in pairs
         ]
-        chosen = [
-            new if better else old
-            for new, old, better in zip(last, self.figures["best"], improved, strict=True)
-        ]
+        best = [new if is_it else old for (new, old), is_it in zip(pairs, improved, strict=True)]
         before = state if self.best_state is None else self.best_state
         self.best_state = many.better(state, before, np.array(improved))
-        self.figures = {"last": last, "best": chosen}
+        self.figures = {"last": last, "best": best}
         self._write(state)
 
     def interrupted(self, state: State) -> None:
@@ -282,20 +265,18 @@ class AtOnce:
         together = Together(state, self.best_state)
         checkpoint.write(self.manager, int(state.step), together, self.figures)
 
-    def wait(self) -> None:
-        self.manager.wait_until_finished()
-
     def best(self, state: State) -> tuple[State, list[int]]:
         assert self.best_state is not None  # the last step is evaluated
         return self.best_state, [found["step"] for found in self.figures["best"]]
 
-    def settle(self, i: int, folder: Path, state: State, best: State, job: setup.Job) -> None:
+    def settle(self, i: int, folder: Path, state: State, best: State) -> None:
         if jax.process_index() == 0:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a finish that was killed
-        last = state._replace(step=np.full(self.count, job.steps, np.int32))
+        end = int(state.step)
+        last = state._replace(step=np.full(self.count, end, np.int32))
         with checkpoint.open_checkpoints(folder) as manager:
             for name, states in (("best", best), ("last", last)):
                 found = {k: v for k, v in self.figures[name][i].items() if k != "step"}
                 step = self.figures[name][i]["step"]
-                if name == "last" or step != job.steps:
+                if name == "last" or step != end:
                     checkpoint.write(manager, step, jax.device_get(many.pick(states, i)), found)

@@ -1,8 +1,8 @@
 """Orbax checkpoints of what a run changes: step, trainable parameters, optimizer state.
 
-The base is never written: it comes from where the config says. Kept are the best checkpoint by
-validation and, while a run trains, the latest two: it continues from the second where the latest
-cannot be read. A checkpoint that cannot be read is never deleted but set aside, into ``damaged/``.
+The base is never written: it comes from where the config says. A run keeps its best checkpoint by
+validation and, while it trains, the latest two: it continues from the second if the latest cannot
+be read. A checkpoint that cannot be read is never deleted; it is moved to ``damaged/``.
 """
 
 import math
@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
@@ -18,31 +18,26 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
-from rmlora_jax.errors import UserError
+from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.fields import Run
 from rmlora_jax.files import read_json
 from rmlora_jax.tasks.scores import higher_is_better
 from rmlora_jax.train.config import read_config
 from rmlora_jax.train.step import State
-from rmlora_jax.train.workdir import without_late
+from rmlora_jax.train.workdir import is_late, quiet
 
 T = TypeVar("T")  # a NamedTuple of arrays: State, or the states of a sweep
 LATEST = 2  # checkpoints kept beside the best while a run trains
 DAMAGED = "damaged"  # the folder beside checkpoints/ for those that cannot be read
 
 
-class Score(NamedTuple):
-    """Validation figures of a checkpoint, in the order in which checkpoints are compared."""
+def score(metrics: Any) -> tuple[float, ...]:
+    """What checkpoints are compared by: the metric that best is chosen by, then the loss.
 
-    value: float  # of the metric that best is chosen by, negated where lower is better
-    negative_loss: float
-
-
-def score(metrics: Any) -> Score:
-    def finite(x):
-        return x if math.isfinite(x) else -math.inf
-
-    return Score(finite(metrics["score"]), finite(-metrics["loss"]))
+    Both are negated where lower is better, and -inf where they are not finite.
+    """
+    values = metrics["score"], -metrics["loss"]
+    return tuple(x if math.isfinite(x) else -math.inf for x in values)
 
 
 def open_checkpoints(workdir: Path, *, keep_best: bool = True) -> ocp.CheckpointManager:
@@ -51,7 +46,7 @@ def open_checkpoints(workdir: Path, *, keep_best: bool = True) -> ocp.Checkpoint
     It keeps the latest two checkpoints and, with ``keep_best``, the best.
 
     Raises:
-      UserError: the folder is none, or what it says of its steps is missing or damaged.
+      UserError: it is a file, or the figures of all checkpoints are missing or damaged.
     """
     folder = workdir / "checkpoints"
     policy = preservation_policy
@@ -106,7 +101,7 @@ def _wrong_figures(step: Path) -> str | None:
 
 
 def set_aside(step: Any, why: str) -> None:
-    """Moves the folder of a step into ``damaged/``, where a save cannot meet it, and says so."""
+    """Moves the folder of a step to ``damaged/``, where a save cannot meet it, and reports it."""
     place = step.parent.parent / DAMAGED / step.name
     while place.exists():
         place = place.with_name(place.name + "-again")
@@ -116,7 +111,7 @@ def set_aside(step: Any, why: str) -> None:
 
 
 def none_left(folder: Path, why: dict[int, str]) -> UserError:
-    """The words where no checkpoint of several, or of one, can be read: nothing was moved."""
+    """The error for a run none of whose checkpoints can be read; nothing was moved."""
     steps = "; ".join(f"{folder / str(step)} {words}" for step, words in sorted(why.items()))
     return UserError(
         f"no checkpoint of this run can be read: {steps}\n"
@@ -124,53 +119,39 @@ def none_left(folder: Path, why: dict[int, str]) -> UserError:
     )
 
 
-class Keeper(Protocol):
-    """What keeps the states of a program while it trains, and knows each run's best."""
+class Keeper:
+    """Keeps the states of a program while it trains, and knows each run's best.
+
+    This one is for a single run, with a checkpoint for each evaluation. ``metric`` names the figure
+    that best is chosen by.
+    """
+
+    def __init__(self, manager: ocp.CheckpointManager, metric: str):
+        self.manager, self.metric = manager, metric
 
     def evaluated(self, state: State, figures: Sequence[dict[str, float]]) -> None:
         """Saves after an evaluation with the validation figures of each run."""
+        write(self.manager, int(state.step), state, scored(figures[0], self.metric))
 
     def interrupted(self, state: State) -> None:
         """Saves between two evaluations, for a run that stops."""
-
-    def wait(self) -> None:
-        """Waits until all is on the disk."""
-
-    def best(self, state: State) -> tuple[State, list[int]]:
-        """The states of the best evaluations, and their steps; ``state`` is the last."""
-        ...
-
-    def settle(self, i: int, folder: Path, state: State, best: State, job: Any) -> None:
-        """Leaves in the folder of run ``i`` the checkpoints that a finished run has."""
-
-
-class Each(NamedTuple):
-    """The `Keeper` of a single run: each evaluation is a checkpoint.
-
-    ``metric`` names the figure that best is chosen by.
-    """
-
-    manager: ocp.CheckpointManager
-    metric: str
-
-    def evaluated(self, state, figures):
-        write(self.manager, int(state.step), state, scored(figures[0], self.metric))
-
-    def interrupted(self, state):
         # Without an evaluation it is never the best.
         write(self.manager, int(state.step), state, scored({"loss": math.inf}, "loss"))
 
-    def wait(self):
+    def wait(self) -> None:
+        """Waits until everything is on the disk."""
         self.manager.wait_until_finished()
 
-    def best(self, state):
-        step = by_score(self.manager)[0]
-        if step == int(state.step):
-            return state, [step]
-        found, step = first_intact(self.manager, state, by_score(self.manager))
+    def best(self, state: State) -> tuple[State, list[int]]:
+        """The states of the best evaluations, and their steps; ``state`` is the last."""
+        steps = by_score(self.manager)
+        if steps[0] == int(state.step):
+            return state, steps[:1]
+        found, step = first_intact(self.manager, state, steps)
         return found, [step]
 
-    def settle(self, i, folder, state, best, job):
+    def settle(self, i: int, folder: Path, state: State, best: State) -> None:
+        """Leaves in the folder of run ``i`` the checkpoints that a finished run has."""
         for step in set(self.manager.all_steps()) - {int(best.step), int(state.step)}:
             self.manager.delete(step)
 
@@ -187,17 +168,15 @@ def write(manager: ocp.CheckpointManager, step: int, state: NamedTuple, figures:
 
 
 def newest(manager: ocp.CheckpointManager, like: T) -> tuple[T | None, int]:
-    """The newest state that can be read, as `restore` gives it, and its step; None, 0 without any.
-
-    Raises:
-      UserError: there are checkpoints, and none can be read.
-    """
+    """As `first_intact`, of all steps, the newest first; None, 0 where there are no checkpoints."""
     steps = sorted(manager.all_steps(), reverse=True)
     return first_intact(manager, like, steps) if steps else (None, 0)
 
 
 def first_intact(manager: ocp.CheckpointManager, like: T, steps: Iterable[int]) -> tuple[T, int]:
-    """The first of ``steps`` that can be read; those before it are set aside.
+    """The state of the first of ``steps`` that can be read, and its step.
+
+    Those before it are set aside.
 
     Raises:
       UserError: none can be read. Nothing is moved then.
@@ -237,7 +216,7 @@ def restore(manager: ocp.CheckpointManager, like: T, step: int) -> T:
     """
     own = cast(NamedTuple, like)._asdict()
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, own)
-    hook, sys.unraisablehook = sys.unraisablehook, without_late(sys.unraisablehook)
+    hook, sys.unraisablehook = sys.unraisablehook, quiet(sys.unraisablehook, is_late)
     try:
         state = type(like)(**manager.restore(step, args=ocp.args.StandardRestore(target)))
         sys.unraisablehook = hook
@@ -248,17 +227,11 @@ def restore(manager: ocp.CheckpointManager, like: T, step: int) -> T:
 
 def damaged(error: Exception) -> str:
     """The words for a checkpoint that cannot be read."""
-    why = str(error).splitlines()[0][:200] if str(error) else "no details"
-    return f"cannot be read ({type(error).__name__}: {why})"
-
-
-def best_step(manager: ocp.CheckpointManager) -> int:
-    """The step with the best validation score; of equals the latest, which is the one kept."""
-    return by_score(manager)[0]
+    return f"cannot be read ({type(error).__name__}: {first_line(error)[:200]})"
 
 
 def by_score(manager: ocp.CheckpointManager) -> list[int]:
-    """All steps, the best first."""
+    """All steps, the best first; of equals the latest, which is the one kept."""
     steps = manager.all_steps()
     return sorted(steps, key=lambda s: (score(manager.metrics(s)), s), reverse=True)
 
@@ -270,7 +243,7 @@ def best_trainable(workdir: Path) -> dict:
       UserError: its checkpoints are damaged.
     """
     with open_checkpoints(workdir) as manager:
-        folder = manager.directory / str(best_step(manager)) / "default"
+        folder = manager.directory / str(by_score(manager)[0]) / "default"
     reader = ocp.StandardCheckpointer()
     # On one device here, however many wrote it.
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -288,15 +261,11 @@ def best_trainable(workdir: Path) -> dict:
 
 
 def read_base(workdir: Path, task: str, advice: str) -> tuple[Run, dict]:
-    """The config of the run in ``workdir`` and the parameters of its best step, on the host.
-
-    Args:
-      workdir: of the run.
-      task: that it must have had.
-      advice: how to make such a run, in words.
+    """The config of a finished run of ``task`` and the parameters of its best step, on the host.
 
     Raises:
-      UserError: there is no such run, it is not finished, or it trained a part of its model.
+      UserError: ``workdir`` holds no such run, or one that trained a part of its model; ``advice``
+        says how to make one.
     """
     workdir = workdir.absolute()  # orbax takes no other
     if not (workdir / "summary.json").is_file():

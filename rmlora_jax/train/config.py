@@ -7,17 +7,11 @@ from typing import Any
 
 from rmlora_jax import config as fields
 from rmlora_jax import methods, tasks
-from rmlora_jax.config import FREE, GROWS, ConfigDict, field, flatten, leaves, with_values
-from rmlora_jax.errors import UserError, did_you_mean
+from rmlora_jax.config import FIXED, GROWS, ConfigDict, field, flatten, leaves, nested
+from rmlora_jax.errors import UserError, did_you_mean, first_line
 from rmlora_jax.fields import Run
-from rmlora_jax.files import read_object
+from rmlora_jax.files import plain, read_object
 from rmlora_jax.tasks import places
-
-__all__ = [
-    "FREE_ON_RESUME", "SWEEPABLE", "RunConfig", "changes", "default_config",
-    "flatten", "mistakes", "read_config", "resolve", "swept", "use_glue", "with_values",
-]
-
 
 
 def _one_of(registry: Mapping[str, tasks.Task] | Mapping[str, methods.Method]) -> Any:
@@ -41,14 +35,7 @@ RunConfig: type[Run] = dataclasses.make_dataclass(
 )
 
 # What a sweep can vary: its name in sweep.grid -> the path of its field.
-SWEEPABLE = {
-    leaf.spec.sweep: path for path, leaf in leaves(RunConfig).items() if leaf.spec.sweep
-}
-
-# Fields that may differ between a run and its continuation.
-FREE_ON_RESUME = frozenset(
-    path for path, leaf in leaves(RunConfig).items() if leaf.spec.resume == FREE
-)
+SWEEPABLE = {leaf.spec.sweep: path for path, leaf in leaves(RunConfig).items() if leaf.spec.sweep}
 
 
 def default_config() -> ConfigDict:
@@ -74,12 +61,9 @@ def use_glue(c: ConfigDict, task: str) -> None:
 
 
 def resolve(given: Any, *, there: bool = False) -> Run:
-    """The config that the code reads, of one that a person edits.
+    """The config that the code reads, from a ConfigDict or nested dicts; a `Run` comes back as is.
 
-    Args:
-      given: a ConfigDict, or its content as nested dicts; a config that is resolved already comes
-        back as it is.
-      there: whether the files and folders that it names are looked for too.
+    With ``there``, the files and folders that it names must exist.
 
     Raises:
       UserError: every mistake, a line each.
@@ -108,56 +92,50 @@ def mistakes(given: Any) -> tuple[Run, dict[str, str]]:
 
 
 def read_config(workdir: Path) -> Run:
-    """The config of a run, from its folder; fields that are younger than the run have their
-    defaults, and those that are no more are left out.
+    """The config of a run, from its folder.
+
+    A field that is younger than the run has its default; a field that no longer exists is ignored.
 
     Raises:
-      UserError: there is none, or it is damaged.
+      UserError: the file is missing or damaged.
     """
     file = workdir / "config.json"
     try:
-        config, own = default_config(), flatten(read_object(file))
-        for name in flatten(config).keys() & own.keys():
-            config.update_from_flattened_dict({name: own[name]})
-        return resolve(config)
+        own = flatten(read_object(file))
+        flat = {path: own.get(path, leaf.default) for path, leaf in leaves(RunConfig).items()}
+        return resolve(nested(flat))
     except FileNotFoundError:
         raise UserError(f"{workdir} has no config.json; is it the folder of a run?") from None
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as e:
-        why = str(e).replace(str(file), "it").splitlines()[0][:300] if str(e) else type(e).__name__
+    except (ValueError, RecursionError) as e:
+        why = first_line(e).replace(str(file), "it")[:300]
         raise UserError(f"{file} is not the config of a run ({why}); copy the folder again") from e
 
 
-def swept(config: Run, traced: methods.Values | None = None) -> methods.Values:
-    """The values of all that a sweep can vary; ``traced`` ones take the place of the config's."""
-    flat = flatten(config)
-    return {name: flat[path] for name, path in SWEEPABLE.items()} | dict(traced or {})
-
-
 def changes(old: dict, new: Any) -> tuple[list[str], list[str]]:
-    """The fields that a continuation must share and does not, as ``field: old -> new``, and those
-    that differ and may.
+    """The fields in which a continuation differs from its run, as ``field: old -> new``.
 
-    A field that is younger than the run has its default there.
+    First those that must not differ, then those that may. A field that is younger than the run has
+    its default there.
     """
-    was = {path: leaf.default for path, leaf in leaves(RunConfig).items()} | flatten(old)
-    now = flatten(new)
+    known = leaves(RunConfig)
+    was = plain({path: leaf.default for path, leaf in known.items()} | flatten(old))
+    now = plain(flatten(new))
     refused, free = [], []
     for path in sorted(was.keys() | now.keys()):
-        if _plain(was.get(path)) == _plain(now.get(path)):
+        if was.get(path) == now.get(path):
             continue
         words = f"{path}: {was.get(path)!r} -> {now.get(path)!r}"
-        leaf = leaves(RunConfig).get(path)
-        grows = leaf is not None and leaf.spec.resume == GROWS
-        why = needs_length(now) if grows else None
-        if path in FREE_ON_RESUME or (grows and why is None):
-            free.append(words)
-        else:
+        rule = known[path].spec.resume if path in known else FIXED
+        why = needs_length(now) if rule == GROWS else None
+        if rule == FIXED or why:
             refused.append(words + (f" ({why})" if why else ""))
+        else:
+            free.append(words)
     return refused, free
 
 
 def needs_length(flat: dict) -> str | None:
-    """Why a run of this flat config with more steps is another from its first step on, if it is."""
+    """Why more steps would change the run of this flat config from its first step on, or None."""
     if flat["optimizer.schedule"] != "constant":
         return f"the rates of optimizer.schedule={flat['optimizer.schedule']} depend on it"
     if flat["optimizer.warmup"]:
@@ -167,8 +145,3 @@ def needs_length(flat: dict) -> str | None:
     if flat["sweep.seeds"] or flat["sweep.grid"]:
         return "a sweep is of one length"
     return None
-
-
-def _plain(value):
-    """JSON has no tuples."""
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

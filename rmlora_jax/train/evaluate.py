@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import rmlora_jax as rm
-from rmlora_jax.parallel.mesh import Devices, shard
+from rmlora_jax.parallel.mesh import shard
 from rmlora_jax.tasks.task import Outputs, measured
 from rmlora_jax.train.setup import Job
 from rmlora_jax.train.step import State
@@ -46,60 +46,51 @@ class Steps(NamedTuple):
         return self.train.seconds + self.evaluate.seconds
 
 
-def compile_steps(job: Job, state: State, start: int, devices: Devices) -> Steps:
+def compile_steps(job: Job, state: State, start: int) -> Steps:
     """Both steps, compiled for the shapes of their first batches from step ``start`` on."""
     steps = Steps(Compiled(job.train_step), Compiled(job.eval_step))
-    batch = shard(next(iter(job.feed.train(start))), devices)
+    batch = shard(next(iter(job.feed.train(start))), job.base.devices)
     steps.train.program(state, job.constants, batch)
-    batch = shard(next(iter(job.feed.evaluate("validation"))), devices)
+    batch = shard(next(iter(job.feed.evaluate("validation"))), job.base.devices)
     steps.evaluate.program(state.trainable, job.constants, batch)
     return steps
 
 
-def evaluate(compiled: Steps, trainable, job: Job, split: str, devices: Devices) -> Outputs:
-    """The outputs for every example of a split, each once, in the order of their ids."""
+def evaluate(compiled: Steps, trainable, job: Job, split: str) -> list[Outputs]:
+    """The outputs of each run for every example of a split, in the order of their ids."""
     batches = jax.device_get(
         [
-            compiled.evaluate(trainable, job.constants, shard(batch, devices))
+            compiled.evaluate(trainable, job.constants, shard(batch, job.base.devices))
             for batch in job.feed.evaluate(split)
         ]
     )
     rows = {k: np.concatenate([b[k] for b in batches], axis=-1) for k in batches[0]}
     order = np.argsort(rows["id"], kind="stable")
     order = order[rows["mask"][order]]
-    return Outputs(*(rows[k][..., order] for k in ("id", "prediction", "label", "loss")))
-
-
-def apart(outputs: Outputs, job: Job) -> list[Outputs]:
-    """The outputs of each run."""
     predictions, losses = (
-        x.reshape(len(job.runs), -1) for x in (outputs.predictions, outputs.losses)
+        rows[k][..., order].reshape(len(job.runs), -1) for k in ("prediction", "loss")
     )
-    return [
-        outputs._replace(predictions=p, losses=x) for p, x in zip(predictions, losses, strict=True)
-    ]
+    ids, labels = rows["id"][order], rows["label"][order]
+    return [Outputs(ids, p, labels, x) for p, x in zip(predictions, losses, strict=True)]
 
 
-def reported(
-    compiled: Steps, trainable, job: Job, devices: Devices
-) -> list[dict[str, float]]:
-    """The figures of every reported split of each run; names of the first are bare, "test_x" gives
-    "_x"."""
+def reported(compiled: Steps, trainable, job: Job) -> list[dict[str, float]]:
+    """The figures of each run on every reported split; those of split "test_x" end in "_x"."""
     figures: list[dict[str, float]] = [{} for _ in job.runs]
     for split in job.feed.tests:
         suffix = split.removeprefix("test")
-        outputs = apart(evaluate(compiled, trainable, job, split, devices), job)
+        outputs = evaluate(compiled, trainable, job, split)
         for own, found in zip(figures, outputs, strict=True):
             values = measured(found, job.problem.metrics)
             own |= {name + suffix: value for name, value in values.items()}
     return figures
 
 
-def spectrum(trainable, frozen, lora: rm.LoRA) -> dict:
-    """`rmlora_jax.intrinsic_dimension` of the adapted weights; {} for methods without."""
-    if lora.target is None:
+def spectrum(job: Job, i: int, trainable) -> dict:
+    """`rmlora_jax.intrinsic_dimension` of what run ``i`` adapts; {} where it adapts nothing."""
+    if job.lora[i].target is None:
         return {}
-    return jax.device_get(_spectrum(trainable, frozen, lora))
+    return jax.device_get(_spectrum(trainable, job.base.constants.frozen, job.lora[i]))
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -15,11 +15,11 @@ from rmlora_jax import hub, methods
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import plain, write_json
-from rmlora_jax.hub.info import Info, model_card, read_info, write_info
+from rmlora_jax.hub.info import model_card, read_info, write_info
 from rmlora_jax.tasks.task import Problem
 from rmlora_jax.train.checkpoint import best_trainable
 from rmlora_jax.train.config import flatten, read_config
-from rmlora_jax.train.evaluate import apart, evaluate, reported, spectrum
+from rmlora_jax.train.evaluate import evaluate, reported, spectrum
 from rmlora_jax.train.setup import Job
 from rmlora_jax.train.step import State, first_keys
 
@@ -27,49 +27,58 @@ ADAPTER, MERGED = "adapter", "merged"
 
 
 def finish(
-    job, state: State, keeper, compiled, folders, devices, began, seconds, trained, alone
+    job: Job, state: State, keeper, compiled, folders, began, seconds: float, trained: int
 ) -> list[dict]:
     """Evaluates the runs on test, and writes what is left to write into their folders.
 
-    ``seconds`` are those of the ``trained`` training steps of this start.
+    ``seconds`` are those of the ``trained`` training steps of this start. Returns the summaries of
+    the runs that had none.
     """
     # Asked before the evaluations, which all processes wait for: no summary is written until then.
     left = [i for i, folder in enumerate(folders) if not (folder / "summary.json").exists()]
-    last = best = reported(compiled, state.trainable, job, devices)
+    last = best = reported(compiled, state.trainable, job)
     chosen, steps = keeper.best(state)
     if any(step != job.steps for step in steps):
-        best = reported(compiled, chosen.trainable, job, devices)
+        best = reported(compiled, chosen.trainable, job)
     predicted = {
-        split: apart(evaluate(compiled, chosen.trainable, job, split, devices), job)
-        for split in job.feed.unlabelled
+        split: evaluate(compiled, chosen.trainable, job, split) for split in job.feed.unlabelled
     }
     summaries = []
     for i in left:
         run, folder, step = job.runs[i], folders[i], steps[i]
-        keeper.settle(i, folder, state, chosen, job)
+        keeper.settle(i, folder, state, chosen)
         # Programs over all devices, which therefore all processes run.
-        own, best_own = (job.axis.pick(s.trainable, i) for s in (state, chosen))
-        intrinsic = spectrum(own, job.frozen, job.lora[i])
-        summary = summary_of(
-            run,
-            job,
-            last=last[i],
-            best={"step": step} | (last[i] if step == job.steps else best[i]),
-            rate=trained * run.batch_size / seconds if seconds else None,
-            compile_seconds=compiled.seconds,
-            wall_seconds=time.monotonic() - began,
-            trainable=jax.device_get(own),
-            intrinsic=intrinsic,
-        )
+        own, best_own = (job.pick(s.trainable, i) for s in (state, chosen))
+        intrinsic = spectrum(job, i, own)
+        summary = {
+            "task": run.task,
+            "method": run.method,
+            "model": run.model.source,
+            "dataset": run.data.name,
+            "steps": job.steps,
+            "metric": job.problem.metrics[0],
+            "eval": last[i],
+            "best_eval": {"step": step} | (last[i] if step == job.steps else best[i]),
+            "trainable_parameters": job.base.trainable_parameters,
+            "final_parameters": plain(methods.left(run, jax.device_get(own))),
+            "total_parameters": job.base.total_parameters,
+            "skipped_records": list(job.problem.skipped),
+            "examples_per_second": trained * run.batch_size / seconds if seconds else None,
+            "compile_seconds": compiled.seconds,
+            "wall_seconds": time.monotonic() - began,
+            "peak_memory_bytes": peak_memory(),
+            "intrinsic_dimension": plain(intrinsic),
+        }
         factors = jax.device_get(best_own)
         if jax.process_index() == 0:
+            write_predictions: Any = job.problem.write_predictions
             for split, outputs in predicted.items():
                 out = outputs[i]
-                file = job.problem.write_predictions(folder, split, out.ids, out.predictions)
-                if alone:
+                file = write_predictions(folder, split, out.ids, out.predictions)
+                if not job.stacked:
                     print(f"predictions of step {step:,} for {split}: {file}", flush=True)
-            write_adapter(folder, run, job.lora[i], factors, job.problem, summary)
-            if not alone:
+            write_adapter(folder, run, job.lora[i], factors, job.problem, summary["best_eval"])
+            if job.stacked:
                 summary |= {
                     "sweep": len(job.runs),
                     "train_seconds": seconds / len(job.runs),
@@ -80,69 +89,25 @@ def finish(
     return summaries
 
 
-def summary_of(
-    config: Run,
-    job: Job,
-    *,
-    last,
-    best,
-    rate,
-    compile_seconds,
-    wall_seconds,
-    trainable,
-    intrinsic,
-) -> dict:
-    """What ``summary.json`` says of a run."""
-    return {
-        "task": config.task,
-        "method": config.method,
-        "model": config.model.source,
-        "dataset": config.data.name,
-        "steps": job.steps,
-        "metric": job.problem.metrics[0],
-        "eval": last,
-        "best_eval": best,
-        "trainable_parameters": job.base.trainable_parameters,
-        "final_parameters": plain(methods.left(config, trainable)),
-        "total_parameters": job.base.total_parameters,
-        "skipped_records": list(job.problem.skipped),
-        "examples_per_second": rate,
-        "compile_seconds": compile_seconds,
-        "wall_seconds": wall_seconds,
-        "peak_memory_bytes": peak_memory(),
-        "intrinsic_dimension": plain(intrinsic),
-    }
-
-
 def peak_memory() -> int | None:
     """The most that this process's first device has held; None where it does not count."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def write_adapter(
-    workdir: Path,
+    folder: Path,
     config: Run,
     lora: rm.LoRA,
     trainable: Mapping[str, Any],
     problem: Problem,
-    summary: Mapping[str, Any],
-) -> Path | None:
-    """Writes what a run is for into its folder, and its adapter, where its method has factors.
+    best: Mapping[str, Any],
+) -> None:
+    """Writes what the model of a run is for into its folder, and its adapter if it has factors.
 
-    Args:
-      workdir: of the run.
-      config: of the run.
-      lora: what the method adapts and trains.
-      trainable: of the best step, on the host.
-      problem: what was learnt, and on which base.
-      summary: the figures of the run.
-
-    Returns:
-      The adapter's folder, or None.
+    ``trainable`` is that of the best step, on the host, and ``best`` are its figures.
     """
     if problem.pretrained is None:
-        return None
-    best = summary["best_eval"]
+        return
     about = {
         "data": config.data.name,
         "method": config.method,
@@ -152,31 +117,16 @@ def write_adapter(
     }
     assert problem.info is not None  # as every problem with a pretrained model has
     info = dataclasses.replace(problem.info, about=about)
-    write_info(workdir, info)
-    if not methods.of(config).adapts:
-        return None
-    params = joined(problem.pretrained.params, trainable)
-    folder = workdir / ADAPTER
-    return hub.save_peft(folder, params, lora, problem.pretrained, info=info, overwrite=True)
+    write_info(folder, info)
+    if methods.of(config).adapts:
+        params = joined(problem.pretrained.params, trainable)
+        hub.save_peft(folder / ADAPTER, params, lora, problem.pretrained, info=info, overwrite=True)
 
 
 def joined(base: Mapping[str, Any], trainable: Mapping[str, Any]) -> dict:
     """The parameters of ``base`` with those that were trained in their places."""
     both = flatten_dict(base, sep="/") | flatten_dict(trainable, sep="/")
     return unflatten_dict(both, sep="/")
-
-
-def read_finished(workdir: Path) -> tuple[Run, Info | None]:
-    """The config of a finished run, and what its model is for.
-
-    Raises:
-      UserError: there is no finished run, or its files are damaged.
-    """
-    if not (workdir / "summary.json").is_file():
-        raise UserError(
-            f"{workdir} holds no finished run; type python run.py --config=... --workdir={workdir}"
-        )
-    return read_config(workdir), read_info(workdir)
 
 
 def export_merged(workdir: Path) -> Path:
@@ -188,7 +138,11 @@ def export_merged(workdir: Path) -> Path:
       UserError: there is no finished run, or transformers has no model of its kind.
     """
     workdir = workdir.absolute()
-    config, info = read_finished(workdir)
+    if not (workdir / "summary.json").is_file():
+        raise UserError(
+            f"{workdir} holds no finished run; type python run.py --config=... --workdir={workdir}"
+        )
+    config, info = read_config(workdir), read_info(workdir)
     inserted = methods.of(config).insert is not None
     if inserted or info is None:
         what = f"method {config.method}" if inserted else f"task {config.task}"

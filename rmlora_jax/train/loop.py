@@ -15,19 +15,20 @@ import jax
 import numpy as np
 import optax
 
-import rmlora_jax as rm
 from rmlora_jax import config as fields
+from rmlora_jax import methods
 from rmlora_jax.config import ConfigDict
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import read_json, write_json
-from rmlora_jax.parallel.mesh import Devices, all_devices, shard
+from rmlora_jax.parallel.mesh import all_devices, shard
+from rmlora_jax.report.records import read_metrics
 from rmlora_jax.report.run import verdict, write_report
 from rmlora_jax.tasks.task import measured
 from rmlora_jax.train import checkpoint, finished, nonfinite, setup, snapshots, terminal
 from rmlora_jax.train.config import flatten, resolve
-from rmlora_jax.train.evaluate import Steps, apart, compile_steps, evaluate, spectrum
-from rmlora_jax.train.metrics import MetricWriter, read_metrics
+from rmlora_jax.train.evaluate import Steps, compile_steps, evaluate, spectrum
+from rmlora_jax.train.metrics import MetricWriter
 from rmlora_jax.train.step import State, updates_done
 from rmlora_jax.train.stopping import Stopped, watch
 from rmlora_jax.train.workdir import check_nothing_lost, check_workdir, opened
@@ -75,16 +76,12 @@ def _train(config: Run, workdir: Path) -> dict:
         if leader:
             (workdir / "summary.json").unlink(missing_ok=True)  # of a run that goes on
             write_config(workdir, config)
-            print(header(config, job.base, devices, workdir, start_step=start), flush=True)
-            for note in job.problem.notes:
-                print(note, flush=True)
-        compiled = compile_steps(job, state, start, devices)
+            print(header(job.base, workdir, start=start), flush=True)
+        compiled = compile_steps(job, state, start)
         if leader:
             print(f"compiled in {terminal.duration(compiled.seconds)}", flush=True)
-        keeper = checkpoint.Each(manager, job.problem.metrics[0])
-        (summary,) = train_program(
-            config, job, state, compiled, keeper, [workdir], devices, began
-        )
+        keeper = checkpoint.Keeper(manager, job.problem.metrics[0])
+        (summary,) = train_program(job, state, compiled, keeper, [workdir], began)
     if leader:
         write_report(workdir)
         print(ending(summary, workdir), flush=True)
@@ -96,92 +93,75 @@ def write_config(workdir: Path, config: Run) -> None:
 
 
 def train_program(
-    config: Run,
     job: setup.Job,
     state: State,
     compiled: Steps,
     keeper: checkpoint.Keeper,
     folders: Sequence[Path],
-    devices: Devices,
     began: float,
-    *,
-    alone: bool = True,
 ) -> list[dict]:
     """Trains the runs of a job from ``state`` to the last step and writes what each one leaves.
 
-    Args:
-      config: that the runs share.
-      job: the program.
-      state: the job's, or a later one.
-      compiled: its steps.
-      keeper: of the checkpoints.
-      folders: of the runs.
-      devices: that it is on.
-      began: when this start of it began, by ``time.monotonic``.
-      alone: whether this is a single run: it has TensorBoard's events, which of many runs cost as
-        much as some steps.
-
-    Returns:
-      The ``summary.json`` of each run.
+    ``began`` is the ``time.monotonic`` of this start. Returns the ``summary.json`` of each run that
+    had none.
     """
     leader, start = jax.process_index() == 0, int(state.step)
     with contextlib.ExitStack() as stack:
-        writers = [
-            stack.enter_context(MetricWriter(
-                folder, start_step=start, enabled=leader, tensorboard=alone
-            ))
-            for folder in folders
-        ]
+        # TensorBoard's events of many runs cost as much as some steps.
+        options = {"start_step": start, "enabled": leader, "tensorboard": not job.stacked}
+        writers = [stack.enter_context(MetricWriter(folder, **options)) for folder in folders]
         progress = stack.enter_context(contextlib.closing(terminal.Progress(job.steps)))
-        state, seconds = fit(config, job, state, compiled, keeper, writers, progress, devices)
+        state, seconds = fit(job, state, compiled, keeper, writers, progress)
     keeper.wait()
-    return finished.finish(
-        job, state, keeper, compiled, folders, devices, began, seconds, job.steps - start, alone
-    )
+    trained = job.steps - start
+    return finished.finish(job, state, keeper, compiled, folders, began, seconds, trained)
 
 
-def header(config: Run, base: setup.Base, devices: Devices, workdir: Path, **more) -> str:
-    """What is about to be trained, for the terminal."""
-    return terminal.header(
-        devices=jax.devices(),
-        mesh=dict(devices.mesh.shape),
-        model=config.model.source,
-        method=config.method,
-        trainable=base.trainable_parameters,
-        total=base.total_parameters,
-        data=base.feed.sizes,
-        dataset=config.data.name,
-        workdir=workdir,
-        total_steps=base.steps,
-        **more,
-    )
+def header(base: setup.Base, workdir: Path, *, start=0, runs: str | None = None) -> str:
+    """What a run begins with: a table, and notes on data and model.
+
+    ``runs`` says in words which runs a sweep has.
+    """
+    sizes = ", ".join(f"{split} {n:,}" for split, n in base.feed.sizes.items())
+    steps = f"{base.steps:,}" + (f", continuing after step {start:,}" if start else "")
+    table = terminal.format_table("rmlora_jax", [
+        ("devices", terminal.count_devices(jax.devices())),
+        ("mesh", ", ".join(f"{axis} {n}" for axis, n in base.devices.mesh.shape.items())),
+        ("model", base.config.model.source),
+        ("method", base.config.method),
+        ("runs", runs),
+        ("parameters", terminal.parameters(base.trainable_parameters, base.total_parameters)),
+        ("data", f"{base.config.data.name}: {sizes}"),
+        ("steps", steps),
+        ("workdir", workdir),
+    ])
+    return "\n".join([table, *base.problem.notes])
 
 
 def ending(summary: dict, workdir: Path) -> str:
-    return terminal.closing(summary, workdir, verdict=verdict(read_metrics(workdir)))
+    return terminal.closing(summary, workdir, verdict(read_metrics(workdir)))
 
 
 def fit(
-    config: Run,
     job: setup.Job,
     state: State,
     compiled: Steps,
     keeper: checkpoint.Keeper,
     writers: Sequence[MetricWriter],
     progress: terminal.Progress,
-    devices: Devices,
 ) -> tuple[State, float]:
-    """Trains to the last step; returns the state and the seconds of the training steps alone:
-    without compilation, evaluation, checkpoints."""
+    """Trains to the last step; returns the state and the seconds of the training steps alone."""
     seconds, shown, leader = 0.0, {}, jax.process_index() == 0
+    config = job.base.config
     watched = [nonfinite.Watched(config.nonfinite_limit) for _ in job.runs]
-    for done in stretches(config, job, state, compiled, devices):
+    schedules = [methods.learning_rate(run, job.steps) for run in job.runs]
+    for done in stretches(job, state, compiled):
         state, seconds = done.state, seconds + done.seconds
-        metrics = [list(of_run) for of_run in zip(*map(job.axis.apart, done.metrics), strict=True)]
+        metrics = [list(of_run) for of_run in zip(*map(job.apart, done.metrics), strict=True)]
         rows = [
             row_of(done, own, schedule, config, skipped)
             for own, schedule, skipped in zip(
-                metrics, job.schedule, np.ravel(done.skipped), strict=True
+                metrics, schedules, np.ravel(done.skipped), strict=True
             )
         ]
         for writer, one, own in zip(writers, watched, metrics, strict=True):
@@ -190,16 +170,15 @@ def fit(
                     progress.print(f"{writer.workdir.name}: {note}" if writers[1:] else note)
         validation = []
         if done.evaluating:
-            outputs = evaluate(compiled, state.trainable, job, "validation", devices)
-            validation = [measured(own, job.problem.metrics) for own in apart(outputs, job)]
+            outputs = evaluate(compiled, state.trainable, job, "validation")
+            validation = [measured(own, job.problem.metrics) for own in outputs]
             for row, found in zip(rows, validation, strict=True):
                 row |= {f"eval/{name}": value for name, value in found.items()}
             keeper.wait()  # see check_nothing_lost
         for i, (writer, row) in enumerate(zip(writers, rows, strict=True)):
             writer.write(done.step, row)
             if done.evaluating:
-                own = job.axis.pick(state.trainable, i)
-                keep_factors(config, writer, done.step, own, job.frozen, job.lora[i])
+                keep_factors(job, i, writer, done.step, job.pick(state.trainable, i))
         shown |= summed_up(rows)
         if leader:
             progress.update(done.step, shown)
@@ -215,8 +194,11 @@ def fit(
         if done.stopping or over:
             keeper.wait()
             if over:
-                raise ended(job, state.trainable, watched[0], done.step)
-            raise saved_after(done.step, job.steps)
+                raise nonfinite.ended(job, state.trainable, watched[0], done.step)
+            raise Stopped(
+                f"saved after step {done.step:,} of {job.steps:,}; the same command goes on from "
+                "there"
+            )
     return state, seconds
 
 
@@ -232,22 +214,11 @@ def summed_up(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def saved_after(step: int, steps: int) -> Stopped:
-    return Stopped(f"saved after step {step:,} of {steps:,}; the same command goes on from there")
-
-
-def ended(job: setup.Job, trainable, watched: nonfinite.Watched, step: int):
-    """The error of a run that has had too many steps in a row that are not finite."""
-    batch = next(iter(job.feed.train(watched.first - 1)))
-    where = job.look(trainable, job.constants, batch, watched.first - 1)
-    return nonfinite.ended(watched, step, batch["id"], where)
-
-
-def keep_factors(config: Run, writer, step: int, trainable, frozen, lora: rm.LoRA) -> None:
+def keep_factors(job: setup.Job, i: int, writer: MetricWriter, step: int, trainable) -> None:
     """Writes what an evaluation keeps of a run's factors: spectrum and, if asked, a snapshot."""
-    intrinsic = spectrum(trainable, frozen, lora)
+    intrinsic = spectrum(job, i, trainable)
     writer.intrinsic(step, intrinsic)
-    if config.snapshots and writer.enabled and intrinsic:
+    if job.runs[i].snapshots and writer.enabled and intrinsic:
         snapshots.save(writer.workdir, step, jax.device_get(trainable))
 
 
@@ -267,9 +238,7 @@ class Stretch(NamedTuple):
         return self.step - len(self.metrics) + 1
 
 
-def stretches(
-    config: Run, job: setup.Job, state: State, compiled: Steps, devices: Devices
-) -> Iterator[Stretch]:
+def stretches(job: setup.Job, state: State, compiled: Steps) -> Iterator[Stretch]:
     """Trains from ``state`` to the last step. Time the caller spends between stretches is not
     counted."""
     pending = []
@@ -283,11 +252,11 @@ def stretches(
     batches = zip(range(start + 1, job.steps + 1), job.feed.train(start), strict=False)
     with watch("saving after this step") as asked:
         for done, batch in batches:
-            state, metrics = compiled.train(state, job.constants, shard(batch, devices))
+            state, metrics = compiled.train(state, job.constants, shard(batch, job.base.devices))
             pending.append(metrics)
             stopping = asked(done) and done < job.steps
             evaluating = done % job.eval_every == 0 or done == job.steps
-            if done % config.log_every and not evaluating and not stopping:
+            if done % job.base.config.log_every and not evaluating and not stopping:
                 continue
             metrics = jax.device_get(pending)  # waits for the steps
             skipped = skipped + np.sum([m["skipped"] for m in metrics], axis=0, dtype=np.int64)
@@ -309,8 +278,7 @@ def row_of(
 
 
 def mean_of(metrics: list[dict]) -> dict[str, Any]:
-    """Means of the steps' metrics, under the names of metrics.jsonl; of those that were not
-    skipped, if there are any."""
+    """Means over the steps that were not skipped, or else over all, by names of metrics.jsonl."""
     kept = [m for m in metrics if not m.get("skipped")] or metrics
     names = [k for k in metrics[0] if k != "skipped"]
     return {f"train/{k}": np.mean([m[k] for m in kept], dtype=np.float32) for k in names}

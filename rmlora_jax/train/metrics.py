@@ -14,7 +14,6 @@ For that to hold write a step's line before its checkpoint.
 """
 
 import json
-import math
 import os
 import pathlib
 import time
@@ -25,8 +24,6 @@ import numpy as np
 
 from rmlora_jax.files import plain, write_text_atomic
 from rmlora_jax.report.records import INTRINSIC, METRICS, read_lines
-from rmlora_jax.report.records import read_intrinsic as read_intrinsic
-from rmlora_jax.report.records import read_metrics as read_metrics
 from rmlora_jax.train import snapshots
 
 EVENTS = "tensorboard"
@@ -38,9 +35,8 @@ def append_intrinsic(
 ) -> None:
     """Adds one line to ``intrinsic.jsonl``: ``{"step": s, "modules": {path: {name: numbers}}}``.
 
-    ``modules`` is what `rmlora_jax.intrinsic_dimension` returns: for each module path the arrays
-    ``singular_values`` (*layers, r) and ``effective_rank``, ... (*layers,). Values that are not
-    finite are written as null.
+    ``modules`` is what `rmlora_jax.intrinsic_dimension` returns. A value that is not finite becomes
+    null.
     """
     line = json.dumps({"step": int(step), "modules": plain(modules)}, allow_nan=False)
     _append(pathlib.Path(workdir) / INTRINSIC, line)
@@ -49,8 +45,7 @@ def append_intrinsic(
 def drop_after(path: str | os.PathLike, step: int) -> None:
     """Keeps the lines of a JSON-lines file up to and including ``step``, atomically.
 
-    At step 0 the run begins anew and no line stays. A file that is already as it should be, or is
-    not there, is left alone.
+    At step 0 the run begins anew and no line stays. A file without later lines is left alone.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -69,18 +64,18 @@ class MetricWriter:
     ...     with MetricWriter(folder, tensorboard=False) as writer:
     ...         writer.write(1, {"train/loss": 0.5})
     ...         writer.write(2, {"train/loss": 0.25, "eval/loss": 0.3})
-    ...     read_metrics(folder)
+    ...     read_lines(pathlib.Path(folder) / METRICS)
     [{'step': 1, 'train/loss': 0.5}, {'step': 2, 'train/loss': 0.25, 'eval/loss': 0.3}]
 
     Args:
       workdir: the run's folder, made if missing.
       start_step: the step after which the run continues; lines and snapshots of later steps are
         dropped. At 0 the run begins anew and earlier lines are dropped too.
-      enabled: False makes every method do nothing; pass ``jax.process_index() == 0``.
-      tensorboard: whether to write events to the folder ``tensorboard`` (by tensorboardX).
+      enabled: False makes every method do nothing, as in all processes but the first.
+      tensorboard: whether to write events to the folder ``tensorboard``.
 
     Raises:
-      UserError: a file to be continued holds a line that is not one of this class's.
+      UserError: a file to be continued holds another line.
     """
 
     def __init__(
@@ -93,7 +88,8 @@ class MetricWriter:
     ):
         self.workdir = pathlib.Path(workdir)
         self.enabled = enabled
-        self._events = None
+        self._events = None  # an EventsWriter of tensorboardX
+        self._flushed = time.monotonic()
         self._last_step = start_step if start_step > 0 else -1
         if not enabled:
             return
@@ -102,12 +98,10 @@ class MetricWriter:
             drop_after(self.workdir / name, start_step)
         snapshots.drop_after(self.workdir, start_step)
         if tensorboard:
-            self._events = Events(self.workdir / EVENTS, start_step)
+            self._events = open_events(self.workdir / EVENTS, start_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records the metrics of ``step``, all of them at once.
-
-        ``metrics`` maps names to scalars (Python, numpy or jax; a jax scalar is waited for).
+        """Records the metrics of ``step``, scalars by name, all of them at once.
 
         Raises:
           ValueError: ``step`` is not larger than that of the last line.
@@ -119,30 +113,47 @@ class MetricWriter:
             raise ValueError(
                 f"metrics of step {step} after those of step {self._last_step}: steps must "
                 "increase; pass everything that belongs to a step in one call of write")
-        values = {key: _scalar(key, value) for key, value in metrics.items()}
-        _append(self.workdir / METRICS, _line(step, values))
+        for key, value in metrics.items():
+            if np.ndim(value):
+                raise ValueError(f"metric {key!r} has shape {np.shape(value)}: must be a scalar")
+        row = plain(metrics)
+        broken = {key: str(float(metrics[key])) for key, value in row.items() if value is None}
+        line = {"step": step} | row | ({"nonfinite": broken} if broken else {})
+        _append(self.workdir / METRICS, json.dumps(line, allow_nan=False))
         self._last_step = step
-        if self._events is not None:
-            # tensorboardX warns on the terminal about each number that is not finite.
-            self._events.add(step, {k: v for k, v in values.items() if math.isfinite(v)})
+        # tensorboardX warns on the terminal about each number that is not finite.
+        self._add_events(step, {key: value for key, value in row.items() if value is not None})
 
     def intrinsic(self, step: int, modules: Mapping[str, Mapping[str, Any]]) -> None:
         """`append_intrinsic` for this run, and the mean effective rank as a TensorBoard scalar."""
         if not self.enabled:
             return
         append_intrinsic(self.workdir, step, modules)
-        if self._events is not None:
-            means = {}
-            for path, values in modules.items():
-                ranks = np.asarray(values.get("effective_rank", np.nan), np.float64)
-                if np.isfinite(ranks).any():
-                    means[f"effective_rank/{path}"] = np.mean(ranks[np.isfinite(ranks)])
-            self._events.add(step, means)
+        ranks = {path: np.asarray(values["effective_rank"]) for path, values in modules.items()}
+        self._add_events(step, {
+            f"effective_rank/{path}": np.mean(found[np.isfinite(found)], dtype=np.float64)
+            for path, found in ranks.items() if np.isfinite(found).any()
+        })
+
+    def _add_events(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._events is None:
+            return
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore (generated)
+
+        # Without the metadata that tensorboardX adds to each: TensorBoard needs none for scalars,
+        # and the checksum of each byte is computed in Python.
+        event = Event(wall_time=time.time(), step=step)
+        for name, value in scalars.items():
+            event.summary.value.add(tag=name, simple_value=value)
+        self._events.write_event(event)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
 
     def flush(self) -> None:
-        """Events to the disk: to be called before the checkpoint of the step is written."""
+        """Writes the events to the disk; call it before the checkpoint of the step."""
         if self._events is not None:
             self._events.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Flushes the events; a second call does nothing."""
@@ -157,75 +168,27 @@ class MetricWriter:
         self.close()
 
 
+def open_events(folder: pathlib.Path, start_step: int) -> Any:
+    """A writer of one event file in a folder of TensorBoard, made if missing.
 
-class Events:
-    """The event file of one process in the folder ``folder`` of TensorBoard, written at once.
-
-    tensorboardX's SummaryWriter hands events to a thread: a killed process loses what is queued,
-    and on a full disk the thread dies and the run waits for it for ever. Here a write is a write,
-    and `flush` before a checkpoint makes sure that no scalar of a step before it can be lost.
-
-    Args:
-      folder: of TensorBoard; made if missing.
-      start_step: the step after which the run continues: TensorBoard is told to hide later events
-        of earlier processes.
+    It has no thread, unlike tensorboardX's SummaryWriter: there a killed process loses what is
+    queued, and on a full disk the thread dies and the run waits for it for ever. TensorBoard hides
+    events of earlier processes after ``start_step``.
     """
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore (generated)
 
-    def __init__(self, folder: str | os.PathLike, start_step: int = 0):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore (generated)
-
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        earlier = any(folder.iterdir())
-        # TensorBoard reads files in the order of their names, which have the second; this is what
-        # keeps a process that begins within the same one from writing over the file before.
-        fraction = f".{time.time_ns() % 10**9:09}"
-        self._writer = EventsWriter(str(folder / "events"), fraction)
-        self._flushed = time.monotonic()
-        if earlier:
-            first = start_step + 1 if start_step > 0 else 0
-            start = SessionLog(status=SessionLog.START)
-            self._writer.write_event(Event(wall_time=time.time(), step=first, session_log=start))
-
-    def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes the scalars of a step as one event."""
-        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore (generated)
-
-        # Without the metadata that tensorboardX adds to each: TensorBoard needs none for scalars,
-        # and the checksum of each byte is computed in Python.
-        event = Event(wall_time=time.time(), step=step)
-        for name, value in scalars.items():
-            event.summary.value.add(tag=name, simple_value=value)
-        self._writer.write_event(event)
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """To the disk."""
-        self._writer.flush()
-        self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _scalar(key: str, value: Any) -> float | int:
-    array = np.asarray(value)
-    if array.ndim:
-        raise ValueError(f"metric {key!r} has shape {array.shape}: must be a scalar")
-    if array.dtype.kind in "iu":
-        return int(array)
-    # Shortest decimal of the value's own precision, as `plain`, which says None where not finite.
-    short = plain(array)
-    return float(array) if short is None else float(short)
-
-
-def _line(step: int, values: Mapping[str, float]) -> str:
-    finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-    row = {"step": step} | finite
-    nonfinite = {key: str(value) for key, value in values.items() if not math.isfinite(value)}
-    return json.dumps(row | ({"nonfinite": nonfinite} if nonfinite else {}), allow_nan=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = any(folder.iterdir())
+    # TensorBoard reads files in the order of their names, which have the second; this is what
+    # keeps a process that begins within the same one from writing over the file before.
+    fraction = f".{time.time_ns() % 10**9:09}"
+    writer = EventsWriter(str(folder / "events"), fraction)
+    if earlier:
+        first = start_step + 1 if start_step > 0 else 0
+        start = SessionLog(status=SessionLog.START)
+        writer.write_event(Event(wall_time=time.time(), step=first, session_log=start))
+    return writer
 
 
 def _append(path: pathlib.Path, line: str) -> None:

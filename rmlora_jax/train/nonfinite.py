@@ -1,7 +1,7 @@
-"""Non-finite values: which step, which examples, which layer; and losses far off the others.
+"""Non-finite values: in which step, examples and layer; and losses far above the others.
 
-A step skips by itself what is not finite (`step.make_train_step`). Here, on the host and from
-numbers that are there anyway, it is counted; only where a run ends is the model run once more.
+A step leaves out a non-finite update by itself (`step.make_train_step`). Here skipped steps are
+counted on the host, from metrics that exist already. The model runs once more only when a run ends.
 """
 
 import collections
@@ -28,9 +28,9 @@ class Watched:
     """The losses of one run, step by step.
 
     Attributes:
-      over: whether ``limit`` steps in a row were skipped; once true it stays so. 0: never.
-      first: the first of the steps in a row that were.
-      length: how many they are.
+      over: whether ``limit`` steps in a row were skipped; once true it stays true. 0: never.
+      first: the first step of the latest row of skipped steps.
+      length: the number of steps in that row; 0 after a step that was not skipped.
     """
 
     def __init__(self, limit: int):
@@ -103,9 +103,11 @@ class Spikes:
         )
 
 
-def ended(watched: Watched, step: int, ids: np.ndarray, where: str) -> UserError:
-    """The words of a run that ends after ``step``."""
-    ids = np.ravel(ids)
+def ended(job: Any, trainable: Any, watched: Watched, step: int) -> UserError:
+    """The error of a run that ends after ``step``: which examples, and which layer."""
+    batch = next(iter(job.feed.train(watched.first - 1)))
+    where = job.look(trainable, job.constants, batch, watched.first - 1)
+    ids = np.ravel(batch["id"])
     shown = ", ".join(map(str, ids[:SHOWN].tolist())) + (", ..." if ids.size > SHOWN else "")
     return UserError(
         f"{watched.length} steps in a row with a loss or gradient that is not finite, the first "
@@ -115,62 +117,53 @@ def ended(watched: Watched, step: int, ids: np.ndarray, where: str) -> UserError
     )
 
 
-def make_look(apply: Callable, loss: Callable, prepare: Callable) -> Callable:
-    """Builds ``look(trainable, constants, batch, step) -> str``: where in the forward pass of a
-    training step the first number arises that is not finite.
+def look(
+    apply: Callable, loss: Callable, prepare: Callable,
+    trainable: Any, constants: Constants, batch: dict, step: int,
+) -> str:
+    """Where the forward pass of a training step first gives a non-finite value, in words.
 
-    It runs outside of jit, where each layer's output is at hand, in scans too, and on one device.
-    Arguments as of `step.make_train_step`.
+    The model runs outside of jit, where each layer's output is at hand, also inside of scans, and
+    on one device. ``apply``, ``loss`` and ``prepare`` are those of `step.make_train_step`.
     """
+    trainable, constants, batch = jax.device_get((trainable, constants, batch))
+    augment_key, dropout_key = keys_of(constants, step)
+    positions = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
+    for path, leaf in jax.tree.leaves_with_path(trainable):
+        if _any_nonfinite([leaf]):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return f"the parameter {name} is not finite before the step"
+    found: list[str] = []
+    calls = collections.Counter()
 
-    def look(trainable, constants: Constants, batch: dict, step: int) -> str:
-        trainable, constants, batch = jax.device_get((trainable, constants, batch))
-        augment_key, dropout_key = keys_of(constants, step)
-        positions = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
-        wrong = _paths_not_finite(trainable)
-        if wrong:
-            return f"the parameter {wrong[0]} is not finite before the step"
-        found: list[str] = []
-        calls = collections.Counter()
+    def check(next_fun, args, kwargs, context):
+        out = next_fun(*args, **kwargs)
+        path = "/".join(context.module.path) or "the model"
+        leaves = [x for x in jax.tree.leaves(out) if hasattr(x, "dtype")]
+        if any(isinstance(x, jax.core.Tracer) for x in leaves):
+            return out  # flax looks at the shapes of a scan before it runs it
+        calls[path, context.method_name] += 1
+        if not found and _any_nonfinite(leaves):
+            nth = calls[path, context.method_name]
+            found.append(f"the output of {path} ({context.method_name}, call {nth})")
+        return out
 
-        def check(next_fun, args, kwargs, context):
-            out = next_fun(*args, **kwargs)
-            path = "/".join(context.module.path) or "the model"
-            leaves = [x for x in jax.tree.leaves(out) if hasattr(x, "dtype")]
-            if any(isinstance(x, jax.core.Tracer) for x in leaves):
-                return out  # flax looks at the shapes of a scan before it runs it
-            calls[path, context.method_name] += 1
-            if not found and _any_nonfinite(leaves):
-                nth = calls[path, context.method_name]
-                found.append(f"the output of {path} ({context.method_name}, call {nth})")
-            return out
-
-        with jax.disable_jit(), jax.default_device(jax.local_devices()[0]):
-            inputs, labels = prepare(augment_key, positions, constants.data, batch)
-            if _any_nonfinite(jax.tree.leaves(inputs)):
-                return "the inputs are not finite"
-            rngs = {"dropout": jax.random.fold_in(dropout_key, 0)}
-            with nn.intercept_methods(check):
-                params = rm.join(trainable, constants.frozen)
-                total, *_ = loss(functools.partial(apply, params, inputs, rngs), labels)
-        if found:
-            return f"first not finite is {found[0]}"
-        if _any_nonfinite([total]):
-            return "every layer's output is finite, the loss of these labels is not"
-        return "every layer's output and the loss are finite; the gradient is not"
-
-    return look
+    with jax.disable_jit(), jax.default_device(jax.local_devices()[0]):
+        inputs, labels = prepare(augment_key, positions, constants.data, batch)
+        if _any_nonfinite(jax.tree.leaves(inputs)):
+            return "the inputs are not finite"
+        rngs = {"dropout": jax.random.fold_in(dropout_key, 0)}
+        with nn.intercept_methods(check):
+            params = rm.join(trainable, constants.frozen)
+            total, *_ = loss(functools.partial(apply, params, inputs, rngs), labels)
+    if found:
+        return f"first not finite is {found[0]}"
+    if _any_nonfinite([total]):
+        return "every layer's output is finite, the loss of these labels is not"
+    return "every layer's output and the loss are finite; the gradient is not"
 
 
 def _any_nonfinite(leaves: Sequence[Any]) -> bool:
     return any(
         jnp.issubdtype(x.dtype, jnp.inexact) and not bool(jnp.isfinite(x).all()) for x in leaves
     )
-
-
-def _paths_not_finite(tree) -> list[str]:
-    return [
-        "/".join(str(getattr(k, "key", k)) for k in path)
-        for path, leaf in jax.tree.leaves_with_path(tree)
-        if _any_nonfinite([leaf])
-    ]

@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import rmlora_jax as rm
 from rmlora_jax import hub, methods
@@ -31,14 +30,12 @@ from rmlora_jax.parallel.mesh import (
 )
 from rmlora_jax.tasks import TASKS
 from rmlora_jax.tasks.task import Feed, Objective, Opening, Problem, data_notes, fields
+from rmlora_jax.train import nonfinite
 from rmlora_jax.train.checkpoint import read_base
-from rmlora_jax.train.config import swept
-from rmlora_jax.train.nonfinite import make_look
 from rmlora_jax.train.step import (
     Constants,
     State,
     first_keys,
-    init_state,
     make_eval_step,
     make_train_step,
 )
@@ -47,7 +44,9 @@ from rmlora_jax.train.step import (
 class Base(NamedTuple):
     """What a run, or all runs of a sweep, starts from: data, pretrained weights, adapted model."""
 
-    problem: Any  # Problem; there is none where nothing is run
+    config: Run
+    devices: Devices
+    problem: Any  # Problem; None where nothing is run
     feed: Feed
     objective: Objective
     lora: rm.LoRA
@@ -59,37 +58,22 @@ class Base(NamedTuple):
     trainable_parameters: int
 
 
-class Alone:
-    """The axis of the runs in a program of one run: there is none."""
-
-    count = 1
-
-    def pick(self, tree: Any, i: int) -> Any:
-        """What a tree holds of run ``i``."""
-        return tree
-
-    def apart(self, values: dict[str, Any]) -> list[dict[str, Any]]:
-        """Metrics or outputs of all runs, as one dict for each."""
-        return [values]
-
-
 class Job(NamedTuple):
-    """A program before its first step. One run is a program of one; more are stacked on ``axis``.
+    """A program before its first step, of one run or of many.
 
-    ``runs``, ``lora`` and ``schedule`` have an entry for each run.
+    ``runs`` and ``lora`` have an entry for each run. With ``stacked``, the state, the metrics and
+    the outputs have a first axis for the runs.
     """
 
     base: Base
     runs: tuple[Run, ...]
-    axis: Any  # Alone, or that of a sweep
     lora: tuple[rm.LoRA, ...]
     state: State
     constants: Any  # Constants, or those of a sweep
     train_step: Callable  # (state, constants, batch) -> (state, metrics); donates state
     eval_step: Callable  # (trainable, constants, batch) -> outputs
-    schedule: tuple[optax.Schedule, ...]
-    eval_every: int
-    look: Callable  # (trainable, constants, batch, step) -> where a number is first not finite
+    look: Callable  # (trainable, constants, batch, step) -> the first non-finite value, in words
+    stacked: bool = False
 
     @property
     def feed(self) -> Feed:
@@ -104,8 +88,25 @@ class Job(NamedTuple):
         return self.base.steps
 
     @property
-    def frozen(self) -> dict:
-        return self.base.constants.frozen
+    def eval_every(self) -> int:
+        run = self.runs[0]
+        return run.eval_every or math.ceil(self.feed.train_size / run.batch_size)
+
+    def pick(self, tree: Any, i: int) -> Any:
+        """What a tree holds of run ``i``."""
+        return pick(tree, i) if self.stacked else tree
+
+    def apart(self, values: dict[str, Any]) -> list[dict[str, Any]]:
+        """The metrics of a step as one dict for each run."""
+        if not self.stacked:
+            return [values]
+        return [{name: value[i] for name, value in values.items()} for i in range(len(self.runs))]
+
+
+@jax.jit
+def pick(tree: Any, i: jax.Array | int) -> Any:
+    """Run ``i`` of a stacked tree."""
+    return jax.tree.map(lambda x: x[i], tree)
 
 
 def build(config: Run, devices: Devices) -> Job:
@@ -118,15 +119,12 @@ def build(config: Run, devices: Devices) -> Job:
     return Job(
         base=base,
         runs=(config,),
-        axis=Alone(),
         lora=(base.lora,),
         state=replicate(start(config, base, base.trainable), devices),
         constants=base.constants,
-        train_step=spread(train_step(config, base), devices, donate=True),
-        eval_step=spread(eval_step(config, base), devices),
-        schedule=(methods.learning_rate(config, base.steps),),
-        eval_every=eval_every(config, base),
-        look=look(config, base),
+        train_step=spread(train_step(base), devices, donate=True),
+        eval_step=spread(eval_step(base), devices),
+        look=functools.partial(look, base),
     )
 
 
@@ -142,18 +140,21 @@ def open_base(config: Run, devices: Devices) -> Base:
     with fields("lora.*"):
         lora, adapted, params = with_new(config, problem, problem.params, factors_key)
         trainable, frozen = rm.split(params, lora)
+    notes = [*problem.notes]
     if config.model.adapter:
         found = f"goes on from {config.model.adapter}: {lora.rank=}, {lora.alpha=}, {lora.target=}"
-        problem = problem._replace(notes=(*problem.notes, found.replace("lora.", "")))
+        notes.append(found.replace("lora.", ""))
 
     feed = problem.open_feed()
     check_same("the data", (feed.sizes, problem.skipped))
-    notes = (*problem.notes, *data_notes(problem, feed, config.batch_size))
-    problem = problem._replace(notes=notes)
+    notes += data_notes(problem, feed, config.batch_size)
+    problem = problem._replace(notes=tuple(notes))
     steps = config.steps or max(1, round(config.epochs * feed.train_size / config.batch_size))
     trainable = cast(trainable, jnp.float32)
     check_optimizer(config, steps, trainable)
     return Base(
+        config=config,
+        devices=devices,
         problem=problem,
         feed=feed,
         objective=TASKS[config.task].objective(config),
@@ -192,7 +193,7 @@ def check_batches(config: Run, devices: Devices) -> None:
 def check_optimizer(config: Run, steps: int, trainable: Any) -> None:
     """Raises a UserError where the method's optimizer refuses what is trained."""
     with fields("rm.*, adalora.*, sora.* or lora.rank"):
-        jax.eval_shape(methods.optimizer(config, steps, swept(config)).init, trainable)
+        jax.eval_shape(methods.optimizer(config, steps).init, trainable)
 
 
 def with_new(
@@ -214,17 +215,18 @@ def from_adapter(config: Run, problem: Problem, params: dict) -> tuple[dict, rm.
     """The factors of ``model.adapter``, and its head where that is for as many classes.
 
     Raises:
-      UserError: they are of another form than those of the method.
+      UserError: the method cannot go on from factors of that kind.
     """
     folder, base = Path(config.model.adapter).expanduser(), problem.pretrained
     assert base is not None  # the task's check refuses model.adapter otherwise
     whole = hub.stored_labels(folder) == base.num_labels
     params, lora = hub.load_peft(folder, base._replace(params=params), saved=whole)
-    found, own = type(lora).__name__, type(methods.description(config)).__name__
-    if found != own:
+    if type(lora) is not methods.of(config).continues:
+        able = [name for name, one in methods.METHODS.items() if one.continues is type(lora)]
         raise UserError(
-            f"config.model.adapter={config.model.adapter!r} holds {found} factors, and method "
-            f"{config.method} trains {own} factors; type --config.method={found.lower()}"
+            f"config.model.adapter={config.model.adapter!r} holds {type(lora).__name__} factors, "
+            f"which method {config.method} does not continue; "
+            + (f"type --config.method={' or '.join(able)}" if able else "no method does")
         )
     rules = [*map(re.escape, lora.train or ()), config.lora.train]
     return params, dataclasses.replace(lora, train="|".join(rules), dropout=config.lora.dropout)
@@ -232,7 +234,8 @@ def from_adapter(config: Run, problem: Problem, params: dict) -> tuple[dict, rm.
 
 def start(config: Run, base: Base, trainable: dict) -> State:
     """The state of a run before its first step."""
-    return init_state(methods.optimizer(config, base.steps, swept(config)), trainable)
+    tx = methods.optimizer(config, base.steps)
+    return State(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
 
 
 def reseeded(config: Run, base: Base) -> dict:
@@ -243,39 +246,33 @@ def reseeded(config: Run, base: Base) -> dict:
     return cast(rm.split(params, lora)[0], jnp.float32)
 
 
-def eval_every(config: Run, base: Base) -> int:
-    return config.eval_every or math.ceil(base.feed.train_size / config.batch_size)
-
-
-def train_step(
-    config: Run, base: Base, traced: methods.Values | None = None, prepare_params=None
-) -> Callable:
+def train_step(base: Base, traced: methods.Values | None = None, prepare_params=None) -> Callable:
     """The step of one device.
 
     ``traced`` are the values that a sweep varies. ``prepare_params`` changes the parameters on
     their way into the model.
     """
+    config = base.config
     return make_train_step(
         _apply(base, prepare_params, config.fsdp > 1),
         base.objective.loss,
-        methods.optimizer(config, base.steps, swept(config, traced)),
+        methods.optimizer(config, base.steps, traced),
         base.feed.prepare_train,
         figures=functools.partial(methods.figures, config),
         accumulate=config.accumulate,
     )
 
 
-def eval_step(config: Run, base: Base, prepare_params=None) -> Callable:
+def eval_step(base: Base, prepare_params=None) -> Callable:
     """The evaluation step of one device, as `train_step`."""
-    apply = _apply(base, prepare_params, config.fsdp > 1)
+    apply = _apply(base, prepare_params, base.config.fsdp > 1)
     return make_eval_step(apply, base.objective.predict, base.feed.prepare_eval)
 
 
-def look(config: Run, base: Base, prepare_params=None) -> Callable:
-    """`nonfinite.make_look` of a run."""
-    return make_look(
-        _apply(base, prepare_params), base.objective.loss, base.feed.prepare_train
-    )
+def look(base: Base, *args, prepare_params=None) -> str:
+    """`nonfinite.look` of a run, with ``args`` (trainable, constants, batch, step)."""
+    apply = _apply(base, prepare_params)
+    return nonfinite.look(apply, base.objective.loss, base.feed.prepare_train, *args)
 
 
 def _apply(base: Base, prepare_params: Callable | None, split: bool = False) -> Callable:

@@ -63,7 +63,7 @@ def read(workdir: str | os.PathLike) -> list[tuple[int, dict]]:
 
 
 def drop_after(workdir: str | os.PathLike, step: int) -> None:
-    """Deletes the snapshots of later steps: a run that continues after ``step`` makes them anew."""
+    """Deletes the snapshots of later steps: a run continuing after ``step`` makes them again."""
     for path in (pathlib.Path(workdir) / FOLDER).glob("*.npz"):
         if int(path.stem) > step:
             path.unlink(missing_ok=True)

@@ -35,10 +35,6 @@ class Constants(NamedTuple):
     seed: Any  # uint32: of dropout; folded with the step
 
 
-def init_state(tx: optax.GradientTransformation, trainable: dict) -> State:
-    return State(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
-
-
 def make_train_step(
     apply: Callable,
     loss: Callable,
@@ -137,20 +133,20 @@ def first_keys(seed: int) -> jax.Array:
 def keys_of(constants: Constants, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """The keys of augmentation and of dropout in the step after ``step`` steps.
 
-    Two halves of one key where the seeds are one. Nothing of a run enters the first, so that runs
-    mapped over a step share what it draws.
+    If the two seeds are equal, they are the halves of one key. Nothing of a run enters the first,
+    so that runs mapped over a step share what it draws.
     """
-    return _split(constants.data_seed, step)[0], _split(constants.seed, step)[1]
+
+    def halves(seed):
+        return jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+
+    return halves(constants.data_seed)[0], halves(constants.seed)[1]
 
 
 def updates_done(opt_state: optax.OptState) -> jax.Array:
     """How often the optimizer moved the parameters: fewer times than there were steps where some
     were skipped. Schedules go by it."""
     return optax.tree.get_all_with_path(opt_state, "count")[0][1]
-
-
-def _split(seed: jax.Array, step: jax.Array | int) -> jax.Array:
-    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
 
 
 def make_eval_step(apply: Callable, predict: Callable, prepare: Callable) -> Callable:

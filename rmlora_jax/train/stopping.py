@@ -27,12 +27,9 @@ class Stopped(Exception):
 def watch(saving: str) -> Iterator[Callable[[int], bool]]:
     """Watches for signals; yields ``asked(step)``: whether to save after this step, and stop.
 
-    With several processes, of which one gets SIGTERM, ``asked`` is true in all of them after the
-    same step; SIGINT is not watched for then. Outside the main thread, where Python gets no
-    signals, ``asked`` is never true.
-
-    Args:
-      saving: what is said at the first signal, such as "saving after this step".
+    ``saving`` is printed at the first signal. With several processes, of which one gets SIGTERM,
+    ``asked`` is true in all of them after the same step; SIGINT is not watched for then. Outside
+    the main thread, where Python gets no signals, ``asked`` is never true.
     """
     seen: list[int] = []
 

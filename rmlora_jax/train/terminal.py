@@ -25,91 +25,35 @@ def format_table(title: str, rows: Sequence[tuple[str, Any]]) -> str:
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
-def header(
-    *,
-    devices: Sequence[Any] | str,
-    mesh: Mapping[str, int] | str | None,
-    model: str,
-    method: str,
-    trainable: int,
-    total: int,
-    data: Mapping[str, int],
-    workdir: str | os.PathLike,
-    dataset: str | None = None,
-    start_step: int = 0,
-    total_steps: int | None = None,
-    runs: str | None = None,
-) -> str:
-    """The table that a run begins with; ``runs`` says how many runs a sweep has.
-
-    ``devices`` are jax devices, counted by kind; ``mesh`` maps an axis's name to its size;
-    ``trainable`` and ``total`` are numbers of parameters; ``data`` maps a split to its number of
-    examples.
-
-    >>> print(header(devices="1 x cpu", mesh={"data": 1}, model="vit-tiny", method="lora",
-    ...              trainable=50_000, total=5_000_000, data={"train": 1437, "test": 360},
-    ...              workdir="runs/a"))
-    rmlora_jax
-      devices     1 x cpu
-      mesh        data 1
-      model       vit-tiny
-      method      lora
-      parameters  50,000 trained of 5,000,000 (1.00 %)
-      data        train 1,437, test 360
-      workdir     runs/a
-    """
-    sizes = ", ".join(f"{split} {n:,}" for split, n in data.items())
-    steps = None if total_steps is None else f"{total_steps:,}"
-    if steps and start_step:
-        steps += f", continuing after step {start_step:,}"
-    return format_table("rmlora_jax", [
-        ("devices", devices if isinstance(devices, str) else count_devices(devices)),
-        ("mesh", mesh if mesh is None or isinstance(mesh, str)
-                 else ", ".join(f"{axis} {n}" for axis, n in mesh.items())),
-        ("model", model),
-        ("method", method),
-        ("runs", runs),
-        ("parameters", parameters(trainable, total)),
-        ("data", f"{dataset}: {sizes}" if dataset else sizes),
-        ("steps", steps),
-        ("workdir", os.fspath(workdir)),
-    ])
-
-
-def closing(summary: Mapping[str, Any], workdir: str | os.PathLike, *,
-            verdict: str | None = None) -> str:
-    """The table that a run ends with, from the values of its ``summary.json``.
-
-    >>> figures = {"matthews": 0.4123, "accuracy": 0.7565, "loss": 0.51}
-    >>> print(closing({"eval": figures, "wall_seconds": 75.2}, "runs/a"))
-    done
-      test, last step  Matthews 0.4123, accuracy 0.7565, loss 0.5100
-      time             1:15
-    """
+def closing(summary: Mapping[str, Any], workdir: str | os.PathLike, verdict: str) -> str:
+    """The table that a run ends with, from its ``summary.json``."""
     def scores(entry):
-        if not entry:
-            return None
-        at = f" (step {entry['step']:,})" if entry.get("step") is not None else ""
+        at = f" (step {entry['step']:,})" if "step" in entry else ""
         keys = [key for key in entry if key != "step" and not key.startswith("loss")]
-        return ", ".join(f"{_name(key)} {number(entry.get(key))}" for key in [*keys, "loss"]) + at
+        return ", ".join(f"{_name(key)} {number(entry[key])}" for key in [*keys, "loss"]) + at
 
     report = os.path.join(workdir, "report.png")
-    rate = summary.get("examples_per_second")
-    wall, compiling = summary.get("wall_seconds"), summary.get("compile_seconds")
-    took = None if wall is None else duration(wall)
-    if took and compiling is not None:
-        took += f", of which {duration(compiling)} compilation"
-    trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
-    known = None if trained is None or total is None else parameters(trained, total)
+    rate = summary["examples_per_second"]
+    trained, total = summary["trainable_parameters"], summary["total_parameters"]
     return format_table("done", [
-        ("test, last step", scores(summary.get("eval"))),
-        ("test, best validation", scores(summary.get("best_eval"))),
-        ("parameters", known),
+        ("test, last step", scores(summary["eval"])),
+        ("test, best validation", scores(summary["best_eval"])),
+        ("parameters", parameters(trained, total)),
         ("speed", None if rate is None else f"{rate:,.0f} examples/s"),
-        ("time", took),
+        ("time", times(summary)),
         ("verdict", verdict),
         ("report", report if os.path.exists(report) else None),
     ])
+
+
+def times(summary: Mapping[str, Any]) -> str:
+    """How long a run or a sweep took.
+
+    >>> times({"wall_seconds": 3671.2, "compile_seconds": 8.04})
+    '1:01:11, of which 8.0 s compilation'
+    """
+    wall, compiling = summary["wall_seconds"], summary["compile_seconds"]
+    return f"{duration(wall)}, of which {duration(compiling)} compilation"
 
 
 def count_devices(devices: Sequence[Any]) -> str:
@@ -128,14 +72,8 @@ def parameters(trainable: int, total: int) -> str:
 class Progress:
     """A progress bar on a terminal; a plain line every ``interval`` seconds anywhere else.
 
-    Time is counted from the first `update`, so that the compilation before it does not spoil the
-    estimate of what is left.
-
-    Args:
-      total: the run's last step.
-      stream: where to write; standard output by default.
-      interval: seconds between plain lines; the first and the last step always have one.
-      clock: a function returning seconds, for tests.
+    The first step and the last, ``total``, always have a line. Time is counted from the first
+    `update`, so that the compilation before it does not spoil the estimate of what is left.
     """
 
     def __init__(self, total: int, *, stream: TextIO | None = None, interval: float = 5.0,

@@ -9,6 +9,7 @@ behind does not block. Of the processes of one run the first holds it for all.
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -27,14 +28,9 @@ from jax.experimental import multihost_utils
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.files import read_json
-from rmlora_jax.train.config import changes, flatten
-from rmlora_jax.train.metrics import read_metrics
-
-try:
-    import fcntl
-except ImportError:  # Windows has none; runs there are not kept apart
-    fcntl = None
+from rmlora_jax.files import read_object
+from rmlora_jax.report.records import read_metrics
+from rmlora_jax.train.config import changes
 
 # Errors that only a writer can get.
 ADVICE = {
@@ -48,14 +44,12 @@ FILE = ".lock"
 PATIENCE = 1.0  # seconds in which the holder has written who it is
 
 
-
 @contextlib.contextmanager
 def opened(workdir: Path, *, alone: bool = False) -> Iterator[None]:
-    """Makes the folder if missing, and holds it; what its disk refuses is said in plain words.
+    """Makes the folder if missing, and holds it (``alone``: see `held`) until the block ends.
 
-    ``alone``: see `held`.
-
-    Where a UserError ends the block and nothing was written, the folder is removed again.
+    Errors of the disk become plain words. If a UserError ends the block and nothing was written,
+    the folder is removed again.
 
     Raises:
       UserError: the folder cannot be written, or another process holds it.
@@ -77,10 +71,9 @@ def opened(workdir: Path, *, alone: bool = False) -> Iterator[None]:
 
 
 def check_workdir(config: Run, workdir: Path) -> bool:
-    """Refuses a folder that holds a run of another config; says what else is new in this one.
+    """Refuses a folder that holds a run of another config; prints what else is new in this one.
 
-    Returns:
-      Whether the number of steps is another: a run that was finished may go on.
+    Returns whether the number of steps is another: a run that was finished may go on.
 
     Raises:
       UserError: the fields that differ and must not.
@@ -94,8 +87,8 @@ def check_workdir(config: Run, workdir: Path) -> bool:
             )
         return False
     try:
-        refused, free = changes(read_json(file), flatten(config))
-    except (ValueError, AttributeError, TypeError, OSError, RecursionError) as e:
+        refused, free = changes(read_object(file), config)
+    except (ValueError, OSError, RecursionError) as e:
         raise UserError(f"{file} is not a config ({e}); give another --workdir") from e
     if refused:
         raise UserError(
@@ -111,7 +104,7 @@ def check_nothing_lost(workdir: Path) -> None:
     """Refuses to begin at step 0 where checkpoints were written and are gone.
 
     The metrics of the second evaluation are only written when the checkpoint of the first is whole.
-    With one alone the run may have been killed while it wrote its first.
+    A run with the metrics of one may have been killed while it wrote its first checkpoint.
 
     Raises:
       UserError: the metrics say that there were checkpoints.
@@ -128,9 +121,9 @@ def check_nothing_lost(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def held(folder: Path, *, alone: bool = False) -> Iterator[None]:
-    """Holds ``folder``, which must be there, until the block ends.
+    """Holds ``folder``, which must exist, until the block ends.
 
-    ``alone``: this process runs alone, and jax is not asked, as that would take the devices from
+    With ``alone``, this process runs alone, and jax is not asked: that would take the devices from
     the processes that it starts.
 
     Raises:
@@ -157,8 +150,6 @@ def held(folder: Path, *, alone: bool = False) -> Iterator[None]:
 
 def take(folder: Path) -> tuple[int | None, str | None]:
     """The locked file's descriptor and None, or None and who else holds it."""
-    if fcntl is None:
-        return None, None
     path = folder / FILE
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -200,8 +191,11 @@ def in_plain_words(workdir: Path) -> Iterator[None]:
     Everything in ``workdir`` is written whole or as lines at the end of a file, so that the same
     command goes on from the newest checkpoint.
     """
-    shown, threading.excepthook = threading.excepthook, _without_refusals(threading.excepthook)
-    late, sys.unraisablehook = sys.unraisablehook, without_late(sys.unraisablehook)
+    shown, late = threading.excepthook, sys.unraisablehook
+    # Orbax writes in threads. What ends one of them comes back to the run, which says it in plain
+    # words. After such an end other threads may still be under way: hooks and filter then stay.
+    threading.excepthook = quiet(shown, lambda error: refusal(error) is not None)
+    sys.unraisablehook = quiet(late, is_late)
     logger = logging.get_absl_logger()
     logger.addFilter(_no_refusal)
     refused = False
@@ -229,29 +223,23 @@ def in_plain_words(workdir: Path) -> Iterator[None]:
             logger.removeFilter(_no_refusal)
 
 
-def _without_refusals(hook: Callable) -> Callable:
-    """Orbax writes in threads: what ends them comes back to the run, which says it in plain words,
-    and need not be shown with its traceback as well. After such an end other threads may still be
-    under way, hence hooks and filter then stay."""
+def quiet(hook: Callable, hides: Callable[[BaseException | None], bool]) -> Callable:
+    """A hook of `threading` or `sys` that leaves out the exceptions that ``hides`` accepts."""
 
-    def quiet(thread):
-        if thread.exc_value is None or refusal(thread.exc_value) is None:
-            hook(thread)
+    def quieter(args):
+        if not hides(args.exc_value):
+            hook(args)
 
-    return quiet
+    return quieter
 
 
-def without_late(hook: Callable) -> Callable:
-    """After orbax failed, reads and writes still under way fail, too, or come back to an event loop
-    that is closed, each with a traceback in the middle of our own words. Hence this stays in place.
+def is_late(error: BaseException | None) -> bool:
+    """Whether this comes from a read or write that was still under way when orbax failed.
+
+    Each would put a traceback into the middle of our own words.
     """
     late = ("Event loop is closed", "error while reading array index")
-
-    def quiet(unraisable):
-        if not any(words in str(unraisable.exc_value) for words in late):
-            hook(unraisable)
-
-    return quiet
+    return any(words in str(error) for words in late)
 
 
 def _no_refusal(record) -> bool:
@@ -259,7 +247,7 @@ def _no_refusal(record) -> bool:
 
 
 def refusal(error: BaseException | None) -> int | None:
-    """The errno of a disk that refuses, in the error or in one behind it; None if there is none.
+    """The errno of a disk that refuses, from the error or one behind it; None for other errors.
 
     Orbax and tensorstore have errors of their own, with the system's words in them.
 

@@ -83,7 +83,7 @@ def test_the_step_of_a_sweep_is_that_of_all_its_runs(config):
     devices = all_devices(limit=1)
     config = resolve(config)
     base, every = setup.open_base(config, devices), runs(config)
-    job, run = many.build(config, every, base, devices), open_shapes(config, devices)
+    job, run = many.build(every, base), open_shapes(config, devices)
     assert run.runs == len(every) == 4
     batch = shard(next(iter(job.feed.train(0))), devices)
     assert lowered(run.step, run.arguments) == lowered(

@@ -284,12 +284,13 @@ def make_run(folder):
 
 def read_run(folder):
     from rmlora_jax.errors import UserError
+    from rmlora_jax.hub.info import read_info
     from rmlora_jax.train.checkpoint import read_base
-    from rmlora_jax.train.config import default_config, resolve
-    from rmlora_jax.train.finished import read_finished
+    from rmlora_jax.train.config import default_config, read_config, resolve
     from rmlora_jax.train.loop import check_workdir
 
-    read_finished(folder)
+    read_config(folder)
+    read_info(folder)
     for read in (lambda: check_workdir(resolve(default_config()), folder),
                  lambda: read_base(folder, "image_classification", "advice")):
         try:

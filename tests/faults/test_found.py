@@ -147,7 +147,7 @@ def test_a_cache_that_claims_more_than_memory(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [("[]", "a list"), ("{", "JSON"), ('{"batch_size": "x"}', "batch_size"), (DEEP, "JSON"),
-     ('{"optimizer": {"eps": 1%s}}' % ("0" * 400), "float"),
+     ('{"optimizer": {"eps": 1%s}}' % ("0" * 400), "optimizer.eps"),
      ('{"method": "lroa"}', "method"), (None, "has no"),
      ('{"lora": {"rank": true}}', "lora.rank")],
 )

@@ -126,8 +126,8 @@ def test_each_run_of_a_sweep_skips_alone(config, monkeypatch):
     config.sweep.grid = "{'learning_rate': (1e-2, 1e35)}"
     devices = mesh.all_devices(limit=1)
     every, base = runs(resolve(config)), setup.open_base(resolve(config), devices)
-    job = many.build(resolve(config), every, base, devices)
-    states, metrics = follow(job, devices, many.first_state(every, base, devices))
+    job = many.build(every, base)
+    states, metrics = follow(job, devices, many.first_state(every, base))
     skipped = np.array([m["skipped"] for m in metrics])
     assert skipped[:, 0].tolist() == [0.0] * 5 and skipped[:, 1].tolist() == [0.0] + [1.0] * 4
     assert same(many.pick(states[1][1:], 1), many.pick(states[5][1:], 1))

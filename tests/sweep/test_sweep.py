@@ -44,7 +44,7 @@ def one_device():
 
 def follow(job, state, devices, runs, steps=STEPS):
     """What each run saw in its first steps; ``runs`` are configs, one for a single run."""
-    pick = job.axis.pick
+    pick = job.pick
     masks_of = [masks_by(resolve(c)) for c in runs if c.method == "rm_lora"]
     seen = [{"ids": [], "masks": [], "loss": [], "correct": [], "kept": []} for _ in runs]
     for _, batch in zip(range(steps), job.feed.train(0), strict=False):
@@ -52,7 +52,7 @@ def follow(job, state, devices, runs, steps=STEPS):
         masks = [of(*pair) for of, pair in zip(masks_of, before, strict=False)]
         state, metrics = job.train_step(state, job.constants, shard(batch, devices))
         for i, own in enumerate(seen):
-            found = {k: float(v) for k, v in job.axis.apart(metrics)[i].items()}
+            found = {k: float(v) for k, v in job.apart(metrics)[i].items()}
             own["ids"].append(batch["id"])
             own["loss"].append(found["loss"])
             own["correct"].append(found["accuracy"])
@@ -71,8 +71,8 @@ def masks_by(config):
 def follow_together(config, devices, steps=STEPS):
     check_config(config)
     every, base = runs(resolve(config)), setup.open_base(resolve(config), devices)
-    job = many.build(resolve(config), every, base, devices)
-    state = many.first_state(every, base, devices)
+    job = many.build(every, base)
+    state = many.first_state(every, base)
     return every, *follow(job, state, devices, [run.config for run in every], steps)
 
 
@@ -450,17 +450,17 @@ def test_what_does_not_fit_runs_in_chunks_and_says_so(config, monkeypatch, tmp_p
     config.method, config.sweep.seeds = "lora", 4
     devices = all_devices(limit=1)
     config = resolve(config)
-    programs = sweep.Programs(config, setup.open_base(config, devices), devices)
+    programs = sweep.Programs(setup.open_base(config, devices))
     every = runs(config)
     one, two = programs.need(every[:1]), programs.need(every[:2])
     assert two - one > 5 * sweep.size_of(programs.base.trainable)  # and moments, and activations
     monkeypatch.setattr(memory, "available", lambda: two + 1000)
-    chunks = sweep.plan(config, every, tmp_path, programs)
+    chunks = sweep.plan(every, tmp_path, programs)
     assert [[run.config.seed for run in chunk] for chunk in chunks] == [[0, 1], [2, 3]]
     out = capsys.readouterr().out
     assert "4 runs at once need" in out and "at most 2 at once, in 2 programs" in out
     monkeypatch.setattr(memory, "available", lambda: 1)
-    assert [len(chunk) for chunk in sweep.plan(config, every, tmp_path, programs)] == [1] * 4
+    assert [len(chunk) for chunk in sweep.plan(every, tmp_path, programs)] == [1] * 4
 
 
 @pytest.mark.parametrize("limit", range(10, 60))

@@ -153,9 +153,9 @@ def test_every_reported_split_has_its_figures(config):
             {"test_mismatched": "validation"}.get(split, split)),
     )))
     steps = evaluate.Steps(evaluate.Compiled(job.train_step), evaluate.Compiled(job.eval_step))
-    (figures,) = evaluate.reported(steps, job.state.trainable, job, devices)
+    (figures,) = evaluate.reported(steps, job.state.trainable, job)
     assert list(figures) == ["accuracy", "loss", "accuracy_mismatched", "loss_mismatched"]
-    outputs = evaluate.evaluate(steps, job.state.trainable, job, "validation", devices)
+    (outputs,) = evaluate.evaluate(steps, job.state.trainable, job, "validation")
     assert figures["accuracy_mismatched"] == np.mean(outputs.predictions == outputs.labels)
 
 
@@ -164,11 +164,11 @@ def test_each_length_is_compiled_once_and_timed_apart(config):
     devices = all_devices()
     job = setup.build(resolve(config), devices)
     steps = evaluate.Steps(evaluate.Compiled(job.train_step), evaluate.Compiled(job.eval_step))
-    evaluate.evaluate(steps, job.state.trainable, job, "validation", devices)
+    evaluate.evaluate(steps, job.state.trainable, job, "validation")
     programs, seconds = len(steps.evaluate.programs), steps.seconds
     assert programs == len({b["input_ids"].shape for b in job.feed.evaluate("validation")}) > 1
     assert seconds > 0 and not steps.train.programs
-    evaluate.evaluate(steps, job.state.trainable, job, "validation", devices)
+    evaluate.evaluate(steps, job.state.trainable, job, "validation")
     assert len(steps.evaluate.programs) == programs and steps.seconds == seconds
 
 

@@ -1,6 +1,7 @@
 """What a run writes to its folder and shows on the terminal, read back by other means."""
 
 import contextlib
+import dataclasses
 import doctest
 import fcntl
 import io
@@ -23,14 +24,10 @@ import pytest
 
 from rmlora_jax import files
 from rmlora_jax.errors import UserError
-from rmlora_jax.train import metrics, terminal
-from rmlora_jax.train.metrics import (
-    MetricWriter,
-    append_intrinsic,
-    drop_after,
-    read_intrinsic,
-    read_metrics,
-)
+from rmlora_jax.report.records import read_intrinsic, read_metrics
+from rmlora_jax.train import loop, metrics, terminal
+from rmlora_jax.train.config import default_config, resolve
+from rmlora_jax.train.metrics import MetricWriter, append_intrinsic, drop_after
 
 
 def strict(text):
@@ -349,34 +346,48 @@ def test_bar_on_a_terminal(rows):
         assert shown[-1] == "step 50/50  loss 0.1250  99 examples/s  ETA 0.0 s"
 
 
-def test_header_counts_devices_and_names_what_is_trained(tmp_path):
-    devices = [types.SimpleNamespace(device_kind="TPU v5e", process_index=i // 4) for i in range(8)]
-    text = terminal.header(
-        devices=devices, mesh={"data": 4, "model": 2}, model="vit", method="rm_lora",
-        trainable=740_452, total=86_612_836, data={"train": 45_000, "test": 10_000},
-        workdir=tmp_path, dataset="cifar100", start_step=500, total_steps=5000)
-    for part in ("8 x TPU v5e of 2 processes", "data 4, model 2",
-                 "740,452 trained of 86,612,836 (0.85 %)", "cifar100: train 45,000, test 10,000",
-                 "5,000, continuing after step 500", str(tmp_path)):
-        assert part in text
-    starts = {line.index(line.split(maxsplit=1)[1]) for line in text.splitlines()[1:]}
-    assert len(starts) == 1, "columns are not aligned"
+def test_header_counts_devices_and_names_what_is_trained(tmp_path, monkeypatch):
+    kinds = [types.SimpleNamespace(device_kind="TPU v5e", process_index=i // 4) for i in range(8)]
+    monkeypatch.setattr(loop.jax, "devices", lambda: kinds)
+    config = dataclasses.replace(resolve(default_config()), method="lora")
+    base = types.SimpleNamespace(
+        feed=types.SimpleNamespace(sizes={"train": 45_000, "test": 10_000}), steps=5000,
+        trainable_parameters=740_452, total_parameters=86_612_836, config=config,
+        problem=types.SimpleNamespace(notes=("newly initialised: head",)),
+        devices=types.SimpleNamespace(mesh=types.SimpleNamespace(shape={"data": 4, "model": 2})))
+    text = loop.header(base, tmp_path, start=500)
+    assert text.splitlines() == [
+        "rmlora_jax",
+        "  devices     8 x TPU v5e of 2 processes",
+        "  mesh        data 4, model 2",
+        "  model       google/vit-base-patch16-224-in21k",
+        "  method      lora",
+        "  parameters  740,452 trained of 86,612,836 (0.85 %)",
+        "  data        cifar100: train 45,000, test 10,000",
+        "  steps       5,000, continuing after step 500",
+        f"  workdir     {tmp_path}",
+        "newly initialised: head",
+    ]
 
 
 def test_closing_table_of_a_summary(tmp_path):
     summary = {
-        "eval": {"accuracy": 0.98611, "loss": 0.05}, "best_eval": {"accuracy": 0.99, "step": 1200},
+        "eval": {"matthews": 0.4123, "accuracy": 0.98611, "loss": 0.05},
+        "best_eval": {"step": 1200, "accuracy": 0.99, "loss": 0.04},
         "trainable_parameters": 10, "total_parameters": 1000, "examples_per_second": 812.3,
         "compile_seconds": 8.04, "wall_seconds": 3671.2,
     }
-    text = terminal.closing(summary, tmp_path, verdict="Healthy: all is well.")
-    for part in ("accuracy 0.9861, loss 0.0500", "accuracy 0.9900, loss - (step 1,200)",
+    text = terminal.closing(summary, tmp_path, "Healthy: all is well.")
+    for part in ("Matthews 0.4123, accuracy 0.9861, loss 0.0500",
+                 "accuracy 0.9900, loss 0.0400 (step 1,200)",
                  "10 trained of 1,000 (1.00 %)", "812 examples/s",
                  "1:01:11, of which 8.0 s compilation", "Healthy: all is well."):
         assert part in text
     assert "report" not in text
     (tmp_path / "report.png").touch()
-    assert str(tmp_path / "report.png") in terminal.closing({}, tmp_path)
+    assert str(tmp_path / "report.png") in terminal.closing(summary, tmp_path, "")
+    text = terminal.closing(summary | {"examples_per_second": None}, tmp_path, "")
+    assert "examples/s" not in text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [

@@ -52,7 +52,7 @@ def restored(config, workdir):
     """Logits of a run's best checkpoint, read through orbax and the trainer's own model."""
     job = setup.build(resolve(config), all_devices(limit=1))
     with checkpoint.open_checkpoints(workdir) as manager:
-        state = checkpoint.restore(manager, job.state, checkpoint.best_step(manager))
+        state = checkpoint.restore(manager, job.state, checkpoint.by_score(manager)[0])
     params = rm.join(state.trainable, job.constants.frozen)
     base = job.problem.pretrained
     model = rm.adapt(job.problem.model, job.lora[0])
@@ -200,7 +200,7 @@ def test_dora_leaves_an_adapter_of_peft_and_goes_on_from_it(config, tmp_path):
         if path.endswith("lora_m"):  # trained, from the norms of the base
             begun = np.linalg.norm(weights[path.replace("lora_m", "kernel")], axis=-2)
             assert 1e-3 < np.abs(best[path] - begun).max() < 0.1
-    with pytest.raises(UserError, match=r"DoRA factors, and .* lora trains LoRA .*method=dora"):
+    with pytest.raises(UserError, match=r"DoRA factors, which .* lora .*method=dora"):
         setup.build(resolve(changed(again, method="lora")), all_devices(limit=1))
     with pytest.raises(UserError, match=r"lora\.init.*another than pissa for dora"):
         check_config(changed(first, lora__init="pissa"))
@@ -221,7 +221,7 @@ def test_factors_go_on_to_a_task_of_other_classes(config, tmp_path):
 @pytest.mark.parametrize(("fields", "words"), [
     ({"method": "adalora"}, "empty for adalora; it is for rm_lora, lora, reg_only, mask_only"),
     ({"method": "full"}, "empty for full; it is for rm_lora"),
-    ({"sweep__seeds": 2}, r"empty for sweep\.\*, whose runs begin apart"),
+    ({"sweep__seeds": 2}, r"empty for sweep\.\*, whose runs begin with factors of"),
 ])
 def test_what_cannot_go_on_from_an_adapter_is_refused(config, fields, words):
     with pytest.raises(UserError, match=words):

@@ -19,7 +19,7 @@ from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.sweep import train as sweep
 from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import checkpoint, loop, setup
-from rmlora_jax.train.config import resolve, swept
+from rmlora_jax.train.config import resolve
 
 MODULES = 12  # two layers of query, key, value, out, fc1 and fc2
 COSTS = {"query": 64, "key": 64, "value": 64, "out": 64, "fc1": 96, "fc2": 96}  # in + out
@@ -99,7 +99,7 @@ def test_sora_shrinks_by_what_is_asked_at_any_rate_and_length(gated):
     for rate, steps, gate_rate, shrink in ((1e-2, 20, 1.0, 0.7), (3e-4, 35, 4.0, 1.5)):
         gated.optimizer.learning_rate, gated.sora.gate_rate = rate, gate_rate
         gated.sora.shrink = shrink
-        tx = methods.optimizer(resolve(gated), steps, swept(resolve(gated)))
+        tx = methods.optimizer(resolve(gated), steps)
         tree = gates | {"lora_e": np.array([2.0, -1.6, 0.6, -0.3])}
         state, still = tx.init(tree), jax.tree.map(np.zeros_like, tree)
         for _ in range(steps):
@@ -148,7 +148,7 @@ def test_a_continued_run_ends_bit_identical(gated, name, tmp_path):
         state, _ = half.train_step(state, half.constants, shard(next(batches), all_devices()))
     shutil.rmtree(tmp_path / "again" / "checkpoints")
     with checkpoint.open_checkpoints(tmp_path / "again") as manager:
-        checkpoint.Each(manager, "accuracy").evaluated(state, [{"accuracy": 0.0, "loss": 9.0}])
+        checkpoint.Keeper(manager, "accuracy").evaluated(state, [{"accuracy": 0.0, "loss": 9.0}])
         manager.wait_until_finished()
     summary = loop.train(gated, tmp_path / "again")
     assert summary["eval"] == whole["eval"]
@@ -186,7 +186,7 @@ def test_adalora_is_its_own_chain(gated):
     """The config's fields against the optax parts themselves."""
     job = setup.build(resolve(gated), all_devices(limit=1))
     tree = jax.device_get(job.state.trainable)
-    tx = methods.optimizer(resolve(gated), 20, swept(resolve(gated)))
+    tx = methods.optimizer(resolve(gated), 20)
     inner = allocate_rank(
         optax.adamw(methods.learning_rate(resolve(gated), 20), weight_decay=0.0),
         total_steps=20, target=4, initial_steps=2, final_steps=8, every=2)

@@ -13,7 +13,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train import setup
-from rmlora_jax.train.config import resolve, swept
+from rmlora_jax.train.config import resolve
 
 
 def trained(config, steps=5):
@@ -105,7 +105,7 @@ def test_lora_plus_is_a_learning_rate_of_b(config, name, placement):
                 "head": {"kernel": normal(5, 2)}}
 
     schedule = methods.learning_rate(resolve(config), 10)
-    tx = methods.optimizer(resolve(config), 10, swept(resolve(config)))
+    tx = methods.optimizer(resolve(config), 10)
     adamw = [optax.adamw(lambda step, k=k: k * schedule(step), weight_decay=0.1) for k in (1, 16)]
     labels = {"q": {"lora_a": "one", "lora_b": "b"}, "head": {"kernel": "one"}}
     theirs = optax.multi_transform(dict(zip(("one", "b"), adamw, strict=True)), labels)

@@ -75,7 +75,7 @@ def test_evaluation_counts_are_equal_on_every_device_count(config, one_device):
         other = setup.build(resolve(config), devices)
         compiled = map(evaluate.Compiled, (other.train_step, other.eval_step))
         steps = evaluate.Steps(*compiled)
-        results.append(evaluate.evaluate(steps, trainable, other, "test", devices))
+        results += evaluate.evaluate(steps, trainable, other, "test")
     for other in results[1:]:
         np.testing.assert_array_equal(results[0].predictions, other.predictions)
         np.testing.assert_array_equal(results[0].labels, other.labels)
