@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from rmlora_jax.adapt import DESCRIPTIONS
 from rmlora_jax.adapt.lora import LoRA
+from rmlora_jax.config import is_names, is_number, regex_problem
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import read_json
@@ -18,7 +19,7 @@ from rmlora_jax.models.family import flat_params
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."  # what PEFT puts in front of the names of modules
 
-# What changes the forward pass in a way that factors and saved modules do not tell.
+# Fields that change the forward pass in ways that factors and saved modules do not show.
 UNSUPPORTED = (
     *("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "layer_replication"),
     *("trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config"),
@@ -27,11 +28,42 @@ UNSUPPORTED = (
 LARGEST_RANK = 2**16
 
 
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_RANK
+
+
+def _is_positive(value: Any) -> bool:
+    return is_number(value) and value > 0
+
+
+def _maps_to(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+# Field -> its default, whether a value is allowed, and what is allowed. A value that is false
+# stands for an empty default.
+FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "peft_type": (None, lambda x: x == "LORA", "'LORA': no other kind can be read"),
+    "bias": ("none", lambda x: x == "none",
+             "'none': trained biases are not read; list their modules in modules_to_save"),
+    "r": (8, _is_rank, f"a whole number from 1 to {LARGEST_RANK}"),
+    "lora_alpha": (8, _is_positive, "a number above 0"),
+    "lora_dropout": (0.0, lambda x: is_number(x) and 0 <= x < 1, "a number in [0, 1)"),
+    "use_rslora": (False, lambda x: isinstance(x, bool), "true or false"),
+    "rank_pattern": ({}, _maps_to(_is_rank), "an object of names and numbers"),
+    "alpha_pattern": ({}, _maps_to(_is_positive), "an object of names and numbers"),
+    "target_modules": (None, lambda x: x is None or isinstance(x, str) or is_names(x),
+                       "a list of names or one pattern"),
+    "modules_to_save": ([], is_names, "a list of names"),
+    "base_model_name_or_path": (None, lambda x: x is None or isinstance(x, str), "a name or null"),
+}
+
+
 class PeftConfig(NamedTuple):
     """The fields of an ``adapter_config.json`` that say what its tensors mean.
 
     Attributes:
-      base: ``base_model_name_or_path``, None where it is not said.
+      base: ``base_model_name_or_path``; None where it is missing.
       r: rank of the modules that no pattern matches.
       alpha: numerator of their scale.
       rs: whether the scale is alpha / sqrt(r).
@@ -68,75 +100,50 @@ def read_config(folder: Path) -> PeftConfig:
     """The configuration of the adapter in a folder.
 
     Raises:
-      UserError: there is none, it is damaged, or it describes another kind of adapter.
+      UserError: it is missing or damaged, or it describes another kind of adapter.
     """
     path = Path(folder) / CONFIG_FILE
     if not path.exists():
         raise UserError(f"{folder} has no {CONFIG_FILE}; is it an adapter's folder?")
     raw = read_json(path)
-
-    def wrong(field: str, allowed: str) -> UserError:
-        return UserError(f"{path}: {field} is {_short(raw.get(field))}; it must be {allowed}")
-
-    if raw.get("peft_type") != "LORA":
-        raise wrong("peft_type", "'LORA': no other kind can be read")
-    description = _description(raw)
+    values = {}
+    for field, (default, fits, allowed) in FIELDS.items():
+        value = raw.get(field, default)
+        values[field] = value = default if default in ({}, []) and not value else value
+        if not fits(value):
+            raise UserError(f"{path}: {field} is {_short(value)}; it must be {allowed}")
+    description = next((d for d in DESCRIPTIONS if _describes(d, raw)), LoRA)
     known = description.form.peft_fields
     used = [field for field in UNSUPPORTED if raw.get(field) and field not in known]
     if used:
         raise UserError(
             f"{path}: {used[0]} is {_short(raw[used[0]])}, which is more than low-rank factors; "
-            "merge that adapter into its base where PyTorch is, and load the merged model"
+            "merge that adapter into its base in PyTorch, and load the merged model"
         )
-    if raw.get("bias", "none") != "none":
-        raise wrong("bias", "'none': trained biases are not read; list their modules in "
-                            "modules_to_save")
-    r, alpha, dropout = raw.get("r", 8), raw.get("lora_alpha", 8), raw.get("lora_dropout", 0.0)
-    if not _rank(r):
-        raise wrong("r", "a whole number from 1 to 65536")
-    if not _positive(alpha):
-        raise wrong("lora_alpha", "a number above 0")
-    if not (_number(dropout) and 0 <= dropout < 1):
-        raise wrong("lora_dropout", "a number in [0, 1)")
-    if not isinstance(raw.get("use_rslora", False), bool):
-        raise wrong("use_rslora", "true or false")
-    for field, fits in (("rank_pattern", _rank), ("alpha_pattern", _positive)):
-        found = raw.get(field) or {}
-        if not isinstance(found, dict) or not all(fits(value) for value in found.values()):
-            raise wrong(field, "an object of names and numbers")
-        if unsafe := [name for name in found if not is_simple(name)]:
-            raise UserError(f"{path}: {field} has {_short(unsafe[0])}, which is no simple pattern; "
-                            "write the modules' names out")
-    targets, saved = raw.get("target_modules"), raw.get("modules_to_save") or []
-    if not (targets is None or isinstance(targets, str) or _names(targets)):
-        raise wrong("target_modules", "a list of names or one pattern")
-    if not _names(saved):
-        raise wrong("modules_to_save", "a list of names")
-    base = raw.get("base_model_name_or_path")
-    if not (base is None or isinstance(base, str)):
-        raise wrong("base_model_name_or_path", "a name or null")
+    for field in ("rank_pattern", "alpha_pattern"):
+        if unsafe := [name for name in values[field] if not is_simple(name)]:
+            raise UserError(f"{path}: {field} has {_short(unsafe[0])}, which is not a simple "
+                            "pattern; write the modules' names out")
+    targets = values["target_modules"]
     partly = raw.get("layers_to_transform") is not None or raw.get("exclude_modules")
     return PeftConfig(
-        base=base or None,
-        r=r,
-        alpha=alpha,
-        rs=raw.get("use_rslora", False),
-        dropout=float(dropout),
+        base=values["base_model_name_or_path"] or None,
+        r=values["r"],
+        alpha=values["lora_alpha"],
+        rs=values["use_rslora"],
+        dropout=float(values["lora_dropout"]),
         targets=tuple(targets) if isinstance(targets, list) and not partly else None,
-        saved=tuple(saved),
-        rank_pattern=raw.get("rank_pattern") or {},
-        alpha_pattern=raw.get("alpha_pattern") or {},
+        saved=tuple(values["modules_to_save"]),
+        rank_pattern=values["rank_pattern"],
+        alpha_pattern=values["alpha_pattern"],
         description=description,
     )
 
 
-def _description(raw: Mapping[str, Any]) -> type[LoRA]:
-    """The description of the form that the fields of a config tell; plain LoRA has none."""
-    for description in DESCRIPTIONS:
-        fields = description.form.peft_fields
-        if fields and all(raw.get(name) == value for name, value in fields.items()):
-            return description
-    return LoRA
+def _describes(description: type[LoRA], raw: Mapping[str, Any]) -> bool:
+    """Whether the fields of a config tell this form; those of plain LoRA tell nothing."""
+    fields = description.form.peft_fields
+    return bool(fields) and all(raw.get(name) == value for name, value in fields.items())
 
 
 def ends_with(module: str, ending: str) -> bool:
@@ -176,22 +183,19 @@ def _matched(ending: str, names: set[str]) -> set[str]:
 
 
 def is_simple(pattern: str) -> bool:
-    """Whether matching a regular expression from a file takes a time that need not be feared.
+    """Whether a regular expression from a file is sure to be matched in little time.
 
-    A repeated group can take exponentially long; so it is refused, and so are many repetitions.
+    A repeated group can take exponentially long, so it is refused, as are more than 3 repetitions.
 
     >>> is_simple(r"layers\\.(0|1)\\..*\\.fc1"), is_simple("(a+)+$")
     (True, False)
     """
-    if len(pattern) > 500 or re.search(r"\)\s*[*+?{]", pattern) or len(
-        re.findall(r"[*+{]", pattern)
-    ) > 3:
-        return False
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
+    return (
+        len(pattern) <= 500
+        and not re.search(r"\)\s*[*+?{]", pattern)
+        and len(re.findall(r"[*+{]", pattern)) <= 3
+        and regex_problem(pattern) is None
+    )
 
 
 def _first_match(patterns: Mapping[str, Any], module: str, default):
@@ -199,24 +203,6 @@ def _first_match(patterns: Mapping[str, Any], module: str, default):
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
-
-
-def _number(value: Any) -> bool:
-    if type(value) is int:
-        return abs(value) < 2**63  # a larger one may be no float
-    return type(value) is float and math.isfinite(value)
-
-
-def _positive(value: Any) -> bool:
-    return _number(value) and value > 0
-
-
-def _rank(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= LARGEST_RANK
-
-
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
 def _short(value: Any) -> str:

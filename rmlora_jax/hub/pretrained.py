@@ -5,7 +5,8 @@ The function is `load_pretrained` and this file is not called ``load.py``: impor
 trained model.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,47 +138,36 @@ def _load(
     resized = config if image_size is None else _resized(source, family, config, image_size)
     tensors = Tensors(folder)
 
-    heads = (entry for entry in family.table if entry.path.startswith("head/"))
-    head = [name for entry in heads for name in entry.names]
+    head = [name for e in family.table if e.path.startswith("head/") for name in e.names]
     stored = next((tensors.shape(name)[0] for name in head if name in tensors), None)
     labels = stored if num_labels is None else num_labels
     if labels is None:
         raise UserError(f"{folder} has no head; say how many outputs with {argument}=...")
     if not isinstance(labels, int) or labels < 1:
         raise UserError(f"{argument} is {labels!r}; it must be a whole number of at least 1")
-    try:
+    with _naming(where):  # sizes may not go together
         shapes = param_shapes(family, config, labels)
-    except (ValueError, TypeError, OverflowError) as error:  # sizes that do not go together
-        raise UserError(f"{where}: {first_line(error)[:300]}") from None
     wanted, leftovers = shapes, family.leftovers
     if stored != labels:
         wanted = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
         leftovers = (*leftovers, *(name.replace(".", r"\.") for name in head))
-    read = read_params(
-        tensors,
-        family.table,
-        wanted,
-        prefix=family.prefix,
-        leftovers=leftovers,
-        optional=family.new,
-        trained=family.new,
-        dtype=dtype,
-    )
-    found = flat_params(read.params)
-    paths = (entry.path for entry in family.table if entry.path in shapes)
-    new = tuple(path for path in paths if path not in found)
+    found, dropped = read_params(tensors, family, wanted, leftovers, dtype)
+    new = tuple(e.path for e in family.table if e.path in shapes and e.path not in found)
     found |= {path: np.zeros(shapes[path], np.float32) for path in new}
     params = unflatten_dict(found, sep="/")
     size = mean = std = None
     if family.inputs.normalisation is not None:
-        size, (mean, std) = resized.image_size, _normalisation(folder, family.inputs, config)
+        size, path = resized.image_size, folder / PREPROCESSOR
+        with _naming(path):
+            asked = read_json(path) if path.exists() else {}
+            mean, std = family.inputs.normalisation(asked, config)
     pretrained = Pretrained(
         family=family,
         config=resized,
         params=family.resized(params, resized) if family.resized else params,
         num_labels=labels,
         labels=label_names(raw, labels) if "head/kernel" not in new else None,
-        dropped=read.dropped,
+        dropped=dropped,
         new=new,
         folder=folder,
         source=str(source),
@@ -233,30 +223,27 @@ def _architecture(
         raise UserError(
             f"{where}: model_type is {repr(kind)[:80]}; known are {', '.join(known)}"
         )
-    try:
+    with _naming(where):
         return known[kind], known[kind].config.from_hf(raw)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def _resized(source: str | Path, family: Family, config, image_size: int):
     """The config for images of this size."""
     if family.inputs.resized is None:
         raise UserError(f"{source} is a model of {family.inputs.name}; leave out image_size")
-    try:
+    with _naming(source):
         return family.inputs.resized(config, image_size)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
-def _normalisation(folder: Path, inputs: Inputs, config) -> tuple[tuple, tuple]:
-    """Mean and standard deviation that the folder's preprocessor_config.json asks for."""
-    path = folder / PREPROCESSOR
-    assert inputs.normalisation is not None
+@contextlib.contextmanager
+def _naming(place: str | Path) -> Iterator[None]:
+    """Turns an error about what a file asks for into a UserError that names the file."""
     try:
-        return inputs.normalisation(read_json(path) if path.exists() else {}, config)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{place}: {first_line(error)[:300]}") from None
 
 
 def label_names(config: Mapping[str, Any], number: int) -> tuple[str, ...] | None:
