@@ -10,7 +10,7 @@ from flax.core import meta
 from rmlora_jax.adapt.lora import is_factor
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import new_folder, write_json, write_text_atomic
-from rmlora_jax.hub.info import Info, write_info
+from rmlora_jax.hub.info import Info, check_fits, write_info
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import CONFIG, EXTRAS, KINDS, PREPROCESSOR, read_json
 from rmlora_jax.hub.tokenizer import FILES
@@ -77,7 +77,7 @@ def save_model(
     ('cat', 'dog')
     """
     folder = Path(folder).expanduser()
-    _check_info(info, base)
+    check_fits(base, info)
     flat = _checked(params, base)
     config = hf_config(base, info)
     tensors = stored_tensors(flat, base.family.table, old_names=old_names)
@@ -172,19 +172,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 def _without_code(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in CODE}
-
-
-def _check_info(info: Info, base: Pretrained) -> None:
-    side = base.image_size
-    if info.inputs is not base.family.inputs:
-        raise UserError(f"info.task is {info.task!r}, but {base.source} is a "
-                        f"{base.family.classifier}; give the base that was trained")
-    if info.labels is not None and len(info.labels) != base.num_labels:
-        raise UserError(f"info.labels has {len(info.labels)} names, but {base.source} was loaded "
-                        f"for {base.num_labels}; give one a class, or None")
-    if info.image_size not in (None, side):
-        raise UserError(f"info.image_size is {info.image_size}, but {base.source} was loaded for "
-                        f"{side}; load it with image_size={info.image_size}")
 
 
 def _checked(params: Any, base: Pretrained) -> dict[str, np.ndarray]:

@@ -1,9 +1,9 @@
 """The inputs of a trained model, in batches that equal those of the trainer's evaluation.
 
-``open_reader`` gives the reader of a model: ``read(inputs, batch_size, failed) -> (names,
-batches)``. ``names`` are the names of all inputs, in order. ``batches`` iterates over pairs ``(ids,
-arguments)``: the places of n inputs in ``names``, and the model's arguments with b >= n rows, of
-which those from n on are padding.
+A reader is called as ``read(inputs, batch_size, failed) -> (names, batches)``. ``names`` are the
+names of all inputs, in order. ``batches`` iterates over pairs ``(ids, arguments)``: the places of n
+inputs in ``names``, and the model's arguments with b >= n rows, of which those from n on are
+padding.
 """
 
 import functools
@@ -36,14 +36,22 @@ KINDS = ", ".join(SUFFIXES)
 
 
 class ImageReader:
-    """What a model of images is given: files, folders, images of pillow, arrays.
+    """Reads files, folders, images of pillow and arrays for a model of images.
 
     Images of one shape make a batch, which is resized and normalised by a small program of its own:
     the model's, which takes long to compile, is the same for all shapes.
+
+    Raises:
+      UserError: the model does not take images of 3 channels.
     """
 
     def __init__(self, base: Pretrained, info: Info):
         assert base.image_size and base.image_mean and base.image_std
+        channels = base.config.num_channels
+        if channels != 3:
+            raise UserError(
+                f"{base.source} takes images of {channels} channels; only 3 are supported"
+            )
         self.info, self.image_size = info, base.image_size
         prepare = functools.partial(
             augment,
@@ -54,15 +62,6 @@ class ImageReader:
             dtype=jnp.dtype(info.dtype),
         )
         self.prepare = jax.jit(prepare, static_argnames="center")
-
-    @staticmethod
-    def misfit(base: Pretrained, info: Info) -> str | None:
-        """Why the model of ``base`` cannot be what ``info`` says; None where it can."""
-        if info.image_size not in (None, base.image_size):
-            return f"its images have {base.image_size} pixels, but {info.image_size} are needed"
-        if base.config.num_channels != 3:
-            return f"it takes images of {base.config.num_channels} channels; only 3 are supported"
-        return None
 
     def from_arguments(self, values: Sequence[str]) -> list[str]:
         """The inputs that the arguments of ``--predict`` name."""
@@ -78,17 +77,19 @@ class ImageReader:
 
 
 class TextReader:
-    """What a model of texts is given: strings, or pairs of them."""
+    """Reads strings, or pairs of them, for a model of texts.
+
+    Raises:
+      UserError: the model takes fewer tokens than it should, or has no tokenizer.
+    """
 
     def __init__(self, base: Pretrained, info: Info):
+        longest = base.config.longest
+        if longest and info.max_length > longest:
+            raise UserError(
+                f"{base.source} takes {longest} tokens, but {info.max_length} are needed"
+            )
         self.info, self.tokenizer = info, load_tokenizer(base.folder)
-
-    @staticmethod
-    def misfit(base: Pretrained, info: Info) -> str | None:
-        """Why the model of ``base`` cannot be what ``info`` says; None where it can."""
-        if info.max_length > (base.config.longest or info.max_length):
-            return f"it takes {base.config.longest} tokens, but {info.max_length} are needed"
-        return None
 
     def from_arguments(self, values: Sequence[str]) -> list[str | tuple[str, ...]]:
         """The inputs that the arguments of ``--predict`` name."""
@@ -115,24 +116,6 @@ class TextReader:
 
 
 READERS = {IMAGES: ImageReader, TEXTS: TextReader}
-
-
-def open_reader(base: Pretrained, info: Info) -> ImageReader | TextReader:
-    """The reader of what the model of ``base`` is called with.
-
-    Raises:
-      UserError: ``base`` cannot be what ``info`` says, or a model of texts has no tokenizer.
-    """
-    kind, outputs = READERS[base.family.inputs], info.outputs
-    if info.inputs is not base.family.inputs:
-        wrong = f"it is a model of {base.family.inputs.name}"
-    elif outputs not in (None, base.num_labels):
-        wrong = f"it has {base.num_labels} outputs, but {outputs} are needed"
-    else:
-        wrong = kind.misfit(base, info)
-    if wrong:
-        raise UserError(f"{base.source} does not fit {info.task.replace('_', ' ')}: {wrong}")
-    return kind(base, info)
 
 
 def find_images(path: str | Path) -> list[str]:
