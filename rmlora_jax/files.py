@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, then renamed into place."""
+"""Files that are whole or absent: written under a temporary name, then renamed into place."""
 
 import contextlib
 import json
@@ -97,7 +97,7 @@ def write_json(path: str | os.PathLike, value: Any) -> pathlib.Path:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """A folder that is whole or not there: yields a temporary one, then puts it at ``path``.
+    """A folder that is whole or absent: yields a temporary one, then puts it at ``path``.
 
     The temporary folder lies beside ``path``. When the block ends, its files are flushed to the
     disk and it is renamed; when the block raises, it is removed. With ``overwrite`` the old folder
@@ -165,13 +165,13 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-      FileNotFoundError: there is no file.
-      UserError: it cannot be read, is not JSON, or holds something else.
+      UserError: the file is missing, cannot be read, is not JSON, or holds something else.
     """
+    path = pathlib.Path(path)
     try:
         value = read_json(path)
     except FileNotFoundError:
-        raise
+        raise UserError(f"{path.parent} has no {path.name}; is it the right folder?") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); copy it again") from None
     if not isinstance(value, dict):

@@ -9,10 +9,10 @@ from flax.core import meta
 
 from rmlora_jax.adapt.lora import is_factor
 from rmlora_jax.errors import UserError
-from rmlora_jax.files import new_folder, write_json, write_text_atomic
+from rmlora_jax.files import new_folder, read_object, write_json, write_text_atomic
 from rmlora_jax.hub.info import Info, check_fits, write_info
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.source import CONFIG, EXTRAS, KINDS, PREPROCESSOR, read_json
+from rmlora_jax.hub.source import CONFIG, EXTRAS, KINDS, PREPROCESSOR
 from rmlora_jax.hub.tokenizer import FILES
 from rmlora_jax.hub.weights import differences, some, stored_tensors
 from rmlora_jax.models.family import flat_params, param_shapes
@@ -103,7 +103,7 @@ def hf_config(base: Pretrained, info: Info) -> dict[str, Any]:
     Left out are fields that would run code and private ones, such as the writer's paths. The dtype
     is float32: transformers 5 would otherwise compute in the dtype of the published base.
     """
-    raw = _without_code(read_json(base.folder / CONFIG))
+    raw = _without_code(read_object(base.folder / CONFIG))
     raw = {name: value for name, value in raw.items() if not name.startswith("_")}
     for name in ("torch_dtype", "num_labels", "problem_type"):  # an older spelling; read from below
         raw.pop(name, None)
@@ -165,7 +165,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if (target / TOKENIZER_CONFIG).exists():
-        raw = read_json(target / TOKENIZER_CONFIG)
+        raw = read_object(target / TOKENIZER_CONFIG)
         if (clean := _without_code(raw)) != raw:
             write_json(target / TOKENIZER_CONFIG, clean)
 

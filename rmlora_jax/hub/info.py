@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rmlora_jax.errors import UserError
-from rmlora_jax.files import write_json
+from rmlora_jax.files import read_object, write_json
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.source import CONFIG, PACKAGED, bundled, read_json
+from rmlora_jax.hub.source import CONFIG, PACKAGED, bundled
 from rmlora_jax.models.family import IMAGES, TEXTS, Inputs
 
 FILE = "rmlora.json"
@@ -87,7 +87,7 @@ def read_info(folder: Path) -> Info | None:
     path = folder / FILE
     if not path.exists():
         return None
-    raw: dict[str, Any] = read_json(path)
+    raw: dict[str, Any] = read_object(path)
     checks = {
         "task": lambda x: isinstance(x, str) and x in TASKS,
         "labels": lambda x: x is None or _strings(x, 1, 100_000),
@@ -158,7 +158,7 @@ model = PeftModel.from_pretrained(base, "FOLDER").eval()"""
         which = "up to 5.8" if old_names else "5.9 or later"
         use.append(f"The names in it are those of transformers {which}; other releases may find "
                    "no layer of that name. `save_peft(..., old_names=...)` writes either.")
-    if base.family.config.from_hf(read_json(base.folder / CONFIG)) != base.config:
+    if base.family.config.from_hf(read_object(base.folder / CONFIG)) != base.config:
         use.append(f"It was trained on images of {base.image_size} pixels: call the model with "
                    "`interpolate_pos_encoding=True`.")
     return _card("peft", f"Adapter of {base.source}", base, info, [facts], use)

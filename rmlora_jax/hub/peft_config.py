@@ -12,8 +12,8 @@ from rmlora_jax.adapt import DESCRIPTIONS
 from rmlora_jax.adapt.lora import LoRA
 from rmlora_jax.config import is_names, is_number, regex_problem
 from rmlora_jax.errors import UserError
+from rmlora_jax.files import read_object
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.source import read_json
 from rmlora_jax.models.family import flat_params
 
 CONFIG_FILE = "adapter_config.json"
@@ -103,9 +103,7 @@ def read_config(folder: Path) -> PeftConfig:
       UserError: it is missing or damaged, or it describes another kind of adapter.
     """
     path = Path(folder) / CONFIG_FILE
-    if not path.exists():
-        raise UserError(f"{folder} has no {CONFIG_FILE}; is it an adapter's folder?")
-    raw = read_json(path)
+    raw = read_object(path)
     values = {}
     for field, (default, fits, allowed) in FIELDS.items():
         value = raw.get(field, default)

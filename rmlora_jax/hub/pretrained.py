@@ -16,7 +16,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from rmlora_jax.errors import UserError, first_line
-from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_config, find_folder, read_json
+from rmlora_jax.files import read_object
+from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_config, find_folder
 from rmlora_jax.hub.weights import Tensors, read_params
 from rmlora_jax.models import FAMILIES
 from rmlora_jax.models.family import IMAGES, TEXTS, Family, Inputs, flat_params, param_shapes
@@ -65,6 +66,7 @@ def load_pretrained(
     key: jax.Array | None = None,
     dtype=jnp.float32,
     revision: str | None = None,
+    inputs: Inputs | None = None,
 ) -> Pretrained:
     """Loads a model of any known family, with a classification head.
 
@@ -81,6 +83,7 @@ def load_pretrained(
       key: for what is new; default ``jax.random.key(0)``.
       dtype: of all parameters but pooler and head, which are trained and always float32.
       revision: branch, tag or commit on the hub.
+      inputs: accept only models that are called with these.
 
     Raises:
       UserError: a model that is not found or not supported, tensors that are missing, unexpected
@@ -91,50 +94,11 @@ def load_pretrained(
     >>> vit.config.hidden_size, vit.image_size, vit.new
     (192, 64, ('head/kernel', 'head/bias'))
     """
-    return _load(
-        source, FAMILIES, num_labels, image_size=image_size, key=key, dtype=dtype, revision=revision
-    )
-
-
-def load_vit(source: str | Path, *, num_classes: int | None = None, **options) -> Pretrained:
-    """`load_pretrained` for models of images alone; ``num_classes`` is ``num_labels``.
-
-    >>> load_vit("vit-tiny-patch8-64-tinyimagenet").num_classes
-    200
-    """
-    options |= {"default": "vit", "argument": "num_classes"}
-    return _load(source, _families_of(IMAGES), num_classes, **options)
-
-
-def load_text(source: str | Path, *, num_labels: int | None = None, **options) -> Pretrained:
-    """`load_pretrained` for models of texts alone."""
-    return _load(source, _families_of(TEXTS), num_labels, **options)
-
-
-def _families_of(inputs: Inputs) -> dict[str, Family]:
-    return {kind: family for kind, family in FAMILIES.items() if family.inputs is inputs}
-
-
-def _load(
-    source: str | Path,
-    known: Mapping[str, Family],
-    num_labels: int | None,
-    *,
-    image_size: int | None = None,
-    key: jax.Array | None = None,
-    dtype=jnp.float32,
-    revision: str | None = None,
-    default: str | None = None,
-    argument: str = "num_labels",
-) -> Pretrained:
-    """`load_pretrained` for the ``known`` families.
-
-    ``default`` is the ``model_type`` of a config.json that has none, ``argument`` what the caller
-    calls ``num_labels``.
-    """
     folder = find_folder(source, revision)
-    where, raw = folder / CONFIG, read_json(folder / CONFIG)
-    family, config = _architecture(where, {"model_type": default} | raw, known)
+    where, raw = folder / CONFIG, read_object(folder / CONFIG)
+    if inputs is IMAGES:
+        raw = {"model_type": "vit"} | raw
+    family, config = _architecture(where, raw, inputs)
     resized = config if image_size is None else _resized(source, family, config, image_size)
     tensors = Tensors(folder)
 
@@ -142,9 +106,11 @@ def _load(
     stored = next((tensors.shape(name)[0] for name in head if name in tensors), None)
     labels = stored if num_labels is None else num_labels
     if labels is None:
-        raise UserError(f"{folder} has no head; say how many outputs with {argument}=...")
+        raise UserError(f"{folder} has no head; say how many outputs it needs with num_labels=N "
+                        "(of load_vit, num_classes=N)")
     if not isinstance(labels, int) or labels < 1:
-        raise UserError(f"{argument} is {labels!r}; it must be a whole number of at least 1")
+        raise UserError(f"num_labels (of load_vit, num_classes) is {labels!r}; it must be a whole "
+                        "number of at least 1")
     with _naming(where):  # sizes may not go together
         shapes = param_shapes(family, config, labels)
     wanted, leftovers = shapes, family.leftovers
@@ -159,7 +125,7 @@ def _load(
     if family.inputs.normalisation is not None:
         size, path = resized.image_size, folder / PREPROCESSOR
         with _naming(path):
-            asked = read_json(path) if path.exists() else {}
+            asked = read_object(path) if path.exists() else {}
             mean, std = family.inputs.normalisation(asked, config)
     pretrained = Pretrained(
         family=family,
@@ -176,6 +142,20 @@ def _load(
         image_std=std,
     )
     return new_head(pretrained, jax.random.key(0) if key is None else key)
+
+
+def load_vit(source: str | Path, *, num_classes: int | None = None, **options) -> Pretrained:
+    """`load_pretrained` for models of images alone; ``num_classes`` is ``num_labels``.
+
+    >>> load_vit("vit-tiny-patch8-64-tinyimagenet").num_classes
+    200
+    """
+    return load_pretrained(source, num_labels=num_classes, inputs=IMAGES, **options)
+
+
+def load_text(source: str | Path, **options) -> Pretrained:
+    """`load_pretrained` for models of texts alone."""
+    return load_pretrained(source, inputs=TEXTS, **options)
 
 
 def new_head(pretrained: Pretrained, key: jax.Array) -> Pretrained:
@@ -208,21 +188,20 @@ def find_architecture(source: str, *, image_size: int | None = None) -> tuple[Fa
     (768, 256)
     """
     where, raw = find_config(source)
-    family, config = _architecture(where, raw, FAMILIES)
+    family, config = _architecture(where, raw)
     if image_size and family.inputs.resized:
         config = _resized(source, family, config, image_size)
     return family, config
 
 
 def _architecture(
-    where: str | Path, raw: Mapping[str, Any], known: Mapping[str, Family]
+    where: str | Path, raw: Mapping[str, Any], inputs: Inputs | None = None
 ) -> tuple[Family, Any]:
-    """The family and the config that a config.json asks for."""
+    """The family and the config that a config.json asks for, among models with these inputs."""
+    known = {kind: f for kind, f in FAMILIES.items() if inputs in (None, f.inputs)}
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in known:
-        raise UserError(
-            f"{where}: model_type is {repr(kind)[:80]}; known are {', '.join(known)}"
-        )
+        raise UserError(f"{where}: model_type is {repr(kind)[:80]}; known are {', '.join(known)}")
     with _naming(where):
         return known[kind], known[kind].config.from_hf(raw)
 

@@ -11,11 +11,12 @@ from scipy.special import softmax
 
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError, progress
+from rmlora_jax.files import read_object
 from rmlora_jax.hub.info import Info, check_fits, read_info
 from rmlora_jax.hub.peft_config import CONFIG_FILE, read_config
 from rmlora_jax.hub.peft_read import load_peft, stored_labels
 from rmlora_jax.hub.pretrained import Pretrained, load_pretrained
-from rmlora_jax.hub.source import CONFIG, read_json
+from rmlora_jax.hub.source import CONFIG
 from rmlora_jax.inference.inputs import READERS
 from rmlora_jax.models.family import IMAGES
 
@@ -46,7 +47,7 @@ def load(folder: str | Path) -> "Classifier":
         base = load_pretrained(where)
         if base.new:
             raise UserError(f"{where} has no trained {', '.join(base.new)}; train it first")
-        if read_json(where / CONFIG).get("problem_type") == "multi_label_classification":
+        if read_object(where / CONFIG).get("problem_type") == "multi_label_classification":
             raise UserError(f"{where} gives several labels at once, which is not supported")
         return Classifier(base, base.params, None, info or info_of(base))
 
@@ -74,7 +75,7 @@ def find_model(folder: Path) -> Path:
         if (place / CONFIG_FILE).exists():
             return place
     for place in (folder / MERGED, folder):
-        if (place / CONFIG).exists() and "model_type" in read_json(place / CONFIG):
+        if (place / CONFIG).exists() and "model_type" in read_object(place / CONFIG):
             return place
     if (folder / CONFIG).exists() or (folder / "checkpoints").exists():
         raise UserError(

@@ -115,13 +115,13 @@ def read_config(workdir: Path) -> Run:
       UserError: there is none, or it is damaged.
     """
     file = workdir / "config.json"
+    if not file.exists():
+        raise UserError(f"{workdir} has no config.json; is it the folder of a run?")
     try:
         config, own = default_config(), flatten(read_object(file))
         for name in flatten(config).keys() & own.keys():
             config.update_from_flattened_dict({name: own[name]})
         return resolve(config)
-    except FileNotFoundError:
-        raise UserError(f"{workdir} has no config.json; is it the folder of a run?") from None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as e:
         why = str(e).replace(str(file), "it").splitlines()[0][:300] if str(e) else type(e).__name__
         raise UserError(f"{file} is not the config of a run ({why}); copy the folder again") from e

@@ -451,7 +451,7 @@ def test_tensors_that_are_refused(bases, change, words, tmp_path):
 
 def test_folders_that_are_refused(bases, tmp_path):
     base = bases["plain"][1]
-    with pytest.raises(UserError, match=r"has no adapter_config.json; is it an adapter's folder"):
+    with pytest.raises(UserError, match=r"has no adapter_config.json; is it the right folder"):
         load_peft(tmp_path, base)
     folder = rewritten(cases.HERE / "vit", tmp_path)
     (folder / "adapter_model.safetensors").unlink()
