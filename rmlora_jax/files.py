@@ -214,38 +214,32 @@ def plain(value: Any) -> Any:
     >>> plain({"a": np.float32([0.1, np.nan]), "b": np.int32(3), "c": (1, True)})
     {'a': [0.1, None], 'b': 3, 'c': [1, True]}
     """
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if type(value) is float:
-        return value if math.isfinite(value) else None
     if hasattr(value, "items"):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if not hasattr(value, "dtype"):
-        return value  # json.dumps names the type in its own error
-    array = np.asarray(value)
-    if array.dtype.kind in "biu":
-        return array.tolist()
-    if array.dtype.kind != "f":
-        array = array.astype(np.float32)  # bfloat16 and its relatives are no floats to numpy
-    if array.ndim:
-        return [plain(v) for v in array]
-    return float(str(array)) if np.isfinite(array) else None
+    if hasattr(value, "dtype"):
+        array = np.asarray(value)
+        if array.dtype.kind in "biu":
+            return array.tolist()
+        if array.dtype.kind != "f":
+            array = array.astype(np.float32)  # bfloat16 and its relatives are not floats to numpy
+        if array.ndim:
+            return [plain(v) for v in array]
+        value = float(str(array))
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return value if finite else None  # of other types, json.dumps gives the name in its own error
 
 
 def _sync_tree(folder: pathlib.Path) -> None:
-    for path in folder.rglob("*"):
+    for path in (*folder.rglob("*"), folder):
         if path.is_file():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
         else:
             _sync_folder(path)
-    _sync_folder(folder)
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

@@ -46,10 +46,9 @@ def save_model(
     PyTorch, `load_pretrained` here, bit for bit. The folder holds config.json, model.safetensors in
     the dtypes of ``params`` (transformers computes in float32), rmlora.json, a README.md where
     ``info.about`` has a ``"card"``, the tokenizer's files of ``base`` or preprocessor_config.json.
-    It appears as a whole or not at all.
 
     Args:
-      folder: to write.
+      folder: to write; it appears as a whole or not at all.
       params: nested dict, the parameters of the unadapted Linen model
         ``base.family.model(base.config, base.num_labels)``: what ``rm.merge`` returns, or a model
         that was trained in full.
@@ -57,15 +56,12 @@ def save_model(
       info: the task, the names of the classes, and how images are made.
       old_names: for ViT, the names of transformers up to 5.8, which every later release reads too.
         Those since 5.9 (False) are unknown to older ones, which then draw new layers at random.
-      overwrite: replaces a folder that is there.
-
-    Returns:
-      ``folder``.
+      overwrite: replaces a folder that exists.
 
     Raises:
       UserError: factors in ``params``, or parameters that are missing, unexpected or misshapen;
         ``info`` of another task, number of classes or image size than ``base``; a ``folder`` that
-        is there. Nothing is written then.
+        exists. Nothing is written then.
       OSError: the folder cannot be written; nothing is left of it.
 
     >>> import tempfile
@@ -104,9 +100,9 @@ def hf_config(base: Pretrained, info: Info) -> dict[str, Any]:
     is float32: transformers 5 would otherwise compute in the dtype of the published base.
     """
     raw = _without_code(read_object(base.folder / CONFIG))
-    raw = {name: value for name, value in raw.items() if not name.startswith("_")}
-    for name in ("torch_dtype", "num_labels", "problem_type"):  # an older spelling; read from below
-        raw.pop(name, None)
+    # The older spelling of "dtype", and what transformers takes from other fields.
+    left_out = ("torch_dtype", "num_labels", "problem_type")
+    raw = {k: v for k, v in raw.items() if not k.startswith("_") and k not in left_out}
     labels = info.labels or [f"LABEL_{i}" for i in range(base.num_labels)]
     config = raw | {
         "architectures": [base.family.classifier],

@@ -107,7 +107,9 @@ def read_config(folder: Path) -> PeftConfig:
     values = {}
     for field, (default, fits, allowed) in FIELDS.items():
         value = raw.get(field, default)
-        values[field] = value = default if default in ({}, []) and not value else value
+        if not value and default in ({}, []):
+            value = default
+        values[field] = value
         if not fits(value):
             raise UserError(f"{path}: {field} is {_short(value)}; it must be {allowed}")
     description = next((d for d in DESCRIPTIONS if _describes(d, raw)), LoRA)
@@ -162,22 +164,16 @@ def endings(chosen: Iterable[str], known: Iterable[str]) -> list[str]:
     >>> endings(layers, layers), endings(layers[::2], layers), endings(layers[:1], layers)
     (['fc1', 'fc2'], ['fc1'], ['layers.0.mlp.fc1'])
     """
-    chosen, known = set(chosen), set(known)
-    found, left = [], set(chosen)
+    chosen, found = set(chosen), []
+    others = set(known) - chosen
     for name in sorted(chosen):
-        if name not in left:
+        if any(ends_with(name, ending) for ending in found):
             continue
         parts = name.split(".")
         starts = [i for i in range(len(parts) - 1, -1, -1) if i == 0 or not parts[i].isdigit()]
         candidates = (".".join(parts[i:]) for i in starts)
-        best = next(c for c in candidates if _matched(c, known) <= chosen)
-        found.append(best)
-        left -= _matched(best, known)
+        found.append(next(c for c in candidates if not any(ends_with(x, c) for x in others)))
     return sorted(found)
-
-
-def _matched(ending: str, names: set[str]) -> set[str]:
-    return {name for name in names if ends_with(name, ending)}
 
 
 def is_simple(pattern: str) -> bool:
@@ -197,10 +193,8 @@ def is_simple(pattern: str) -> bool:
 
 
 def _first_match(patterns: Mapping[str, Any], module: str, default):
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    matches = (x for pattern, x in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(matches, default)
 
 
 def _short(value: Any) -> str:

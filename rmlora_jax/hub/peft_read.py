@@ -166,23 +166,14 @@ def _check_complete(file: Path, config: PeftConfig, entries, have, shapes) -> No
         targets = config.targets if adaptable and config.targets else ()
         for layer in layers_of(entry, shapes):
             modules = [name.format(layer).rpartition(".")[0] for name in entry.names]
-            named = any(ends_with(module, target) for module in modules for target in targets)
-            inside = any(_is_inside(module, root) for module in modules for root in config.saved)
+            named = any(ends_with(one, target) for one in modules for target in targets)
+            inside = any(f".{root}." in f".{one}." for one in modules for root in config.saved)
             if (named or inside) and (entry.path, layer) not in have:
                 missing.append(entry.names[-1].format(layer))
     if missing:
         raise UserError(
             f"{file} lacks what {CONFIG_FILE} says of {some(missing)}; copy the folder again"
         )
-
-
-def _is_inside(module: str, root: str) -> bool:
-    """Whether a module is one that ``root`` names, or is in it.
-
-    >>> _is_inside("bert.pooler.dense", "pooler"), _is_inside("bert.poolers", "pooler")
-    (True, False)
-    """
-    return f".{root}." in f".{module}."
 
 
 def _stack(file: Path, config: PeftConfig, layers: dict, entry: Entry, weight):

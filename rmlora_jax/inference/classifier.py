@@ -195,7 +195,7 @@ class Classifier:
         """The names of the inputs that could be read, and their logits."""
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be at least 1")
-        names, batches = self.read(inputs, batch_size, failed or _raise)
+        names, batches = self.read(inputs, batch_size, failed)
         logits = np.empty((len(names), self.base.num_labels), np.float32)
         done = np.zeros(len(names), bool)
         few = len(names) <= 4 * batch_size  # done before a person could read a bar
@@ -205,7 +205,3 @@ class Classifier:
                 done[ids] = True
                 bar.update(len(ids))
         return [name for name, good in zip(names, done, strict=True) if good], logits[done]
-
-
-def _raise(error: UserError) -> None:
-    raise error

@@ -53,14 +53,9 @@ class ImageReader:
                 f"{base.source} takes images of {channels} channels; only 3 are supported"
             )
         self.info, self.image_size = info, base.image_size
-        prepare = functools.partial(
-            augment,
-            image_size=base.image_size,
-            train=False,
-            mean=base.image_mean,
-            std=base.image_std,
-            dtype=jnp.dtype(info.dtype),
-        )
+        size, mean, std = base.image_size, base.image_mean, base.image_std
+        options = {"train": False, "mean": mean, "std": std, "dtype": jnp.dtype(info.dtype)}
+        prepare = functools.partial(augment, image_size=size, **options)
         self.prepare = jax.jit(prepare, static_argnames="center")
 
     def from_arguments(self, values: Sequence[str]) -> list[str]:
@@ -126,18 +121,18 @@ def find_images(path: str | Path) -> list[str]:
     """
     path = Path(path).expanduser()
     if os.path.isdir(path):  # unlike path.is_dir() it takes names of any length
-        found = images_below(path)
-        if not found:
-            raise UserError(f"there is no image in {path}, nor in a folder of it; known: {KINDS}")
-        return found
+        if found := _images_below(path):
+            return found
+        raise UserError(f"there is no image in {path}, nor in a folder of it; known: {KINDS}")
     if not os.path.exists(path):
         raise UserError(f"there is no file or folder {str(path)[:200]!r}; check the name")
     if not is_image(path):
-        raise UserError(f"{path} is no image by its suffix; give one of {KINDS}, or a folder")
+        raise UserError(f"{path} does not have the suffix of an image; give one of {KINDS}, or a "
+                        "folder")
     return [str(path)]
 
 
-def images_below(folder: Path) -> list[str]:
+def _images_below(folder: str | Path) -> list[str]:
     return [str(Path(file)) for file in files_below(folder) if is_image(file)]
 
 
@@ -152,19 +147,18 @@ def images_of(values: Sequence[str]) -> list[str]:
         # A comma, or a bracket of a pattern, may be part of a file's name.
         parts = [value] if os.path.exists(value) else value.split(",")
         for part in filter(None, map(str.strip, parts)):
-            found += _matching(part) if glob.has_magic(part) else find_images(part)
+            plain = os.path.exists(part) or not glob.has_magic(part)
+            found += find_images(part) if plain else _matching(part)
     if not found:
         raise UserError(f"{', '.join(values)!r} names no image; give files, folders or patterns")
     return found
 
 
 def _matching(pattern: str) -> list[str]:
-    if os.path.exists(pattern):
-        return find_images(pattern)
     paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
     found = [path for path in paths if is_image(path) and os.path.isfile(path)]
     for folder in filter(os.path.isdir, paths):
-        found += images_below(Path(folder))
+        found += _images_below(folder)
     if not found:
         raise UserError(f"no image is called {pattern!r}; put the pattern between quotes")
     return list(dict.fromkeys(found))  # "**" names what is in a folder, and the folder
@@ -242,6 +236,8 @@ def _image_batches(named, info, image_size, batch_size, failed) -> Iterator[tupl
     waiting = defaultdict(list)
     for number, found in enumerate(_ahead(read, named, 2 * batch_size)):
         if isinstance(found, UserError):
+            if failed is None:
+                raise found
             failed(found)
             continue
         array, center = found
@@ -309,44 +305,40 @@ def texts_of(values: Sequence[str], columns: Sequence[str]) -> list[str | tuple[
     Raises:
       UserError: a file cannot be read, or a line is not a pair and the model takes pairs.
     """
-    texts = []
+    texts, count = [], len(columns)
     for value in values:
-        if value == "-":
-            lines, where = _lines("standard input", sys.stdin.buffer.read()), "standard input"
-        elif value.startswith("@") or os.path.isfile(value):
-            where = os.path.expanduser(value.removeprefix("@"))
-            lines = _lines(where, _contents(where))
-        else:
-            lines, where = [(1, value)], "--predict"
+        where, lines = _lines_of(value)
         for number, line in lines:
-            parts = tuple(line.split("\t")) if len(columns) > 1 else (line,)
-            if len(parts) != len(columns):
+            parts = tuple(line.split("\t")) if count > 1 else (line,)
+            if len(parts) != count:
                 raise UserError(
-                    f"{where}, line {number}: this model takes {len(columns)} texts "
+                    f"{where}, line {number}: this model takes {count} texts "
                     f"({', '.join(columns)}) with a tab between them, not {len(parts)}"
                 )
-            texts.append(parts if len(columns) > 1 else line)
+            texts.append(parts if count > 1 else line)
     if not texts:
         raise UserError(f"there is no text in {', '.join(values)}")
     return texts
 
 
-def _contents(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); a text that begins with @ must be in a file"
-        ) from None
-
-
-def _lines(where: str, data: bytes) -> list[tuple[int, str]]:
-    """The lines that are not empty, with their numbers."""
+def _lines_of(value: str) -> tuple[str, list[tuple[int, str]]]:
+    """Where the texts of an argument are, and its lines that are not empty, with their numbers."""
+    if value == "-":
+        where, data = "standard input", sys.stdin.buffer.read()
+    elif value.startswith("@") or os.path.isfile(value):
+        where = os.path.expanduser(value.removeprefix("@"))
+        try:
+            data = Path(where).read_bytes()
+        except OSError as error:
+            raise UserError(f"{where} cannot be read ({error.strerror}); a text that begins with @ "
+                            "must be in a file") from None
+    else:
+        return "--predict", [(1, value)]
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{where}, line {line}: is no UTF-8; save it as UTF-8") from None
+        raise UserError(f"{where}, line {line}: not UTF-8; save it as UTF-8") from None
     # Not splitlines, which ends a line at many a control character too.
     lines = enumerate(text.replace("\r\n", "\n").split("\n"), 1)
-    return [(number, line) for number, line in lines if line.strip()]
+    return where, [(number, line) for number, line in lines if line.strip()]

@@ -354,7 +354,7 @@ def test_wrong_images_are_refused(model, tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "empty").mkdir()
     for given, words in (
-        (tmp_path / "notes.txt", r"notes\.txt is no image by its suffix"),
+        (tmp_path / "notes.txt", r"notes\.txt does not have the suffix of an image"),
         ([tmp_path / "empty"], "there is no image in .*empty"),
         ("nowhere.png", "no file or folder 'nowhere.png'"),
         (noise(9, 9, 3), r"uint8 \(n, H, W, C\) or a list, got an array \(9, 9, 3\)"),
