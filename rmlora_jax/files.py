@@ -190,15 +190,14 @@ def read_json_lines(path: str | os.PathLike, key: str, kind: type, wrong: str) -
     path = pathlib.Path(path)
     if not path.exists():
         return []
-    *lines, last = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate([*lines, last], 1):
+    lines, rows = path.read_bytes().split(b"\n"), []
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             if not isinstance(row[key], kind):
                 raise TypeError(key)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            if number > len(lines):
+            if number == len(lines):
                 break  # empty after a whole line, or torn
             raise UserError(f"{path}: line {number} {wrong}") from error
         rows.append(row)

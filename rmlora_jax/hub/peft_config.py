@@ -1,5 +1,6 @@
 """PEFT's ``adapter_config.json``, what its patterns mean, and PyTorch's names of the modules."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -60,31 +61,19 @@ FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
 
 
 class PeftConfig(NamedTuple):
-    """The fields of an ``adapter_config.json`` that say what its tensors mean.
+    """The fields of an ``adapter_config.json`` that say what its tensors mean."""
 
-    Attributes:
-      base: ``base_model_name_or_path``; None where it is missing.
-      r: rank of the modules that no pattern matches.
-      alpha: numerator of their scale.
-      rs: whether the scale is alpha / sqrt(r).
-      dropout: on the input of the factors, in training.
-      targets: names of the adapted modules, or their endings; None where a pattern tells them.
-      saved: names of modules that are kept as a whole, or their endings.
-      rank_pattern, alpha_pattern: regular expression of a module's name or its ending -> value;
-        the first that matches wins.
-      description: the class that describes the adapter's form, such as ``LoRA``.
-    """
-
-    base: str | None
-    r: int
-    alpha: float
-    rs: bool
-    dropout: float
-    targets: tuple[str, ...] | None
-    saved: tuple[str, ...]
+    base: str | None  # ``base_model_name_or_path``
+    r: int  # rank of the modules that no pattern matches
+    alpha: float  # numerator of their scale
+    rs: bool  # whether the scale is alpha / sqrt(r)
+    dropout: float  # on the input of the factors, in training
+    targets: tuple[str, ...] | None  # adapted modules, or their endings; None: a pattern tells them
+    saved: tuple[str, ...]  # modules that are kept as a whole, or their endings
+    # Regular expression of a module's name or its ending -> value; the first that matches wins.
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
-    description: type[LoRA]
+    description: type[LoRA]  # the class that describes the adapter's form
 
     def rank_of(self, module: str) -> int:
         """r of the module of this name."""
@@ -202,38 +191,33 @@ def _short(value: Any) -> str:
 
 
 class Names:
-    """PyTorch's names of a model's modules in one spelling.
-
-    Attributes:
-      entries: path of each parameter that the model has -> its line in the family's table.
-      modules: the modules that hold them, and all that those are in.
-    """
+    """PyTorch's names of a model's modules in one spelling."""
 
     def __init__(self, base: Pretrained, old_names: bool):
         self.base, self.which = base, 0 if old_names else -1
         shapes = {path: np.shape(x) for path, x in flat_params(base.params).items()}
+        # Path of each parameter that the model has -> its line in the family's table.
         self.entries = {e.path: e for e in base.family.table if e.path in shapes}
         self.layers = max((shapes[p][0] for p, e in self.entries.items() if e.stacked), default=1)
+        # The modules that hold them, and all that those are in.
         self.modules = {
             module
             for path in self.entries
             for name in self.of_layers(self.module(path))
-            for module in _upwards(name)
+            for module in itertools.accumulate(name.split("."), "{}.{}".format)
         }
 
     def module(self, path: str) -> str:
-        """The module of a parameter; "vit.layers.{}.mlp.fc1" where it is of every layer."""
+        """The module of a parameter, such as "vit.layers.{}.mlp.fc1" where each layer has one."""
         return self.entries[path].names[self.which].rpartition(".")[0]
 
     def of_layers(self, module: str) -> list[str]:
         """The names that "{}" stands for."""
-        if "{}" not in module:
-            return [module]
-        return [module.format(layer) for layer in range(self.layers)]
+        return [module.format(layer) for layer in range(self.layers if "{}" in module else 1)]
 
     def root(self, path: str) -> str:
-        """The module to keep if this parameter is trained: of what is new for the task, the
-        uppermost (RoBERTa's "classifier" has two linear layers), else its own."""
+        """The module to keep if this parameter is trained: the uppermost of what is new for the
+        task (RoBERTa's "classifier" has two linear layers), else its own."""
         module, prefix = self.module(path), self.base.family.prefix
         if any(re.fullmatch(pattern, path) for pattern in self.base.family.new):
             inside = module.removeprefix(prefix)
@@ -242,9 +226,4 @@ class Names:
 
     def below(self, root: str) -> list[str]:
         """Paths of the parameters of a module and of all modules in it."""
-        return [path for path in self.entries if root in _upwards(self.module(path))]
-
-
-def _upwards(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return [path for path in self.entries if f"{self.module(path)}.".startswith(f"{root}.")]

@@ -20,10 +20,6 @@ from rmlora_jax.models.family import Entry, flat_params
 
 OLD_WEIGHTS_FILE = "adapter_model.bin"
 
-# The tensors of a file by what they are here; a parameter without a stack has layer 0 alone.
-Factors = dict[str, dict[int, tuple[str, list[np.ndarray]]]]  # path, layer -> module's name, leaves
-Saved = dict[tuple[str, int], str]  # (path, layer) -> name in the file
-
 
 def load_peft(folder: str | Path, base: Pretrained, *, saved: bool = True) -> tuple[dict, LoRA]:
     """The adapter in a folder, as parameters of the adapted model and their description.
@@ -116,14 +112,9 @@ def _plain(key: str) -> str:
     return key.removeprefix(PREFIX).replace(".modules_to_save.", ".")
 
 
-def _sorted_out(
-    file: Path, config: PeftConfig, tensors, base: Pretrained, shapes
-) -> tuple[Factors, Saved]:
-    """Every tensor of the file, found in the family's table.
-
-    Raises:
-      UserError: one is not in it, is stored twice, or is a factor without its partner.
-    """
+def _sorted_out(file: Path, config: PeftConfig, tensors, base: Pretrained, shapes):
+    """({path: {layer: (module's name, leaves)}}, {(path, layer): name in the file}) of factors and
+    of whole parameters; one without a stack has layer 0 alone."""
     spelt = config.description.form.peft
     assert spelt is not None  # only forms that PEFT has are read
     slots: dict[str, tuple] = {**places(base.family, shapes)}
@@ -150,7 +141,7 @@ def _sorted_out(
     if wrong := differences(lonely, unexpected):
         kind = base.family.classifier
         raise UserError(f"{file} {wrong}. Is it an adapter of {base.source}, a {kind}?")
-    factors: Factors = {}
+    factors: dict[str, dict[int, tuple[str, list[np.ndarray]]]] = {}
     for (path, layer), module in modules.items():
         names = (found[path, layer, side] for side in range(len(spelt[0])))
         leaves = [from_stored(tensors, x, None, file).astype(np.float32) for x in names]
@@ -199,11 +190,7 @@ def _stack(file: Path, config: PeftConfig, layers: dict, entry: Entry, weight):
 
 
 def _leaves(file: Path, config: PeftConfig, name: str, leaves, entry: Entry, inner):
-    """The leaves of one module, whose weight has the shape ``inner`` here: A (in, r), B (r, out).
-
-    Raises:
-      UserError: they do not fit the weight, or the rank that the config gives the module.
-    """
+    """The leaves, A (in, r) and B (r, out) first, of a module whose weight has shape ``inner``."""
     rank, form = config.rank_of(name), config.description.form
     _, ours, axes = zip(*peft_leaves(form, entry, inner, rank), strict=True)
     wanted = list(map(stored_shape, ours, axes))

@@ -121,12 +121,13 @@ def load_pretrained(
     new = tuple(e.path for e in family.table if e.path in shapes and e.path not in found)
     found |= {path: np.zeros(shapes[path], np.float32) for path in new}
     params = unflatten_dict(found, sep="/")
-    size = mean = std = None
+    image: dict[str, Any] = {}
     if family.inputs.normalisation is not None:
-        size, path = resized.image_size, folder / PREPROCESSOR
+        path = folder / PREPROCESSOR
         with _naming(path):
             asked = read_object(path) if path.exists() else {}
             mean, std = family.inputs.normalisation(asked, config)
+        image = {"image_size": resized.image_size, "image_mean": mean, "image_std": std}
     pretrained = Pretrained(
         family=family,
         config=resized,
@@ -137,9 +138,7 @@ def load_pretrained(
         new=new,
         folder=folder,
         source=str(source),
-        image_size=size,
-        image_mean=mean,
-        image_std=std,
+        **image,
     )
     return new_head(pretrained, jax.random.key(0) if key is None else key)
 

@@ -54,12 +54,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def whole_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold its weights.
-
-    Raises:
-      UserError: there are no weights, or a file that an index lists is missing or only points to
-        its content, as Git LFS leaves it.
-    """
+    """The files of a folder that hold its weights, each whole: Git LFS may leave only pointers."""
     files = weight_files(folder)
     for path in files:
         if not path.exists():

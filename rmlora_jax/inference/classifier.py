@@ -64,11 +64,7 @@ def load(folder: str | Path) -> "Classifier":
 
 
 def find_model(folder: Path) -> Path:
-    """The folder with an adapter or a model: ``folder`` itself, or one inside it.
-
-    Raises:
-      UserError: there is neither.
-    """
+    """The folder with an adapter or a model: ``folder`` itself, or one inside it."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {str(folder)!r}; give that of a run, or of a model")
     for place in (folder, folder / ADAPTER):

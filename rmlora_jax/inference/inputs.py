@@ -40,9 +40,6 @@ class ImageReader:
 
     Images of one shape make a batch, which is resized and normalised by a small program of its own:
     the model's, which takes long to compile, is the same for all shapes.
-
-    Raises:
-      UserError: the model does not take images of 3 channels.
     """
 
     def __init__(self, base: Pretrained, info: Info):
@@ -57,10 +54,7 @@ class ImageReader:
         options = {"train": False, "mean": mean, "std": std, "dtype": jnp.dtype(info.dtype)}
         prepare = functools.partial(augment, image_size=size, **options)
         self.prepare = jax.jit(prepare, static_argnames="center")
-
-    def from_arguments(self, values: Sequence[str]) -> list[str]:
-        """The inputs that the arguments of ``--predict`` name."""
-        return images_of(values)
+        self.from_arguments = images_of  # the inputs that the arguments of ``--predict`` name
 
     def __call__(self, inputs: Any, batch_size: int, failed: Callable) -> tuple[list, Iterable]:
         named = name_images(inputs)
@@ -72,11 +66,7 @@ class ImageReader:
 
 
 class TextReader:
-    """Reads strings, or pairs of them, for a model of texts.
-
-    Raises:
-      UserError: the model takes fewer tokens than it should, or has no tokenizer.
-    """
+    """Reads strings, or pairs of them, for a model of texts."""
 
     def __init__(self, base: Pretrained, info: Info):
         longest = base.config.longest
@@ -114,11 +104,7 @@ READERS = {IMAGES: ImageReader, TEXTS: TextReader}
 
 
 def find_images(path: str | Path) -> list[str]:
-    """The image at ``path``, or all below the folder ``path``, sorted, hidden ones left out.
-
-    Raises:
-      UserError: nothing is there, or the file does not have the suffix of an image.
-    """
+    """The image at ``path``, or all below the folder ``path``, sorted, hidden ones left out."""
     path = Path(path).expanduser()
     if os.path.isdir(path):  # unlike path.is_dir() it takes names of any length
         if found := _images_below(path):
@@ -137,11 +123,7 @@ def _images_below(folder: str | Path) -> list[str]:
 
 
 def images_of(values: Sequence[str]) -> list[str]:
-    """Paths of the images that files, folders and patterns name, with commas between several.
-
-    Raises:
-      UserError: one of them names no image.
-    """
+    """Paths of the images that files, folders and patterns name, with commas between several."""
     found = []
     for value in values:
         # A comma, or a bracket of a pattern, may be part of a file's name.
@@ -165,11 +147,7 @@ def _matching(pattern: str) -> list[str]:
 
 
 def name_images(inputs: Any) -> list[tuple[str, Any]]:
-    """Pairs (name, image) of the inputs of a model of images; a path is its own name.
-
-    Raises:
-      UserError: as `find_images`, or an array that is not a batch.
-    """
+    """Pairs (name, image) of the inputs of a model of images; a path is its own name."""
     if isinstance(inputs, str | Path | Image.Image):
         inputs = [inputs]
     elif hasattr(inputs, "ndim") and inputs.ndim != 4:
@@ -279,11 +257,7 @@ def batch_rows(n: int, batch_size: int) -> int:
 
 
 def text_rows(inputs: Any, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Each text, or pair of texts, as a tuple with a string for each of ``columns``.
-
-    Raises:
-      UserError: an input is something else, by its number.
-    """
+    """Each text, or pair of texts, as a tuple with a string for each of ``columns``."""
     inputs = [inputs] if isinstance(inputs, str) else inputs
     wanted = "a string" if len(columns) == 1 else f"a pair of strings ({', '.join(columns)})"
     rows = []
@@ -301,9 +275,6 @@ def texts_of(values: Sequence[str], columns: Sequence[str]) -> list[str | tuple[
 
     ``@FILE``, the name of a file and ``-`` (standard input) stand for the lines in them, without
     the empty ones. A text that begins with @ must therefore be put into a file.
-
-    Raises:
-      UserError: a file cannot be read, or a line is not a pair and the model takes pairs.
     """
     texts, count = [], len(columns)
     for value in values:
