@@ -101,7 +101,8 @@ def read_config(folder: Path) -> PeftConfig:
         values[field] = value
         if not fits(value):
             raise UserError(f"{path}: {field} is {_short(value)}; it must be {allowed}")
-    description = next((d for d in DESCRIPTIONS if _describes(d, raw)), LoRA)
+    told = (d for d in DESCRIPTIONS if d.form.peft_fields)
+    description = next((d for d in told if d.form.peft_fields.items() <= raw.items()), LoRA)
     known = description.form.peft_fields
     used = [field for field in UNSUPPORTED if raw.get(field) and field not in known]
     if used:
@@ -127,12 +128,6 @@ def read_config(folder: Path) -> PeftConfig:
         alpha_pattern=values["alpha_pattern"],
         description=description,
     )
-
-
-def _describes(description: type[LoRA], raw: Mapping[str, Any]) -> bool:
-    """Whether the fields of a config tell this form; those of plain LoRA tell nothing."""
-    fields = description.form.peft_fields
-    return bool(fields) and all(raw.get(name) == value for name, value in fields.items())
 
 
 def ends_with(module: str, ending: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from rmlora_jax.adapt.forms import Form
 from rmlora_jax.adapt.geometry import Layout
 from rmlora_jax.adapt.lora import WEIGHTS, LoRA
 from rmlora_jax.errors import UserError
@@ -171,15 +172,18 @@ def _stack(file: Path, config: PeftConfig, layers: dict, entry: Entry, weight):
     """(leaves, such as A (*stack, in, r) and B (*stack, r, out)), s of one weight from the leaves
     of its layers."""
     weight = weight if entry.stacked else np.asarray(weight)[None]
+    inner, form = weight.shape[1:], config.description.form
+    axes = Layout((), tuple(range(len(inner) - 1)), (len(inner) - 1,))
     ready, scales = {}, {}
     for layer, (name, leaves) in layers.items():
-        ready[layer] = _leaves(file, config, name, leaves, entry, weight.shape[1:])
-        scales[layer] = config.scale_of(name, ready[layer][0].shape[1])
+        rank = config.rank_of(name)
+        leaves = _in_our_order(file, form, name, leaves, entry, inner, rank)
+        shapes = form.shapes(inner, axes, rank)
+        ready[layer] = [x.reshape(shape) for x, shape in zip(leaves, shapes, strict=True)]
+        scales[layer] = config.scale_of(name, rank)
     common = Counter(scales.values()).most_common(1)[0][0]
-    rank, count = max(a.shape[1] for a, *_ in ready.values()), len(weight)
-    a, b, *others = next(iter(ready.values()))
-    shapes = [(count, len(a), rank), (count, rank, b.shape[1])]
-    whole = config.description.form.idle(weight, [*shapes, *((count, *x.shape) for x in others)])
+    shapes = form.shapes(inner, axes, max(len(b) for _, b, *_ in ready.values()))
+    whole = form.idle(weight, [(len(weight), *shape) for shape in shapes])
     for layer, (a, b, *others) in ready.items():
         ratio = scales[layer] / common
         whole[0][layer, :, : a.shape[1]] = a
@@ -189,9 +193,9 @@ def _stack(file: Path, config: PeftConfig, layers: dict, entry: Entry, weight):
     return whole if entry.stacked else tuple(x[0] for x in whole), common
 
 
-def _leaves(file: Path, config: PeftConfig, name: str, leaves, entry: Entry, inner):
-    """The leaves, A (in, r) and B (r, out) first, of a module whose weight has shape ``inner``."""
-    rank, form = config.rank_of(name), config.description.form
+def _in_our_order(file: Path, form: Form, name: str, leaves, entry: Entry, inner, rank: int):
+    """The leaves of a module of this rank, whose weight has the shape ``inner``, in our order of
+    axes."""
     _, ours, axes = zip(*peft_leaves(form, entry, inner, rank), strict=True)
     wanted = list(map(stored_shape, ours, axes))
     if [x.shape for x in leaves] != wanted:
@@ -200,9 +204,7 @@ def _leaves(file: Path, config: PeftConfig, name: str, leaves, entry: Entry, inn
             f"{file}: the factors of {name!r} have shapes {found}; the base, and rank {rank} of "
             f"{CONFIG_FILE}, ask for " + " and ".join(map(str, wanted))
         )
-    shapes = form.shapes(inner, Layout((), tuple(range(len(inner) - 1)), (len(inner) - 1,)), rank)
-    unfolded = [x if own is None else x.transpose(own) for x, own in zip(leaves, axes, strict=True)]
-    return [x.reshape(shape) for x, shape in zip(unfolded, shapes, strict=True)]
+    return [x if own is None else x.transpose(own) for x, own in zip(leaves, axes, strict=True)]
 
 
 def _replaced(file: Path, tensors, name: str, old, layer: int, entry: Entry) -> np.ndarray:

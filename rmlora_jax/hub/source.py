@@ -185,8 +185,9 @@ def shards(index: Path) -> list[str]:
         raise UserError(f"{index} has no 'weight_map'; copy it again")
     for name in listed.values():
         if not isinstance(name, str) or not SHARD.fullmatch(name):
-            shown = repr(name)[:80]
-            raise UserError(f"{index} lists {shown}, which is no file beside it; copy it again")
+            raise UserError(
+                f"{index} lists {repr(name)[:80]}, which is not a file beside it; copy it again"
+            )
     return sorted(set(listed.values()))
 
 

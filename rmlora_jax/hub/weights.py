@@ -23,11 +23,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
     The first of these is taken: ``model.safetensors``, its shards, ``pytorch_model.bin``, its
     shards. Files are memory-mapped. Values keep their stored dtype (bfloat16 and the 8-bit floats
-    through ml_dtypes).
-
-    Raises:
-      UserError: no weights in the folder, a missing shard, or a file that is damaged or holds
-        anything but tensors.
+    through ml_dtypes). A file that is missing, damaged or holds anything else is a UserError.
     """
 
     def __init__(self, folder: Path):
@@ -165,10 +161,7 @@ def from_stored(tensors, name: str, axes: tuple[int, ...] | None, where: Path) -
     """
     value = tensors[name]
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise UserError(
-            f"{where}: {name!r} is {value.dtype}; it must be floating: quantised weights cannot be "
-            "read"
-        )
+        raise UserError(f"{where}: {name!r} is {value.dtype}; it must be floating, not quantised")
     return value if axes is None else value.transpose(axes)
 
 

@@ -50,7 +50,6 @@ def load(folder: str | Path) -> "Classifier":
         if read_object(where / CONFIG).get("problem_type") == "multi_label_classification":
             raise UserError(f"{where} gives several labels at once, which is not supported")
         return Classifier(base, base.params, None, info or info_of(base))
-
     outputs = stored_labels(where)
     if outputs is None and info is not None:
         outputs = info.outputs
@@ -127,9 +126,7 @@ class Classifier:
       info: what the model is for.
 
     Attributes:
-      model: the Linen module, adapted.
-      params: the parameters of ``model``, on the device.
-      read: makes batches of inputs, see `inputs`.
+      model: the Linen module, adapted; ``params``, on the device, are its parameters.
       forward: ``forward(params, *arguments of the model)`` is float32 (b, outputs); jitted.
 
     Raises:

@@ -33,6 +33,7 @@ from rmlora_jax.models.family import IMAGES, TEXTS
 
 THREADS = 8  # that read and decode images
 KINDS = ", ".join(SUFFIXES)
+ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids")  # of a model of texts
 
 
 class ImageReader:
@@ -96,8 +97,7 @@ class TextReader:
             pad_id=self.tokenizer.pad_token_id,
             max_length=self.info.max_length,
         ):
-            names = ("input_ids", "attention_mask", "token_type_ids")
-            yield batch["id"][batch["mask"]], tuple(batch[name] for name in names)
+            yield batch["id"][batch["mask"]], tuple(batch[name] for name in ARGUMENTS)
 
 
 READERS = {IMAGES: ImageReader, TEXTS: TextReader}
@@ -172,32 +172,24 @@ def read_image(image: Any, info: Info, image_size: int) -> tuple[np.ndarray, flo
     square and cuts its margin. The orientation that a camera notes in a photo is ignored, as in
     training.
 
-    Args:
-      image: a path, an image of pillow, or a uint8 array (H, W, C) with C 1, 3 or 4.
-      info: of the model.
-      image_size: side of the model's images.
-
-    Raises:
-      Exception: of any kind, for a file that is damaged, or larger than pillow thinks wise.
+    ``image`` is a path, an image of pillow, or a uint8 array (H, W, C) with C 1, 3 or 4. A file
+    that is damaged, or larger than pillow thinks wise, raises an Exception of any kind.
     """
     if isinstance(image, str | Path):
         image = open_image(Path(image).read_bytes())
     elif isinstance(image, Image.Image):
         image = image.copy()  # what follows may change how its file is read
     else:
-        image = _from_array(np.asarray(image))
+        array = np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
+            raise ValueError(f"must be uint8 (H, W, 1, 3 or 4), got {array.dtype} {array.shape}")
+        image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
     width, height = image.size
     size, center = info.stored_size, info.center
     if size is None:
         size, new = stored_as((height, width), image_size)
         center = center if size is None else new
     return pixels(image, info.channels, size), center
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
-        raise ValueError(f"must be uint8 (H, W, 1, 3 or 4), got {array.dtype} {array.shape}")
-    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
 def _image_batches(named, info, image_size, batch_size, failed) -> Iterator[tuple]:

@@ -39,7 +39,7 @@ def test_brackets_without_end(tmp_path):
 def test_names_of_shards(name, tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": name}}))
-    with pytest.raises(UserError, match=r"index\.json lists .* no file beside it") as error:
+    with pytest.raises(UserError, match=r"index\.json lists .* not a file beside it") as error:
         shards(index)
     assert len(str(error.value)) < 400
 
