@@ -158,10 +158,7 @@ def load_text(source: str | Path, **options) -> Pretrained:
 
 
 def new_head(pretrained: Pretrained, key: jax.Array) -> Pretrained:
-    """The same model with all that is new drawn from ``key``, as `load_pretrained` does.
-
-    Nothing is read.
-    """
+    """The same model with all that is new drawn from ``key``; no file is read."""
     family, config = pretrained.family, pretrained.config
     params = flat_params(pretrained.params)
     for number, path in enumerate(sorted(pretrained.new)):

@@ -73,9 +73,7 @@ def layers_of(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> range:
     return range(shapes[entry.path][0] if entry.stacked else 1)
 
 
-def places(
-    family: Family, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[str, int]]:
+def places(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, int]]:
     """Each name that a file may give a parameter -> (path, layer), for the paths in ``shapes``."""
     return {
         name: (entry.path, layer)

@@ -47,9 +47,7 @@ class ImageReader:
         assert base.image_size and base.image_mean and base.image_std
         channels = base.config.num_channels
         if channels != 3:
-            raise UserError(
-                f"{base.source} takes images of {channels} channels; only 3 are supported"
-            )
+            raise UserError(f"{base.source} takes images of {channels} channels; they must have 3")
         self.info, self.image_size = info, base.image_size
         size, mean, std = base.image_size, base.image_mean, base.image_std
         options = {"train": False, "mean": mean, "std": std, "dtype": jnp.dtype(info.dtype)}
@@ -72,9 +70,7 @@ class TextReader:
     def __init__(self, base: Pretrained, info: Info):
         longest = base.config.longest
         if longest and info.max_length > longest:
-            raise UserError(
-                f"{base.source} takes {longest} tokens, but {info.max_length} are needed"
-            )
+            raise UserError(f"{base.source} takes {longest} tokens, not {info.max_length}")
         self.info, self.tokenizer = info, load_tokenizer(base.folder)
 
     def from_arguments(self, values: Sequence[str]) -> list[str | tuple[str, ...]]:
@@ -151,9 +147,7 @@ def name_images(inputs: Any) -> list[tuple[str, Any]]:
     if isinstance(inputs, str | Path | Image.Image):
         inputs = [inputs]
     elif hasattr(inputs, "ndim") and inputs.ndim != 4:
-        raise UserError(
-            f"images must be uint8 (n, H, W, C) or a list, got an array {inputs.shape}"
-        )
+        raise UserError(f"images must be uint8 (n, H, W, C) or a list, got an array {inputs.shape}")
     named = []
     for number, image in enumerate(inputs):
         if isinstance(image, str | Path):

@@ -392,7 +392,7 @@ def test_parts_that_do_not_belong_together(vit, bert):
         (vit, Info("image_classification", ("a", "b")), "5 outputs, but 2 are needed"),
         (bert, Info("text_regression"), "3 outputs, but 1 are needed"),
         (vit, Info("image_classification", image_size=32), "16 pixels, but 32 are needed"),
-        (bert, Info("text_classification", max_length=65), "64 tokens, but 65 are needed"),
+        (bert, Info("text_classification", max_length=65), "takes 64 tokens, not 65"),
     ):
         with pytest.raises(UserError, match=words):
             Classifier(base, base.params, None, info)
