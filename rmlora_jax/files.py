@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, then renamed into place."""
+"""Files that are whole or absent: written under a temporary name, then renamed into place."""
 
 import contextlib
 import json
@@ -97,7 +97,7 @@ def write_json(path: str | os.PathLike, value: Any) -> pathlib.Path:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """A folder that is whole or not there: yields a temporary one, then puts it at ``path``.
+    """A folder that is whole or absent: yields a temporary one, then puts it at ``path``.
 
     The temporary folder lies beside ``path``. When the block ends, its files are flushed to the
     disk and it is renamed; when the block raises, it is removed. With ``overwrite`` the old folder
@@ -165,13 +165,13 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-      FileNotFoundError: there is no file.
-      UserError: it cannot be read, is not JSON, or holds something else.
+      UserError: the file is missing, cannot be read, is not JSON, or holds something else.
     """
+    path = pathlib.Path(path)
     try:
         value = read_json(path)
     except FileNotFoundError:
-        raise
+        raise UserError(f"{path.parent} has no {path.name}; is it the right folder?") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); copy it again") from None
     if not isinstance(value, dict):
@@ -190,15 +190,14 @@ def read_json_lines(path: str | os.PathLike, key: str, kind: type, wrong: str) -
     path = pathlib.Path(path)
     if not path.exists():
         return []
-    *lines, last = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate([*lines, last], 1):
+    lines, rows = path.read_bytes().split(b"\n"), []
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             if not isinstance(row[key], kind):
                 raise TypeError(key)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            if number > len(lines):
+            if number == len(lines):
                 break  # empty after a whole line, or torn
             raise UserError(f"{path}: line {number} {wrong}") from error
         rows.append(row)
@@ -214,38 +213,32 @@ def plain(value: Any) -> Any:
     >>> plain({"a": np.float32([0.1, np.nan]), "b": np.int32(3), "c": (1, True)})
     {'a': [0.1, None], 'b': 3, 'c': [1, True]}
     """
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if type(value) is float:
-        return value if math.isfinite(value) else None
     if hasattr(value, "items"):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if not hasattr(value, "dtype"):
-        return value  # json.dumps names the type in its own error
-    array = np.asarray(value)
-    if array.dtype.kind in "biu":
-        return array.tolist()
-    if array.dtype.kind != "f":
-        array = array.astype(np.float32)  # bfloat16 and its relatives are no floats to numpy
-    if array.ndim:
-        return [plain(v) for v in array]
-    return float(str(array)) if np.isfinite(array) else None
+    if hasattr(value, "dtype"):
+        array = np.asarray(value)
+        if array.dtype.kind in "biu":
+            return array.tolist()
+        if array.dtype.kind != "f":
+            array = array.astype(np.float32)  # bfloat16 and its relatives are not floats to numpy
+        if array.ndim:
+            return [plain(v) for v in array]
+        value = float(str(array))
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return value if finite else None  # of other types, json.dumps gives the name in its own error
 
 
 def _sync_tree(folder: pathlib.Path) -> None:
-    for path in folder.rglob("*"):
+    for path in (*folder.rglob("*"), folder):
         if path.is_file():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
         else:
             _sync_folder(path)
-    _sync_folder(folder)
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

@@ -9,10 +9,10 @@ from flax.core import meta
 
 from rmlora_jax.adapt.lora import is_factor
 from rmlora_jax.errors import UserError
-from rmlora_jax.files import new_folder, write_json, write_text_atomic
-from rmlora_jax.hub.info import Info, write_info
+from rmlora_jax.files import new_folder, read_object, write_json, write_text_atomic
+from rmlora_jax.hub.info import Info, check_fits, write_info
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.source import CONFIG, EXTRAS, KINDS, PREPROCESSOR, read_json
+from rmlora_jax.hub.source import CONFIG, EXTRAS, KINDS, PREPROCESSOR
 from rmlora_jax.hub.tokenizer import FILES
 from rmlora_jax.hub.weights import differences, some, stored_tensors
 from rmlora_jax.models.family import flat_params, param_shapes
@@ -46,10 +46,9 @@ def save_model(
     PyTorch, `load_pretrained` here, bit for bit. The folder holds config.json, model.safetensors in
     the dtypes of ``params`` (transformers computes in float32), rmlora.json, a README.md where
     ``info.about`` has a ``"card"``, the tokenizer's files of ``base`` or preprocessor_config.json.
-    It appears as a whole or not at all.
 
     Args:
-      folder: to write.
+      folder: to write; it appears as a whole or not at all.
       params: nested dict, the parameters of the unadapted Linen model
         ``base.family.model(base.config, base.num_labels)``: what ``rm.merge`` returns, or a model
         that was trained in full.
@@ -57,15 +56,12 @@ def save_model(
       info: the task, the names of the classes, and how images are made.
       old_names: for ViT, the names of transformers up to 5.8, which every later release reads too.
         Those since 5.9 (False) are unknown to older ones, which then draw new layers at random.
-      overwrite: replaces a folder that is there.
-
-    Returns:
-      ``folder``.
+      overwrite: replaces a folder that exists.
 
     Raises:
       UserError: factors in ``params``, or parameters that are missing, unexpected or misshapen;
         ``info`` of another task, number of classes or image size than ``base``; a ``folder`` that
-        is there. Nothing is written then.
+        exists. Nothing is written then.
       OSError: the folder cannot be written; nothing is left of it.
 
     >>> import tempfile
@@ -77,7 +73,7 @@ def save_model(
     ('cat', 'dog')
     """
     folder = Path(folder).expanduser()
-    _check_info(info, base)
+    check_fits(base, info)
     flat = _checked(params, base)
     config = hf_config(base, info)
     tensors = stored_tensors(flat, base.family.table, old_names=old_names)
@@ -103,10 +99,10 @@ def hf_config(base: Pretrained, info: Info) -> dict[str, Any]:
     Left out are fields that would run code and private ones, such as the writer's paths. The dtype
     is float32: transformers 5 would otherwise compute in the dtype of the published base.
     """
-    raw = _without_code(read_json(base.folder / CONFIG))
-    raw = {name: value for name, value in raw.items() if not name.startswith("_")}
-    for name in ("torch_dtype", "num_labels", "problem_type"):  # an older spelling; read from below
-        raw.pop(name, None)
+    raw = _without_code(read_object(base.folder / CONFIG))
+    # The older spelling of "dtype", and what transformers takes from other fields.
+    left_out = ("torch_dtype", "num_labels", "problem_type")
+    raw = {k: v for k, v in raw.items() if not k.startswith("_") and k not in left_out}
     labels = info.labels or [f"LABEL_{i}" for i in range(base.num_labels)]
     config = raw | {
         "architectures": [base.family.classifier],
@@ -165,26 +161,13 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if (target / TOKENIZER_CONFIG).exists():
-        raw = read_json(target / TOKENIZER_CONFIG)
+        raw = read_object(target / TOKENIZER_CONFIG)
         if (clean := _without_code(raw)) != raw:
             write_json(target / TOKENIZER_CONFIG, clean)
 
 
 def _without_code(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in CODE}
-
-
-def _check_info(info: Info, base: Pretrained) -> None:
-    side = base.image_size
-    if info.inputs is not base.family.inputs:
-        raise UserError(f"info.task is {info.task!r}, but {base.source} is a "
-                        f"{base.family.classifier}; give the base that was trained")
-    if info.labels is not None and len(info.labels) != base.num_labels:
-        raise UserError(f"info.labels has {len(info.labels)} names, but {base.source} was loaded "
-                        f"for {base.num_labels}; give one a class, or None")
-    if info.image_size not in (None, side):
-        raise UserError(f"info.image_size is {info.image_size}, but {base.source} was loaded for "
-                        f"{side}; load it with image_size={info.image_size}")
 
 
 def _checked(params: Any, base: Pretrained) -> dict[str, np.ndarray]:

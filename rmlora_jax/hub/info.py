@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rmlora_jax.errors import UserError
-from rmlora_jax.files import write_json
+from rmlora_jax.files import read_object, write_json
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.source import CONFIG, PACKAGED, bundled, read_json
+from rmlora_jax.hub.source import CONFIG, PACKAGED, bundled
 from rmlora_jax.models.family import IMAGES, TEXTS, Inputs
 
 FILE = "rmlora.json"
@@ -87,7 +87,7 @@ def read_info(folder: Path) -> Info | None:
     path = folder / FILE
     if not path.exists():
         return None
-    raw: dict[str, Any] = read_json(path)
+    raw: dict[str, Any] = read_object(path)
     checks = {
         "task": lambda x: isinstance(x, str) and x in TASKS,
         "labels": lambda x: x is None or _strings(x, 1, 100_000),
@@ -117,6 +117,21 @@ def _strings(value: Any, least: int, most: int) -> bool:
             and all(isinstance(text, str) for text in value))
 
 
+def check_fits(base: Pretrained, info: Info) -> None:
+    """Raises a UserError unless ``base`` can be the model that ``info`` describes."""
+    size, outputs = info.image_size, info.outputs
+    if info.inputs is not base.family.inputs:
+        wrong = f"it is a model of {base.family.inputs.name}; give the base that was trained"
+    elif outputs not in (None, base.num_labels):
+        wrong = f"it has {base.num_labels} outputs, but {outputs} are needed"
+    elif size not in (None, base.image_size):
+        wrong = (f"its images have {base.image_size} pixels, but {size} are needed; load it with "
+                 f"image_size={size}")
+    else:
+        return
+    raise UserError(f"{base.source} does not fit {info.task.replace('_', ' ')}: {wrong}")
+
+
 def adapter_card(
     config: Mapping[str, Any], base: Pretrained, info: Info | None, old_names: bool
 ) -> str:
@@ -128,50 +143,57 @@ base = {auto}.from_pretrained(
     "{base.source}", num_labels={base.num_labels}, ignore_mismatched_sizes=True, dtype="float32"
 )
 model = PeftModel.from_pretrained(base, "FOLDER").eval()"""
-    notes = ""
-    if base.family.spellings > 1:
-        which = "up to 5.8" if old_names else "5.9 or later"
-        notes = (
-            f"\n\nThe names in it are those of transformers {which}; other releases may find no "
-            "layer of that name. `save_peft(..., old_names=...)` writes either."
-        )
-    if base.family.config.from_hf(read_json(base.folder / CONFIG)) != base.config:
-        notes += (
-            f"\n\nIt was trained on images of {base.image_size} pixels: call the model with "
-            "`interpolate_pos_encoding=True`."
-        )
     whole = ", ".join(config["modules_to_save"] or ())
-    text = [
-        _front("peft", base, info),
-        f"# Adapter of {base.source}",
+    facts = (
         f"Low-rank factors (rank {config['r']}, alpha {config['lora_alpha']}) for "
         f"{', '.join(config['target_modules'])}"
-        + (f"; trained as a whole: {whole}." if whole else "."),
-        *_about(info),
-        "## Use",
-        *_in_jax(info),
-        "In PyTorch, with `peft`:",
-        _code(torch) + _where(base) + notes,
-        *_config(info),
-    ]
-    return "\n\n".join(text) + "\n"
+        + (f"; trained as a whole: {whole}." if whole else ".")
+    )
+    use = [*_in_jax(info), "In PyTorch, with `peft`:", _code(torch)]
+    if base.source in (*bundled(), *PACKAGED):
+        find = f"from rmlora_jax.hub import find_folder; print(find_folder('{base.source}'))"
+        use.append("The hub does not know the base by this name: give the folder that "
+                   f"`python -c \"{find}\"` prints.")
+    if base.family.spellings > 1:
+        which = "up to 5.8" if old_names else "5.9 or later"
+        use.append(f"The names in it are those of transformers {which}; other releases may find "
+                   "no layer of that name. `save_peft(..., old_names=...)` writes either.")
+    if base.family.config.from_hf(read_object(base.folder / CONFIG)) != base.config:
+        use.append(f"It was trained on images of {base.image_size} pixels: call the model with "
+                   "`interpolate_pos_encoding=True`.")
+    return _card("peft", f"Adapter of {base.source}", base, info, [facts], use)
 
 
 def model_card(base: Pretrained, info: Info) -> str:
     """The card of a whole model."""
     auto = f"AutoModelFor{base.family.purpose}"
     torch = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained(\"FOLDER\").eval()"
-    text = [
-        _front("transformers", base, info),
-        f"# {base.source}, fine-tuned",
-        *_about(info),
-        "## Use",
-        "In PyTorch, with `transformers`:",
-        _code(torch),
-        *_in_jax(info),
-        *_config(info),
-    ]
-    return "\n\n".join(text) + "\n"
+    use = ["In PyTorch, with `transformers`:", _code(torch), *_in_jax(info)]
+    return _card("transformers", f"{base.source}, fine-tuned", base, info, [], use)
+
+
+def _card(
+    library: str, title: str, base: Pretrained, info: Info | None, text: list[str], use: list[str]
+) -> str:
+    """What model hubs read, in YAML; then what is known of data, method, classes and figures, the
+    ``use``, and the config of the run."""
+    fields = {"library_name": library, "base_model": base.source}
+    fields |= {"pipeline_tag": TASKS[info.task][1]} if info else {}
+    about, labels = (info.about, info.labels or ()) if info else ({}, ())
+    facts = [f"* {name}: {about[name]}" for name in ("data", "method", "step") if name in about]
+    if labels:
+        facts.append(f"* classes: {', '.join(labels[:20])}{', ...' * (len(labels) > 20)}")
+    rows = [f"| {name} | {value:.4f} |" for name, value in (about.get("metrics") or {}).items()
+            if isinstance(value, float)]
+    # JSON's strings are strings in YAML.
+    front = "\n".join(["---", *(f"{k}: {json.dumps(v)}" for k, v in fields.items()), "---"])
+    parts = [front, f"# {title}", *text, "\n".join(facts)]
+    if rows:
+        parts.append("\n".join(["| on test data | |", "|---|---|", *rows]))
+    parts += ["## Use", *use]
+    if "config" in about:
+        parts += ["## Config of the run", _code(json.dumps(about["config"], indent=1), "json")]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _in_jax(info: Info | None) -> list[str]:
@@ -180,46 +202,6 @@ def _in_jax(info: Info | None) -> list[str]:
         example = '"a text"' if len(info.columns) == 1 else '("a text", "another")'
     code = "import rmlora_jax.hub\n\nmodel = rmlora_jax.hub.load(\"FOLDER\")\n"
     return ["In JAX, with `rmlora_jax`:", _code(f"{code}print(model([{example}]))")]
-
-
-def _where(base: Pretrained) -> str:
-    """How to find a base that no hub has."""
-    if base.source not in (*bundled(), *PACKAGED):
-        return ""
-    find = f"from rmlora_jax.hub import find_folder; print(find_folder('{base.source}'))"
-    return (
-        "\n\nNo hub knows the base by this name: give the folder that "
-        f"`python -c \"{find}\"` prints."
-    )
-
-
-def _about(info: Info | None) -> list[str]:
-    """Data, method, classes and figures, as far as they are known."""
-    if info is None:
-        return []
-    facts = [f"* {name}: {info.about[name]}" for name in ("data", "method", "step")
-             if name in info.about]
-    if info.labels:
-        shown = ", ".join(info.labels[:20])
-        facts.append(f"* classes: {shown}" + (", ..." if len(info.labels) > 20 else ""))
-    figures = info.about.get("metrics") or {}
-    rows = [f"| {name} | {value:.4f} |" for name, value in figures.items()
-            if isinstance(value, float)]
-    table = ["| on test data | |\n|---|---|\n" + "\n".join(rows)] if rows else []
-    return ["\n".join(facts), *table]
-
-
-def _config(info: Info | None) -> list[str]:
-    if info is None or "config" not in info.about:
-        return []
-    return ["## Config of the run", _code(json.dumps(info.about["config"], indent=1), "json")]
-
-
-def _front(library: str, base: Pretrained, info: Info | None) -> str:
-    """What model hubs read, in YAML; JSON's strings are strings there."""
-    fields = {"library_name": library, "base_model": base.source}
-    fields |= {"pipeline_tag": TASKS[info.task][1]} if info else {}
-    return "\n".join(["---", *(f"{k}: {json.dumps(v)}" for k, v in fields.items()), "---"])
 
 
 def _code(text: str, language: str = "python") -> str:

@@ -3,13 +3,11 @@
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from rmlora_jax.adapt import DESCRIPTIONS
+from rmlora_jax.adapt.forms import Form
 from rmlora_jax.adapt.geometry import Layout
 from rmlora_jax.adapt.lora import WEIGHTS, LoRA
 from rmlora_jax.errors import UserError
@@ -18,12 +16,10 @@ from rmlora_jax.hub.peft_write import WEIGHTS_FILE, alpha_of, peft_leaves
 from rmlora_jax.hub.pickled import PickledTensors
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.safetensors_file import SafetensorsFile
-from rmlora_jax.hub.weights import some, stored_shape
+from rmlora_jax.hub.weights import differences, from_stored, layers_of, places, some, stored_shape
 from rmlora_jax.models.family import Entry, flat_params
 
 OLD_WEIGHTS_FILE = "adapter_model.bin"
-NAMES = {name for d in DESCRIPTIONS for names in d.form.peft or () for name in names}
-LEAF = re.compile(r"(.+)\.({})".format("|".join(map(re.escape, sorted(NAMES)))))
 
 
 def load_peft(folder: str | Path, base: Pretrained, *, saved: bool = True) -> tuple[dict, LoRA]:
@@ -53,26 +49,26 @@ def load_peft(folder: str | Path, base: Pretrained, *, saved: bool = True) -> tu
       UserError: the folder is damaged, or a tensor is missing, unexpected or misshapen.
     """
     folder = Path(folder)
-    config, tensors = read_config(folder), _open(folder)
+    config, tensors, file = read_config(folder), _open(folder), folder / WEIGHTS_FILE
     params = flat_params(base.params)
     shapes = {path: np.shape(x) for path, x in params.items()}
-    found = _sorted_out(folder, config, tensors, base, shapes)
-    _check_complete(folder, config, found, shapes)
-    if not saved:
-        found = found._replace(saved={})
-    described = {}
-    for path, layers in found.factors.items():
+    entries = {e.path: e for e in base.family.table if e.path in shapes}
+    factors, whole = _sorted_out(file, config, tensors, base, shapes)
+    have = {*whole, *((path, layer) for path, layers in factors.items() for layer in layers)}
+    _check_complete(file, config, entries, have, shapes)
+    if not factors:
+        raise UserError(f"{file} has no factors; is it an adapter of LoRA?")
+    described, trained = {}, set()
+    for path, layers in factors.items():
         module = path.rpartition("/")[0]
-        factors, scale = _stack(folder, config, layers, found.entries[path], params[path])
+        leaves, scale = _stack(file, config, layers, entries[path], params[path])
         names = config.description.form.leaves
-        params |= {f"{module}/{name}": x for name, x in zip(names, factors, strict=True)}
-        rank = factors[0].shape[-1]
+        params |= {f"{module}/{name}": x for name, x in zip(names, leaves, strict=True)}
+        rank = leaves[0].shape[-1]
         described[module] = (rank, alpha_of(scale, rank, config.rs))
-    if not described:
-        raise UserError(f"{folder / WEIGHTS_FILE} has no factors; is it an adapter of LoRA?")
-    for (path, layer), name in found.saved.items():
-        params[path] = _replaced(folder, tensors, name, params[path], layer, found.entries[path])
-    trained = {path.rpartition("/")[0] for path, _ in found.saved}
+    for (path, layer), name in whole.items() if saved else ():
+        params[path] = _replaced(file, tensors, name, params[path], layer, entries[path])
+        trained.add(path.rpartition("/")[0])
     return unflatten_dict(params, sep="/"), _description(config, described, trained)
 
 
@@ -117,123 +113,77 @@ def _plain(key: str) -> str:
     return key.removeprefix(PREFIX).replace(".modules_to_save.", ".")
 
 
-class _Found(NamedTuple):
-    """The tensors of a file by what they are here; a layer without a stack is layer 0."""
-
-    entries: dict[str, Entry]
-    factors: dict[str, dict[int, tuple[str, list[np.ndarray]]]]  # (module's name, leaves)
-    saved: dict[tuple[str, int], str]  # (path, layer) -> name in the file
-
-
-def _sorted_out(folder: Path, config: PeftConfig, tensors, base: Pretrained, shapes) -> _Found:
-    """Every tensor of the file, found in the family's table.
-
-    Raises:
-      UserError: one is not in it, is there twice, or is a factor without its partner.
-    """
-    file, prefix = folder / WEIGHTS_FILE, base.family.prefix
+def _sorted_out(file: Path, config: PeftConfig, tensors, base: Pretrained, shapes):
+    """({path: {layer: (module's name, leaves)}}, {(path, layer): name in the file}) of factors and
+    of whole parameters; one without a stack has layer 0 alone."""
     spelt = config.description.form.peft
     assert spelt is not None  # only forms that PEFT has are read
-    entries = {e.path: e for e in base.family.table if e.path in shapes}
-    slots = {
-        name: (entry.path, layer)
-        for entry in entries.values()
-        for spelling in entry.names
-        for layer in range(_layers(entry, shapes))
-        for name in (spelling.format(layer), spelling.format(layer).removeprefix(prefix))
-    }
-    weights = {
-        name.rpartition(".")[0]: slot
-        for name, slot in slots.items()
-        if slot[0].rpartition("/")[2] in WEIGHTS
-    }
-    found: dict[Any, str] = {}
-    modules, unexpected = {}, []
+    slots: dict[str, tuple] = {**places(base.family, shapes)}
+    for name, (path, layer) in tuple(slots.items()):
+        if path.rpartition("/")[2] in WEIGHTS:
+            for side, leaf in enumerate(spelt[path.endswith("/embedding")]):
+                slots[f"{name.rpartition('.')[0]}.{leaf}"] = (path, layer, side)
+    found, modules, unexpected = {}, {}, []
     for key in tensors:
-        factor = LEAF.fullmatch(_plain(key))
-        slot = weights.get(factor[1]) if factor else slots.get(_plain(key))
-        if slot is None or not key.startswith(PREFIX):
+        slot = slots.get(_plain(key)) if key.startswith(PREFIX) else None
+        if slot is None:
             unexpected.append(key)
-            continue
-        if factor:
-            kinds = spelt[slot[0].endswith("/embedding")]
-            if factor[2] not in kinds:
-                unexpected.append(key)
-                continue
-            modules[slot] = factor[1]
-            slot = (*slot, kinds.index(factor[2]))
-        if found.setdefault(slot, key) != key:
+        elif found.setdefault(slot, key) != key:
             raise UserError(f"{file}: {found[slot]!r} and {key!r} are the same tensor")
-    sides = range(len(spelt[0]))
-    halves = [(slot, side) for slot in modules for side in sides if (*slot, side) not in found]
-    lonely = [f"{PREFIX}{modules[slot]}.{spelt[0][side]}" for slot, side in halves]
-    if unexpected or lonely:
-        parts = [("lacks", lonely), ("has unexpected", unexpected)]
-        what = "; ".join(f"{verb} {some(names)}" for verb, names in parts if names)
+        elif len(slot) == 3:
+            leaf = spelt[slot[0].endswith("/embedding")][slot[2]]
+            modules[slot[:2]] = _plain(key).removesuffix(f".{leaf}")
+    lonely = [
+        f"{PREFIX}{module}.{leaf}"
+        for (path, layer), module in modules.items()
+        for side, leaf in enumerate(spelt[path.endswith("/embedding")])
+        if (path, layer, side) not in found
+    ]
+    if wrong := differences(lonely, unexpected):
         kind = base.family.classifier
-        raise UserError(f"{file} {what}. Is it an adapter of {base.source}, a {kind}?")
-    factors = {}
+        raise UserError(f"{file} {wrong}. Is it an adapter of {base.source}, a {kind}?")
+    factors: dict[str, dict[int, tuple[str, list[np.ndarray]]]] = {}
     for (path, layer), module in modules.items():
-        leaves = [_floating(folder, tensors, found[path, layer, side]) for side in sides]
+        names = (found[path, layer, side] for side in range(len(spelt[0])))
+        leaves = [from_stored(tensors, x, None, file).astype(np.float32) for x in names]
         factors.setdefault(path, {})[layer] = (module, leaves)
-    saved = {slot: key for slot, key in found.items() if len(slot) == 2}
-    return _Found(entries, factors, saved)
+    return factors, {slot: key for slot, key in found.items() if len(slot) == 2}
 
 
-def _layers(entry: Entry, shapes) -> int:
-    return shapes[entry.path][0] if entry.stacked else 1
-
-
-def _floating(folder: Path, tensors, name: str) -> np.ndarray:
-    value = tensors[name]
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise UserError(f"{folder / WEIGHTS_FILE}: {name!r} is {value.dtype}; it must be floating")
-    return value.astype(np.float32)
-
-
-def _check_complete(folder: Path, config: PeftConfig, found: _Found, shapes) -> None:
+def _check_complete(file: Path, config: PeftConfig, entries, have, shapes) -> None:
     """Raises a UserError unless every module that the config names is in the file."""
-    have = {(path, layer) for path, layers in found.factors.items() for layer in layers}
-    have |= found.saved.keys()
     missing = []
-    for entry in found.entries.values():
+    for entry in entries.values():
         adaptable = entry.path.rpartition("/")[2] in WEIGHTS
-        for layer in range(_layers(entry, shapes)):
+        targets = config.targets if adaptable and config.targets else ()
+        for layer in layers_of(entry, shapes):
             modules = [name.format(layer).rpartition(".")[0] for name in entry.names]
-            targets = config.targets if adaptable and config.targets else ()
-            named = any(ends_with(module, target) for module in modules for target in targets)
-            inside = any(_is_inside(module, root) for module in modules for root in config.saved)
+            named = any(ends_with(one, target) for one in modules for target in targets)
+            inside = any(f".{root}." in f".{one}." for one in modules for root in config.saved)
             if (named or inside) and (entry.path, layer) not in have:
                 missing.append(entry.names[-1].format(layer))
     if missing:
         raise UserError(
-            f"{folder / WEIGHTS_FILE} lacks what {CONFIG_FILE} says of {some(missing)}; copy the "
-            "folder again"
+            f"{file} lacks what {CONFIG_FILE} says of {some(missing)}; copy the folder again"
         )
 
 
-def _is_inside(module: str, root: str) -> bool:
-    """Whether a module is one that ``root`` names, or is in it.
-
-    >>> _is_inside("bert.pooler.dense", "pooler"), _is_inside("bert.poolers", "pooler")
-    (True, False)
-    """
-    return f".{root}." in f".{module}."
-
-
-def _stack(folder: Path, config: PeftConfig, layers: dict, entry: Entry, weight):
+def _stack(file: Path, config: PeftConfig, layers: dict, entry: Entry, weight):
     """(leaves, such as A (*stack, in, r) and B (*stack, r, out)), s of one weight from the leaves
     of its layers."""
     weight = weight if entry.stacked else np.asarray(weight)[None]
+    inner, form = weight.shape[1:], config.description.form
+    axes = Layout((), tuple(range(len(inner) - 1)), (len(inner) - 1,))
     ready, scales = {}, {}
     for layer, (name, leaves) in layers.items():
-        ready[layer] = _leaves(folder, config, name, leaves, entry, weight.shape[1:])
-        scales[layer] = config.scale_of(name, ready[layer][0].shape[1])
+        rank = config.rank_of(name)
+        leaves = _in_our_order(file, form, name, leaves, entry, inner, rank)
+        shapes = form.shapes(inner, axes, rank)
+        ready[layer] = [x.reshape(shape) for x, shape in zip(leaves, shapes, strict=True)]
+        scales[layer] = config.scale_of(name, rank)
     common = Counter(scales.values()).most_common(1)[0][0]
-    rank, count = max(a.shape[1] for a, *_ in ready.values()), len(weight)
-    a, b, *others = next(iter(ready.values()))
-    shapes = [(count, len(a), rank), (count, rank, b.shape[1])]
-    whole = config.description.form.idle(weight, [*shapes, *((count, *x.shape) for x in others)])
+    shapes = form.shapes(inner, axes, max(len(b) for _, b, *_ in ready.values()))
+    whole = form.idle(weight, [(len(weight), *shape) for shape in shapes])
     for layer, (a, b, *others) in ready.items():
         ratio = scales[layer] / common
         whole[0][layer, :, : a.shape[1]] = a
@@ -243,39 +193,28 @@ def _stack(folder: Path, config: PeftConfig, layers: dict, entry: Entry, weight)
     return whole if entry.stacked else tuple(x[0] for x in whole), common
 
 
-def _leaves(folder: Path, config: PeftConfig, name: str, leaves, entry: Entry, inner):
-    """The leaves of one module, whose weight has the shape ``inner`` here: A (in, r), B (r, out).
-
-    Raises:
-      UserError: they do not fit the weight, or the rank that the config gives the module.
-    """
-    rank, form = config.rank_of(name), config.description.form
+def _in_our_order(file: Path, form: Form, name: str, leaves, entry: Entry, inner, rank: int):
+    """The leaves of a module of this rank, whose weight has the shape ``inner``, in our order of
+    axes."""
     _, ours, axes = zip(*peft_leaves(form, entry, inner, rank), strict=True)
     wanted = list(map(stored_shape, ours, axes))
     if [x.shape for x in leaves] != wanted:
         found = " and ".join(str(x.shape) for x in leaves)
         raise UserError(
-            f"{folder / WEIGHTS_FILE}: the factors of {name!r} have shapes {found};"
-            f" the base, and rank {rank} of {CONFIG_FILE}, ask for "
-            + " and ".join(map(str, wanted))
+            f"{file}: the factors of {name!r} have shapes {found}; the base, and rank {rank} of "
+            f"{CONFIG_FILE}, ask for " + " and ".join(map(str, wanted))
         )
-    shapes = form.shapes(inner, Layout((), tuple(range(len(inner) - 1)), (len(inner) - 1,)), rank)
-    unfolded = [x if own is None else x.transpose(own) for x, own in zip(leaves, axes, strict=True)]
-    return [x.reshape(shape) for x, shape in zip(unfolded, shapes, strict=True)]
+    return [x if own is None else x.transpose(own) for x, own in zip(leaves, axes, strict=True)]
 
 
-def _replaced(folder: Path, tensors, name: str, old, layer: int, entry: Entry) -> np.ndarray:
+def _replaced(file: Path, tensors, name: str, old, layer: int, entry: Entry) -> np.ndarray:
     """A parameter with it, or one layer of it, as the file has it."""
-    value = _floating(folder, tensors, name)
-    wanted = stored_shape(np.shape(old)[entry.stacked :], entry.axes)
-    if value.shape != wanted:
+    shape, wanted = tensors.shape(name), stored_shape(np.shape(old)[entry.stacked :], entry.axes)
+    if shape != wanted:
         raise UserError(
-            f"{folder / WEIGHTS_FILE}: {name!r} has shape {value.shape}, the base's is {wanted}; "
-            "load the base with as many labels, and images of the size, that the adapter has"
+            f"{file}: {name!r} has shape {shape}, the base's is {wanted}; load the base with as "
+            "many labels, and images of the size, that the adapter has"
         )
-    value = np.ascontiguousarray(value if entry.axes is None else value.transpose(entry.axes))
-    if not entry.stacked:
-        return value
     new = np.array(old, np.float32)
-    new[layer] = value
+    new[layer if entry.stacked else ...] = from_stored(tensors, name, entry.axes, file)
     return new

@@ -59,7 +59,7 @@ def save_peft(
       old_names: name a ViT's modules as transformers up to 5.8 does, not as later ones do. (Files
         of the other families have one spelling.) PEFT looks for the names of the version that it
         runs with.
-      overwrite: replace a folder that is there.
+      overwrite: replace a folder that exists.
 
     Raises:
       UserError: the folder exists, or something that is adapted or trained has no name in PyTorch.
@@ -97,8 +97,8 @@ def save_peft(
     tensors = {
         f"{PREFIX}{name}.{side}": value for name, sides in modules.items() for side, value in sides
     }
-    for name, value in stored_tensors(kept, base.family.table, old_names=old_names).items():
-        tensors[PREFIX + name] = value
+    whole = stored_tensors(kept, base.family.table, old_names=old_names)
+    tensors |= {PREFIX + name: value for name, value in whole.items()}
     ranks = {name: len(sides[0][1]) for name, sides in modules.items()}
     alphas = {name: alpha_of(scales[name], rank, lora.rs) for name, rank in ranks.items()}
     config = _config(names, base, lora, ranks, alphas, saved)
@@ -118,11 +118,11 @@ def _config(names: Names, base: Pretrained, lora: LoRA, ranks, alphas, saved) ->
     r, alpha = Counter((ranks[name], alphas[name]) for name in ranks).most_common(1)[0][0]
 
     def pattern(values: dict, usual) -> dict:
-        found = {}
-        for value in sorted(set(values.values()) - {usual}):
-            some_names = [name for name in values if values[name] == value]
-            found |= dict.fromkeys(endings(some_names, names.modules), value)
-        return found
+        return {
+            ending: value
+            for value in sorted(set(values.values()) - {usual})
+            for ending in endings((n for n in values if values[n] == value), names.modules)
+        }
 
     return {
         "auto_mapping": None,

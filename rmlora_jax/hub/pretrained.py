@@ -5,7 +5,8 @@ The function is `load_pretrained` and this file is not called ``load.py``: impor
 trained model.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from rmlora_jax.errors import UserError, first_line
-from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_config, find_folder, read_json
+from rmlora_jax.files import read_object
+from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_config, find_folder
 from rmlora_jax.hub.weights import Tensors, read_params
 from rmlora_jax.models import FAMILIES
 from rmlora_jax.models.family import IMAGES, TEXTS, Family, Inputs, flat_params, param_shapes
@@ -64,6 +66,7 @@ def load_pretrained(
     key: jax.Array | None = None,
     dtype=jnp.float32,
     revision: str | None = None,
+    inputs: Inputs | None = None,
 ) -> Pretrained:
     """Loads a model of any known family, with a classification head.
 
@@ -80,6 +83,7 @@ def load_pretrained(
       key: for what is new; default ``jax.random.key(0)``.
       dtype: of all parameters but pooler and head, which are trained and always float32.
       revision: branch, tag or commit on the hub.
+      inputs: accept only models that are called with these.
 
     Raises:
       UserError: a model that is not found or not supported, tensors that are missing, unexpected
@@ -90,9 +94,53 @@ def load_pretrained(
     >>> vit.config.hidden_size, vit.image_size, vit.new
     (192, 64, ('head/kernel', 'head/bias'))
     """
-    return _load(
-        source, FAMILIES, num_labels, image_size=image_size, key=key, dtype=dtype, revision=revision
+    folder = find_folder(source, revision)
+    where, raw = folder / CONFIG, read_object(folder / CONFIG)
+    if inputs is IMAGES:
+        raw = {"model_type": "vit"} | raw
+    family, config = _architecture(where, raw, inputs)
+    resized = config if image_size is None else _resized(source, family, config, image_size)
+    tensors = Tensors(folder)
+
+    head = [name for e in family.table if e.path.startswith("head/") for name in e.names]
+    stored = next((tensors.shape(name)[0] for name in head if name in tensors), None)
+    labels = stored if num_labels is None else num_labels
+    if labels is None:
+        raise UserError(f"{folder} has no head; say how many outputs it needs with num_labels=N "
+                        "(of load_vit, num_classes=N)")
+    if not isinstance(labels, int) or labels < 1:
+        raise UserError(f"num_labels (of load_vit, num_classes) is {labels!r}; it must be a whole "
+                        "number of at least 1")
+    with _naming(where):  # sizes may not go together
+        shapes = param_shapes(family, config, labels)
+    wanted, leftovers = shapes, family.leftovers
+    if stored != labels:
+        wanted = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
+        leftovers = (*leftovers, *(name.replace(".", r"\.") for name in head))
+    found, dropped = read_params(tensors, family, wanted, leftovers, dtype)
+    new = tuple(e.path for e in family.table if e.path in shapes and e.path not in found)
+    found |= {path: np.zeros(shapes[path], np.float32) for path in new}
+    params = unflatten_dict(found, sep="/")
+    image: dict[str, Any] = {}
+    if family.inputs.normalisation is not None:
+        path = folder / PREPROCESSOR
+        with _naming(path):
+            asked = read_object(path) if path.exists() else {}
+            mean, std = family.inputs.normalisation(asked, config)
+        image = {"image_size": resized.image_size, "image_mean": mean, "image_std": std}
+    pretrained = Pretrained(
+        family=family,
+        config=resized,
+        params=family.resized(params, resized) if family.resized else params,
+        num_labels=labels,
+        labels=label_names(raw, labels) if "head/kernel" not in new else None,
+        dropped=dropped,
+        new=new,
+        folder=folder,
+        source=str(source),
+        **image,
     )
+    return new_head(pretrained, jax.random.key(0) if key is None else key)
 
 
 def load_vit(source: str | Path, *, num_classes: int | None = None, **options) -> Pretrained:
@@ -101,98 +149,16 @@ def load_vit(source: str | Path, *, num_classes: int | None = None, **options) -
     >>> load_vit("vit-tiny-patch8-64-tinyimagenet").num_classes
     200
     """
-    options |= {"default": "vit", "argument": "num_classes"}
-    return _load(source, _families_of(IMAGES), num_classes, **options)
+    return load_pretrained(source, num_labels=num_classes, inputs=IMAGES, **options)
 
 
-def load_text(source: str | Path, *, num_labels: int | None = None, **options) -> Pretrained:
+def load_text(source: str | Path, **options) -> Pretrained:
     """`load_pretrained` for models of texts alone."""
-    return _load(source, _families_of(TEXTS), num_labels, **options)
-
-
-def _families_of(inputs: Inputs) -> dict[str, Family]:
-    return {kind: family for kind, family in FAMILIES.items() if family.inputs is inputs}
-
-
-def _load(
-    source: str | Path,
-    known: Mapping[str, Family],
-    num_labels: int | None,
-    *,
-    image_size: int | None = None,
-    key: jax.Array | None = None,
-    dtype=jnp.float32,
-    revision: str | None = None,
-    default: str | None = None,
-    argument: str = "num_labels",
-) -> Pretrained:
-    """`load_pretrained` for the ``known`` families.
-
-    ``default`` is the ``model_type`` of a config.json that has none, ``argument`` what the caller
-    calls ``num_labels``.
-    """
-    folder = find_folder(source, revision)
-    where, raw = folder / CONFIG, read_json(folder / CONFIG)
-    family, config = _architecture(where, {"model_type": default} | raw, known)
-    resized = config if image_size is None else _resized(source, family, config, image_size)
-    tensors = Tensors(folder)
-
-    heads = (entry for entry in family.table if entry.path.startswith("head/"))
-    head = [name for entry in heads for name in entry.names]
-    stored = next((tensors.shape(name)[0] for name in head if name in tensors), None)
-    labels = stored if num_labels is None else num_labels
-    if labels is None:
-        raise UserError(f"{folder} has no head; say how many outputs with {argument}=...")
-    if not isinstance(labels, int) or labels < 1:
-        raise UserError(f"{argument} is {labels!r}; it must be a whole number of at least 1")
-    try:
-        shapes = param_shapes(family, config, labels)
-    except (ValueError, TypeError, OverflowError) as error:  # sizes that do not go together
-        raise UserError(f"{where}: {first_line(error)[:300]}") from None
-    wanted, leftovers = shapes, family.leftovers
-    if stored != labels:
-        wanted = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
-        leftovers = (*leftovers, *(name.replace(".", r"\.") for name in head))
-    read = read_params(
-        tensors,
-        family.table,
-        wanted,
-        prefix=family.prefix,
-        leftovers=leftovers,
-        optional=family.new,
-        trained=family.new,
-        dtype=dtype,
-    )
-    found = flat_params(read.params)
-    paths = (entry.path for entry in family.table if entry.path in shapes)
-    new = tuple(path for path in paths if path not in found)
-    found |= {path: np.zeros(shapes[path], np.float32) for path in new}
-    params = unflatten_dict(found, sep="/")
-    size = mean = std = None
-    if family.inputs.normalisation is not None:
-        size, (mean, std) = resized.image_size, _normalisation(folder, family.inputs, config)
-    pretrained = Pretrained(
-        family=family,
-        config=resized,
-        params=family.resized(params, resized) if family.resized else params,
-        num_labels=labels,
-        labels=label_names(raw, labels) if "head/kernel" not in new else None,
-        dropped=read.dropped,
-        new=new,
-        folder=folder,
-        source=str(source),
-        image_size=size,
-        image_mean=mean,
-        image_std=std,
-    )
-    return new_head(pretrained, jax.random.key(0) if key is None else key)
+    return load_pretrained(source, inputs=TEXTS, **options)
 
 
 def new_head(pretrained: Pretrained, key: jax.Array) -> Pretrained:
-    """The same model with all that is new drawn from ``key``, as `load_pretrained` does.
-
-    Nothing is read.
-    """
+    """The same model with all that is new drawn from ``key``; no file is read."""
     family, config = pretrained.family, pretrained.config
     params = flat_params(pretrained.params)
     for number, path in enumerate(sorted(pretrained.new)):
@@ -218,45 +184,41 @@ def find_architecture(source: str, *, image_size: int | None = None) -> tuple[Fa
     (768, 256)
     """
     where, raw = find_config(source)
-    family, config = _architecture(where, raw, FAMILIES)
+    family, config = _architecture(where, raw)
     if image_size and family.inputs.resized:
         config = _resized(source, family, config, image_size)
     return family, config
 
 
 def _architecture(
-    where: str | Path, raw: Mapping[str, Any], known: Mapping[str, Family]
+    where: str | Path, raw: Mapping[str, Any], inputs: Inputs | None = None
 ) -> tuple[Family, Any]:
-    """The family and the config that a config.json asks for."""
+    """The family and the config that a config.json asks for, among models with these inputs."""
+    known = {kind: f for kind, f in FAMILIES.items() if inputs in (None, f.inputs)}
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in known:
-        raise UserError(
-            f"{where}: model_type is {repr(kind)[:80]}; known are {', '.join(known)}"
-        )
-    try:
+        raise UserError(f"{where}: model_type is {repr(kind)[:80]}; known are {', '.join(known)}")
+    with _naming(where):
         return known[kind], known[kind].config.from_hf(raw)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def _resized(source: str | Path, family: Family, config, image_size: int):
     """The config for images of this size."""
     if family.inputs.resized is None:
         raise UserError(f"{source} is a model of {family.inputs.name}; leave out image_size")
-    try:
+    with _naming(source):
         return family.inputs.resized(config, image_size)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
-def _normalisation(folder: Path, inputs: Inputs, config) -> tuple[tuple, tuple]:
-    """Mean and standard deviation that the folder's preprocessor_config.json asks for."""
-    path = folder / PREPROCESSOR
-    assert inputs.normalisation is not None
+@contextlib.contextmanager
+def _naming(place: str | Path) -> Iterator[None]:
+    """Turns an error about what a file asks for into a UserError that names the file."""
     try:
-        return inputs.normalisation(read_json(path) if path.exists() else {}, config)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{place}: {first_line(error)[:300]}") from None
 
 
 def label_names(config: Mapping[str, Any], number: int) -> tuple[str, ...] | None:

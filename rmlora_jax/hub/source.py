@@ -106,7 +106,13 @@ def _local(name: str) -> Path | None:
         return folder
     if name in bundled():
         return ASSETS / name
-    return _packaged(name) if name in PACKAGED else None
+    if name not in PACKAGED:
+        return None
+    module, inside, install = PACKAGED[name]
+    spec = importlib.util.find_spec(module)  # which does not run it
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"model {name!r} is a package that is not installed; type: {install}")
+    return Path(spec.submodule_search_locations[0]) / inside
 
 
 def find_config(source: str) -> tuple[str, dict[str, Any]]:
@@ -120,7 +126,7 @@ def find_config(source: str) -> tuple[str, dict[str, Any]]:
     """
     folder = _local(source)
     if where := folder / CONFIG if folder else _cached_config(source):
-        return str(where), read_json(where)
+        return str(where), read_object(where)
     if source in PUBLISHED:
         return source, PUBLISHED[source]
     raise UserError(
@@ -137,18 +143,6 @@ def bundled() -> tuple[str, ...]:
     ('vit-tiny-patch8-64-tinyimagenet',)
     """
     return tuple(sorted(path.parent.name for path in ASSETS.glob(f"*/{CONFIG}")))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-      UserError: the file is missing, is not JSON, or holds something other than an object.
-    """
-    try:
-        return read_object(path)
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}; is it a model's folder?") from None
 
 
 def _cached_config(name: str, revision: str | None = None) -> Path | None:
@@ -170,14 +164,6 @@ def _cached(name: str, revision: str | None) -> Path | None:
     return config.parent if files and all(map(Path.exists, files)) else None
 
 
-def _packaged(name: str) -> Path:
-    module, inside, install = PACKAGED[name]
-    spec = importlib.util.find_spec(module)  # which does not run it
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"model {name!r} is a package that is not installed; type: {install}")
-    return Path(spec.submodule_search_locations[0]) / inside
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files that should hold a folder's weights, there or not; none without an index."""
     for whole, index in KINDS:
@@ -194,13 +180,14 @@ def shards(index: Path) -> list[str]:
     Raises:
       UserError: the index is unreadable, or lists anything but files beside it.
     """
-    listed = read_json(index).get("weight_map")
+    listed = read_object(index).get("weight_map")
     if not isinstance(listed, dict):
         raise UserError(f"{index} has no 'weight_map'; copy it again")
     for name in listed.values():
         if not isinstance(name, str) or not SHARD.fullmatch(name):
-            shown = repr(name)[:80]
-            raise UserError(f"{index} lists {shown}, which is no file beside it; copy it again")
+            raise UserError(
+                f"{index} lists {repr(name)[:80]}, which is not a file beside it; copy it again"
+            )
     return sorted(set(listed.values()))
 
 
@@ -228,16 +215,12 @@ def _download(name: str, revision: str | None) -> Path:
         folder = Path(config).parent
         for file in EXTRAS:
             get(file)
-        for whole, index in KINDS:
-            if get(whole):
-                break
-            if get(index):
-                for shard in shards(folder / index):
-                    get(shard)
-                break
-        else:
+        if not any(get(file) for kind in KINDS for file in kind):
             names = " or ".join(whole for whole, _ in KINDS)
             raise UserError(f"model {name!r} on the hub has no {names}; choose another model")
+        for shard in weight_files(folder):
+            if not shard.exists():
+                get(shard.name)
     except UserError:
         raise
     except Exception as error:  # the client raises its HTTP library's errors too
@@ -254,20 +237,20 @@ def _ask(name: str, revision: str | None) -> None:
     from huggingface_hub.utils import build_hf_headers
 
     url = hf_hub_url(name, CONFIG, revision=revision)
-    reply: list[int | Exception] = []
+    reply: list[int | Exception] = [TimeoutError()]
 
     def request():
         try:
             answer = get_session().head(url, headers=build_hf_headers(), timeout=REPLY_TIMEOUT)
-            reply.append(answer.status_code)
+            reply[0] = answer.status_code
         except Exception as error:
-            reply.append(error)
+            reply[0] = error
 
     # In a thread, because looking up a host's name heeds no timeout.
     thread = threading.Thread(target=request, daemon=True)
     thread.start()
     thread.join(REPLY_TIMEOUT + 1)
-    status = reply[0] if reply else TimeoutError()
+    (status,) = reply
     if status in (401, 403, 404):
         raise UserError(
             f"the Hugging Face hub shows no model {name!r} (HTTP {status}). Check the name and "

@@ -6,12 +6,11 @@ from pathlib import Path
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.models.config import LARGEST
 
-# Without any of these, transformers makes an empty tokenizer that knows no word.
+# Without any of these, transformers makes an empty tokenizer, which knows no word.
 FILES = (
     *("tokenizer.json", "vocab.txt", "vocab.json", "spm.model", "sentencepiece.bpe.model"),
     *("spiece.model", "tokenizer.model"),
 )
-
 
 # Letters of several scripts, so that some token is unknown: some damage of a file shows only when a
 # text is read.
@@ -38,25 +37,25 @@ def load_tokenizer(folder: Path):
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, use_fast=True, trust_remote_code=False
         )
-        if getattr(tokenizer, "is_fast", False):
+        fast = getattr(tokenizer, "is_fast", False)
+        if fast:
             _try(tokenizer)
     except BaseException as error:  # transformers raises many kinds, with long advice of its own
-        # Below them is Rust, whose own failures are no Exception.
+        # Below them is Rust, whose own failures are not Exceptions.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(
             f"{folder} has no tokenizer that can be read ({first_line(error)[:200]}). Copy the "
             f"tokenizer's files ({', '.join(FILES)}) beside config.json"
         ) from None
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{folder}: its tokenizer has no fast version; choose another model")
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"{folder}: its tokenizer has no token for padding; choose another model")
+    lacks = "fast version" if not fast else "token for padding"
+    if not fast or tokenizer.pad_token_id is None:
+        raise UserError(f"{folder}: its tokenizer has no {lacks}; choose another model")
     return tokenizer
 
 
 def _try(tokenizer) -> None:
-    """Tries the tokenizer on a text and on an empty one; raises an error of any kind if it fails.
+    """Raises an error of any kind unless the tokenizer can read a text and an empty one.
 
     Its largest token number must be one that a model's table can have a row for.
     """

@@ -3,17 +3,15 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.pickled import PickledTensors
 from rmlora_jax.hub.safetensors_file import SafetensorsFile
 from rmlora_jax.hub.source import KINDS, weight_files
-from rmlora_jax.models.family import Entry
+from rmlora_jax.models.family import Entry, Family
 
 LFS_POINTER = b"version https://git-lfs"
 
@@ -25,11 +23,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
     The first of these is taken: ``model.safetensors``, its shards, ``pytorch_model.bin``, its
     shards. Files are memory-mapped. Values keep their stored dtype (bfloat16 and the 8-bit floats
-    through ml_dtypes).
-
-    Raises:
-      UserError: no weights in the folder, a missing shard, or a file that is damaged or holds
-        anything but tensors.
+    through ml_dtypes). A file that is missing, damaged or holds anything else is a UserError.
     """
 
     def __init__(self, folder: Path):
@@ -56,12 +50,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def whole_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold its weights.
-
-    Raises:
-      UserError: there are no weights, or a file that an index lists is missing or only points to
-        its content, as Git LFS leaves it.
-    """
+    """The files of a folder that hold its weights, each whole: Git LFS may leave only pointers."""
     files = weight_files(folder)
     for path in files:
         if not path.exists():
@@ -79,60 +68,46 @@ def whole_files(folder: Path) -> list[Path]:
     return files
 
 
-class Read(NamedTuple):
-    """What ``read_params`` returns.
+def layers_of(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> range:
+    """The layers that a parameter is stacked over; layer 0 alone without a stack."""
+    return range(shapes[entry.path][0] if entry.stacked else 1)
 
-    Attributes:
-      params: nested dict of numpy arrays.
-      dropped: names of the leftovers that were found.
-      absent: paths of the optional parameters that were not.
-    """
 
-    params: dict
-    dropped: tuple[str, ...]
-    absent: tuple[str, ...]
+def places(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, int]]:
+    """Each name that a file may give a parameter -> (path, layer), for the paths in ``shapes``."""
+    return {
+        name: (entry.path, layer)
+        for entry in family.table
+        if entry.path in shapes
+        for layer in layers_of(entry, shapes)
+        for spelled in (spelling.format(layer) for spelling in entry.names)
+        for name in (spelled, spelled.removeprefix(family.prefix))
+    }
 
 
 def read_params(
     tensors: Tensors,
-    table: Sequence[Entry],
+    family: Family,
     shapes: Mapping[str, tuple[int, ...]],
-    *,
-    prefix: str,
     leftovers: Iterable[str],
-    optional: Iterable[str] = (),
-    trained: Iterable[str] = (),
     dtype,
-) -> Read:
-    """The parameters that ``shapes`` asks for, read through the family's table.
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """('/'-joined path -> parameter, names of the leftovers), read through the family's table.
+
+    A module whose parameters are all among ``family.new`` may be missing as a whole. The older
+    endings ``.gamma`` and ``.beta`` mean ``.weight`` and ``.bias``.
 
     Args:
       tensors: the checkpoint.
-      table: one entry a parameter.
-      shapes: '/'-joined path -> shape of every parameter to read; stacked ones start with L.
-      prefix: the part of the table's names that a file may leave out, such as ``"vit."``.
+      family: of the model.
+      shapes: path -> shape of every parameter to read; stacked ones start with L.
       leftovers: regular expressions (full match) of tensors to leave out.
-      optional: regular expressions (full match) of paths whose module may be missing as a whole.
-      trained: regular expressions (full match) of paths that are float32 whatever ``dtype`` is.
-      dtype: of the parameters; each tensor is cast once.
-
-    The names' older endings ``.gamma`` and ``.beta`` mean ``.weight`` and ``.bias``.
+      dtype: of the parameters but those in ``family.new``, which are float32.
 
     Raises:
-      UserError: a tensor is missing, unexpected, twice there, of another shape, or not floating.
+      UserError: a tensor is missing, unexpected, stored twice, of another shape, or not floating.
     """
-    table = [entry for entry in table if entry.path in shapes]
-    places = [
-        (entry, layer)
-        for entry in table
-        for layer in range(shapes[entry.path][0] if entry.stacked else 1)
-    ]
-    slots = {
-        name: (entry.path, layer)
-        for entry, layer in places
-        for spelling in entry.names
-        for name in (spelling.format(layer), spelling.format(layer).removeprefix(prefix))
-    }
+    slots = places(family, shapes)
     found: dict[tuple[str, int], str] = {}
     dropped, unexpected = [], []
     for name in tensors:
@@ -146,33 +121,23 @@ def read_params(
         else:
             unexpected.append(name)
     modules = {path.rpartition("/")[0] for path, _ in found}
-    absent = tuple(
-        entry.path
-        for entry in table
-        if any(re.fullmatch(pattern, entry.path) for pattern in optional)
-        and entry.path.rpartition("/")[0] not in modules
-    )
-    missing = [
-        entry.names[0].format(layer)
-        for entry, layer in places
-        if entry.path not in absent and (entry.path, layer) not in found
-    ]
+    read, missing = {}, []
+    for entry in family.table:
+        new = any(re.fullmatch(pattern, entry.path) for pattern in family.new)
+        if entry.path in shapes and not (new and entry.path.rpartition("/")[0] not in modules):
+            read[entry] = np.float32 if new else dtype
+            layers = layers_of(entry, shapes)
+            missing += [entry.names[0].format(i) for i in layers if (entry.path, i) not in found]
     if missing or unexpected:
         raise UserError(f"{tensors.folder}: {differences(missing, unexpected)}. {MISMATCH}")
-    flat = {}
-    for entry in table:
-        if entry.path in absent:
-            continue
-        exact = any(re.fullmatch(pattern, entry.path) for pattern in trained)
-        kind = np.float32 if exact else dtype
-        flat[entry.path] = _read(tensors, entry, found, shapes[entry.path], kind)
-    return Read(unflatten_dict(flat, sep="/"), tuple(dropped), absent)
+    flat = {e.path: _read(tensors, e, found, shapes[e.path], kind) for e, kind in read.items()}
+    return flat, tuple(dropped)
 
 
 def _read(tensors: Tensors, entry: Entry, found, shape, dtype) -> np.ndarray:
     layers = range(shape[0] if entry.stacked else 1)
     expected = stored_shape(shape[entry.stacked :], entry.axes)
-    for layer in layers:  # before there is memory for any of them
+    for layer in layers:  # before memory is allocated for any of them
         name = found[entry.path, layer]
         if tensors.shape(name) != expected:
             raise UserError(
@@ -181,15 +146,21 @@ def _read(tensors: Tensors, entry: Entry, found, shape, dtype) -> np.ndarray:
             )
     out = np.empty(shape, dtype)
     for layer in layers:
-        name, target = found[entry.path, layer], out[layer] if entry.stacked else out
-        tensor = tensors[name]
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise UserError(
-                f"{tensors.folder}: {name!r} is {tensor.dtype}; only floating-point weights can be "
-                "read, not quantised ones"
-            )
-        target[...] = tensor if entry.axes is None else tensor.transpose(entry.axes)
+        target = out[layer] if entry.stacked else out
+        target[...] = from_stored(tensors, found[entry.path, layer], entry.axes, tensors.folder)
     return out
+
+
+def from_stored(tensors, name: str, axes: tuple[int, ...] | None, where: Path) -> np.ndarray:
+    """A tensor with the axes of a parameter (of one layer), in its stored dtype.
+
+    Raises:
+      UserError: the tensor, which is in ``where``, is not floating.
+    """
+    value = tensors[name]
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise UserError(f"{where}: {name!r} is {value.dtype}; it must be floating, not quantised")
+    return value if axes is None else value.transpose(axes)
 
 
 def to_stored(value: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:

@@ -1,23 +1,23 @@
 """A trained model, ready for use: files, images or texts in, labels and probabilities out."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import softmax
 
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError, progress
-from rmlora_jax.hub.info import Info, read_info
+from rmlora_jax.files import read_object
+from rmlora_jax.hub.info import Info, check_fits, read_info
 from rmlora_jax.hub.peft_config import CONFIG_FILE, read_config
 from rmlora_jax.hub.peft_read import load_peft, stored_labels
 from rmlora_jax.hub.pretrained import Pretrained, load_pretrained
-from rmlora_jax.hub.source import CONFIG, read_json
-from rmlora_jax.inference.inputs import ImageReader, TextReader, open_reader
+from rmlora_jax.hub.source import CONFIG
+from rmlora_jax.inference.inputs import READERS
 from rmlora_jax.models.family import IMAGES
 
 ADAPTER, MERGED = "adapter", "merged"  # folders of a run
@@ -47,38 +47,30 @@ def load(folder: str | Path) -> "Classifier":
         base = load_pretrained(where)
         if base.new:
             raise UserError(f"{where} has no trained {', '.join(base.new)}; train it first")
-        if read_json(where / CONFIG).get("problem_type") == "multi_label_classification":
+        if read_object(where / CONFIG).get("problem_type") == "multi_label_classification":
             raise UserError(f"{where} gives several labels at once, which is not supported")
-        return classifier(base, base.params, None, info or info_of(base))
-
+        return Classifier(base, base.params, None, info or info_of(base))
     outputs = stored_labels(where)
     if outputs is None and info is not None:
         outputs = info.outputs
     config = read_config(where)
     if config.base is None:
         raise UserError(f"{where / CONFIG_FILE} does not say its base_model_name_or_path; add it")
-    base = load_pretrained(
-        config.base,
-        num_labels=outputs,
-        image_size=info and info.image_size,
-    )
+    size = info and info.image_size
+    base = load_pretrained(config.base, num_labels=outputs, image_size=size)
     params, lora = load_peft(where, base)
-    return classifier(base, params, lora, info or info_of(base))
+    return Classifier(base, params, lora, info or info_of(base))
 
 
 def find_model(folder: Path) -> Path:
-    """The folder with an adapter or a model: ``folder`` itself, or one inside it.
-
-    Raises:
-      UserError: there is neither.
-    """
+    """The folder with an adapter or a model: ``folder`` itself, or one inside it."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {str(folder)!r}; give that of a run, or of a model")
     for place in (folder, folder / ADAPTER):
         if (place / CONFIG_FILE).exists():
             return place
     for place in (folder / MERGED, folder):
-        if (place / CONFIG).exists() and "model_type" in read_json(place / CONFIG):
+        if (place / CONFIG).exists() and "model_type" in read_object(place / CONFIG):
             return place
     if (folder / CONFIG).exists() or (folder / "checkpoints").exists():
         raise UserError(
@@ -101,40 +93,6 @@ def info_of(base: Pretrained) -> Info:
     return Info("text_classification", labels=base.labels, max_length=longest)
 
 
-def classifier(
-    base: Pretrained, params: dict, lora: rm.LoRA | None, info: Info
-) -> "Classifier":
-    """A `Classifier` from parts in memory, such as those that were just trained.
-
-    Args:
-      base: the pretrained model, with as many outputs as ``params`` and images of their size.
-      params: of ``base``'s model, with factors where ``lora`` is given.
-      lora: the description of the factors; None for a model without factors.
-      info: what the model is for.
-
-    Raises:
-      UserError: the parts do not belong together, or a model of texts has no tokenizer.
-    """
-    read = open_reader(base, info)
-    model = base.family.model(base.config, base.num_labels, dtype=jnp.dtype(info.dtype))
-    if lora is not None:
-        model = rm.adapt(model, lora)
-
-    @jax.jit
-    def forward(params, *inputs):
-        logits = model.apply({"params": params}, *inputs, train=False)
-        return jnp.asarray(logits, jnp.float32)
-
-    return Classifier(base, model, jax.device_put(params), info, read, forward)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of logits (n, classes), float64."""
-    logits = logits.astype(np.float64)
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
-
-
 class Prediction(NamedTuple):
     """The answer of a model to one input.
 
@@ -151,9 +109,8 @@ class Prediction(NamedTuple):
     value: float | None = None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Classifier:
-    """A trained model on one device; make it with `load` or `classifier`.
+    """A trained model on one device, from `load` or from parts in memory.
 
     Its inputs are
 
@@ -162,21 +119,34 @@ class Classifier:
       (n, H, W, C), read as `inputs.read_image` says;
     * for texts a list of strings, or of pairs of strings where ``info.columns`` has two names.
 
-    Attributes:
-      base: the pretrained model.
-      model: its Linen module, adapted.
-      params: parameters of ``model``, on the device.
+    Args:
+      base: the pretrained model, with as many outputs as ``params`` and images of their size.
+      params: of ``base``'s model, with factors where ``lora`` is given.
+      lora: the description of the factors; None for a model without factors.
       info: what the model is for.
-      read: makes batches of inputs, see `inputs`.
+
+    Attributes:
+      model: the Linen module, adapted; ``params``, on the device, are its parameters.
       forward: ``forward(params, *arguments of the model)`` is float32 (b, outputs); jitted.
+
+    Raises:
+      UserError: the parts do not belong together, or a model of texts has no tokenizer.
     """
 
-    base: Pretrained
-    model: nn.Module
-    params: dict[str, Any]
-    info: Info
-    read: ImageReader | TextReader
-    forward: Callable
+    def __init__(self, base: Pretrained, params: dict, lora: rm.LoRA | None, info: Info):
+        check_fits(base, info)
+        self.base, self.info = base, info
+        self.read = READERS[base.family.inputs](base, info)
+        model = base.family.model(base.config, base.num_labels, dtype=jnp.dtype(info.dtype))
+        self.model = model = model if lora is None else rm.adapt(model, lora)
+        self.params = jax.device_put(params)
+
+        @jax.jit
+        def forward(params, *inputs):
+            logits = model.apply({"params": params}, *inputs, train=False)
+            return jnp.asarray(logits, jnp.float32)
+
+        self.forward = forward
 
     def __call__(
         self,
@@ -202,7 +172,7 @@ class Classifier:
         if self.info.is_regression:
             pairs = zip(names, logits[:, 0].tolist(), strict=True)
             return [Prediction(name, None, None, value) for name, value in pairs]
-        probabilities = softmax(logits)
+        probabilities = softmax(logits.astype(np.float64), axis=1)
         best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
         return [
             Prediction(name, self.info.label(k), float(row[k]))
@@ -218,7 +188,7 @@ class Classifier:
         """The names of the inputs that could be read, and their logits."""
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be at least 1")
-        names, batches = self.read(inputs, batch_size, failed or _raise)
+        names, batches = self.read(inputs, batch_size, failed)
         logits = np.empty((len(names), self.base.num_labels), np.float32)
         done = np.zeros(len(names), bool)
         few = len(names) <= 4 * batch_size  # done before a person could read a bar
@@ -228,7 +198,3 @@ class Classifier:
                 done[ids] = True
                 bar.update(len(ids))
         return [name for name, good in zip(names, done, strict=True) if good], logits[done]
-
-
-def _raise(error: UserError) -> None:
-    raise error

@@ -1,9 +1,9 @@
 """The inputs of a trained model, in batches that equal those of the trainer's evaluation.
 
-``open_reader`` gives the reader of a model: ``read(inputs, batch_size, failed) -> (names,
-batches)``. ``names`` are the names of all inputs, in order. ``batches`` iterates over pairs ``(ids,
-arguments)``: the places of n inputs in ``names``, and the model's arguments with b >= n rows, of
-which those from n on are padding.
+A reader is called as ``read(inputs, batch_size, failed) -> (names, batches)``. ``names`` are the
+names of all inputs, in order. ``batches`` iterates over pairs ``(ids, arguments)``: the places of n
+inputs in ``names``, and the model's arguments with b >= n rows, of which those from n on are
+padding.
 """
 
 import functools
@@ -33,10 +33,11 @@ from rmlora_jax.models.family import IMAGES, TEXTS
 
 THREADS = 8  # that read and decode images
 KINDS = ", ".join(SUFFIXES)
+ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids")  # of a model of texts
 
 
 class ImageReader:
-    """What a model of images is given: files, folders, images of pillow, arrays.
+    """Reads files, folders, images of pillow and arrays for a model of images.
 
     Images of one shape make a batch, which is resized and normalised by a small program of its own:
     the model's, which takes long to compile, is the same for all shapes.
@@ -44,29 +45,15 @@ class ImageReader:
 
     def __init__(self, base: Pretrained, info: Info):
         assert base.image_size and base.image_mean and base.image_std
+        channels = base.config.num_channels
+        if channels != 3:
+            raise UserError(f"{base.source} takes images of {channels} channels; they must have 3")
         self.info, self.image_size = info, base.image_size
-        prepare = functools.partial(
-            augment,
-            image_size=base.image_size,
-            train=False,
-            mean=base.image_mean,
-            std=base.image_std,
-            dtype=jnp.dtype(info.dtype),
-        )
+        size, mean, std = base.image_size, base.image_mean, base.image_std
+        options = {"train": False, "mean": mean, "std": std, "dtype": jnp.dtype(info.dtype)}
+        prepare = functools.partial(augment, image_size=size, **options)
         self.prepare = jax.jit(prepare, static_argnames="center")
-
-    @staticmethod
-    def misfit(base: Pretrained, info: Info) -> str | None:
-        """Why the model of ``base`` cannot be what ``info`` says; None where it can."""
-        if info.image_size not in (None, base.image_size):
-            return f"its images have {base.image_size} pixels, but {info.image_size} are needed"
-        if base.config.num_channels != 3:
-            return f"it takes images of {base.config.num_channels} channels; only 3 are supported"
-        return None
-
-    def from_arguments(self, values: Sequence[str]) -> list[str]:
-        """The inputs that the arguments of ``--predict`` name."""
-        return images_of(values)
+        self.from_arguments = images_of  # the inputs that the arguments of ``--predict`` name
 
     def __call__(self, inputs: Any, batch_size: int, failed: Callable) -> tuple[list, Iterable]:
         named = name_images(inputs)
@@ -78,17 +65,13 @@ class ImageReader:
 
 
 class TextReader:
-    """What a model of texts is given: strings, or pairs of them."""
+    """Reads strings, or pairs of them, for a model of texts."""
 
     def __init__(self, base: Pretrained, info: Info):
+        longest = base.config.longest
+        if longest and info.max_length > longest:
+            raise UserError(f"{base.source} takes {longest} tokens, not {info.max_length}")
         self.info, self.tokenizer = info, load_tokenizer(base.folder)
-
-    @staticmethod
-    def misfit(base: Pretrained, info: Info) -> str | None:
-        """Why the model of ``base`` cannot be what ``info`` says; None where it can."""
-        if info.max_length > (base.config.longest or info.max_length):
-            return f"it takes {base.config.longest} tokens, but {info.max_length} are needed"
-        return None
 
     def from_arguments(self, values: Sequence[str]) -> list[str | tuple[str, ...]]:
         """The inputs that the arguments of ``--predict`` name."""
@@ -110,95 +93,61 @@ class TextReader:
             pad_id=self.tokenizer.pad_token_id,
             max_length=self.info.max_length,
         ):
-            names = ("input_ids", "attention_mask", "token_type_ids")
-            yield batch["id"][batch["mask"]], tuple(batch[name] for name in names)
+            yield batch["id"][batch["mask"]], tuple(batch[name] for name in ARGUMENTS)
 
 
 READERS = {IMAGES: ImageReader, TEXTS: TextReader}
 
 
-def open_reader(base: Pretrained, info: Info) -> ImageReader | TextReader:
-    """The reader of what the model of ``base`` is called with.
-
-    Raises:
-      UserError: ``base`` cannot be what ``info`` says, or a model of texts has no tokenizer.
-    """
-    kind, outputs = READERS[base.family.inputs], info.outputs
-    if info.inputs is not base.family.inputs:
-        wrong = f"it is a model of {base.family.inputs.name}"
-    elif outputs not in (None, base.num_labels):
-        wrong = f"it has {base.num_labels} outputs, but {outputs} are needed"
-    else:
-        wrong = kind.misfit(base, info)
-    if wrong:
-        raise UserError(f"{base.source} does not fit {info.task.replace('_', ' ')}: {wrong}")
-    return kind(base, info)
-
-
 def find_images(path: str | Path) -> list[str]:
-    """The image at ``path``, or all below the folder ``path``, sorted, hidden ones left out.
-
-    Raises:
-      UserError: nothing is there, or the file does not have the suffix of an image.
-    """
+    """The image at ``path``, or all below the folder ``path``, sorted, hidden ones left out."""
     path = Path(path).expanduser()
     if os.path.isdir(path):  # unlike path.is_dir() it takes names of any length
-        found = images_below(path)
-        if not found:
-            raise UserError(f"there is no image in {path}, nor in a folder of it; known: {KINDS}")
-        return found
+        if found := _images_below(path):
+            return found
+        raise UserError(f"there is no image in {path}, nor in a folder of it; known: {KINDS}")
     if not os.path.exists(path):
         raise UserError(f"there is no file or folder {str(path)[:200]!r}; check the name")
     if not is_image(path):
-        raise UserError(f"{path} is no image by its suffix; give one of {KINDS}, or a folder")
+        raise UserError(f"{path} does not have the suffix of an image; give one of {KINDS}, or a "
+                        "folder")
     return [str(path)]
 
 
-def images_below(folder: Path) -> list[str]:
+def _images_below(folder: str | Path) -> list[str]:
     return [str(Path(file)) for file in files_below(folder) if is_image(file)]
 
 
 def images_of(values: Sequence[str]) -> list[str]:
-    """Paths of the images that files, folders and patterns name, with commas between several.
-
-    Raises:
-      UserError: one of them names no image.
-    """
+    """Paths of the images that files, folders and patterns name, with commas between several."""
     found = []
     for value in values:
         # A comma, or a bracket of a pattern, may be part of a file's name.
         parts = [value] if os.path.exists(value) else value.split(",")
         for part in filter(None, map(str.strip, parts)):
-            found += _matching(part) if glob.has_magic(part) else find_images(part)
+            plain = os.path.exists(part) or not glob.has_magic(part)
+            found += find_images(part) if plain else _matching(part)
     if not found:
         raise UserError(f"{', '.join(values)!r} names no image; give files, folders or patterns")
     return found
 
 
 def _matching(pattern: str) -> list[str]:
-    if os.path.exists(pattern):
-        return find_images(pattern)
     paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
     found = [path for path in paths if is_image(path) and os.path.isfile(path)]
     for folder in filter(os.path.isdir, paths):
-        found += images_below(Path(folder))
+        found += _images_below(folder)
     if not found:
         raise UserError(f"no image is called {pattern!r}; put the pattern between quotes")
     return list(dict.fromkeys(found))  # "**" names what is in a folder, and the folder
 
 
 def name_images(inputs: Any) -> list[tuple[str, Any]]:
-    """Pairs (name, image) of the inputs of a model of images; a path is its own name.
-
-    Raises:
-      UserError: as `find_images`, or an array that is not a batch.
-    """
+    """Pairs (name, image) of the inputs of a model of images; a path is its own name."""
     if isinstance(inputs, str | Path | Image.Image):
         inputs = [inputs]
     elif hasattr(inputs, "ndim") and inputs.ndim != 4:
-        raise UserError(
-            f"images must be uint8 (n, H, W, C) or a list, got an array {inputs.shape}"
-        )
+        raise UserError(f"images must be uint8 (n, H, W, C) or a list, got an array {inputs.shape}")
     named = []
     for number, image in enumerate(inputs):
         if isinstance(image, str | Path):
@@ -217,32 +166,24 @@ def read_image(image: Any, info: Info, image_size: int) -> tuple[np.ndarray, flo
     square and cuts its margin. The orientation that a camera notes in a photo is ignored, as in
     training.
 
-    Args:
-      image: a path, an image of pillow, or a uint8 array (H, W, C) with C 1, 3 or 4.
-      info: of the model.
-      image_size: side of the model's images.
-
-    Raises:
-      Exception: of any kind, for a file that is damaged, or larger than pillow thinks wise.
+    ``image`` is a path, an image of pillow, or a uint8 array (H, W, C) with C 1, 3 or 4. A file
+    that is damaged, or larger than pillow thinks wise, raises an Exception of any kind.
     """
     if isinstance(image, str | Path):
         image = open_image(Path(image).read_bytes())
     elif isinstance(image, Image.Image):
         image = image.copy()  # what follows may change how its file is read
     else:
-        image = _from_array(np.asarray(image))
+        array = np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
+            raise ValueError(f"must be uint8 (H, W, 1, 3 or 4), got {array.dtype} {array.shape}")
+        image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
     width, height = image.size
     size, center = info.stored_size, info.center
     if size is None:
         size, new = stored_as((height, width), image_size)
         center = center if size is None else new
     return pixels(image, info.channels, size), center
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
-        raise ValueError(f"must be uint8 (H, W, 1, 3 or 4), got {array.dtype} {array.shape}")
-    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
 def _image_batches(named, info, image_size, batch_size, failed) -> Iterator[tuple]:
@@ -259,6 +200,8 @@ def _image_batches(named, info, image_size, batch_size, failed) -> Iterator[tupl
     waiting = defaultdict(list)
     for number, found in enumerate(_ahead(read, named, 2 * batch_size)):
         if isinstance(found, UserError):
+            if failed is None:
+                raise found
             failed(found)
             continue
         array, center = found
@@ -300,11 +243,7 @@ def batch_rows(n: int, batch_size: int) -> int:
 
 
 def text_rows(inputs: Any, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Each text, or pair of texts, as a tuple with a string for each of ``columns``.
-
-    Raises:
-      UserError: an input is something else, by its number.
-    """
+    """Each text, or pair of texts, as a tuple with a string for each of ``columns``."""
     inputs = [inputs] if isinstance(inputs, str) else inputs
     wanted = "a string" if len(columns) == 1 else f"a pair of strings ({', '.join(columns)})"
     rows = []
@@ -322,48 +261,41 @@ def texts_of(values: Sequence[str], columns: Sequence[str]) -> list[str | tuple[
 
     ``@FILE``, the name of a file and ``-`` (standard input) stand for the lines in them, without
     the empty ones. A text that begins with @ must therefore be put into a file.
-
-    Raises:
-      UserError: a file cannot be read, or a line is not a pair and the model takes pairs.
     """
-    texts = []
+    texts, count = [], len(columns)
     for value in values:
-        if value == "-":
-            lines, where = _lines("standard input", sys.stdin.buffer.read()), "standard input"
-        elif value.startswith("@") or os.path.isfile(value):
-            where = os.path.expanduser(value.removeprefix("@"))
-            lines = _lines(where, _contents(where))
-        else:
-            lines, where = [(1, value)], "--predict"
+        where, lines = _lines_of(value)
         for number, line in lines:
-            parts = tuple(line.split("\t")) if len(columns) > 1 else (line,)
-            if len(parts) != len(columns):
+            parts = tuple(line.split("\t")) if count > 1 else (line,)
+            if len(parts) != count:
                 raise UserError(
-                    f"{where}, line {number}: this model takes {len(columns)} texts "
+                    f"{where}, line {number}: this model takes {count} texts "
                     f"({', '.join(columns)}) with a tab between them, not {len(parts)}"
                 )
-            texts.append(parts if len(columns) > 1 else line)
+            texts.append(parts if count > 1 else line)
     if not texts:
         raise UserError(f"there is no text in {', '.join(values)}")
     return texts
 
 
-def _contents(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); a text that begins with @ must be in a file"
-        ) from None
-
-
-def _lines(where: str, data: bytes) -> list[tuple[int, str]]:
-    """The lines that are not empty, with their numbers."""
+def _lines_of(value: str) -> tuple[str, list[tuple[int, str]]]:
+    """Where the texts of an argument are, and its lines that are not empty, with their numbers."""
+    if value == "-":
+        where, data = "standard input", sys.stdin.buffer.read()
+    elif value.startswith("@") or os.path.isfile(value):
+        where = os.path.expanduser(value.removeprefix("@"))
+        try:
+            data = Path(where).read_bytes()
+        except OSError as error:
+            raise UserError(f"{where} cannot be read ({error.strerror}); a text that begins with @ "
+                            "must be in a file") from None
+    else:
+        return "--predict", [(1, value)]
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{where}, line {line}: is no UTF-8; save it as UTF-8") from None
+        raise UserError(f"{where}, line {line}: not UTF-8; save it as UTF-8") from None
     # Not splitlines, which ends a line at many a control character too.
     lines = enumerate(text.replace("\r\n", "\n").split("\n"), 1)
-    return [(number, line) for number, line in lines if line.strip()]
+    return where, [(number, line) for number, line in lines if line.strip()]

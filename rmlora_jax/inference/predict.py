@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
+from rmlora_jax.data.folder import is_image
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import is_writable, write_bytes_atomic
 from rmlora_jax.inference.classifier import Prediction, load
-from rmlora_jax.inference.inputs import is_image
 
 FILE = "predictions.csv"
 CACHE = "~/.cache/rmlora_jax/xla"  # of compiled programs; the trainer's, unless it was told another
@@ -76,9 +76,7 @@ def to_csv(rows: Sequence[Prediction]) -> str:
     """
     heading, lines = _cells(rows, "{:.6g}")
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(heading)
-    writer.writerows(lines)
+    csv.writer(file, lineterminator="\n").writerows([heading, *lines])
     return file.getvalue()
 
 

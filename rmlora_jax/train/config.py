@@ -100,12 +100,12 @@ def read_config(workdir: Path) -> Run:
       UserError: the file is missing or damaged.
     """
     file = workdir / "config.json"
+    if not file.exists():
+        raise UserError(f"{workdir} has no config.json; is it the folder of a run?")
     try:
         own = flatten(read_object(file))
         flat = {path: own.get(path, leaf.default) for path, leaf in leaves(RunConfig).items()}
         return resolve(nested(flat))
-    except FileNotFoundError:
-        raise UserError(f"{workdir} has no config.json; is it the folder of a run?") from None
     except (ValueError, RecursionError) as e:
         why = first_line(e).replace(str(file), "it")[:300]
         raise UserError(f"{file} is not the config of a run ({why}); copy the folder again") from e

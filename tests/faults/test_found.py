@@ -12,11 +12,11 @@ from PIL import Image
 from rmlora_jax.data import tokens
 from rmlora_jax.data.vision import MOST_PIXELS_A_BYTE, open_image, pixels
 from rmlora_jax.errors import UserError
-from rmlora_jax.files import read_arrays, read_json_lines
+from rmlora_jax.files import read_arrays, read_json_lines, read_object
 from rmlora_jax.hub import load_text, load_tokenizer, load_vit
 from rmlora_jax.hub.peft_config import read_config as read_peft_config
 from rmlora_jax.hub.pretrained import label_names
-from rmlora_jax.hub.source import read_json, shards
+from rmlora_jax.hub.source import shards
 from rmlora_jax.models import BertConfig, ViTConfig
 from rmlora_jax.train.config import default_config, flatten, read_config
 from rmlora_jax.train.finished import export_merged
@@ -27,7 +27,7 @@ DEEP = "[" * 100_000
 def test_brackets_without_end(tmp_path):
     (tmp_path / "a.json").write_text(DEEP)
     with pytest.raises(UserError, match=r"a\.json cannot be read as JSON"):
-        read_json(tmp_path / "a.json")
+        read_object(tmp_path / "a.json")
     (tmp_path / "a.jsonl").write_text(f"{DEEP}\n{{}}\n")
     with pytest.raises(UserError, match=r"a\.jsonl: line 1 is wrong"):
         read_json_lines(tmp_path / "a.jsonl", "key", int, "is wrong")
@@ -39,7 +39,7 @@ def test_brackets_without_end(tmp_path):
 def test_names_of_shards(name, tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": name}}))
-    with pytest.raises(UserError, match=r"index\.json lists .* no file beside it") as error:
+    with pytest.raises(UserError, match=r"index\.json lists .* not a file beside it") as error:
         shards(index)
     assert len(str(error.value)) < 400
 

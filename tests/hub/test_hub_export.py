@@ -345,9 +345,9 @@ def test_what_is_put_into_layers_has_no_place_in_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("info", "words"),
     [
-        (TEXTS, "task is 'text_classification', but .*base is a ViTForImageClassification"),
-        (Info("image_classification", labels=("a", "b")), "labels has 2 names, but .* for 7"),
-        (Info("image_classification", image_size=48), "image_size is 48, but .* for 30; load it"),
+        (TEXTS, "base does not fit text classification: it is a model of images"),
+        (Info("image_classification", labels=("a", "b")), "it has 7 outputs, but 2 are needed"),
+        (Info("image_classification", image_size=48), "have 30 pixels, but 48 are needed; load"),
     ],
 )
 def test_info_of_another_model_is_refused(info, words, tmp_path):

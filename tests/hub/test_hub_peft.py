@@ -399,7 +399,7 @@ REFUSED_CONFIGS = [
     ({"use_rslora": 1}, "use_rslora is 1; it must be true or false"),
     ({"rank_pattern": [1]}, r"rank_pattern is \[1\]; it must be an object"),
     ({"rank_pattern": {"fc1": 0}}, "rank_pattern is"),
-    ({"alpha_pattern": {"(a+)+$": 3}}, r"alpha_pattern has '\(a\+\)\+\$', which is no simple"),
+    ({"alpha_pattern": {"(a+)+$": 3}}, r"alpha_pattern has '\(a\+\)\+\$', which is not a simple"),
     ({"target_modules": 3}, "target_modules is 3; it must be a list of names or one pattern"),
     ({"modules_to_save": "classifier"}, "modules_to_save is 'classifier'"),
     ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3"),
@@ -451,7 +451,7 @@ def test_tensors_that_are_refused(bases, change, words, tmp_path):
 
 def test_folders_that_are_refused(bases, tmp_path):
     base = bases["plain"][1]
-    with pytest.raises(UserError, match=r"has no adapter_config.json; is it an adapter's folder"):
+    with pytest.raises(UserError, match=r"has no adapter_config.json; is it the right folder"):
         load_peft(tmp_path, base)
     folder = rewritten(cases.HERE / "vit", tmp_path)
     (folder / "adapter_model.safetensors").unlink()

@@ -142,5 +142,5 @@ def test_packaged_models(monkeypatch, tmp_path):
 def test_an_index_names_only_files_beside_it(name, tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(UserError, match="no file beside it"):
+    with pytest.raises(UserError, match="not a file beside it"):
         shards(index)

@@ -181,5 +181,5 @@ def test_the_number_of_labels_must_be_known(tmp_path):
     folder, _ = published(tmp_path / "model", "bert-base-uncased")
     with pytest.raises(UserError, match="num_labels"):
         load_text(folder)
-    with pytest.raises(UserError, match="num_labels is 0"):
+    with pytest.raises(UserError, match=r"num_classes\) is 0"):
         load_text(folder, num_labels=0)

@@ -364,8 +364,8 @@ def test_config_that_does_not_fit_is_named(config, words, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"num_classes": 0}, "num_classes is 0"),
-        ({"num_classes": 2.0}, "num_classes is 2.0"),
+        ({"num_classes": 0}, r"num_classes\) is 0"),
+        ({"num_classes": 2.0}, r"num_classes\) is 2.0"),
         ({"image_size": 0}, "image_size is 0"),
         ({"image_size": 4}, "patch size 5"),
     ],

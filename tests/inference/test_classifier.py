@@ -18,7 +18,7 @@ from rmlora_jax.data.vision import open_image, pixels
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.info import Info, write_info
 from rmlora_jax.inference import inputs
-from rmlora_jax.inference.classifier import classifier, info_of
+from rmlora_jax.inference.classifier import Classifier, info_of
 from rmlora_jax.parallel.mesh import all_devices, shard, spread
 from rmlora_jax.tasks import images
 from rmlora_jax.tasks.task import classification
@@ -59,7 +59,7 @@ def vit(tiny_vit):
 
 @pytest.fixture(scope="module")
 def model(vit):
-    return classifier(vit, adapted(vit)[1], LORA, Info("image_classification", CLASSES))
+    return Classifier(vit, adapted(vit)[1], LORA, Info("image_classification", CLASSES))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def bert(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reader(bert):
     info = Info("text_classification", ("x", "y", "z"), max_length=40)
-    return classifier(bert, adapted(bert)[1], LORA, info)
+    return Classifier(bert, adapted(bert)[1], LORA, info)
 
 
 def noise(*shape, seed=0):
@@ -145,7 +145,7 @@ def as_trained(config, dataset, base, split, dtype="float32"):
 def test_small_squares_give_the_trainers_logits(tiny_vit, vit, tmp_path, dtype):
     digits = data.load_images("digits")
     expected, rows = as_trained(tiny_config(tiny_vit), digits, vit, "test", dtype)
-    model = classifier(vit, adapted(vit)[1], LORA, Info("image_classification", dtype=dtype))
+    model = Classifier(vit, adapted(vit)[1], LORA, Info("image_classification", dtype=dtype))
     pixels = digits.test.images
     logits = model.logits(pixels, batch_size=16)
     assert logits.dtype == np.float32 and logits.shape == (360, 5)
@@ -171,7 +171,7 @@ def test_photos_give_the_trainers_logits(tiny_vit, vit, tmp_path, stored):
     info = Info("image_classification", CLASSES, stored_size=stored, center=16 / 18)
     if stored is None:  # as a model that was trained on small squares
         info = Info("image_classification", CLASSES)
-    logits = classifier(vit, adapted(vit)[1], LORA, info).logits(str(tmp_path), batch_size=16)
+    logits = Classifier(vit, adapted(vit)[1], LORA, info).logits(str(tmp_path), batch_size=16)
     # A square that a data set of its like would store as it is, is left so.
     kept = [i for i in range(20) if stored or sizes[i % 5] != (18, 18)]
     np.testing.assert_array_equal(logits[kept], expected[kept])
@@ -220,7 +220,7 @@ def test_texts_give_the_trainers_logits(bert, reader):
 
 def test_pairs_are_told_apart(bert):
     info = Info("text_classification", columns=("premise", "hypothesis"), max_length=40)
-    model = classifier(bert, bert.params, None, info)
+    model = Classifier(bert, bert.params, None, info)
     pairs = [("good w1", "bad w2"), ("bad w2", "good w1"), ("w3", "w4")]
     logits = model.logits(pairs)
     ids = hub.load_tokenizer(bert.folder)("good w1", "bad w2", return_token_type_ids=True)
@@ -263,11 +263,11 @@ def test_probabilities_and_labels(model):
 def test_large_logits_keep_their_probabilities():
     from rmlora_jax.inference.classifier import softmax
 
-    np.testing.assert_allclose(softmax(np.float32([[1000, 1000, -1000]])), [[0.5, 0.5, 0]])
+    np.testing.assert_allclose(softmax(np.float32([[1000, 1000, -1000]]), axis=1), [[0.5, 0.5, 0]])
 
 
 def test_few_programs_compile(vit, reader):
-    model = classifier(vit, vit.params, None, info_of(vit))
+    model = Classifier(vit, vit.params, None, info_of(vit))
     model.logits([noise(n, n, 3) for n in (3, 3, 3, 4, 5)], batch_size=2)  # three shapes
     assert model.forward._cache_size() == 1
     before = reader.forward._cache_size()
@@ -354,7 +354,7 @@ def test_wrong_images_are_refused(model, tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "empty").mkdir()
     for given, words in (
-        (tmp_path / "notes.txt", r"notes\.txt is no image by its suffix"),
+        (tmp_path / "notes.txt", r"notes\.txt does not have the suffix of an image"),
         ([tmp_path / "empty"], "there is no image in .*empty"),
         ("nowhere.png", "no file or folder 'nowhere.png'"),
         (noise(9, 9, 3), r"uint8 \(n, H, W, C\) or a list, got an array \(9, 9, 3\)"),
@@ -370,7 +370,7 @@ def test_wrong_images_are_refused(model, tmp_path):
 
 
 def test_wrong_texts_are_refused(bert, reader):
-    pairs = classifier(bert, bert.params, None, Info(
+    pairs = Classifier(bert, bert.params, None, Info(
         "text_classification", columns=("one", "two"), max_length=40
     ))
     for model, given, words in (
@@ -392,10 +392,10 @@ def test_parts_that_do_not_belong_together(vit, bert):
         (vit, Info("image_classification", ("a", "b")), "5 outputs, but 2 are needed"),
         (bert, Info("text_regression"), "3 outputs, but 1 are needed"),
         (vit, Info("image_classification", image_size=32), "16 pixels, but 32 are needed"),
-        (bert, Info("text_classification", max_length=65), "64 tokens, but 65 are needed"),
+        (bert, Info("text_classification", max_length=65), "takes 64 tokens, not 65"),
     ):
         with pytest.raises(UserError, match=words):
-            classifier(base, base.params, None, info)
+            Classifier(base, base.params, None, info)
 
 
 def test_whole_models_say_what_they_are_for(tiny_vit, bert, tmp_path):
@@ -425,9 +425,9 @@ def test_an_adapter_is_put_on_its_base(tiny_vit, tmp_path, inside):
     model = hub.load(tmp_path / "run")
     assert (model.info, model.base.image_size, model.base.num_labels) == (info, 24, 3)
     pixels = noise(4, 16, 16, 3)
-    expected = classifier(base, params, LORA, info).logits(pixels)
+    expected = Classifier(base, params, LORA, info).logits(pixels)
     np.testing.assert_array_equal(model.logits(pixels), expected)
-    plain = classifier(base, base.params, None, info).logits(pixels)
+    plain = Classifier(base, base.params, None, info).logits(pixels)
     assert np.abs(expected - plain).max() > 0.01
     config = tmp_path / "run" / inside / "adapter_config.json"
     config.write_text(config.read_text().replace(json.dumps(str(tiny_vit)), "null"))
