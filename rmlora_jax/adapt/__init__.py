@@ -20,28 +20,26 @@ def adapt(module, lora: LoRA, *, rngs=None):
     """The module, with ``s (x A) B`` added to each layer that ``lora`` targets.
 
     The layers themselves run untouched: with B = 0 the output is that of ``module`` bit for bit
-    (both jitted), in the same dtype, and parameter paths are those of ``module``. Adapted are, in
-    Linen: Dense, DenseGeneral (hence MultiHeadDotProductAttention), Einsum, Conv and ConvTranspose
-    (grouped, strided, dilated, any padding), Embed (``attend`` too), in a loop, or under nn.scan,
-    nn.remat, nn.vmap and nn.jit. In NNX: Linear, LinearGeneral (hence MultiHeadAttention), Einsum,
-    Conv, ConvTranspose and Embed, alone, shared or stacked by nnx.vmap for nnx.scan. Classes of
-    your own are adapted by an entry in ``LoRA.layers``.
+    (both jitted), in the same dtype, and parameter paths are those of ``module``. These layers can
+    be adapted. Linen: Dense, DenseGeneral (hence MultiHeadDotProductAttention), Einsum, Conv and
+    ConvTranspose (grouped, strided, dilated, any padding), Embed (``attend`` too), in a loop, or
+    under nn.scan, nn.remat, nn.vmap and nn.jit. NNX: Linear, LinearGeneral (hence
+    MultiHeadAttention), Einsum, Conv, ConvTranspose and Embed, alone, shared or stacked by nnx.vmap
+    for nnx.scan. For your own classes add an entry to ``LoRA.layers``.
 
     **Linen**: the result is a Linen module. The factors are parameters ``lora_a`` and ``lora_b``
     beside the weight: make them with ``attach`` for parameters that exist already, or with ``init``
     for a new model. Every method of ``module``, ``apply(..., method=...)`` and ``bind`` run
     adapted.
 
-    **NNX**: the result is a new module of the same structure over the same arrays; ``module`` stays
-    as it is and is the base to go back to. ``lora_a`` and ``lora_b`` are ``nnx.LoRAParam`` beside
-    the weight; ``lora.trainable`` is the filter of what is trained. Dropout follows ``train()`` and
-    ``eval()`` of the result, like ``nnx.Dropout``. A matrix that is a module's own parameter (a
-    position embedding) is refused where ``target`` selects it; a model that reads
-    ``embed.embedding`` itself passes its factors by.
+    **NNX**: the result is a new module over the same arrays; ``module`` stays as it is.
+    ``lora_a`` and ``lora_b`` are ``nnx.LoRAParam`` beside the weight; ``lora.trainable`` is the
+    filter of what is trained. Dropout follows ``train()`` and ``eval()`` of the result, like
+    ``nnx.Dropout``. A matrix that is a module's own parameter (a position embedding) is refused
+    where ``target`` selects it. A model that reads ``embed.embedding`` itself ignores the factors.
 
-    A targeted layer that nothing computed beside it can adapt is refused: a masked convolution, a
-    weight under WeightNorm, SpectralNorm or a class made by ``nn.map_variables``; there
-    ``LoRA(execution="merged")`` takes the gradient through the merged weight. What
+    Masked convolutions and weights under WeightNorm, SpectralNorm or a class made by
+    ``nn.map_variables`` need ``LoRA(execution="merged")`` and are refused otherwise. What
     ``nn.map_variables`` does to a function cannot be seen here: exclude the layers whose weights it
     transforms, or run the base itself on ``merge(params, lora)``.
 
@@ -76,9 +74,6 @@ def adapt(module, lora: LoRA, *, rngs=None):
         >>> model = adapt(nnx.Linear(5, 3, rngs=nnx.Rngs(0)), LoRA(rank=2), rngs=nnx.Rngs(1))
         >>> model.lora_a.shape, model(x).shape
         ((5, 2), (1, 3))
-
-    References:
-        Hu et al. 2021, arXiv:2106.09685, eq. 3.
     """
     if not isinstance(lora, LoRA):
         raise TypeError(f"adapt(module, lora): lora is a {type(lora).__name__}, not a LoRA.")

@@ -1,8 +1,7 @@
 """Several adapters of one base model: their sums, and one program for all of them.
 
-An *adapter* is a pair ``(params, lora)``, as in ``ranks``. Factors that ``init="pissa"`` began hold
-a part of W_0 as well, and a sum of such adapters adds that part once for each: keep to weights that
-sum to 1.
+An *adapter* is a pair ``(params, lora)``, as in ``ranks``. Factors made with ``init="pissa"`` hold
+a part of W_0, and a sum of such adapters adds that part for each: use weights that sum to 1.
 """
 
 import math
@@ -15,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 from jax.core import Tracer
 
 from rmlora_jax.adapt.forms import is_factor
-from rmlora_jax.adapt.linen import reboxed, unboxed
+from rmlora_jax.adapt.leaves import reboxed, unboxed
 from rmlora_jax.adapt.lora import LoRA
 from rmlora_jax.adapt.ranks import (
     Adapter,
@@ -52,18 +51,17 @@ def combine_adapters(
       the product has the cross terms :math:`A_i B_j` as well, which mean little unless all
       adapters set out from the same A and stayed near it. Ranks must agree.
 
-    These are the three of PEFT's ``add_weighted_adapter``, and give its Delta W. Targets, scales
-    and (but for "linear") ranks may differ; a module that only some have gets what those have.
+    They give the Delta W of PEFT's ``add_weighted_adapter``. Targets, scales and (but for "linear")
+    ranks may differ; a module that only some have gets what those have.
 
     What is trained in full (heads, norms under ``lora.train``) becomes the mean over the adapters
     that train it, with their weights normalised to sum to 1, in float32: right for heads of one set
-    of labels. For heads of different labels, name the adapter whose are taken with ``head``.
+    of labels. For heads of different labels, ``head`` names the adapter to take them from.
 
     Args:
         adapters: pairs ``(params, lora)``, with base weights, without, or mixed.
         weights: a finite number, of either sign, for each adapter; None means 1 / n each, the mean.
-            (Weights of 1 give the sum.)
-        how: "svd", "cat" or "linear".
+        how: one of the above.
         rank: of "svd": None is the largest rank that a module has in any adapter.
         head: index of the adapter from which all that is trained in full is taken; what only others
             train stays the base's.
@@ -75,11 +73,11 @@ def combine_adapters(
         ``target`` and ``train`` list paths.
 
     Raises:
-        ValueError: no adapters; an argument has a value that is not allowed; the adapters differ in
-            base weights (values are compared outside ``jax.jit`` only, shapes always), in shapes,
-            or, for "linear", in ranks; what is trained in full differs in shape, or the weights of
-            those that train it do not sum to more than 0, and ``head`` is None; or as ``pad_rank``.
-        TypeError: as ``pad_rank``.
+        ValueError: no adapters; an argument is not allowed; the adapters differ in base weights
+            (values are compared outside ``jax.jit`` only, shapes always), in shapes, or, for
+            "linear", in ranks; what is trained in full differs in shape, or the weights of those
+            that train it sum to 0 or less, and ``head`` is None.
+        ValueError, TypeError: as ``pad_rank``.
 
     Example:
         >>> one = {"fc": {"lora_a": jnp.ones((5, 2)), "lora_b": jnp.ones((2, 3))}}
@@ -95,8 +93,10 @@ def combine_adapters(
         ``add_weighted_adapter`` of Hugging Face PEFT 0.21; Ilharco et al. 2023 (arXiv:2212.04089)
         for sums and differences of updates.
     """
-    read = [read_adapter(*_pair(adapter)) for adapter in adapters]
-    weights = _weights(weights, len(read))
+    read = _read(adapters)
+    weights = [1 / len(read)] * len(read) if weights is None else [float(w) for w in weights]
+    if len(weights) != len(read) or not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights is {weights}; allowed: {len(read)} finite numbers.")
     if how not in HOWS:
         raise ValueError(f"how is {how!r}; allowed: {', '.join(map(repr, HOWS))}.")
     if rank is not None and how != "svd":
@@ -146,13 +146,11 @@ def align_adapters(adapters: Mapping[str, Pair]) -> tuple[dict[str, dict], LoRA]
 
     Returns:
         ``(trees, lora)``: for each name the trainable part alone, all of the same treedef, shapes
-        and dtypes (factors in float32), and their common description, made as by
-        ``combine_adapters``.
+        and dtypes (factors in float32), and their common description.
 
     Raises:
-        ValueError: what is trained in full differs in shape; an adapter lacks what another trains;
-            or as ``combine_adapters``.
-        TypeError: as ``pad_rank``.
+        ValueError: what is trained in full differs in shape; an adapter lacks what another trains.
+        ValueError, TypeError: as ``combine_adapters``.
 
     Example:
         >>> a, b = jnp.ones((5, 2)), jnp.ones((2, 3))
@@ -169,17 +167,9 @@ def align_adapters(adapters: Mapping[str, Pair]) -> tuple[dict[str, dict], LoRA]
             apply = jax.jit(lambda tree, x: model.apply({"params": rm.join(tree, frozen)}, x))
             apply(trees["old"], x), apply(trees["new"], x)  # compiled once
 
-        An adapter for each example of a batch: stack the trees and pick by index::
-
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees.values())
-
-            def one(index, x):
-                return apply(jax.tree.map(lambda leaf: leaf[index], stacked), x[None])[0]
-
-            jax.vmap(one)(indices, batch)  # the base's products stay those of the whole batch
+        README.md of this folder has an adapter for each example of a batch.
     """
-    read = [read_adapter(*_pair(adapter)) for adapter in adapters.values()]
-    _weights(None, len(read))
+    read = _read(adapters.values())
     paths, kept = _trained(read), {}
     _base(read, paths)
     trees: list[dict] = [{} for _ in read]
@@ -209,24 +199,19 @@ def align_adapters(adapters: Mapping[str, Pair]) -> tuple[dict[str, dict], LoRA]
     return named, _common(read, read, paths, kept)
 
 
-def _pair(adapter) -> Pair:
-    if not isinstance(adapter, tuple | list) or len(adapter) != 2:
-        raise TypeError(f"an adapter is a pair (params, lora), not a {type(adapter).__name__}.")
-    params, lora = adapter
-    return params, lora
+def _read(adapters: Iterable[Pair]) -> list[Adapter]:
+    read = []
+    for adapter in adapters:
+        if not isinstance(adapter, tuple | list) or len(adapter) != 2:
+            raise TypeError(f"an adapter is a pair (params, lora), not a {type(adapter).__name__}.")
+        read.append(read_adapter(*adapter))
+    if not read:
+        raise ValueError("no adapters were given.")
+    return read
 
 
 def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
     return cast(jax.Array, sum(arrays))  # of at least one
-
-
-def _weights(weights, n: int) -> list[float]:
-    if not n:
-        raise ValueError("no adapters were given.")
-    weights = [1 / n] * n if weights is None else [float(w) for w in weights]
-    if len(weights) != n or not all(map(math.isfinite, weights)):
-        raise ValueError(f"weights is {weights}; allowed: {n} finite numbers, one an adapter.")
-    return weights
 
 
 def _modules(read: list[Adapter]) -> dict[tuple[str, ...], dict[int, tuple]]:

@@ -19,9 +19,8 @@ DIAGONAL = "lora_e"
 class Diagonal(Form):
     """W + s A diag(e) B with e = ``lora_e`` (*stack, r): the form of plain LoRA for A diag(e).
 
-    Attributes:
-        begins: "zeros": e begins as 0, and both A and B are drawn by ``init``; "normal": e begins
-            as N(0, 1) and B as 0.
+    It ``begins`` with e = 0 and both A and B drawn by ``init`` ("zeros"), or with e from N(0, 1)
+    and B = 0 ("normal").
     """
 
     begins: str = "zeros"
@@ -56,12 +55,7 @@ class Diagonal(Form):
         return a * e[..., None, :], b
 
     def folded(self, factors):
-        """A diag(e) and B without the directions whose e is 0.
-
-        A stack of layers keeps the rank of its fullest layer, the others with zeros in B for what
-        they drop; a layer that drops all keeps one direction of zeros. For concrete arrays: shapes
-        follow from values.
-        """
+        """A diag(e) and B without the directions whose e is 0; ``to_lora`` says more."""
         (a, b), closed = self.pair(factors), np.asarray(factors[2]) == 0
         rank = max(1, int((~closed).sum(-1).max()))
         first = np.argsort(closed, axis=-1, kind="stable")[..., :rank]  # the open ones, in order
@@ -72,7 +66,7 @@ class Diagonal(Form):
 
 @dataclasses.dataclass(frozen=True)
 class AdaLoRA(LoRA):
-    r"""A ``LoRA`` in the form of a singular value decomposition, for ``adalora`` to share out.
+    r"""A ``LoRA`` in the form of a singular value decomposition, whose ranks ``adalora`` allocates.
 
     .. math:: \Delta W = s\, P\, \mathrm{diag}(e)\, Q, \qquad s = \alpha / (r + 10^{-5})
 

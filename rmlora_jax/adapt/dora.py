@@ -70,11 +70,11 @@ class Magnitudes(Form):
         if call.attends:  # q W'^T = (q g) (W + s A B)^T
             x = (call.x * g).astype(call.x.dtype)
             return super().output(call._replace(x=x), factors)
-        x = call.drop(call.x)
-        if call.affine and x is call.x:
+        if call.affine and call.dropout is None:
             y = super().output(call, factors)
             product = y if call.bias is None else y - _bias(call, y)
         else:
+            x = call.x if call.dropout is None else call.dropout(call.x)
             y = call.layer(call.x, None)
             update = geo.low_rank(call.geometry, x, y, *pair, call.scale, call.precision)
             y, product = y + update, _product(call, x, y) + update
@@ -110,7 +110,7 @@ def norms(weight, a, b, scale: float, axes: geo.Layout | None = None) -> jax.Arr
     constants = (jax.lax.stop_gradient(jnp.asarray(v).astype(dtype)) for v in (weight, a, b))
     weight, a, b = constants
     w, a_t = geo.to_matrix(weight, (*a.shape[:-1], b.shape[-1]), axes), jnp.swapaxes(a, -1, -2)
-    mixed = 2 * _matmul(a_t, w) + scale * _matmul(_matmul(a_t, a), b)
+    mixed = 2 * geo.matmul(a_t, w) + scale * geo.matmul(geo.matmul(a_t, a), b)
     squares = jnp.sum(w * w, -2) + scale * jnp.sum(b * mixed, -2)
     return jnp.sqrt(jnp.maximum(squares, 0))
 
@@ -158,10 +158,6 @@ def _shape_along(call: Call, y) -> tuple[int, ...]:
     head, _, tail = labels.partition("...")
     between = (1,) * (y.ndim - len(head + tail))
     return (*(sizes.get(c, 1) for c in head), *between, *(sizes.get(c, 1) for c in tail))
-
-
-def _matmul(x, y):
-    return jnp.matmul(x, y, precision="highest")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """A form: how a weight and the small leaves beside it make the adapted weight.
 
-``Form`` is the notion, and itself the form of plain LoRA, W + s A B. Another form is a class in a
-file of its own that replaces the methods in which it differs; its description (a ``LoRA`` whose
-``form`` it is) stands in the same file. Everything else in the package asks the form: which leaves
+``Form`` is plain LoRA's, W + s A B. Another form is a subclass in a file of its own, beside its
+description (a ``LoRA`` whose ``form`` it is). The rest of the package asks the form: which leaves
 there are, where they begin, what the adapted layer computes, what merging gives, what PEFT calls
-them. ``product`` is the only place where a form meets an execution, factored or merged.
+them. Forms and executions, factored or merged, meet in ``product`` and nowhere else.
 """
 
 import dataclasses
@@ -30,79 +29,77 @@ def is_factor(path) -> bool:
 
 
 class Call(NamedTuple):
-    """One call of an adapted layer, as its form sees it; see ``product``."""
+    """One call of an adapted layer, in Linen or in NNX.
 
-    x: Any
-    weight: Any
-    geometry: geo.Geometry
-    axes: geo.Layout
-    layer: Callable
-    scale: float
-    merges: bool
-    attends: bool
-    drop: Callable
-    affine: bool
-    bias: Any
-    precision: Any
-    dtype: Any
-
-
-def product(
-    x,
-    weight,
-    form: "Form",
-    factors,
-    geometry: geo.Geometry,
-    *,
-    layer: Callable,
-    scale: float,
-    execution: str = "factored",
-    attends: bool = False,
-    drop: Callable | None = None,
-    affine: bool = True,
-    bias=None,
-    precision=None,
-    dtype=None,
-) -> jax.Array:
-    """The output of an adapted layer; every layer, in Linen and in NNX, is computed here.
-
-    Args:
+    Attributes:
         x: the input of the layer.
         weight: the layer's own weight, an array. (A quantised weight has its place here: the layer
             on ``None`` is its own product with x, and ``Form.merged`` needs it as an array.)
-        form: how weight and factors make the adapted weight.
-        factors: the leaves, in the order of ``form.leaves``.
         geometry: how x meets the weight.
         layer: ``layer(x, weight)`` is the layer's own output, bias included, on any input and on
             any weight of that shape; on its own weight for ``weight=None``.
         scale: s.
         execution: "factored" adds the product of the factors to the layer's output; "merged" runs
-            the layer on the adapted weight, where the geometry is a ``Contraction``.
+            the layer on the adapted weight, where the geometry is a ``Contraction`` and dropout
+            does not act.
         attends: the layer multiplies by the transposed table (``Embed.attend``).
         drop: dropout of x on its way to the factors, None where it is inactive.
-        affine: the layer adds nothing to its product but ``bias``. Otherwise (a class of the user's
-            own, a masked weight) "merged" takes the gradient through the merged weight.
+        affine: the layer only adds ``bias`` to its product. Otherwise (a class of the user's own, a
+            masked weight) "merged" takes the gradient through the merged weight.
         bias: the layer's bias as it is stored, None without one; known where ``affine``.
         precision: of the layer's products.
         dtype: in which the layer computes; None means that of its arguments.
-
-    Returns:
-        The output, in the shape and dtype of the layer's own.
     """
-    axes = geo.layout(geometry, weight.ndim)
-    if execution == "merged" and not affine:
-        return layer(x, form.merged(_finer(weight, dtype), factors, scale, axes))
-    merges = execution == "merged" and isinstance(geometry, geo.Contraction)
-    if drop is None or attends or not jnp.issubdtype(x.dtype, jnp.inexact):
-        drop = _kept
-    call = Call(x, weight, geometry, axes, layer, scale, merges, attends, drop, affine, bias,
-                precision, dtype)  # fmt: skip
+
+    x: Any
+    weight: Any
+    geometry: geo.Geometry
+    layer: Callable
+    scale: float
+    execution: str = "factored"
+    attends: bool = False
+    drop: Callable | None = None
+    affine: bool = True
+    bias: Any = None
+    precision: Any = None
+    dtype: Any = None
+
+    @classmethod
+    def of(cls, module, affine: bool, **fields) -> "Call":
+        """A call of the Flax layer ``module``, in its precision and dtype.
+
+        A mask makes it other than affine.
+        """
+        own = {name: getattr(module, name, None) for name in ("precision", "dtype")}
+        affine = affine and getattr(module, "mask", None) is None
+        return cls(affine=affine, **own, **fields)
+
+    @property
+    def axes(self) -> geo.Layout:
+        return geo.layout(self.geometry, self.weight.ndim)
+
+    @property
+    def merges(self) -> bool:
+        """Whether the layer runs on the adapted weight, if its geometry allows that."""
+        return self.execution == "merged" and self.dropout is None
+
+    @property
+    def dropout(self) -> Callable | None:
+        """``drop`` where it acts: not on integers, nor in ``attend``."""
+        acts = not self.attends and jnp.issubdtype(self.x.dtype, jnp.inexact)
+        return self.drop if acts else None
+
+
+def product(form: "Form", factors, call: Call) -> jax.Array:
+    """The output of an adapted layer, in the shape and dtype of the layer's own.
+
+    Every layer, in Linen and in NNX, is computed here. ``factors`` are the leaves in the order of
+    ``form.leaves``.
+    """
+    if call.merges and not call.affine:
+        weight = _finer(call.weight, call.dtype)
+        return call.layer(call.x, form.merged(weight, factors, call.scale, call.axes))
     return form.output(call, factors)
-
-
-def _kept(x):
-    """No dropout."""
-    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +135,14 @@ class Form:
         return geo.factor_shapes(shape, axes, rank)
 
     def axis_names(self, names, axes: geo.Layout, stack: int = 0) -> tuple[tuple, ...]:
-        """The names of the leaves' axes, from those of a weight with ``stack`` stacked axes."""
-        return geo.factor_names(names, axes, stack)
+        """The names of the leaves' axes, from those of a weight with ``stack`` stacked axes.
+
+        A flattened axis has the name of its first axis, the rank axis None.
+        """
+        own = names[stack:]
+        mark = () if axes.in_order else (None,)
+        lead = (*names[:stack], *mark, *(own[i] for i in axes.batch))
+        return (*lead, own[axes.inputs[0]], None), (*lead, None, own[axes.outputs[0]])
 
     def initial(
         self, key, weight, axes: geo.Layout | None, shapes, scale: float, init: str, dtype
@@ -165,8 +168,7 @@ class Form:
 
     def output(self, call: Call, factors) -> jax.Array:
         """What the adapted layer computes in ``call``."""
-        if call.merges:
-            assert isinstance(call.geometry, geo.Contraction)
+        if call.merges and isinstance(call.geometry, geo.Contraction):
             a, b = self.pair(factors)
             frozen = jax.lax.stop_gradient((a, b))
             weight = _finer(call.weight, call.dtype)
@@ -176,12 +178,12 @@ class Form:
         a, b = self.pair(factors)
         if call.attends:
             return y + geo.low_rank_attend(call.x, y, a, b, call.scale)
-        x = call.drop(call.x)
+        x = call.x if call.dropout is None else call.dropout(call.x)
         return y + geo.low_rank(call.geometry, x, y, a, b, call.scale, call.precision)
 
     def folded(self, factors) -> tuple[jax.Array, jax.Array]:
         """A and B of the same update, of the rank that is left; where ``folds``."""
-        raise NotImplementedError
+        return self.pair(factors)
 
     def idle(self, weight, shapes) -> tuple[np.ndarray, ...]:
         """Leaves of ``shapes`` that leave ``weight`` as it is and rest in training."""
@@ -232,9 +234,6 @@ def _principal_factors(weight, axes: geo.Layout | None, a_shape, b_shape, scale:
 
     A = U sqrt(S / s), B = sqrt(S / s) V^T for the largest singular values S of W_0 (Meng et al.
     2024, eqs. 2-4), so that W_0 = residual + s A B.
-
-    Raises:
-        ValueError: the rank exceeds the number of singular directions.
     """
     full = jnp.promote_types(weight.dtype, jnp.float32)
     rank = a_shape[-1]
@@ -264,9 +263,8 @@ def linked(y, geometry: geo.Contraction, x, a, b, scale: float, precision=None):
     """``y``, the output of a layer on W + s A B; A and B get the gradients they have in s (x A) B.
 
     A gradient through the merged weight would begin with x^T g, as large as the weight. Here only x
-    is kept for it, and x A is computed again. The gradients are summed in float32 and come in the
-    dtype of A and B, whatever the dtype of ``y``. ``x`` gets none: it has its own through ``y``.
-    Reverse mode only, as with every ``jax.custom_vjp``.
+    is kept, and x A is computed again. The gradients are summed in float32 and have the dtype of A
+    and B. ``x`` gets its gradient through ``y`` alone. Reverse mode only.
 
     >>> x, a, b, y = jnp.ones((4, 3)), jnp.ones((3, 1)), jnp.ones((1, 2)), jnp.zeros((4, 2))
     >>> def f(a, b):

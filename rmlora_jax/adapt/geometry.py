@@ -1,9 +1,8 @@
 """How an input meets a weight: the axes of the weight, and the product ``(x A) B`` beside it.
 
 A *geometry* is a ``Contraction`` by an einsum equation, a ``Convolution`` or a ``Lookup``. From it
-follow the roles of the weight's axes (``Layout``), the shapes of two factors A and B and the names
-of their axes, the product beside the layer and the increment of the weight. Linen and NNX share all
-of it. Nothing here knows which leaves a form has.
+follow the roles of the weight's axes (``Layout``), the shapes of two factors A and B, the product
+beside the layer and the increment of the weight. Nothing here knows which leaves a form has.
 """
 
 import functools
@@ -68,8 +67,6 @@ class Layout(NamedTuple):
 def general(axis, batch_dims, features, ndim: int = 20) -> Contraction:
     """The equation of a dense layer over several axes, for an input of ``ndim`` axes.
 
-    (The layout of the weight does not depend on ``ndim``.)
-
     >>> general(axis=(-2, -1), batch_dims=(), features=8, ndim=4)
     Contraction(equation='abcd,cde->abe')
     """
@@ -91,9 +88,7 @@ def convolution(layer) -> Convolution:
 def layout(geometry: Geometry, ndim: int | None) -> Layout:
     """The roles of the ``ndim`` axes of one layer's weight (None: as many as an equation has).
 
-    Raises:
-        ValueError: the equation of a contraction gives no matrix with an input and an output axis,
-            or does not have ``ndim`` axes for the weight.
+    Raises ValueError for an equation that gives no matrix, or has other axes for the weight.
 
     >>> layout(Contraction("btd,ndh->btnh"), 3)
     Layout(batch=(), inputs=(1,), outputs=(0, 2))
@@ -123,10 +118,7 @@ def layout(geometry: Geometry, ndim: int | None) -> Layout:
 
 
 def terms(equation: str) -> tuple[str, str, str]:
-    """The labels of input, weight and output.
-
-    Raises:
-        ValueError: it is not "input,weight->output", or the weight's labels are not plain letters.
+    """The labels of input, weight and output; ValueError if it is not "input,weight->output".
 
     >>> terms("BTD, NDH -> BTNH")
     ('BTD', 'NDH', 'BTNH')
@@ -149,15 +141,12 @@ def factor_shapes(shape: tuple[int, ...], axes: Layout, rank: int):
 
     A weight whose axes stand in another order than (*batch, *in, *out) is marked by a leading axis
     of size 1, which its own shape contradicts: whoever sees the arrays alone cannot merge them in
-    the wrong order.
+    the wrong order. A weight that begins with an axis of 1 would not contradict it: ValueError.
 
     >>> factor_shapes((3, 3, 8, 16), Layout((), (0, 1, 2), (3,)), rank=2)
     ((72, 2), (2, 16))
     >>> factor_shapes((4, 8, 16), Layout((), (1,), (0, 2)), rank=2)
     ((1, 8, 2), (1, 2, 64))
-
-    Raises:
-        ValueError: the mark would be no contradiction, since the weight begins with an axis of 1.
     """
     if not axes.in_order and shape[0] == 1:
         raise ValueError(
@@ -167,20 +156,6 @@ def factor_shapes(shape: tuple[int, ...], axes: Layout, rank: int):
     batch = (*(() if axes.in_order else (1,)), *(shape[i] for i in axes.batch))
     size_in, size_out = (math.prod(shape[i] for i in part) for part in (axes.inputs, axes.outputs))
     return (*batch, size_in, rank), (*batch, rank, size_out)
-
-
-def factor_names(names, axes: Layout, stack: int = 0):
-    """Names of the axes of A and B, from those of a weight with ``stack`` leading stacked axes.
-
-    A flattened axis has the name of its first axis, the rank axis None.
-
-    >>> factor_names(("layers", "heads", "embed", None), Layout((), (1,), (0, 2)), stack=1)
-    (('layers', None, 'embed', None), ('layers', None, None, 'heads'))
-    """
-    own = names[stack:]
-    mark = () if axes.in_order else (None,)
-    lead = (*names[:stack], *mark, *(own[i] for i in axes.batch))
-    return (*lead, own[axes.inputs[0]], None), (*lead, None, own[axes.outputs[0]])
 
 
 def check_layout(path: str, weight, a, b, axes: Layout | None = None) -> None:
@@ -229,9 +204,8 @@ def low_rank(geometry: Geometry, x, y, a, b, scale: float, precision=None) -> ja
     """``scale * (x A) B`` in the dtype of ``y``, the layer's own output.
 
     The way down to r channels is the layer itself with r features and no bias, which brings its
-    axes, padding and dilation along. The two factors are never multiplied together, so that neither
-    the forward nor the backward pass holds an (in x out) increment. ``a`` and ``b`` are flat, as
-    they are stored; the shape of ``y`` says what a flattened output axis unfolds to.
+    axes, padding and dilation along. A and B are never multiplied together: no pass holds an
+    (in x out) increment. They are flat, as they are stored; ``y`` has the axes to unfold to.
     """
     a, b = a.astype(y.dtype), b.astype(y.dtype)
     if isinstance(geometry, Lookup):
@@ -248,6 +222,11 @@ def low_rank_attend(query, y, a, b, scale: float) -> jax.Array:
     return (query @ b.T * scale) @ a.T
 
 
+def matmul(x, y) -> jax.Array:
+    """``x @ y`` at the highest precision, whatever the default of the device."""
+    return jnp.matmul(x, y, precision="highest")
+
+
 def updated(weight, a, b, scale: float, axes: Layout | None = None) -> jax.Array:
     """``W + scale * A B``, summed in float32 at least and cast once to the weight's dtype.
 
@@ -257,8 +236,7 @@ def updated(weight, a, b, scale: float, axes: Layout | None = None) -> jax.Array
     Array(1.5, dtype=bfloat16)
     """
     dtype = jnp.promote_types(weight.dtype, jnp.float32)
-    delta = jnp.matmul(a.astype(dtype), b.astype(dtype), precision="highest")
-    delta = from_matrix(delta, weight.shape, axes)
+    delta = from_matrix(matmul(a.astype(dtype), b.astype(dtype)), weight.shape, axes)
     return (weight.astype(dtype) + scale * delta).astype(weight.dtype)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rmlora_jax.adapt.geometry import matmul
 from rmlora_jax.adapt.lora import LoRA
 from rmlora_jax.adapt.tree import adapted_weights
 
@@ -27,21 +28,18 @@ def intrinsic_dimension(
     * ``effective_rank``: :math:`\exp(-\sum p_i \log p_i)`;
     * ``participation_ratio``: :math:`(\sum \sigma_i^2)^2 / \sum \sigma_i^4`;
 
-    each of the last four (*stack,), between 1 and r, or 0 where the update is 0 (B = 0). The rank
-    of an update never exceeds r; what may is the space that updates explore over time
-    (``trajectory_dimension``).
+    each of the last four (*stack,), between 1 and r, or 0 where the update is 0 (B = 0). The space
+    that updates explore over time may exceed r (``trajectory_dimension``).
 
     The singular values are those of :math:`R_A R_B^T` (r x r) for the QR decompositions of A and
     :math:`B^T`: no (in x out) matrix is made.
 
     Args:
         params: adapted parameters, base weights included.
-        lora: their description; an array for each module path is all that depends on values, so
-            the function may be jitted with ``lora`` closed over.
+        lora: their description; close over it under ``jax.jit``.
         rtol: the relative tolerance of ``numerical_rank``.
 
-    Raises:
-        ValueError: as ``merge``.
+    Errors are those of ``merge``.
 
     Example:
         >>> a, b = jnp.eye(6, 2), jnp.array([[3.0, 0, 0, 0], [0, 4.0, 0, 0]])
@@ -71,17 +69,11 @@ def trajectory_dimension(
     :math:`D_k = \Delta W_{t_k} - \Delta W_{t_{k-1}}`, k = 1 ... K: of
     :math:`[D_1; \dots; D_K]` (K in x out) with ``side="out"``, which counts the output directions
     that were ever moved, or of :math:`[D_1, \dots, D_K]` (in x K out) with ``side="in"``, the input
-    directions. Unlike the rank of one update, it may exceed r. Each increment is the product
-    :math:`s\,[A_k, A_k - A_{k-1}]\,[B_k - B_{k-1}; B_{k-1}]` and stays one.
+    directions. Each increment stays the product
+    :math:`s\,[A_k, A_k - A_{k-1}]\,[B_k - B_{k-1}; B_{k-1}]`.
 
-    Args:
-        snapshots: adapted parameters at two or more times, in order.
-        lora: their description.
-        side: "out" or "in".
-        rtol: the relative tolerance of ``numerical_rank``.
-
-    Returns:
-        As ``intrinsic_dimension``; ``singular_values`` has min(2 r K, out or in) entries.
+    ``snapshots`` are adapted parameters at two or more times, in order. ``singular_values`` has
+    min(2 r K, out or in) entries.
 
     Raises:
         ValueError: fewer than two snapshots, an unknown ``side``, snapshots of different modules,
@@ -116,13 +108,9 @@ def trajectory_dimension(
         path = "/".join(module)
         pairs = [time[module] for time in times]
         if side == "in":  # D^T = B^T A^T: the same question about the transposes
-            pairs = [(_transpose(b), _transpose(a)) for a, b in pairs]
+            pairs = [(b.mT, a.mT) for a, b in pairs]
         out[path] = _figures(_stacked_singular_values(pairs, lora.scale_of(path)), rtol)
     return out
-
-
-def _transpose(x):
-    return jnp.swapaxes(x, -1, -2)
 
 
 def _upper(x):
@@ -130,12 +118,8 @@ def _upper(x):
     return jnp.linalg.qr(x.astype(jnp.float32), mode="r")
 
 
-def _matmul(x, y):
-    return jnp.matmul(x, y, precision="highest")
-
-
 def _singular_values(a, b, scale):
-    core = _matmul(_upper(a), _transpose(_upper(_transpose(b))))
+    core = matmul(_upper(a), _upper(b.mT).mT)
     return _padded(scale * jnp.linalg.svd(core, compute_uv=False), a.shape[-1])
 
 
@@ -151,7 +135,7 @@ def _stacked_singular_values(pairs, scale):
         # before a product could round them away.
         left = jnp.concatenate([a1, a1 - a0], axis=-1)
         right = jnp.concatenate([b1 - b0, b0], axis=-2)
-        rows.append(_matmul(_upper(left), right))
+        rows.append(matmul(_upper(left), right))
     stacked = jnp.concatenate(rows, axis=-2)
     size = min(2 * pairs[0][0].shape[-1] * len(rows), stacked.shape[-1])
     return _padded(scale * jnp.linalg.svd(_upper(stacked), compute_uv=False), size)

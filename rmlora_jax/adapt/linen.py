@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -17,8 +17,9 @@ from flax import traverse_util
 from flax.core import meta
 
 from rmlora_jax.adapt import geometry as geo
-from rmlora_jax.adapt.forms import FACTORS, product
-from rmlora_jax.adapt.lora import Layer, LoRA, check_leaves, missing_factors, unselected_factors
+from rmlora_jax.adapt import leaves
+from rmlora_jax.adapt.forms import FACTORS, Call, product
+from rmlora_jax.adapt.lora import Layer, LoRA
 
 # What is running is part of the key of every jit inside it. Otherwise a model with nn.jit inside
 # would run a trace made for another description.
@@ -46,35 +47,28 @@ def _einsum(m, arguments):
     return geo.Contraction(arguments.get("einsum_str") or m.einsum_str)
 
 
-def _own(equation, m, arguments):
-    return geo.Contraction(equation)
-
-
-def _lookup(m, arguments):
-    return geo.Lookup(m.num_embeddings)
-
-
 # Layers are known by the method about to run, not by their class: nn.vmap(nn.Dense) reaches an
 # interceptor twice and a subclass may replace __call__, but Dense's own arithmetic runs just once.
 _FLAX = {
     inspect.unwrap(method): kind
     for method, kind in (
-        (nn.Dense.__call__, _Kind("kernel", lambda m, arguments: geo.DENSE)),
+        (nn.Dense.__call__, _Kind("kernel", lambda *_: geo.DENSE)),
         (nn.DenseGeneral.__call__, _Kind("kernel", _general)),
         (nn.Einsum.__call__, _Kind("kernel", _einsum)),
         (nn.Conv.__call__, _Kind("kernel", lambda m, _: geo.convolution(m))),
         (nn.ConvTranspose.__call__, _Kind("kernel", lambda m, _: geo.convolution(m))),
-        (nn.Embed.__call__, _Kind("embedding", _lookup)),
-        (nn.Embed.attend, _Kind("embedding", _lookup, attends=True)),
+        (nn.Embed.__call__, _Kind("embedding", lambda m, _: geo.Lookup(m.num_embeddings))),
+        (nn.Embed.attend, _Kind("embedding", lambda m, _: geo.Lookup(m.num_embeddings), True)),
     )
 }
 
 
 @functools.lru_cache
 def _kinds(layers: tuple[Layer, ...]) -> dict[Callable, _Kind]:
-    methods = [inspect.unwrap(getattr(layer.cls, layer.method)) for layer in layers]
-    kinds = [_Kind(layer.weight, functools.partial(_own, layer.equation)) for layer in layers]
-    return _FLAX | dict(zip(methods, kinds, strict=True))
+    def kind(layer):
+        return _Kind(layer.weight, lambda *_: geo.Contraction(layer.equation))
+
+    return _FLAX | {inspect.unwrap(getattr(own.cls, own.method)): kind(own) for own in layers}
 
 
 @contextlib.contextmanager
@@ -155,7 +149,7 @@ class Adapted(nn.Module):
                 "with the base module (init or a checkpoint), then call attach."
             )
         out, variables = super().init_with_output(rngs, *args, method=_forward(method), **kwargs)
-        check_adapted(traverse_util.flatten_dict(variables.get("params", {})), self.lora)
+        leaves.check_adapted(traverse_util.flatten_dict(variables.get("params", {})), self.lora)
         return out, variables
 
     @nn.nowrap
@@ -187,35 +181,6 @@ def adapt_linen(module: nn.Module, lora: LoRA) -> Adapted:
     return Adapted(_Held(module), lora)
 
 
-def check_adapted(paths: Iterable[tuple[str, ...]], lora: LoRA) -> None:
-    """Raises ValueError unless every layer that ``lora`` targets has factors among ``paths``."""
-    if lora.target is None:
-        return
-    names: dict[str, set[str]] = {}
-    for path in paths:
-        names.setdefault("/".join(path[:-1]), set()).add(path[-1])
-    weighted = {path for path, leaves in names.items() if leaves & set(lora.weights)}
-    lora.check_targets(weighted)
-    for path in sorted(weighted):
-        if lora.targets(path) and not names[path] >= set(lora.factors):
-            raise ValueError(
-                f"LoRA.target {lora.target!r} matches {path!r}, which has a weight but is no layer "
-                "of flax.linen that can be adapted (or computes in its own way): describe its "
-                "class in LoRA.layers, or leave it out with LoRA.exclude."
-            )
-
-
-def unboxed(leaf):
-    """What is in the box of a leaf, an array or a mere shape: as it is, constrained to no mesh."""
-    boxed = isinstance(leaf, nn.Partitioned)
-    return leaf.unbox(apply_constraint=False) if boxed else meta.unbox(leaf)
-
-
-def reboxed(box, value):
-    """``value`` in a box like ``box`` if that is one; ``meta.replace_boxed`` would constrain."""
-    return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
-
-
 class Transformed(Exception):
     """Something transforms a weight before its layer has it: it must have been merged before."""
 
@@ -225,11 +190,11 @@ def _prepared(variables, lora: LoRA, merges: bool):
     flat = traverse_util.flatten_dict(variables["params"])
     modules = [path[:-1] for path in flat if path[-1] == FACTORS[0]]
     if not modules:
-        raise missing_factors()
+        raise leaves.missing_factors()
     for module in modules:
         name = "/".join(module)
         factors = [meta.unbox(flat[(*module, leaf)]) for leaf in lora.factors]
-        path = next((*module, n) for n in lora.weights if (*module, n) in flat)
+        path = leaves.weight_path(lora, module, flat)
         weight, scale = meta.unbox(flat[path]), lora.scale_of(name)
         if merges and geo.in_order(weight, *factors[:2]):
             value = lora.form.merged(weight, factors, scale)
@@ -307,7 +272,7 @@ class _Interceptor:
         if self.lora.targets("/".join(path)):
             return self.call_layer(kind, function, path, next_fun, args, kwargs, module)
         if module.has_variable("params", FACTORS[0]):
-            raise unselected_factors(self.lora, "/".join(path))
+            raise leaves.unselected_factors(self.lora, "/".join(path))
         return next_fun(*args, **kwargs)
 
     def call_layer(self, kind, function, path, next_fun, args, kwargs, module):
@@ -325,7 +290,7 @@ class _Interceptor:
         factors, axes = _factors(module, lora, name, geometry, weight)
         if (seen := _seen.get()) is not None:
             seen[name] = axes
-        old = unboxed(weight)
+        old = leaves.unboxed(weight)
 
         def plain(m, *args, **kwargs):
             return function(m, *args, **kwargs)
@@ -341,25 +306,21 @@ class _Interceptor:
                 return nn.map_variables(plain, "params", swap)(*bound.args, **bound.kwargs)
 
         drops = lora.dropout > 0 and module.has_rng("dropout")
+        call = Call.of(
+            module,
+            x=x,
+            weight=old,
+            geometry=geometry,
+            layer=layer,
+            scale=lora.common_scale(factors[0].shape[-1]),
+            execution="factored" if initialising else self.how,
+            attends=kind.attends,
+            drop=functools.partial(_dropped, module, lora.dropout) if drops else None,
+            affine=function in _FLAX,
+            bias=leaves.unboxed(module.get_variable("params", "bias")),
+        )
         with self.pausing(True):  # the product runs Flax layers of its own
-            return product(
-                x,
-                old,
-                lora.form,
-                factors,
-                geometry,
-                layer=layer,
-                scale=lora.common_scale(factors[0].shape[-1]),
-                execution="merged" if self.how == "merged" and not initialising else "factored",
-                attends=kind.attends,
-                drop=functools.partial(_dropped, module, lora.dropout) if drops else None,
-                # What else a class of one's own does with its weight is not known, nor what a mask
-                # hides.
-                affine=function in _FLAX and getattr(module, "mask", None) is None,
-                bias=unboxed(module.get_variable("params", "bias")),
-                precision=getattr(module, "precision", None),
-                dtype=getattr(module, "dtype", None),
-            )
+            return product(lora.form, factors, call)
 
     @contextlib.contextmanager
     def pausing(self, paused: bool):
@@ -400,32 +361,26 @@ def _dropped(module, rate: float, x):
 def _factors(module, lora: LoRA, path: str, geometry: geo.Geometry, weight):
     """The leaves beside the layer's weight, which are made at init, and the weight's layout."""
     form, value = lora.form, meta.unbox(weight)
-    shape = jnp.shape(value)
-    try:
-        axes = geo.layout(geometry, len(shape))
-        shapes = form.shapes(shape, axes, lora.rank_of(path))
-    except ValueError as e:
-        raise ValueError(
-            f"the layer {path!r} cannot be adapted, since {e} Leave it out with LoRA.exclude."
-        ) from None
+    axes, shapes = leaves.leaf_shapes(lora, path, geometry, value.shape)
     if not module.has_variable("params", FACTORS[0]):
         if not module.is_mutable_collection("params"):
-            raise missing_factors(f" at {path!r}")
-        key, scale = module.make_rng("params"), lora.scale_of(path)
-        values, _ = form.initial(key, value, axes, shapes, scale, lora.init, lora.dtype)
+            raise leaves.missing_factors(f" at {path!r}")
+        key = module.make_rng("params")
+        values, _ = leaves.first_leaves(lora, path, key, value, axes, shapes)
         names = _names(weight, lora, axes)
         for i, name in enumerate(form.leaves):
             leaf = values[i] if names is None else weight.replace(value=values[i], names=names[i])
             module.put_variable("params", name, leaf)
-    a, b = (meta.unbox(module.get_variable("params", name)) for name in FACTORS)
-    if (a.shape, b.shape) != shapes[:2]:
+    leaves.check_leaves(lora, path, functools.partial(module.has_variable, "params"))
+    factors = tuple(meta.unbox(module.get_variable("params", name)) for name in form.leaves)
+    a, b = (factor.shape for factor in factors[:2])
+    if (a, b) != shapes[:2]:
         raise ValueError(
-            f"the factors at {path!r} have shapes {a.shape} and {b.shape}, but the description "
-            f"(rank {lora.rank_of(path)}) and the weight {shape} ask for {shapes[0]} and "
+            f"the factors at {path!r} have shapes {a} and {b}, but the description (rank "
+            f"{lora.rank_of(path)}) and the weight {value.shape} ask for {shapes[0]} and "
             f"{shapes[1]}: use the description that the factors were made with."
         )
-    check_leaves(lora, path, functools.partial(module.has_variable, "params"))
-    return tuple(meta.unbox(module.get_variable("params", name)) for name in form.leaves), axes
+    return factors, axes
 
 
 def _names(weight, lora: LoRA, axes: geo.Layout):

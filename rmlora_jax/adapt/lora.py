@@ -8,13 +8,13 @@ import numbers
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
 from rmlora_jax.adapt import geometry
-from rmlora_jax.adapt.forms import INITS, LEAVES, PLAIN, Form, is_factor
+from rmlora_jax.adapt.forms import INITS, PLAIN, Form, is_factor
 
 __all__ = ["Layer", "LoRA"]
 
@@ -26,12 +26,12 @@ EXECUTIONS = ("auto", "factored", "merged")
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """How a layer of your own class uses its weight: what ``LoRA.layers`` holds.
+    """How a layer of your own class uses its weight: an entry of ``LoRA.layers``.
 
     The class computes ``einsum(equation, x, weight)`` plus terms that do not depend on the weight,
-    for the first argument x of ``method``. Factors then run beside it, as beside a Flax layer. What
-    is done with the product (an activation, a norm) breaks that; then the description needs
-    ``execution="merged"``, and the equation says just which axes of the weight are inputs.
+    for the first argument x of ``method``. Factors then run beside it, as beside a Flax layer. If
+    it does more with the product (an activation, a norm), the description needs
+    ``execution="merged"``, and the equation only says which axes of the weight are inputs.
 
     Args:
         cls: the class, a ``flax.linen.Module`` or ``nnx.Module``.
@@ -40,9 +40,6 @@ class Layer:
             a batch axis (in both).
         weight: name of the weight: a Linen parameter, an NNX attribute. One weight a module.
         method: name of the method that uses it.
-
-    Raises:
-        ValueError, TypeError: an argument is not one of the above.
 
     Example:
         >>> class Experts: "y[e] = x[e] w[e], with a weight of shape (experts, in, out)"
@@ -84,17 +81,16 @@ class LoRA:
     nothing in a model is an error once the model's paths are known (in ``attach`` or ``init``).
 
     Args:
-        rank: r, the number of rank directions; an integer >= 1.
+        rank: r, an integer >= 1.
         alpha: the numerator of the scale; None means alpha = rank, hence scale 1.
         target: the layers that get factors; None adapts nothing, and ``train`` alone decides what
             is trained (a head only, biases, or with ``".*"`` everything).
         exclude: layers that keep their weight although ``target`` matches them.
         train: what is trained in full beside the factors: every leaf below a module that the rule
             matches, and every leaf whose own path it matches (``r".*/bias"``).
-        dropout: the probability in [0, 1) of dropping an entry of x before A, with the entries that
-            stay divided by 1 - dropout. It acts exactly where the random stream "dropout" is
-            passed (``rngs={"dropout": key}``), that is in training, and never on integer inputs
-            (``Embed``). It draws from that stream because models split it over scanned layers.
+        dropout: the probability in [0, 1) of dropping an entry of x before A; the others are
+            divided by 1 - dropout. In Linen it acts where the random stream "dropout" is passed
+            (``rngs={"dropout": key}``), never on integer inputs (``Embed``).
         init: the values A starts from; B starts at 0, save for "pissa".
             "kaiming": uniform within +-1/sqrt(in), as in loralib and PEFT.
             "normal": N(0, 0.02^2). "gaussian": N(0, 1/r^2). "orthogonal": orthonormal columns.
@@ -110,18 +106,15 @@ class LoRA:
             of the computation: one product forward and one for the gradient of x, as without
             factors, and thin ones for the gradients of A and B, never x^T g. It pays where tokens
             are many times the width. Convolutions and ``Embed`` stay factored, all layers while
-            dropout is active. Where nothing can be computed beside a layer (a mask, a class of
-            ``layers``; in a Linen model with WeightNorm, SpectralNorm or a class made by
-            ``nn.map_variables`` beside none), the gradient goes through the merged weight.
-            In bfloat16, W rounds a small update away only if W_0 is held in bfloat16: of one of
-            0.01, 0.1, 0.3 and 1 % of W_0 then 6, 55, 93 and 100 % is left. Over a float32 W_0
-            98 % or more is, with rounding noise as that of W_0 itself. Forward-mode derivatives
-            need "factored". "auto" is "factored".
+            dropout is active. For a masked layer, a class of ``layers``, and all layers of a Linen
+            model with WeightNorm, SpectralNorm or a class made by ``nn.map_variables``, the
+            gradient goes through the merged weight. In bfloat16 hold W_0 in float32: a bfloat16
+            W_0 rounds small updates away (README.md has figures). Forward-mode derivatives need
+            "factored". "auto" is "factored".
         layers: a ``Layer`` for each layer class of your own that is to be adapted.
 
     Raises:
-        ValueError: a field has a value that is not allowed; the message names the field, the value
-            and what is allowed.
+        ValueError: a field has a value that is not allowed.
 
     Example:
         >>> lora = LoRA(rank=4, alpha=16, target=r".*(query|value)", train="head")
@@ -151,7 +144,7 @@ class LoRA:
     execution: str = "auto"
     layers: tuple[Layer, ...] = ()
 
-    # Which leaves stand beside a weight and what they do with it; AdaLoRA and SoRA have another.
+    # The leaves beside a weight and what they do with it; AdaLoRA, SoRA and DoRA replace it.
     form: ClassVar[Form] = PLAIN
 
     def __post_init__(self):
@@ -260,32 +253,6 @@ class LoRA:
             if not any(_matches_under(rule, leaf) for leaf in leaves):
                 paths = sorted({path for leaf in leaves for path in _ancestors(leaf)})
                 raise _unmatched(field, rule, paths, "module or parameter")
-
-
-def unselected_factors(lora: LoRA, path: str) -> ValueError:
-    """The error for parameters that were made with another description than ``lora``."""
-    return ValueError(
-        f"the parameters hold factors at {path!r}, which LoRA.target {lora.target!r} does not "
-        "select: use the description that the factors were made with."
-    )
-
-
-def check_leaves(lora: LoRA, path: str, has: Callable[[str], bool]) -> None:
-    """Raises ValueError unless ``has`` holds for the leaves of the form of ``lora`` alone."""
-    found = tuple(filter(has, LEAVES))
-    if found != lora.factors:
-        raise ValueError(
-            f"{path!r} holds {', '.join(found)}, but {type(lora).__name__} has "
-            f"{', '.join(lora.factors)}: use the description that the factors were made with."
-        )
-
-
-def missing_factors(where: str = "") -> ValueError:
-    """The error for parameters without factors."""
-    return ValueError(
-        f"the parameters hold no factors (lora_a, lora_b){where}: make them with "
-        "params = attach(key, adapted, base_params, *example_args)."
-    )
 
 
 def _matches(rule: Rule | None, path: str) -> bool:

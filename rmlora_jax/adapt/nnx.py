@@ -6,9 +6,7 @@ import copyreg
 import functools
 import inspect
 import zlib
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,30 +15,14 @@ from flax.traverse_util import unflatten_dict
 from jax.core import Tracer
 
 from rmlora_jax.adapt import geometry as geo
-from rmlora_jax.adapt.forms import product
+from rmlora_jax.adapt import nnx_layers
+from rmlora_jax.adapt.forms import Call, product
+from rmlora_jax.adapt.leaves import first_leaves, leaf_shapes
 from rmlora_jax.adapt.lora import LoRA
+from rmlora_jax.adapt.nnx_layers import WRAPPERS, Rule, axes_of, geometry_of, is_variable
 
 __all__ = ["adapt_nnx", "merge_nnx", "pure_params"]
 
-
-class _Rule(NamedTuple):
-    """Which class's own ``methods`` use the ``weight``, and how (None: its fields say so)."""
-
-    kind: type[nnx.Module]
-    weight: str
-    methods: tuple[str, ...]
-    equation: str | None = None
-
-
-_KERNELS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose)
-_RULES = (
-    *(_Rule(kind, "kernel", ("__call__",)) for kind in _KERNELS),
-    _Rule(nnx.Embed, "embedding", ("__call__", "attend")),
-)
-# They rewrite the weights of the layer that they hold before each call.
-_WRAPPERS = tuple(
-    _Rule(kind, "layer_instance", ("__call__",)) for kind in (nnx.WeightNorm, nnx.SpectralNorm)
-)
 # What an adapted layer has beside its leaves.
 _OWN = ("lora_form", "lora_scale", "lora_execution", "lora_dropout")
 
@@ -49,7 +31,7 @@ def adapt_nnx(module: nnx.Module, lora: LoRA, rngs: nnx.Rngs | None = None) -> n
     """A copy of ``module`` that shares its arrays, with factors in each layer ``lora`` targets."""
     model = _copied(module)
     modules = _modules(model)
-    _check_unadapted(modules)
+    nnx_layers.check_unadapted(modules)
     lora.check_train("/".join(map(str, path)) for path, _ in _params(model))
     if lora.target is None:
         return model
@@ -58,20 +40,13 @@ def adapt_nnx(module: nnx.Module, lora: LoRA, rngs: nnx.Rngs | None = None) -> n
             f"adapt(nnx_module, lora, rngs={rngs!r}): the factors need random numbers, such as "
             "rngs=nnx.Rngs(0)."
         )
-    rules = {path: _rule_of(node, lora) for path, node in modules.items()}
-    stacks = {path: _stack(modules[path], rule) for path, rule in rules.items() if rule}
-    unknown = {p for p, node in modules.items() if not rules[p] and _matrices(node, stacks)}
-    lora.check_targets({*stacks, *unknown})
-    targeted = sorted(filter(lora.targets, {*stacks, *unknown}))
-    _check_layers(targeted, modules, rules, stacks, lora)
+    targeted = nnx_layers.targeted(modules, lora)
     keys = [rngs.params(), rngs.dropout()] if lora.dropout else [rngs.params()]
-    for path in targeted:
+    for path, (rule, stack) in targeted.items():
         own = [jax.random.fold_in(key, zlib.crc32(path.encode())) for key in keys]
-        rule = rules[path]
-        assert rule is not None  # _check_layers refuses the others
-        _adapt_layer(modules[path], rule, lora, path, stacks[path], *own)
-    for path, rule in _wrappers(modules).items():
-        if any(_is_below(layer, path) for layer in targeted):
+        _adapt_layer(modules[path], rule, lora, path, stack, *own)
+    for path, rule in nnx_layers.wrappers(modules).items():
+        if any(nnx_layers.is_below(layer, path) for layer in targeted):
             _swap_class(modules[path], rule)
     return model
 
@@ -105,26 +80,22 @@ def pure_params(source: nnx.Module | nnx.State) -> dict:
     {'0': {'kernel': (2, 3)}}
     """
     pairs = [(tuple(map(str, path)), value) for path, value in _params(source)]
-    return unflatten_dict({p: v.get_value() if _is_variable(v) else v for p, v in pairs})
+    return unflatten_dict({p: v.get_value() if is_variable(v) else v for p, v in pairs})
 
 
 def _params(source):
     if isinstance(source, nnx.Module):
         source = nnx.state(source, nnx.Param, graph=True)
     for path, value in nnx.to_flat_state(source):
-        if isinstance(value, nnx.Param) or not _is_variable(value):
+        if isinstance(value, nnx.Param) or not is_variable(value):
             yield path, value
 
 
 def _copied(module: nnx.Module) -> nnx.Module:
     """The same arrays in new Variables (``nnx.merge`` would hand back the Variables themselves)."""
     graphdef, state = nnx.split(module, graph=True)
-    new = jax.tree.map(lambda v: v.copy() if _is_variable(v) else v, state, is_leaf=_is_variable)
+    new = jax.tree.map(lambda v: v.copy() if is_variable(v) else v, state, is_leaf=is_variable)
     return nnx.merge(graphdef, new)
-
-
-def _is_variable(value) -> bool:
-    return isinstance(value, nnx.Variable)
 
 
 def _modules(model: nnx.Module) -> dict[str, Any]:
@@ -133,136 +104,14 @@ def _modules(model: nnx.Module) -> dict[str, Any]:
     return {"/".join(map(str, p)): node for p, node in nodes if isinstance(node, nnx.Module)}
 
 
-def _rule_of(node: nnx.Module, lora: LoRA) -> _Rule | None:
-    for layer in lora.layers:
-        if isinstance(node, layer.cls):
-            return _Rule(layer.cls, layer.weight, (layer.method,), layer.equation)
-    return next((rule for rule in _RULES if isinstance(node, rule.kind)), None)
-
-
-def _axes(layer, rule: _Rule) -> Sequence:
-    """The axes of one layer's weight: their sizes by its fields, or the letters of an equation."""
-    if rule.equation is not None:
-        return geo.terms(rule.equation)[1]
-    if rule.kind is nnx.Linear:
-        return layer.in_features, layer.out_features
-    if rule.kind is nnx.LinearGeneral:
-        return *layer.batch_axis.values(), *layer.in_features, *layer.out_features
-    if rule.kind is nnx.Embed:
-        return layer.num_embeddings, layer.features
-    return tuple(layer.kernel_shape)
-
-
-def _geometry(layer, rule: _Rule, ndim: int = 20, equation: str | None = None):
-    """How the layer's weight meets an input of ``ndim`` axes."""
-    if rule.equation is not None or rule.kind is nnx.Einsum:
-        return geo.Contraction(equation or rule.equation or layer.einsum_str)
-    if rule.kind is nnx.Linear:
-        return geo.DENSE
-    if rule.kind is nnx.LinearGeneral:
-        # Flax sorts the axes: the first of in_features belongs to the foremost.
-        axis = sorted(i % ndim for i in layer.axis)
-        return geo.general(axis, sorted(layer.batch_axis), layer.out_features, ndim)
-    if rule.kind is nnx.Embed:
-        return geo.Lookup(layer.num_embeddings)
-    return geo.convolution(layer)
-
-
-def _stack(layer, rule: _Rule) -> tuple[int, ...]:
-    """The leading axes of the weight, over which ``nnx.vmap`` stacked the layer."""
-    shape = tuple(getattr(getattr(layer, rule.weight, None), "shape", ()))
-    return shape[: max(0, len(shape) - len(_axes(layer, rule)))]
-
-
-# What is refused
-
-_NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm)
-
-
-def _check_unadapted(modules):
-    for path, node in modules.items():
-        if any(isinstance(value, nnx.LoRAParam) for value in vars(node).values()):
-            raise ValueError(
-                f"adapt was given a module that is adapted already: {path!r}, a "
-                f"{type(node).__name__}, has an nnx.LoRAParam. Adapt the base module, without "
-                "nnx.LoRA and nnx.LoRALinear; or merge(module, lora) first."
-            )
-
-
-def _matrices(node, stacks):
-    """Names of the module's own parameters that are matrices; a stack of vectors is none."""
-
-    def is_matrix(shape):
-        rests = [shape[len(s) :] for s in {(), *stacks.values()} if shape[: len(s)] == s]
-        return all(sum(size > 1 for size in rest) >= 2 for rest in rests)
-
-    params = [(name, v) for name, v in vars(node).items() if isinstance(v, nnx.Param)]
-    return [n for n, v in params if not isinstance(node, _NORMS) and is_matrix(jnp.shape(v))]
-
-
-def _is_below(path, module):
-    return not module or path.startswith(f"{module}/")
-
-
-def _wrappers(modules) -> dict[str, _Rule]:
-    pairs = [(path, rule) for path in modules for rule in _WRAPPERS]
-    return {path: rule for path, rule in pairs if isinstance(modules[path], rule.kind)}
-
-
-def _check_layers(targeted, modules, rules, stacks, lora):
-    beside = lora.execution != "merged" or lora.dropout > 0  # the product runs beside the layer
-    rewritten = lora.execution == "merged" or lora.init == "pissa"
-    instead = ' (or use execution="merged" without dropout)'
-    values = [value for node in modules.values() for value in vars(node).values()]
-    uses = Counter(id(value) for value in values if _is_variable(value))
-    for path in targeted:
-        layer, rule = modules[path], rules[path]
-        if rule is None:
-            name = _matrices(layer, stacks)[0]
-            raise ValueError(
-                f"the targeted module {path!r}, a {type(layer).__name__}, has a weight {name!r} of "
-                "its own but is not a layer of flax.nnx: leave it out with LoRA.exclude (the root "
-                "with target='.+'), say how it uses the weight with LoRA.layers="
-                f"(Layer(cls, equation, weight={name!r}),), or build it of nnx.Linear."
-            )
-        weight: Any = getattr(layer, rule.weight, None)
-        what = None
-        if not _is_variable(weight) or not hasattr(weight, "shape"):
-            what = f"has no nnx.Param {rule.weight!r} that holds one array"
-        elif beside and any(_is_below(path, wrapper) for wrapper in _wrappers(modules)):
-            what = f"has its weight transformed by nnx.WeightNorm or nnx.SpectralNorm{instead}"
-        elif rewritten and not jnp.issubdtype(weight.dtype, jnp.inexact):
-            what = f'has a weight of dtype {weight.dtype}, which "pissa" and "merged" would rewrite'
-        elif uses[id(weight)] > 1:
-            what = f"shares its {rule.weight} with another layer, which a merge would change too"
-        elif beside and rule.kind in (nnx.Conv, nnx.ConvTranspose) and layer.mask is not None:
-            what = f"has a mask on its weight, which the factors would go around{instead}"
-        elif rule.kind is nnx.Einsum and layer.einsum_str is None:
-            what = "has no equation (einsum_str) of its own, so that nothing says what is summed"
-        elif not rule.equation and weight.shape != (*stacks[path], *_axes(layer, rule)):
-            what = (
-                f"has a {rule.weight} of shape {weight.shape} where its fields say "
-                f"{_axes(layer, rule)}; nnx.vmap must stack it on axis 0"
-            )
-        if what is not None:
-            raise ValueError(f"the layer {path!r} {what}: leave it out with LoRA.exclude.")
-
-
 # One layer
 
 
-def _adapt_layer(layer, rule: _Rule, lora: LoRA, path: str, stack, key, *dropout_key):
-    weight, rank, scale = getattr(layer, rule.weight), lora.rank_of(path), lora.scale_of(path)
-    plain = weight.shape[len(stack) :]
-    try:
-        axes = geo.layout(_geometry(layer, rule), len(plain))
-        shapes = [(*stack, *shape) for shape in lora.form.shapes(plain, axes, rank)]
-    except ValueError as error:
-        raise ValueError(
-            f"the layer {path!r} cannot be adapted: {error} Leave it out with LoRA.exclude."
-        ) from None
-    value = weight.get_value()
-    values, rest = lora.form.initial(key, value, axes, shapes, scale, lora.init, lora.dtype)
+def _adapt_layer(layer, rule: Rule, lora: LoRA, path: str, stack, key, *dropout_key):
+    weight = getattr(layer, rule.weight)
+    axes, shapes = leaf_shapes(lora, path, geometry_of(layer, rule), weight.shape[len(stack) :])
+    shapes = [(*stack, *shape) for shape in shapes]
+    values, rest = first_leaves(lora, path, key, weight.get_value(), axes, shapes)
     weight.set_value(rest)
     _swap_class(layer, rule)
 
@@ -273,7 +122,7 @@ def _adapt_layer(layer, rule: _Rule, lora: LoRA, path: str, stack, key, *dropout
     for i, (name, value) in enumerate(zip(lora.factors, values, strict=True)):
         setattr(layer, name, _leaf(value, weight, functools.partial(names_of, i)))
     layer.lora_form = lora.form
-    layer.lora_scale = scale
+    layer.lora_scale = lora.scale_of(path)
     layer.lora_execution = lora.execution
     if lora.dropout:
         layer.lora_dropout = nnx.Dropout(lora.dropout)
@@ -282,7 +131,7 @@ def _adapt_layer(layer, rule: _Rule, lora: LoRA, path: str, stack, key, *dropout
         layer.lora_dropout.rngs = nnx.RngStream(keys, tag="dropout")
 
 
-def _swap_class(node, rule: _Rule):
+def _swap_class(node, rule: Rule):
     pytree = not jax.tree_util.all_leaves([node])
     object.__setattr__(node, "__class__", _adapted_class(type(node), rule, pytree))
 
@@ -315,7 +164,7 @@ def _folded(model: nnx.Module) -> nnx.Module:
         if not hasattr(node, "lora_recipe"):
             continue
         cls, rule, _ = type(node).lora_recipe
-        if rule not in _WRAPPERS:
+        if rule not in WRAPPERS:
             setattr(node, rule.weight, getattr(node, rule.weight).copy(_merged(node, rule)))
             for name in (*node.lora_form.leaves, *_OWN):
                 if hasattr(node, name):
@@ -324,8 +173,8 @@ def _folded(model: nnx.Module) -> nnx.Module:
     return model
 
 
-def _merged(layer, rule: _Rule):
-    axes = geo.layout(_geometry(layer, rule), len(_axes(layer, rule)))
+def _merged(layer, rule: Rule):
+    axes = geo.layout(geometry_of(layer, rule), len(axes_of(layer, rule)))
     weight = getattr(layer, rule.weight).get_value()
     return layer.lora_form.merged(weight, _leaves(layer), layer.lora_scale, axes)
 
@@ -337,9 +186,9 @@ def _leaves(layer):
 # The adapted classes
 
 
-def _run(plain, rule: _Rule, layer, *args, **kwargs):
+def _run(plain, rule: Rule, layer, *args, **kwargs):
     """``plain``, the layer's own method, with the product of the factors added to its result."""
-    if rule in _WRAPPERS:
+    if rule in WRAPPERS:
         twin = copy.copy(layer)
         inner = nnx.merge(*nnx.split(layer.layer_instance, graph=True))  # with the same Variables
         vars(twin)["layer_instance"] = _folded(inner)
@@ -348,12 +197,6 @@ def _run(plain, rule: _Rule, layer, *args, **kwargs):
     name_of_self, name_of_x = list(bound.arguments)[:2]
     x = bound.arguments[name_of_x]
     dropout = getattr(layer, "lora_dropout", None)
-    if dropout is not None and (
-        dropout.deterministic
-        or plain.__name__ == "attend"
-        or not jnp.issubdtype(x.dtype, jnp.inexact)
-    ):
-        dropout = None
     equation = _equation(layer, bound.arguments) if rule.kind is nnx.Einsum else None
     weight, bias = getattr(layer, rule.weight), getattr(layer, "bias", None)
     bias = bias.get_value() if isinstance(bias, nnx.Variable) else None
@@ -366,31 +209,26 @@ def _run(plain, rule: _Rule, layer, *args, **kwargs):
         bound.arguments |= {name_of_self: twin, name_of_x: x}
         return plain(*bound.args, **bound.kwargs)
 
-    return product(
-        x,
-        weight.get_value(),
-        layer.lora_form,
-        _leaves(layer),
-        _geometry(layer, rule, jnp.ndim(x), equation),
+    call = Call.of(
+        layer,
+        x=x,
+        weight=weight.get_value(),
+        geometry=geometry_of(layer, rule, jnp.ndim(x), equation),
         layer=on,
         scale=layer.lora_scale,
-        execution="factored" if dropout is not None else layer.lora_execution,
+        execution=layer.lora_execution,
         attends=plain.__name__ == "attend",
-        drop=dropout,
-        # What else a class of one's own does with its weight is not known, nor what a mask hides.
-        affine=not rule.equation and getattr(layer, "mask", None) is None,
+        drop=None if dropout is None or dropout.deterministic else dropout,
+        affine=not rule.equation,
         bias=bias,
-        precision=getattr(layer, "precision", None),
-        dtype=getattr(layer, "dtype", None),
     )
+    return product(layer.lora_form, _leaves(layer), call)
 
 
 def _equation(layer, bound):
     """An equation given at the call, which must use the weight as the layer's own does."""
     equation = bound.get("einsum_str") or layer.einsum_str
-    found, own = (
-        geo.layout(geo.Contraction(e), None) for e in (equation, layer.einsum_str)
-    )
+    found, own = (geo.layout(geo.Contraction(e), None) for e in (equation, layer.einsum_str))
     if found != own:
         raise ValueError(
             f"an adapted nnx.Einsum({layer.einsum_str!r}) was called with {equation!r}, which "
@@ -406,7 +244,7 @@ _reached: contextvars.ContextVar[set[type] | None] = contextvars.ContextVar(
 
 
 @functools.cache
-def _mixin(rule: _Rule) -> type[nnx.Module]:
+def _mixin(rule: Rule) -> type[nnx.Module]:
     """``rule.kind`` with the product added; it stands right before it in a subclass's MRO."""
 
     def wrapped(name):
@@ -424,7 +262,7 @@ def _mixin(rule: _Rule) -> type[nnx.Module]:
 
 
 @functools.cache
-def _adapted_class(cls: type[nnx.Module], rule: _Rule, pytree: bool = True) -> type[nnx.Module]:
+def _adapted_class(cls: type[nnx.Module], rule: Rule, pytree: bool = True) -> type[nnx.Module]:
     """``cls`` with the product added where it runs the ``rule.methods`` of ``rule.kind``."""
     mixin = _mixin(rule)
     namespace: dict[str, Any] = {"lora_recipe": (cls, rule, pytree)}

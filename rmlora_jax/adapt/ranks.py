@@ -1,9 +1,8 @@
 """Other ranks for an adapter: the same update, or the best approximation of it.
 
 An *adapter* is a pair ``(params, lora)``: nested dicts of adapted parameters, or of the trainable
-part of them alone, and the ``LoRA`` that describes them. These functions are pure, leave their
-arguments alone, and may be traced by ``jax.jit`` and ``jax.eval_shape`` (the descriptions are plain
-Python: close over them).
+part of them alone, and the ``LoRA`` that describes them. These functions may be traced by
+``jax.jit`` and ``jax.eval_shape``; close over the descriptions.
 """
 
 import dataclasses
@@ -19,8 +18,9 @@ from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rmlora_jax.adapt.forms import FACTORS, is_factor
-from rmlora_jax.adapt.linen import reboxed, unboxed
-from rmlora_jax.adapt.lora import LoRA, check_leaves, missing_factors, unselected_factors
+from rmlora_jax.adapt.geometry import matmul
+from rmlora_jax.adapt.leaves import described_leaves, reboxed, unboxed
+from rmlora_jax.adapt.lora import LoRA
 from rmlora_jax.adapt.tree import adapted_weights
 
 __all__ = ["pad_rank", "reduce_rank", "to_lora"]
@@ -44,18 +44,13 @@ def pad_rank(params: Mapping[str, Any], lora: LoRA, rank: int) -> tuple[dict, Lo
 
     The new directions never move in training: with A = 0 and B = 0 the gradients of both are 0.
 
-    Args:
-        params: an adapter's parameters, base weights included or not.
-        lora: their description.
-        rank: the rank of every module of the result.
-
     Returns:
         ``(params, lora)``; ``lora_a`` (*stack, in, rank) and ``lora_b`` (*stack, rank, out) in the
         dtypes they had, every other leaf the same array.
 
     Raises:
-        ValueError: a module's rank exceeds ``rank``; ``lora`` has a diagonal (``to_lora`` folds
-            it); the factors are not those that ``lora`` describes.
+        ValueError: a module's rank exceeds ``rank``; ``lora`` is not plain LoRA (``to_lora`` folds
+            a diagonal); the factors are not those that ``lora`` describes.
         TypeError: the arguments are not nested dicts and a ``LoRA``.
 
     Example:
@@ -64,17 +59,14 @@ def pad_rank(params: Mapping[str, Any], lora: LoRA, rank: int) -> tuple[dict, Lo
         >>> params["fc"]["lora_a"].shape, lora.alpha, lora.scale_of("fc")
         ((5, 4), 12.0, 3.0)
     """
-    rank, one, kept = LoRA(rank).rank, read_adapter(params, lora), {}
-    for module, (a, b) in one.pairs.items():
-        path = "/".join(module)
+    rank, one = LoRA(rank).rank, read_adapter(params, lora)
+    for module, (a, _) in one.pairs.items():
         if a.shape[-1] > rank:
             raise ValueError(
-                f"pad_rank: {path!r} has rank {a.shape[-1]} already, above {rank}: reduce_rank "
-                "lowers ranks."
+                f"pad_rank: {'/'.join(module)!r} has rank {a.shape[-1]} already, above {rank}: "
+                "reduce_rank lowers ranks."
             )
-        put_factors(one.flat, module, one.flat, padded(a, b, rank))
-        kept[path] = (rank, lora.scale_of(path))
-    return unflatten_dict(one.flat), described(lora, kept)
+    return _replaced(one.flat, lora, {m: padded(*pair, rank) for m, pair in one.pairs.items()})
 
 
 def reduce_rank(params: Mapping[str, Any], lora: LoRA, rank: int) -> tuple[dict, LoRA]:
@@ -90,11 +82,7 @@ def reduce_rank(params: Mapping[str, Any], lora: LoRA, rank: int) -> tuple[dict,
     the rank was low already. A direction that Delta W lacks comes out as A = 0, B = 0, and never
     moves in training.
 
-    Args:
-        params: an adapter's parameters, base weights included or not.
-        lora: their description.
-        rank: the largest rank of the result. A module keeps fewer if it had fewer, or if its
-            weight is narrower.
+    A module keeps a lower rank if it had one, or if its weight is narrower.
 
     Returns:
         ``(params, lora)``, the factors in float32, the scales kept as by ``pad_rank``.
@@ -113,31 +101,20 @@ def reduce_rank(params: Mapping[str, Any], lora: LoRA, rank: int) -> tuple[dict,
     References:
         Eckart & Young 1936, *The approximation of one matrix by another of lower rank*.
     """
-    rank, one, kept = LoRA(rank).rank, read_adapter(params, lora), {}
-    for module, (a, b) in one.pairs.items():
-        path = "/".join(module)
-        a, b = reduced(a, b, rank)
-        put_factors(one.flat, module, one.flat, (a, b))
-        kept[path] = (a.shape[-1], lora.scale_of(path))
-    return unflatten_dict(one.flat), described(lora, kept, dtype=jnp.float32)
+    rank, one = LoRA(rank).rank, read_adapter(params, lora)
+    pairs = {module: reduced(*pair, rank) for module, pair in one.pairs.items()}
+    return _replaced(one.flat, lora, pairs, dtype=jnp.float32)
 
 
 def to_lora(params: Mapping[str, Any], lora: LoRA) -> tuple[dict, LoRA]:
     """What AdaLoRA or SoRA trained as plain LoRA factors, of the rank that is left.
 
-    e is multiplied into A, which is what the adapted model does with it anyway, and the directions
-    whose e is 0 are dropped. A stack of layers keeps the rank of its fullest layer, the others
-    with zeros for what they dropped; a layer that dropped all keeps one direction of zeros. Scales
-    stay as they are, through ``alpha_pattern`` where ranks came to differ. So the model adapted by
-    the result computes what it did, up to the rounding of sums of fewer terms.
-
-    Args:
-        params: adapted parameters, base weights included; concrete arrays, since shapes follow
-            from values.
-        lora: their description, ``AdaLoRA`` or ``SoRA``.
-
-    Returns:
-        ``(params, lora)``: without diagonals, and the plain ``LoRA`` that describes them.
+    e is multiplied into A, as the adapted model does, and the directions whose e is 0 are dropped.
+    A stack of layers keeps the rank of its fullest layer, the others with zeros for what they
+    dropped; a layer that dropped all keeps one direction of zeros. Scales stay as they are, through
+    ``alpha_pattern`` where ranks came to differ. So the model adapted by the result computes what
+    it did, up to the rounding of sums of fewer terms. ``params`` hold the base weights, too, and
+    are concrete arrays, since shapes follow from values.
 
     Raises:
         ValueError: ``lora`` has no diagonal, or as ``merge``.
@@ -155,15 +132,21 @@ def to_lora(params: Mapping[str, Any], lora: LoRA) -> tuple[dict, LoRA]:
     """
     if not lora.form.folds:
         raise ValueError(f"to_lora: {type(lora).__name__} has no diagonal to fold; merge takes it.")
-    flat: dict[tuple[str, ...], Any] = dict(flatten_dict(params))
+    pairs = {
+        path[:-1]: lora.form.folded(leaves) for path, _, leaves in adapted_weights(params, lora)
+    }
+    own = {path: leaf for path, leaf in flatten_dict(params).items()
+           if not is_factor(path) or path[-1] in FACTORS}  # fmt: skip
+    return _replaced(own, lora, pairs)
+
+
+def _replaced(flat: dict, lora: LoRA, pairs: Mapping, **fields) -> tuple[dict, LoRA]:
+    """An adapter with other (A, B) of the same scales, and what describes it."""
     kept = {}
-    for (*module, _), _, factors in adapted_weights(params, lora):
-        boxes = {name: flat.pop((*module, name)) for name in lora.factors}
-        pair = lora.form.folded(factors)
-        for name, value in zip(FACTORS, pair, strict=True):
-            flat[(*module, name)] = reboxed(boxes[name], value)
-        kept["/".join(module)] = (pair[0].shape[-1], lora.scale_of("/".join(module)))
-    return unflatten_dict(flat), described(lora, kept)
+    for module, (a, b) in pairs.items():
+        put_factors(flat, module, flat, (a, b))
+        kept["/".join(module)] = (a.shape[-1], lora.scale_of("/".join(module)))
+    return unflatten_dict(flat), described(lora, kept, **fields)
 
 
 def described(lora: LoRA, kept: Mapping[str, tuple[int, float]], **fields) -> LoRA:
@@ -196,22 +179,8 @@ def read_adapter(params, lora) -> Adapter:
         )
     if lora.form.obstacle is not None:
         raise ValueError(f"{type(lora).__name__} {lora.form.obstacle}")
-    flat, pairs = dict(flatten_dict(params)), {}
-    for module in sorted({path[:-1] for path in flat if is_factor(path)}):
-        path = "/".join(module)
-        check_leaves(lora, path, lambda name, module=module: (*module, name) in flat)
-        if not lora.targets(path):
-            raise unselected_factors(lora, path)
-        a, b = pairs[module] = tuple(unboxed(flat[*module, name]) for name in FACTORS)
-        rank = lora.rank_of(path)
-        if (*a.shape[:-2], rank, rank) != (*b.shape[:-1], a.shape[-1]):
-            raise ValueError(
-                f"lora_a {a.shape} and lora_b {b.shape} at {path!r} are not (*stack, in, r) and "
-                f"(*stack, r, out) with the description's r = {rank}: use the one that the factors "
-                "were made with."
-            )
-    if lora.target is not None and not pairs:
-        raise missing_factors()
+    flat = dict(flatten_dict(params))
+    pairs = dict(described_leaves({path: unboxed(leaf) for path, leaf in flat.items()}, lora))
     trained = {path for path in flat if not is_factor(path) and lora.trains("/".join(path))}
     return Adapter(flat, pairs, trained, lora)
 
@@ -248,11 +217,7 @@ def reduced(a, b, rank: int):
     """Balanced factors of the best approximation of A B by one of this rank, in float32."""
     qa, ra = jnp.linalg.qr(a.astype(jnp.float32))
     qb, rb = jnp.linalg.qr(b.astype(jnp.float32).mT)
-    u, s, vt = jnp.linalg.svd(_matmul(ra, rb.mT), full_matrices=False)
+    u, s, vt = jnp.linalg.svd(matmul(ra, rb.mT), full_matrices=False)
     root = jnp.sqrt(s[..., :rank])
     left, right = u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
-    return _matmul(qa, left), _matmul(right, qb.mT)
-
-
-def _matmul(x, y):
-    return jnp.matmul(x, y, precision="highest")
+    return matmul(qa, left), matmul(right, qb.mT)

@@ -14,8 +14,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rmlora_jax.adapt.forms import FACTORS, is_factor
 from rmlora_jax.adapt.geometry import check_layout, in_order
-from rmlora_jax.adapt.linen import Adapted, check_adapted, layouts, reboxed, unboxed
-from rmlora_jax.adapt.lora import LoRA, check_leaves, missing_factors, unselected_factors
+from rmlora_jax.adapt.leaves import (
+    check_adapted,
+    described_leaves,
+    first_leaves,
+    reboxed,
+    unboxed,
+    weight_path,
+)
+from rmlora_jax.adapt.linen import Adapted, layouts
+from rmlora_jax.adapt.lora import LoRA
 
 __all__ = ["attach", "join", "merge", "split"]
 
@@ -27,8 +35,8 @@ def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) 
 
     The base leaves come back as the same arrays (for ``init="pissa"``, which takes W_0 apart, only
     those of layers without factors). Nothing of the base is drawn or allocated: shapes come from
-    ``jax.eval_shape``, and each A from ``key`` folded with the crc32 of its module path, each layer
-    of a stack drawing its own. B is 0.
+    ``jax.eval_shape``. Each A is drawn from ``key`` folded with the crc32 of its module path, each
+    layer of a stack by itself. B is 0.
 
     Args:
         key: a ``jax.random`` key.
@@ -41,8 +49,8 @@ def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) 
     Returns:
         Nested dicts: the base leaves and, beside the weights, ``lora_a`` (*stack, in, r) and
         ``lora_b`` (*stack, r, out) in ``lora.dtype``; for ``AdaLoRA`` and ``SoRA`` also ``lora_e``
-        (*stack, r). With ``target=None``, ``base_params`` itself.
-        Works under ``jax.jit`` and ``jax.eval_shape``.
+        (*stack, r), for ``DoRA`` ``lora_m`` (*stack, out). With ``target=None``, ``base_params``
+        itself. Works under ``jax.jit`` and ``jax.eval_shape``.
 
     Raises:
         TypeError: ``adapted`` does not come from ``adapt``.
@@ -57,9 +65,6 @@ def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) 
         >>> params = attach(jax.random.key(1), adapt(base, LoRA(rank=2)), base_params, x)
         >>> params["kernel"] is base_params["kernel"]
         True
-
-    References:
-        Hu et al. 2021, arXiv:2106.09685, section 4.1; Meng et al. 2024, arXiv:2404.02948 (pissa).
     """
     if not isinstance(adapted, Adapted):
         raise TypeError(
@@ -80,18 +85,15 @@ def attach(key, adapted: Adapted, base_params: Params, *example_args, **kwargs) 
 
     params = dict(base)
     for module in sorted({path[:-1] for path in shapes if path[-1] in FACTORS}):
-        path = "/".join(module)
+        path, weight_at = "/".join(module), weight_path(lora, module, shapes)
+        weight, found = params[weight_at], axes.get(path)
         boxes = [shapes[(*module, name)] for name in lora.factors]
-        weight_path = next((*module, n) for n in lora.weights if (*module, n) in shapes)
-        weight, found = params[weight_path], axes.get(path)
-        check_layout(path, unboxed(weight), unboxed(boxes[0]), unboxed(boxes[1]), found)
-        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        leaf_shapes, scale = [unboxed(box).shape for box in boxes], lora.scale_of(path)
-        values, rest = lora.form.initial(
-            own, unboxed(weight), found, leaf_shapes, scale, lora.init, lora.dtype
-        )
+        leaves, value = [unboxed(box) for box in boxes], unboxed(weight)
+        check_layout(path, value, leaves[0], leaves[1], found)
+        own, shape = jax.random.fold_in(key, zlib.crc32(path.encode())), [x.shape for x in leaves]
+        values, rest = first_leaves(lora, path, own, value, found, shape)
         if lora.init == "pissa":
-            params[weight_path] = reboxed(weight, rest)
+            params[weight_at] = reboxed(weight, rest)
         boxed = isinstance(weight, meta.AxisMetadata)  # boxes only where the base has them
         for name, box, value in zip(lora.factors, boxes, values, strict=True):
             params[(*module, name)] = reboxed(box, value) if boxed else value
@@ -156,10 +158,10 @@ def merge(params, lora, *example_args, **kwargs):
         params: adapted parameters; or an adapted NNX module, for which the unadapted module comes
             back and the argument stays as it is.
         lora: the description; or what ``adapt`` returned, if arguments follow.
-        *example_args: arguments of a Linen module's call, as in ``attach``: needed only where the
-            axes of a weight do not stand in the order (*stack, *batch, *in, *out) and are learnt
-            from the adapted model: ``nn.Einsum`` with "BTD,NDH->BTNH", a transposed convolution.
-        **kwargs: likewise.
+        *example_args, **kwargs: arguments of a Linen module's call, as in ``attach``: needed only
+            where the axes of a weight do not stand in the order (*stack, *batch, *in, *out) and are
+            learnt from the adapted model: ``nn.Einsum`` with "BTD,NDH->BTNH", a transposed
+            convolution.
 
     Raises:
         ValueError: ``params`` has no factors although ``lora`` targets layers, has factors that
@@ -170,9 +172,6 @@ def merge(params, lora, *example_args, **kwargs):
         >>> layer["lora_b"] = jnp.ones((1, 2))
         >>> merge({"fc": layer}, LoRA(rank=1, alpha=3))["fc"]["kernel"].tolist()
         [[3.0, 3.0], [3.0, 3.0]]
-
-    References:
-        Hu et al. 2021, arXiv:2106.09685, section 4.1.
     """
     if is_nnx(params, "Module"):
         return nnx_functions().merge_nnx(params, lora)
@@ -203,36 +202,13 @@ def merge(params, lora, *example_args, **kwargs):
 
 def adapted_weights(params: Params, lora: LoRA) -> Iterator[tuple]:
     """(path of the weight, weight, leaves), unboxed, of every weight that has factors, in the order
-    of paths, checked against each other; the leaves in the order of ``lora.form.leaves``.
-
-    Raises:
-        ValueError: as ``merge``.
+    of paths, checked against each other and ``lora``; the leaves in the order of ``lora.factors``.
     """
     flat = {path: unboxed(leaf) for path, leaf in _flatten(params).items()}
-    modules = sorted({path[:-1] for path in flat if path[-1] in FACTORS})
-    if lora.target is not None and not modules:
-        raise missing_factors()
-    for module in modules:
-        path = "/".join(module)
-        names = [name for name in lora.weights if (*module, name) in flat]
-        missing = [name for name in FACTORS if (*module, name) not in flat]
-        if missing or not names:
-            raise ValueError(
-                f"{path!r} holds factors but lacks {', '.join(missing or lora.weights[:1])}: pass "
-                "the whole parameters, join(trainable, frozen)."
-            )
-        if not lora.targets(path):
-            raise unselected_factors(lora, path)
-        check_leaves(lora, path, lambda name, module=module: (*module, name) in flat)
-        weight, *factors = (flat[(*module, name)] for name in (names[0], *lora.factors))
-        a, b = factors[:2]
-        check_layout(path, weight, a, b)
-        if a.shape[-1] != lora.rank_of(path):
-            raise ValueError(
-                f"the factors at {path!r} have rank {a.shape[-1]}, the description says "
-                f"{lora.rank_of(path)}: use the description that the factors were made with."
-            )
-        yield (*module, names[0]), weight, tuple(factors)
+    for module, leaves in described_leaves(flat, lora):
+        path = weight_path(lora, module, flat)
+        check_layout("/".join(module), flat[path], *leaves[:2])
+        yield path, flat[path], leaves
 
 
 def _trace(adapted, key, args, kwargs):
@@ -251,20 +227,17 @@ def _trace(adapted, key, args, kwargs):
     with layouts() as seen:
         shapes = _flatten(jax.eval_shape(init, key, arrays))
     axes = {path: found for path, found in seen.items() if not found.in_order}
+    modules = {path[:-1] for path in shapes if path[-1] in FACTORS}
+    weights = {"/".join(m): unboxed(shapes[weight_path(adapted.lora, m, shapes)]) for m in modules}
     by_shape = {}
     for path, found in axes.items():
-        by_shape.setdefault(_weight_shape(shapes, path, adapted.lora), set()).add(found)
-    for path in {"/".join(path[:-1]) for path in shapes if path[-1] in FACTORS} - seen.keys():
+        by_shape.setdefault(weights[path].shape, set()).add(found)
+    for path in weights.keys() - seen.keys():
         # A layer that ran in the trace that nn.jit made for its twin.
-        found = by_shape.get(_weight_shape(shapes, path, adapted.lora), ())
+        found = by_shape.get(weights[path].shape, ())
         if len(found) == 1:
             (axes[path],) = found
     return shapes, axes
-
-
-def _weight_shape(shapes, path, lora):
-    module = path.split("/") if path else ()
-    return next(unboxed(shapes[*module, n]).shape for n in lora.weights if (*module, n) in shapes)
 
 
 def _is_array(leaf) -> bool:

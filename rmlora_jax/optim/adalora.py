@@ -1,7 +1,5 @@
 """AdaLoRA's training: penalty gradient, clipping, AdamW, then the allocation of ranks."""
 
-import numbers
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,13 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmlora_jax.optim.factors import Diagonal, find_diagonals, flatten, is_absent
+from rmlora_jax.optim.factors import Diagonal, find_diagonals, flatten, is_absent, map_leaves
 from rmlora_jax.optim.orthogonality import add_orthogonality
-from rmlora_jax.optim.precision import check_params, clip_by_norm, in_float32, next_count
+from rmlora_jax.optim.precision import (
+    check_integer,
+    check_params,
+    clip_by_norm,
+    in_float32,
+    next_count,
+)
 
 
 class AllocationState(NamedTuple):
-    """State of :func:`allocate_rank`. Trees are like the parameters, with no leaf for the others.
+    """State of :func:`allocate_rank`. Its trees are those of the parameters, adapted leaves alone.
 
     Attributes:
       count: updates made so far, int32 scalar.
@@ -23,7 +27,7 @@ class AllocationState(NamedTuple):
       uncertainty: float32 in the same shapes: the mean distance of :math:`|w g|` from it.
       budget: int32 scalar: how many triplets the schedule allowed at the last update.
       kept: boolean in the shape of e, (*stack, r): the triplets that the last allocation kept; all
-        True before the first. The others are 0 after it and may grow until the next.
+        True before the first.
       inner_state: state of the wrapped transformation.
     """
 
@@ -62,41 +66,22 @@ def adalora(
         \theta \leftarrow \mathrm{AdamW}(\theta, g), \quad
         \theta \leftarrow \mathrm{allocate}_t(\theta),
 
-    with R of :func:`rmlora_jax.orthogonality` on A and B. It is a chain of
-    :func:`rmlora_jax.add_orthogonality`, :func:`optax.clip_by_global_norm` and
-    :func:`allocate_rank` around :func:`optax.adamw`.
+    with R of :func:`rmlora_jax.orthogonality` on A and B, and :func:`allocate_rank` around AdamW.
 
-    Where it differs from the authors' code: their AdamW (of an old Transformers) adds epsilon
-    before the bias correction and decays what it has already moved, optax's is PyTorch's; their
-    clipping divides by the norm + 1e-6, optax's by the norm.
+    It differs from the authors' code in clipping, and in AdamW, where theirs (of an old
+    Transformers) adds epsilon before the bias correction and decays what it has already moved.
 
     Args:
-      learning_rate: a float or a schedule.
-      total_steps: this and the next four: see :func:`allocate_rank`.
-      target: see there.
-      initial_steps: see there.
-      final_steps: see there.
-      every: see there.
+      learning_rate, clip, b1, b2, eps, weight_decay: see :func:`rmlora_jax.rm_lora`; the weight
+        decay may be a schedule.
+      total_steps, target, initial_steps, final_steps, every, beta1, beta2: see
+        :func:`allocate_rank`.
       orthogonal: :math:`\gamma`, the weight of the orthogonality penalty; a float or a schedule. Do
         not also add the penalty to the loss. The authors use 0.1, and 0.3 for RTE and STS-B.
-      clip: the global norm that gradients are clipped to, or None.
-      beta1: see :func:`allocate_rank`.
-      beta2: see there.
-      b1: decay rate of AdamW's first moment.
-      b2: decay rate of AdamW's second moment.
-      eps: AdamW's epsilon.
-      weight_decay: decoupled weight decay, times the learning rate; a float or a schedule; on every
-        leaf.
 
-    Returns:
-      A :class:`optax.GradientTransformationExtraArgs`; ``update`` needs ``params``. The step is
-      computed and its state kept in float32; updates come back in the dtype of the parameters.
-
-    Raises:
-      ValueError: as :func:`allocate_rank`.
+    ``update`` needs ``params``. Errors are those of :func:`allocate_rank`.
 
     Example:
-      >>> import jax.numpy as jnp, optax
       >>> q = {"lora_a": jnp.eye(3, 2), "lora_b": jnp.eye(2, 4), "lora_e": jnp.zeros(2)}
       >>> params = {"q": q}
       >>> tx = adalora(0.1, total_steps=4, target=1, initial_steps=0, final_steps=2, every=1)
@@ -150,34 +135,32 @@ def allocate_rank(
 
     while :math:`t < T - t_f`, t from 0; later S is frozen. An allocation makes :math:`e_i` exactly
     0 where :math:`S_i` is among the :math:`b_0 - b_t` smallest of all modules (or ties with the
-    largest of these), :math:`b_t` being the :func:`budget`. It follows every update t with
+    largest of these), with :math:`b_t` of :func:`budget`. It follows every update t with
     :math:`t_i < t \le T - t_f` that is a multiple of ``every``, and every update
     :math:`t > T - t_f`. A zeroed triplet keeps its A, its B and the state of ``inner``, and comes
-    back if a later allocation spares it. Stacked layers are modules of their own.
+    back if a later allocation spares it. Each layer of a stack is a module.
 
-    It follows ``RankAllocator`` of the authors' code. That of PEFT also allocates at
-    :math:`t = T - t_f` where this is no multiple of ``every``, and freezes the mask of that step.
+    It follows ``RankAllocator`` of the authors' code. PEFT's also allocates at :math:`t = T - t_f`
+    where this is not a multiple of ``every``, and freezes the mask of that step.
 
     .. warning::
-      Under gradient accumulation wrap all of this in :class:`optax.MultiSteps`. What changes the
-      updates behind it moves zeroed entries away from 0.
+      Under gradient accumulation wrap all of this in :class:`optax.MultiSteps`. Transformations
+      behind it move zeroed entries away from 0.
 
     Args:
       inner: any optax transformation; clipping belongs in front of ``allocate_rank``, where the
         gradient that the scores use is clipped too.
-      total_steps: T, how many updates the run makes.
+      total_steps: T, the number of updates of the run.
       target: final rank of a module, averaged over modules; of M modules
         ``int(target * M)`` triplets are kept in the end. Need not be an integer.
       initial_steps: :math:`t_i`: up to this step all triplets train.
-      final_steps: :math:`t_f`, at least 2 unless the very last update is an allocation: so many
-        updates at the end train what was kept last.
+      final_steps: :math:`t_f`: the last updates, which train what was kept; at least 2 unless the
+        very last update is an allocation.
       every: :math:`\Delta_T`, steps between two allocations.
-      beta1: decay rate of the sensitivity, in (0, 1).
-      beta2: decay rate of the uncertainty, in (0, 1).
+      beta1, beta2: decay rates of the sensitivity and the uncertainty, in (0, 1).
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs` with state :class:`AllocationState`;
-      ``update`` needs ``params``. ``optax.tree.get(state, "budget")`` reads the budget for logging.
+      A transformation with state :class:`AllocationState`; ``update`` needs ``params``.
 
     Raises:
       ValueError: an argument is out of range, the schedule has no allocation, or, at ``init``, it
@@ -185,7 +168,6 @@ def allocate_rank(
       TypeError: a number of steps is not an integer.
 
     Example:
-      >>> import jax.numpy as jnp, optax
       >>> params = {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 4))}
       >>> params["lora_e"] = jnp.array([1.0, -2.0])
       >>> tx = allocate_rank(
@@ -197,8 +179,7 @@ def allocate_rank(
       >>> print(updates["lora_e"], state.kept["lora_e"])
       [-1.   0.2] [False  True]
 
-    References:
-      Zhang et al., 2023, `AdaLoRA <https://arxiv.org/abs/2303.10512>`_, algorithm 1.
+    Source: Zhang et al., 2023, `AdaLoRA <https://arxiv.org/abs/2303.10512>`_, algorithm 1.
     """
     _check_schedule(total_steps, target, initial_steps, final_steps, every, beta1, beta2)
     inner = optax.with_extra_args_support(inner)
@@ -210,27 +191,30 @@ def allocate_rank(
 
     def init_fn(params):
         found = find_diagonals(params)
-        if found:
-            initial, goal = _totals(found, target)
-            last = total_steps - 1
-            ends = budget(last, initial=initial, target=goal, **phases)
-            if final_steps < 2 and (last % every or ends > goal):
-                raise ValueError(
-                    f"final_steps={final_steps} with total_steps={total_steps} and every={every}: "
-                    f"the last update does not cut the triplets to the target of {goal}; set "
-                    "final_steps to at least 2"
-                )
-        else:
-            initial = 0
+        initial, goal = _totals(found, target)
+        last = total_steps - 1
+        ends = budget(last, initial=initial, target=goal, **phases)
+        if found and final_steps < 2 and (last % every or ends > goal):
+            raise ValueError(
+                f"final_steps={final_steps} with total_steps={total_steps} and every={every}: "
+                f"the last update does not cut the triplets to the target of {goal}; set "
+                "final_steps to at least 2"
+            )
         diagonals = {d.e for d in found}
         factors = diagonals | {f.index for d in found for f in (d.a, d.b)}
-        zeros = _only(params, factors, lambda leaf: jnp.zeros(leaf.shape, jnp.float32))
+
+        def only(indices, make, dtype):
+            return map_leaves(
+                lambda i, x: make(x.shape, dtype) if i in indices else optax.MaskedNode(), params
+            )
+
+        zeros = only(factors, jnp.zeros, jnp.float32)
         return AllocationState(
             count=jnp.zeros([], jnp.int32),
             sensitivity=zeros,
             uncertainty=zeros,
             budget=jnp.full([], initial, jnp.int32),
-            kept=_only(params, diagonals, lambda leaf: jnp.ones(leaf.shape, bool)),
+            kept=only(diagonals, jnp.ones, bool),
             inner_state=inner.init(params),
         )
 
@@ -254,19 +238,18 @@ def allocate_rank(
         # In the initial steps too, where the budget is whole and nothing is masked.
         allocates = is_final | (step % every == 0)
 
-        outputs, treedef, _ = flatten(updates)
-        kept, kept_treedef, _ = flatten(state.kept)
+        keep = {module.e: mask for module, mask in zip(found, chosen, strict=True)}
         values, _, _ = flatten(params)
-        for module, keep in zip(found, chosen, strict=True):
-            i = module.e
-            outputs[i] = jnp.where(allocates & ~keep, -values[i], outputs[i])
-            kept[i] = jnp.where(allocates, keep, kept[i])
-        return treedef.unflatten(outputs), AllocationState(
+
+        def cut(i, update):
+            return jnp.where(allocates & ~keep[i], -values[i], update) if i in keep else update
+
+        return map_leaves(cut, updates), AllocationState(
             count=next_count(step),
             sensitivity=sensitivity,
             uncertainty=uncertainty,
             budget=allowed,
-            kept=kept_treedef.unflatten(kept),
+            kept=map_leaves(lambda i, old: jnp.where(allocates, keep[i], old), state.kept),
             inner_state=inner_state,
         )
 
@@ -292,16 +275,9 @@ def budget(
     step :math:`T - t_f` on. Float32 would truncate some of these wrongly, so a traced step looks
     them up in a table of :math:`T - t_i - t_f + 1` integers that the host computes.
 
-    Args:
-      step: t, counted from 0: an integer or an array of integers, of numpy or jax, also traced.
-      initial: :math:`b_0`, all triplets.
-      target: :math:`b_T`, the triplets kept in the end.
-      total_steps: T.
-      initial_steps: :math:`t_i`.
-      final_steps: :math:`t_f`.
-
-    Returns:
-      int32 in the shape of ``step``, of jax if ``step`` is of jax.
+    ``step`` is t, counted from 0: an integer or an array of integers, of numpy or jax, also traced.
+    ``initial`` is :math:`b_0`, all triplets, and ``target`` :math:`b_T`, those kept in the end. The
+    result is int32 in the shape of ``step``, of jax if ``step`` is of jax.
 
     Example:
       >>> import numpy as np
@@ -316,17 +292,10 @@ def budget(
 
 
 def _check_schedule(total_steps, target, initial_steps, final_steps, every, beta1, beta2):
-    steps = {
-        "total_steps": (total_steps, 1),
-        "initial_steps": (initial_steps, 0),
-        "final_steps": (final_steps, 0),
-        "every": (every, 1),
-    }
-    for name, (value, least) in steps.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name}={value!r} must be an integer, known before tracing")
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+    check_integer("total_steps", total_steps, 1)
+    check_integer("initial_steps", initial_steps, 0)
+    check_integer("final_steps", final_steps, 0)
+    check_integer("every", every, 1)
     for name, beta in {"beta1": beta1, "beta2": beta2}.items():
         if not 0 < beta < 1:
             raise ValueError(f"{name}={beta} must be above 0 and below 1")
@@ -357,14 +326,6 @@ def _totals(found: list[Diagonal], target: float) -> tuple[int, int]:
             "target or the rank of the modules"
         )
     return initial, goal
-
-
-def _only(tree: Any, indices: set[int], make: Callable[[Any], Any]) -> Any:
-    """``make`` of the leaves at ``indices``; no leaf elsewhere."""
-    leaves, treedef, _ = flatten(tree)
-    return treedef.unflatten(
-        make(leaf) if i in indices else optax.MaskedNode() for i, leaf in enumerate(leaves)
-    )
 
 
 def _smoothed(state, gradients, params, beta1, beta2) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmlora_jax.optim.factors import Factor, FactorNames, find_factors
+from rmlora_jax.optim.precision import check_integer, check_one_of, value_at
 
 Keep = float | jax.Array | Callable[[jax.Array], Any]
 
@@ -30,12 +31,14 @@ class MaskRule:
     factors: FactorNames = None
 
     def __post_init__(self):
-        _one_of("unit", self.unit, ("rank", "element", "matrix"))
-        _one_of("draw", self.draw, ("bernoulli", "exact"))
-        _one_of("coupling", self.coupling, ("paired", "independent"))
-        _integer("start_step", self.start_step, 0)
-        if self.resample_every is not None:
-            _integer("resample_every", self.resample_every, 1, " (None never draws again)")
+        check_one_of("unit", self.unit, ("rank", "element", "matrix"))
+        check_one_of("draw", self.draw, ("bernoulli", "exact"))
+        check_one_of("coupling", self.coupling, ("paired", "independent"))
+        # optax.inject_hyperparams passes arrays, which are not checked.
+        if not isinstance(self.start_step, jax.Array):
+            check_integer("start_step", self.start_step, 0)
+        if self.resample_every is not None and not isinstance(self.resample_every, jax.Array):
+            check_integer("resample_every", self.resample_every, 1, " (None never draws again)")
         if self.draw == "exact" and self.unit != "rank":
             raise ValueError(
                 f"draw='exact' with unit={self.unit!r}: an exact count is of rank directions; "
@@ -54,20 +57,6 @@ class MaskRule:
     def keeps_all(self) -> bool:
         """Whether the mask is known to be 1 without drawing it."""
         return self.draw == "bernoulli" and isinstance(self.keep, numbers.Real) and self.keep == 1
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
-
-
-def _integer(name: str, value: Any, least: int, note: str = "") -> None:
-    if isinstance(value, jax.Array):  # optax.inject_hyperparams passes arrays
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}={value!r} must be an integer{note}")
-    if int(value) < least:
-        raise ValueError(f"{name}={value!r} must be at least {least}{note}")
 
 
 def _check_keep(keep: Any, draw: str) -> None:
@@ -100,23 +89,16 @@ def check_count(rule: MaskRule, found: list[Factor]) -> None:
 def draw_masks(
     rule: MaskRule, key_data: jax.Array, count: jax.Array, tree: Any
 ) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
-    """The masks of one step for the factors of ``tree``.
+    """The masks of step ``count`` for the factors of ``tree``, from ``key_data``, uint32 (2,).
 
-    Args:
-      rule: what to draw.
-      key_data: uint32 (2,), the seed of the run.
-      count: int32 scalar, the step.
-      tree: a pytree with the structure and shapes of the parameters.
-
-    Returns:
-      ``{leaf index: boolean mask}`` and, with rescale, ``{leaf index: float32 divisor}``, indexed
-      as by :func:`rmlora_jax.optim.factors.flatten`. Both are empty where all is kept.
+    Returns ``{leaf index: boolean mask}`` and, with rescale, ``{leaf index: float32 divisor}``,
+    indexed as by :func:`rmlora_jax.optim.factors.flatten`. Both are empty where all is kept.
     """
     found = find_factors(tree, rule.factors)
     check_count(rule, found)
     if rule.keeps_all:
         return {}, {}
-    keep = rule.keep(count) if callable(rule.keep) else rule.keep
+    keep = value_at(rule.keep, count)
     whole = count < rule.start_step
     step = 0 if rule.resample_every is None else count // rule.resample_every
     key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl="threefry2x32"), step)

@@ -1,14 +1,13 @@
 """Finding the LoRA factors in any pytree.
 
-A module's two factors are ``a`` of shape ``(*stack, *in, rank)`` and ``b`` of shape
-``(*stack, rank, *out)``. They are recognised by the end of their path, so the same code serves
-Linen dictionaries, ``nnx.State``, Equinox modules, Gemma's and Qwix's trees, optimizer updates and
-gradients.
+A module's factors are ``a`` of shape ``(*stack, *in, rank)`` and ``b`` of shape
+``(*stack, rank, *out)``. They are recognised by the end of their path: in Linen dictionaries,
+``nnx.State``, Equinox modules, Gemma's and Qwix's trees, updates and gradients.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ class Factor(NamedTuple):
     Attributes:
       index: position among the leaves that :func:`flatten` returns.
       path: '/'-joined path of the leaf, without a leading ``params``.
-      module: what precedes the factor's name; A and B of one module share it.
+      module: the path before the factor's name; A and B of one module share it.
       side: ``"a"``, ``"b"``, or None for a leaf that stands alone (``factors`` is one regex).
       shape: shape of the leaf.
       depth: number of leading axes over which nn.scan or nn.vmap stacked the layers.
@@ -41,7 +40,7 @@ class Factor(NamedTuple):
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """The leading axes, over which nn.scan or nn.vmap stacked the layers."""
+        """The sizes of the stack's axes."""
         return self.shape[: self.depth]
 
     @property
@@ -74,13 +73,20 @@ def path_string(path: Sequence[Any]) -> str:
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any, list[str]]:
-    """``(leaves, treedef, paths)``, with None and ``optax.MaskedNode`` kept as leaves.
-
-    They stand for parameters that are not there; keeping them keeps two trees of the same
-    parameters aligned.
-    """
+    """``(leaves, treedef, paths)``; absent leaves stay, which keeps two trees aligned."""
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_absent)
     return [leaf for _, leaf in with_paths], treedef, [path_string(p) for p, _ in with_paths]
+
+
+def map_leaves(function: Callable[[int, Any], Any], tree: Any) -> Any:
+    """``tree`` with ``function(index, leaf)`` for each leaf that is there.
+
+    Indices count as those of :func:`flatten`.
+    """
+    leaves, treedef, _ = flatten(tree)
+    return treedef.unflatten(
+        leaf if is_absent(leaf) else function(i, leaf) for i, leaf in enumerate(leaves)
+    )
 
 
 def is_absent(leaf: Any) -> bool:
@@ -91,33 +97,30 @@ def is_absent(leaf: Any) -> bool:
 def find_factors(tree: Any, factors: FactorNames = None) -> list[Factor]:
     """The factors of a tree, in the tree's order, with their shapes checked.
 
-    How many leading axes are the stack is read from the two shapes of a module. Where A and B have
-    as many axes as each other, ``(*stack, in, rank)`` and ``(*stack, rank, out)`` is tried first;
-    then every number k of leading axes that agree, ``a.shape[:k] == b.shape[:k]``, and behind which
-    B has the rank of A, ``a.shape[-1] == b.shape[k]``. So the factors (heads, dim, r) and (r, out)
-    of an attention output, or (width, in, r) and (r, out) of a convolution, are taken as they are.
+    The number k of stack axes is read from the two shapes of a module: where A and B have equally
+    many axes, ``(*stack, in, rank)`` and ``(*stack, rank, out)`` is tried first; then every k with
+    ``a.shape[:k] == b.shape[:k]`` and ``a.shape[-1] == b.shape[k]``. So the factors (heads, dim, r)
+    and (r, out) of an attention output, or (width, in, r) and (r, out) of a convolution, fit.
 
     Args:
       tree: any pytree of arrays, or of anything with a ``shape``.
       factors: None for the usual names: a path that ends in ``lora_a`` / ``lora_b`` (also after
         an underscore, ``kernel_lora_a``) or ``lora/a`` / ``lora/b``. A pair of regular
         expressions ``(a, b)`` replaces them: each must match the end of the path in full, from
-        the start of a component or from behind an underscore, and what precedes the match must
-        be the same for A and B. A third element, ``(a, b, k)``, states the number k of leading
-        stack axes of every factor instead of reading it from the shapes. One regular expression
-        names leaves that stand alone and is matched against the whole path.
+        the start of a component or from behind an underscore; A and B must have the same path
+        before the match. A triple ``(a, b, k)`` also states the number k of stack axes. One
+        regular expression names leaves that stand alone and is matched against the whole path.
 
     Returns:
-      A list of :class:`Factor`, empty where the tree has no arrays at all (optax initialises
+      A list of :class:`Factor`, empty where the tree has no arrays (optax initialises
       transformations with such placeholders). A factor whose partner is absent is returned
       alone, as (*stack, in, rank) or (*stack, rank, out) if k is not given: methods that freeze A
       train such trees.
 
     Raises:
       ValueError: the tree has arrays but no factors; the shapes of A and B do not fit, or fit in
-        several ways; two leaves claim to be the same factor; a regular expression is invalid.
-      TypeError: ``factors`` is neither None, a string, a pair of strings nor such a pair and an
-        integer.
+        several ways; two leaves match as the same factor; a regular expression is invalid.
+      TypeError: ``factors`` is not one of the above.
 
     >>> import jax.numpy as jnp
     >>> tree = {"q": {"kernel": jnp.ones((3, 5)), "lora_a": jnp.ones((3, 2)),
@@ -286,8 +289,7 @@ class Diagonal(NamedTuple):
     Attributes:
       module: what precedes the factors' names in their paths.
       e: index of the leaf of the diagonal, of shape (*stack, r), as :func:`flatten` counts.
-      a: the :class:`rmlora_jax.optim.factors.Factor` A, of shape (*stack, in, r).
-      b: the :class:`rmlora_jax.optim.factors.Factor` B, of shape (*stack, r, out).
+      a, b: A, of shape (*stack, in, r), and B, of shape (*stack, r, out).
     """
 
     module: str
@@ -297,7 +299,7 @@ class Diagonal(NamedTuple):
 
     @property
     def layers(self) -> int:
-        """How many modules this is: the number of layers stacked, 1 without a stack."""
+        """Number of layers stacked, 1 without a stack."""
         return math.prod(self.a.stack)
 
     @property
@@ -315,13 +317,7 @@ def find_diagonals(tree: Any) -> list[Diagonal]:
     """The modules of a tree that have a diagonal between their factors, in the tree's order.
 
     The diagonal of ``q/lora_a`` and ``q/lora_b`` is ``q/lora_e``; of ``w_lora_a``, ``w_lora_e``;
-    of ``lora/a``, ``lora/e``.
-
-    Args:
-      tree: any pytree of arrays, or of anything with a ``shape``.
-
-    Returns:
-      A list of :class:`Diagonal`, empty where the tree has no arrays at all.
+    of ``lora/a``, ``lora/e``. A tree without arrays has no modules.
 
     Raises:
       ValueError: the tree has no factors; one of A, B and the diagonal is missing; or the diagonal

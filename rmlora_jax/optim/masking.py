@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from rmlora_jax.optim.draws import Keep, MaskRule, check_count, draw_masks
-from rmlora_jax.optim.factors import FactorNames, find_factors, flatten, is_absent
+from rmlora_jax.optim.factors import FactorNames, find_factors, flatten, is_absent, map_leaves
 from rmlora_jax.optim.precision import next_count
 
 
@@ -27,12 +27,7 @@ class MaskState(NamedTuple):
 
 
 class LazilyMaskedState(NamedTuple):
-    """State of :func:`lazily_masked`.
-
-    Attributes:
-      mask: the :class:`MaskState`.
-      inner_state: state of the wrapped transformation.
-    """
+    """State of :func:`lazily_masked`: of the mask, and of the wrapped transformation."""
 
     mask: MaskState
     inner_state: optax.OptState
@@ -58,15 +53,15 @@ def mask_gradients(
         G_A \leftarrow G_A \, \mathrm{diag}(m_t), \qquad
         G_B \leftarrow \mathrm{diag}(m_t) \, G_B, \qquad t \ge \text{start\_step}.
 
-    Updates of leaves that are not factors pass through. Factors stacked over layers, (L, in, r)
-    and (L, r, out), draw for each layer. Factors with several in or out axes, such as Gemma's
-    (heads, dim, r) and (r, out), are masked along their rank axis all the same.
+    Updates of other leaves pass through. Factors stacked over layers, (L, in, r) and (L, r, out),
+    draw for each layer. Factors with several in or out axes, such as Gemma's (heads, dim, r) and
+    (r, out), are masked along their rank axis.
 
-    A mask depends on ``seed``, the step and the path of the module, and on nothing else: it is
-    the same on every device, after a restart, whatever the order of the tree or the siblings of
-    the module, and whatever ``jax_default_prng_impl`` and ``jax_threefry_partitionable`` say.
-    Renaming a module changes its masks; so a scanned model and the same model with a loop over
-    layers, whose paths differ, draw different masks.
+    A mask depends only on ``seed``, the step and the path of the module: it is the same on every
+    device, after a restart, whatever the order of the tree or the siblings of the module, and
+    whatever ``jax_default_prng_impl`` and ``jax_threefry_partitionable`` say. Renaming a module
+    changes its masks; so a scanned model and the same model with a loop over layers, whose paths
+    differ, draw different masks.
 
     .. warning::
       In front of a stateful optimizer the mask does not freeze what it hides: the moments keep
@@ -75,30 +70,28 @@ def mask_gradients(
       partial update, though the moments still see every gradient. :func:`lazily_masked` leaves
       the moments of hidden directions alone too.
 
-    .. warning::
       Under gradient accumulation wrap the whole chain in :class:`optax.MultiSteps`, so that the
       mask follows optimizer steps and not micro-steps.
 
-    .. warning::
       Inside :func:`optax.multi_transform` or :func:`optax.masked` a group that holds A without B
       (LoRA+) cannot compare their shapes: a factor with several in or out axes is then read as
       stacked. Put the mask outside, or state the stack with ``factors=(a, b, k)``.
 
     Args:
       keep: for ``draw="bernoulli"`` the probability in [0, 1] that a unit moves; for
-        ``draw="exact"`` the number of rank directions that move, at least 0. A schedule
-        (step -> keep) is accepted, its values are not checked. A Python 1 as probability returns
-        the updates bit for bit. An empty draw is allowed: the module then rests for a step.
-      unit: what is drawn. ``"rank"``: each rank direction; ``"element"``: each entry;
-        ``"matrix"``: each factor as a whole.
+        ``draw="exact"`` the number of rank directions that move, at least 0; or a schedule
+        (step -> keep), whose values are not checked. A Python 1 as probability returns the updates
+        bit for bit. After an empty draw the module rests for a step.
+      unit: ``"rank"`` draws each rank direction, ``"element"`` each entry, ``"matrix"`` each factor
+        as a whole.
       draw: ``"bernoulli"``: units are independent; ``"exact"``: a uniformly random subset of
         ``keep`` of the r directions, or all r in a module with r < ``keep`` (unit "rank" only).
       coupling: ``"paired"``: A and B of a module share their draw; ``"independent"``: each draws
-        its own. Entries (unit "element") are always drawn independently.
+        its own, as entries (unit "element") always do.
       start_step: updates before this one, counted from 0, are not masked. With 1 the first
         update, in which A has no gradient because B is 0, is whole.
-      resample_every: draw anew every so many steps, counted from step 0; None keeps the first
-        draw for the whole run.
+      resample_every: the number of steps, counted from step 0, that share a draw; None keeps the
+        first draw for the whole run.
       rescale: divide what is kept by the fraction expected to be kept, so that the expected
         update is the unmasked one. (Adam undoes most of a constant scale.)
       seed: integer; may be traced, so that seeds can be vmapped over ``init``.
@@ -106,17 +99,16 @@ def mask_gradients(
         expression instead of a pair masks leaves that stand alone, by "element" or "matrix".
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs` with state :class:`MaskState`. ``update``
-      needs no ``params`` and keeps the dtype of every leaf.
+      A transformation with state :class:`MaskState`. ``update`` needs no ``params`` and keeps the
+      dtype of every leaf.
 
     Raises:
-      ValueError: an argument or a combination of arguments is not one of the above (both
-        arguments are named); at ``init`` and ``update``, the tree has no factors, their shapes do
-        not fit, or an exact count exceeds the rank of every module.
+      ValueError: an argument or a combination of arguments is not allowed; at ``init`` and
+        ``update``, the tree has no factors, their shapes do not fit, or an exact count exceeds the
+        rank of every module.
       TypeError: ``keep``, ``start_step`` or ``resample_every`` is not a number of the right kind.
 
     Example:
-      >>> import jax.numpy as jnp, optax
       >>> gradients = {"q": {"lora_a": jnp.ones((2, 4)), "lora_b": jnp.ones((4, 1))}}
       >>> tx = mask_gradients(keep=2, draw="exact", start_step=0, seed=1)
       >>> updates, _ = tx.update(gradients, tx.init(gradients))
@@ -124,11 +116,7 @@ def mask_gradients(
       [2. 2.] 2.0
 
     References:
-      Mao et al., `Enhancing Parameter Efficiency and Generalization in Large-Scale Models: A
-      Regularized and Masked Low-Rank Adaptation Approach
-      <https://arxiv.org/abs/2407.12074>`_, 2024
-
-    .. seealso:: :func:`lazily_masked`, :func:`step_masks`, :func:`kept_fraction`.
+      Mao et al., 2024, `RM-LoRA <https://arxiv.org/abs/2407.12074>`_
     """
     rule = MaskRule(keep, unit, draw, coupling, start_step, resample_every, rescale, factors)
 
@@ -148,38 +136,29 @@ def lazily_masked(
 ) -> optax.GradientTransformationExtraArgs:
     """Runs ``inner`` on the drawn rank directions and leaves all others as they are.
 
-    In a step the directions that were not drawn keep their parameters, their state in ``inner``
-    (the moments of Adam) and take no weight decay. ``inner`` sees their gradients as 0. State
-    that is not shaped like the parameters advances in every step: Adam's bias correction uses one
-    count for all directions, so a direction's first moments are corrected as if it had moved in
-    every step before.
+    In a step the directions that were not drawn keep their parameters and their state in ``inner``
+    (the moments of Adam), without weight decay. ``inner`` sees their gradients as 0. State that is
+    not shaped like the parameters advances in every step: Adam's bias correction uses one count
+    for all directions, as if each had moved in every step before.
 
     Args:
       inner: any optax transformation whose state for a factor has the factor's shape (or is a
         scalar); its ``init`` must allow :func:`optax.tree_map_params`.
-      keep: see :func:`mask_gradients`.
-      seed: see :func:`mask_gradients`. Equal seeds give equal masks.
+      keep, seed: see :func:`mask_gradients`. Equal seeds give equal masks.
       **options: ``unit``, ``draw``, ``coupling``, ``start_step``, ``resample_every``,
         ``rescale`` and ``factors``, as in :func:`mask_gradients`. rescale divides the gradients
         that ``inner`` receives.
 
-    Returns:
-      A :class:`optax.GradientTransformationExtraArgs` with state :class:`LazilyMaskedState`.
-
     Raises:
-      ValueError: as :func:`mask_gradients`; also where ``inner`` keeps state of another shape for
-        a factor (such as Adafactor's row and column sums).
-      TypeError: as :func:`mask_gradients`.
+      ValueError, TypeError: as :func:`mask_gradients`; ValueError also where ``inner`` keeps state
+        of another shape for a factor (such as Adafactor's row and column sums).
 
     Example:
-      >>> import jax.numpy as jnp, optax
       >>> params = {"lora_a": jnp.ones((2, 4)), "lora_b": jnp.ones((4, 1))}
       >>> tx = lazily_masked(optax.adamw(0.1), keep=1, draw="exact", start_step=0)
       >>> updates, state = tx.update(params, tx.init(params), params)
       >>> print((updates["lora_a"] != 0).sum(1), (state.inner_state[0].mu["lora_a"] != 0).sum(1))
       [1 1] [1 1]
-
-    .. seealso:: :func:`mask_gradients`.
     """
     rule = MaskRule(keep, **options)
     inner = optax.with_extra_args_support(inner)
@@ -201,25 +180,22 @@ def lazily_masked(
 
 
 def step_masks(state: Any, tree: Any, keep: Keep, **options: Any) -> Any:
-    """The masks of the update that would be made from ``state``.
+    """The masks of the update that ``state`` goes into.
 
     Args:
-      state: an optimizer state that holds one :class:`MaskState`, as it goes into the update.
+      state: an optimizer state that holds one :class:`MaskState`.
       tree: parameters, or anything with their structure and shapes.
-      keep: as given to :func:`mask_gradients`.
-      **options: as given to :func:`mask_gradients`, except ``seed``, which the state knows.
+      keep, **options: as given to :func:`mask_gradients`, without ``seed``, which the state knows.
 
     Returns:
-      A tree like ``tree`` of boolean arrays, True where the update moves. A mask has the leaf's
-      number of axes and broadcasts against it: (*stack, 1, r) for A and (*stack, r, 1) for B
-      where rank directions are drawn, with a 1 for each in or out axis. It is scalar for a leaf
-      that is not masked.
+      A tree of boolean arrays, True where the update moves, which broadcast against the leaves:
+      (*stack, 1, r) for A and (*stack, r, 1) for B where rank directions are drawn, with a 1 for
+      each in or out axis; scalars for leaves that are not masked.
 
     Raises:
       ValueError: ``state`` holds no mask state or several; otherwise as :func:`mask_gradients`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> params = {"lora_a": jnp.ones((2, 4)), "lora_b": jnp.ones((4, 1))}
       >>> tx = mask_gradients(keep=2, draw="exact", start_step=0)
       >>> masks = step_masks(tx.init(params), params, keep=2, draw="exact", start_step=0)
@@ -233,20 +209,16 @@ def step_masks(state: Any, tree: Any, keep: Keep, **options: Any) -> Any:
             "the mask_gradients or lazily_masked that you mean"
         )
     masks, _ = draw_masks(MaskRule(keep, **options), states[0].key, states[0].count, tree)
-    leaves, treedef, _ = flatten(tree)
-    return treedef.unflatten(
-        leaf if is_absent(leaf) else masks.get(i, jnp.array(True)) for i, leaf in enumerate(leaves)
-    )
+    return map_leaves(lambda i, _: masks.get(i, jnp.array(True)), tree)
 
 
 def kept_fraction(opt_state: Any) -> jax.Array:
     """Fraction of all factor entries that the last update kept, a float32 scalar in [0, 1].
 
-    Every :class:`MaskState` inside ``opt_state`` counts, each factor entry once, however deep
-    optax's wrappers nest it. 1.0 where nothing is masked: no mask state, or no update yet.
+    Every :class:`MaskState` inside ``opt_state`` counts, however deep optax's wrappers nest it.
+    1.0 where nothing is masked: no mask state, or no update yet.
 
     Example:
-      >>> import jax.numpy as jnp, optax
       >>> params = {"lora_a": jnp.ones((2, 4)), "lora_b": jnp.ones((4, 1))}
       >>> tx = optax.chain(mask_gradients(1, draw="exact", start_step=0), optax.adamw(1e-3))
       >>> _, state = tx.update(params, tx.init(params), params)

@@ -1,13 +1,19 @@
 """The orthogonality penalty on LoRA factors, as a loss term and as an optax transformation."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rmlora_jax.optim.factors import Factor, FactorNames, find_factors, flatten, is_absent
-from rmlora_jax.optim.precision import next_count
+from rmlora_jax.optim.factors import Factor, FactorNames, find_factors, flatten, map_leaves
+from rmlora_jax.optim.precision import (
+    CountState,
+    check_one_of,
+    check_params,
+    next_count,
+    value_at,
+)
 
 _COSINE_EPS = 1e-8
 
@@ -30,29 +36,25 @@ def orthogonality(
 
     which does not depend on the scale of the factors and is 0 for r = 1.
 
-    The Gram matrices are r x r and computed in float32 at the highest matmul precision, whatever
-    the dtype of the factors. A factor stacked over L layers counts as L matrices. The gradient
-    is finite everywhere: 0 at exactly orthonormal factors, where the norm has no derivative, and
-    0 with respect to a factor that is 0.
+    The Gram matrices are r x r and computed in float32 at the highest matmul precision. A factor
+    stacked over L layers counts as L matrices. The gradient is finite everywhere: 0 at exactly
+    orthonormal factors, where the norm has no derivative, and with respect to a factor that is 0.
 
     Args:
       tree: any pytree that holds factors (*stack, *in, r) and (*stack, r, *out); several in or out
-        axes count as one, flattened. Other leaves are ignored.
+        axes are flattened. Other leaves are ignored.
       kind: ``"norm"``, ``"squared"`` or ``"cosine"``.
-      reduction: ``"mean"`` over the matrices (2M of them), or ``"sum"``.
-      factors: how factors are named, see
-        :func:`rmlora_jax.optim.factors.find_factors`; here None or a pair of regular
-        expressions (and a stack depth).
+      reduction: ``"mean"`` over the 2M matrices, or ``"sum"``.
+      factors: how factors are named, see :func:`rmlora_jax.optim.factors.find_factors`; here None
+        or a pair of regular expressions (and a stack depth).
 
     Returns:
-      A float32 scalar, without unit.
+      A float32 scalar.
 
     Raises:
-      ValueError: the tree has no factors, their shapes do not fit, or an argument is not one of
-        the values above.
+      ValueError: the tree has no factors, their shapes do not fit, or an argument is not allowed.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> q = {"lora_a": jnp.eye(3, 2), "lora_b": jnp.zeros((2, 4))}
       >>> print(round(float(orthogonality({"q": q})), 6))  # (0 + sqrt(2)) / 2
       0.707107
@@ -69,16 +71,6 @@ def orthogonality(
     return _penalty([leaves[f.index] for f in found], found, kind, reduction)
 
 
-class AddOrthogonalityState(NamedTuple):
-    """State of :func:`add_orthogonality`.
-
-    Attributes:
-      count: updates made so far, int32 scalar; what a schedule of the weight is called with.
-    """
-
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-
-
 def add_orthogonality(
     weight: optax.ScalarOrSchedule,
     *,
@@ -91,73 +83,58 @@ def add_orthogonality(
     .. math::
         u_t \leftarrow u_t + \lambda_t \nabla R(\theta_t)
 
-    As the first element of a chain this equals adding the penalty to the loss, and costs no
-    change of the loss function. Under data parallelism it is added once, after the reduction of
-    the gradients. The sum is computed in float32 and cast to the dtype of the update.
+    As the first element of a chain this equals adding the penalty to the loss. Under data
+    parallelism it is added once, after the reduction of the gradients. The sum is computed in
+    float32 and cast to the dtype of the update.
 
     Args:
       weight: :math:`\lambda`, a float or a schedule of the step. A Python number 0 makes this the
-        identity: no gradient is computed and ``params`` is not needed.
-      kind: see :func:`orthogonality`.
-      reduction: see :func:`orthogonality`.
-      factors: see :func:`orthogonality`.
-
-    Returns:
-      A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` raises ValueError without
-      ``params``.
+        identity: no gradient is computed, and ``update`` needs no ``params``.
+      kind, reduction, factors: see :func:`orthogonality`.
 
     Raises:
       ValueError: as :func:`orthogonality`.
 
     Example:
-      >>> import jax.numpy as jnp, optax
       >>> params = {"lora_a": jnp.array([[2.0]]), "lora_b": jnp.zeros((1, 2))}
       >>> tx = optax.chain(add_orthogonality(0.1), optax.sgd(1.0))
       >>> gradients = optax.tree.zeros_like(params)
       >>> updates, _ = tx.update(gradients, tx.init(params), params)
       >>> print(updates["lora_a"])  # -0.1 * 1/2 * d|a^2 - 1|/da = -0.1 a
       [[-0.2]]
-
-    .. seealso:: :func:`rmlora_jax.rm_lora`, which puts it in front of clipping and the mask.
     """
     is_identity = isinstance(weight, int | float) and weight == 0
     _check_arguments(kind, reduction, None if is_identity else factors)
 
     def init_fn(params):
         find_factors(params, factors)
-        return AddOrthogonalityState(count=jnp.zeros([], jnp.int32))
+        return CountState(jnp.zeros([], jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        new_state = AddOrthogonalityState(count=next_count(state.count))
+        new_state = CountState(next_count(state.count))
         if is_identity:
             return updates, new_state
-        if params is None:
-            raise ValueError(
-                "add_orthogonality needs the parameters: call tx.update(updates, state, params)"
-            )
-        leaves, _, _ = flatten(params)
+        leaves, _, _ = flatten(check_params(params))
         found = find_factors(params, factors)
         if not found:
             return updates, new_state
         values = [jnp.asarray(leaves[f.index], jnp.float32) for f in found]
-        gradients = jax.grad(_penalty)(values, found, kind, reduction)
-        scale = weight(state.count) if callable(weight) else weight
-        outputs, treedef, _ = flatten(updates)
-        for factor, gradient in zip(found, gradients, strict=True):
-            update = outputs[factor.index]
-            if not is_absent(update):
-                outputs[factor.index] = (update + scale * gradient).astype(update.dtype)
-        return treedef.unflatten(outputs), new_state
+        own = jax.grad(_penalty)(values, found, kind, reduction)
+        gradients = {factor.index: gradient for factor, gradient in zip(found, own, strict=True)}
+        scale = value_at(weight, state.count)
+
+        def penalised(i, u):
+            return (u + scale * gradients[i]).astype(u.dtype) if i in gradients else u
+
+        return map_leaves(penalised, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _check_arguments(kind: str, reduction: str, factors: FactorNames) -> None:
-    if kind not in _KINDS:
-        raise ValueError(f"kind={kind!r} must be one of {', '.join(map(repr, _KINDS))}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r} must be 'mean' or 'sum'")
+    check_one_of("kind", kind, _KINDS)
+    check_one_of("reduction", reduction, ("mean", "sum"))
     if isinstance(factors, str):
         raise ValueError(
             f"factors={factors!r}: orthogonality must know which axis of a factor is the rank: "

@@ -288,9 +288,9 @@ def test_factors_that_do_not_fit_are_refused_by_split_and_merge():
 
     cases = [
         (base, lora, "hold no factors.*attach"),
-        (broken(lora_b=None), lora, "'body' holds factors but lacks lora_b"),
+        (broken(lora_b=None), lora, "'body' holds lora_a, but LoRA has lora_a, lora_b"),
         (broken(kernel=None), lora, "'body' holds factors but lacks kernel.*join"),
-        (params, LoRA(3), "'body' have rank 2, the description says 3"),
+        (params, LoRA(3), r"'body'.*do not fit the description, \(\*stack, in, 3\)"),
         (params, LoRA(2, target="head"), "hold factors at 'body'.*does not select"),
         (broken(lora_a=jnp.ones((8, 3))), lora, r"lora_a \(8, 3\) and lora_b \(2, 8\), do not fit"),
         (broken(lora_b=jnp.ones((2, 7))), lora, "do not fit"),

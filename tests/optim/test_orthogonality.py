@@ -275,7 +275,7 @@ def test_bad_arguments_are_named(make):
     tree = trainable()
     with pytest.raises(ValueError, match=r"kind='l1' must be one of 'norm', 'squared', 'cosine'"):
         make(tree, kind="l1")
-    with pytest.raises(ValueError, match=r"reduction='max' must be 'mean' or 'sum'"):
+    with pytest.raises(ValueError, match=r"reduction='max' must be one of 'mean', 'sum'"):
         make(tree, reduction="max")
     with pytest.raises(ValueError, match=r"factors='.\*': orthogonality must know"):
         make(tree, factors=".*")
