@@ -64,7 +64,7 @@ def limit(results: Mapping[str, Any]) -> float | None:
 
 
 def table_rows(results: Mapping[str, Any]) -> list[Row]:
-    """The rows of what ``rmlora_jax.bench.run.bench`` returned."""
+    """The rows of what ``rmlora_jax.bench.__main__.bench`` returned."""
     times = {p["name"]: p["ms"] for p in results["programs"] if p.get("ms")}
     most, rows = limit(results), []
     for p in results["programs"]:

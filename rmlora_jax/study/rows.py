@@ -24,7 +24,7 @@ from rmlora_jax.report.records import (
     read_intrinsic,
     read_metrics,
 )
-from rmlora_jax.train import snapshots
+from rmlora_jax.train.checkpoint import read_snapshots
 from rmlora_jax.train.config import read_config
 
 ROWS = "rows.jsonl"
@@ -146,7 +146,7 @@ def trajectory(folder: Path) -> dict[str, list] | None:
     with ``bound`` the most that either could be and ``layers`` the effective rank of each layer at
     the end. None where the run left fewer than two snapshots.
     """
-    taken = snapshots.read(folder)
+    taken = read_snapshots(folder)
     if len(taken) < 2:
         return None
     own = description(read_config(folder))

@@ -18,7 +18,7 @@ from rmlora_jax.hub import Info, Pretrained, find_folder, load_vit
 from rmlora_jax.models import ViT
 from rmlora_jax.models.family import IMAGES
 from rmlora_jax.parallel.mesh import Devices, replicate
-from rmlora_jax.tasks import places, task
+from rmlora_jax.tasks import task
 
 COUNTED = 20_000  # streamed training examples whose labels are read before a run: seconds
 
@@ -27,7 +27,7 @@ def check(config: Run) -> Iterator[Mistake]:
     """What is wrong with a config for images."""
     if not config.model.source:
         yield "model.source", "a folder, or a model's name"
-    yield from places.unused(config, places.OF_TEXTS, f"for {config.task}")
+    yield from task.unused(config, task.OF_TEXTS, f"for {config.task}")
 
 
 def open_problem(config: Run, opening: task.Opening) -> task.Problem:
@@ -79,7 +79,7 @@ def shapes(config: Run) -> task.Shapes:
     Raises:
       UserError: the model's config or the number of classes is not known on this machine.
     """
-    _, architecture = places.architecture(config, IMAGES)
+    _, architecture = task.architecture(config, IMAGES)
     size, channels = architecture.image_size, architecture.num_channels
     classes, storage, examples = known(config, size)
     b, struct = config.batch_size, jax.ShapeDtypeStruct

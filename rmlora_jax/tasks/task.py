@@ -4,7 +4,7 @@ A new task is one file in this folder and one line of the registry in ``tasks/__
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +15,20 @@ import numpy as np
 import optax
 
 from rmlora_jax import data, methods
-from rmlora_jax.config import Mistake
+from rmlora_jax.config import Mistake, flatten, leaves
 from rmlora_jax.data.dataset import Kind
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
+from rmlora_jax.files import is_writable, near
 from rmlora_jax.hub import Info, Pretrained, new_head
+from rmlora_jax.hub.peft_config import CONFIG_FILE
+from rmlora_jax.hub.pretrained import find_architecture
+from rmlora_jax.hub.source import CONFIG, HUB_NAME, PACKAGED, bundled, find_folder
+from rmlora_jax.models.family import Family, Inputs
 from rmlora_jax.parallel.mesh import Devices
-from rmlora_jax.tasks import places
 from rmlora_jax.tasks.scores import score
+
+OF_TEXTS = ("text.train_file", "text.test_file", "text.predict_file", "data.unlabelled_split")
 
 
 class Opening(NamedTuple):
@@ -125,12 +131,12 @@ class Task(NamedTuple):
     unit: str = "nats per example"  # of the loss
     # config as ``config.json`` has it -> rows of the report beside those of all tasks
     facts: Callable[[Mapping[str, Any]], dict[str, str]] = lambda config: {}
-    model: Callable[[Run], Iterator[str]] = places.model  # what is wrong with ``model.source``
+    model: Callable[[Run], Iterator[str]] | None = None  # in place of `missing_model`
 
     def missing(self, config: Run) -> Iterator[str]:
         """A line for each file or folder that a config names and that is missing."""
-        yield from self.model(config)
-        yield from places.adapter(config)
+        yield from (self.model or missing_model)(config)
+        yield from missing_adapter(config)
         yield from data.missing(self.kind, self.request(config))
 
 
@@ -300,3 +306,72 @@ def fields(names: str) -> Iterator[None]:
         raise
     except (ValueError, RuntimeError) as e:
         raise UserError(f"{str(e).splitlines()[0]}\nCorrect --config.{names}") from e
+
+
+# What a config names, looked for before anything is loaded. The network is not asked, so a model
+# that the hub does not have is found later.
+
+
+def unused(config: Run, paths: Iterable[str], why: str) -> Iterator[Mistake]:
+    """The fields among ``paths`` that must be left empty, as they are by default."""
+    flat, known = flatten(config), leaves(type(config))
+    for path in paths:
+        if flat[path]:
+            yield path, f"{known[path].default!r} {why}"
+
+
+def missing_model(c: Run) -> Iterator[str]:
+    """What is wrong with ``model.source``, a folder or a name."""
+    source = c.model.source
+    folder, field = Path(source).expanduser(), f"config.model.source={source!r}"
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            yield f"{field}: the folder has no {CONFIG}; give that of a model"
+    elif source not in bundled() and not (HUB_NAME.fullmatch(source) and source not in PACKAGED):
+        try:
+            find_folder(source)
+        except UserError as error:
+            yield f"{field}: {error}{near(folder)}"
+
+
+def missing_adapter(c: Run) -> Iterator[str]:
+    """What is wrong with ``model.adapter``, a folder or ''."""
+    folder, field = Path(c.model.adapter).expanduser(), f"config.model.adapter={c.model.adapter!r}"
+    if not c.model.adapter or (folder / CONFIG_FILE).is_file():
+        return
+    if not folder.is_dir():
+        yield f"{field}: {no_folder(folder)}"
+        return
+    inside = folder / "adapter"
+    hint = f"; type --config.model.adapter={inside}" if (inside / CONFIG_FILE).is_file() else ""
+    yield f"{field}: the folder has no {CONFIG_FILE}{hint}"
+
+
+def closed_caches(c: Run) -> Iterator[str]:
+    """Cache folders that the user named and that cannot be written. A default one may be absent."""
+    flat = flatten(c)
+    for path, leaf in leaves(type(c)).items():
+        own = flat[path]
+        named = leaf.spec.cache and own not in ("", leaf.default)
+        if named and not is_writable(Path(own).expanduser()):
+            yield (f"config.{path}={own!r}: it cannot be written; give another folder, or '' for "
+                   "none")
+
+
+def architecture(c: Run, inputs: Inputs) -> tuple[Family, Any]:
+    """The family and the config of the model, from its config.json alone.
+
+    Raises:
+      UserError: there is no config.json on this machine, or the model does not take ``inputs``.
+    """
+    family, found = find_architecture(c.model.source, image_size=c.model.image_size or None)
+    if family.inputs is not inputs:
+        raise UserError(
+            f"config.model.source={c.model.source!r} is a {family.classifier}, which does not "
+            f"fit config.task={c.task!r}; give another --config.model.source"
+        )
+    return family, found
+
+
+def no_folder(folder: Path) -> str:
+    return f"there is no folder {folder}{near(folder)}"

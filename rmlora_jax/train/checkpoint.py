@@ -5,9 +5,11 @@ validation and, while it trains, the latest two: it continues from the second if
 be read. A checkpoint that cannot be read is never deleted; it is moved to ``damaged/``.
 """
 
+import io
 import math
 import os
 import sys
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -15,12 +17,15 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
+from rmlora_jax.adapt.diagonal import DIAGONAL
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.fields import Run
-from rmlora_jax.files import read_json
+from rmlora_jax.files import read_json, write_bytes_atomic
+from rmlora_jax.optim.factors import find_diagonals, find_factors, flatten
 from rmlora_jax.tasks.scores import higher_is_better
 from rmlora_jax.train.config import read_config
 from rmlora_jax.train.step import State
@@ -28,6 +33,7 @@ from rmlora_jax.train.workdir import is_late, quiet
 
 T = TypeVar("T")  # a NamedTuple of arrays: State, or the states of a sweep
 LATEST = 2  # checkpoints kept beside the best while a run trains
+SNAPSHOTS = "snapshots"  # the folder of the factors at several steps
 DAMAGED = "damaged"  # the folder beside checkpoints/ for those that cannot be read
 
 
@@ -278,3 +284,54 @@ def read_base(workdir: Path, task: str, advice: str) -> tuple[Run, dict]:
                 f"{workdir} holds a run with {field} {found!r}, not {wanted!r}; {advice}"
             )
     return config, best_trainable(workdir)
+
+
+def save_snapshot(workdir: str | os.PathLike, step: int, params: Any) -> Path:
+    """Writes the factors in ``params``, any tree, for `rmlora_jax.trajectory_dimension` afterwards.
+
+    ``workdir/snapshots/00000120.npz`` has every factor of step 120 under its path, in float32, with
+    the diagonal of AdaLoRA or SoRA multiplied into A: plain arrays, never pickles.
+
+    Raises:
+      ValueError: ``params`` has no factors.
+
+    >>> import tempfile
+    >>> layer = {"lora_a": np.ones((4, 2)), "lora_b": np.zeros((2, 3)), "bias": np.zeros(3)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = save_snapshot(folder, 5, {"fc": layer})
+    ...     [(step, list(tree["fc"])) for step, tree in read_snapshots(folder)]
+    [(5, ['lora_a', 'lora_b'])]
+    """
+    leaves, _, paths = flatten(params)
+    factors = {f.path: np.asarray(leaves[f.index], np.float32) for f in find_factors(params)}
+    if any(path.endswith(DIAGONAL) for path in paths):
+        for d in find_diagonals(params):
+            e = np.asarray(leaves[d.e], np.float32)
+            factors[d.a.path] = factors[d.a.path] * e[..., None, :]
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **factors)
+    return write_bytes_atomic(Path(workdir) / SNAPSHOTS / f"{step:08}.npz", file.getvalue())
+
+
+def read_snapshots(workdir: str | os.PathLike) -> list[tuple[int, dict]]:
+    """``(step, nested dict of factors)`` of every snapshot by increasing step; [] without any.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    found = []
+    for path in sorted((Path(workdir) / SNAPSHOTS).glob("*.npz")):
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+                flat = {tuple(name.split("/")): arrays[name] for name in arrays.files}
+            found.append((int(path.stem), unflatten_dict(flat)))
+        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is not a snapshot ({error}); delete it") from error
+    return found
+
+
+def drop_snapshots(workdir: str | os.PathLike, step: int) -> None:
+    """Deletes the snapshots of later steps: a run continuing after ``step`` makes them again."""
+    for path in (Path(workdir) / SNAPSHOTS).glob("*.npz"):
+        if int(path.stem) > step:
+            path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from rmlora_jax.config import FIXED, GROWS, ConfigDict, field, flatten, leaves, 
 from rmlora_jax.errors import UserError, did_you_mean, first_line
 from rmlora_jax.fields import Run
 from rmlora_jax.files import plain, read_object
-from rmlora_jax.tasks import places
+from rmlora_jax.tasks.task import closed_caches
 
 
 def _one_of(registry: Mapping[str, tasks.Task] | Mapping[str, methods.Method]) -> Any:
@@ -72,7 +72,7 @@ def resolve(given: Any, *, there: bool = False) -> Run:
         return given
     config, wrong = mistakes(given)
     if there and config.task in tasks.TASKS:
-        for line in (*tasks.TASKS[config.task].missing(config), *places.caches(config)):
+        for line in (*tasks.TASKS[config.task].missing(config), *closed_caches(config)):
             name = line.partition("=")[0].removeprefix("config.")
             wrong.setdefault(name, line)
     if wrong:

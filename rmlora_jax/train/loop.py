@@ -25,7 +25,7 @@ from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.report.records import read_metrics
 from rmlora_jax.report.run import verdict, write_report
 from rmlora_jax.tasks.task import measured
-from rmlora_jax.train import checkpoint, finished, nonfinite, setup, snapshots, terminal
+from rmlora_jax.train import checkpoint, finished, nonfinite, setup, terminal
 from rmlora_jax.train.config import flatten, resolve
 from rmlora_jax.train.evaluate import Steps, compile_steps, evaluate, spectrum
 from rmlora_jax.train.metrics import MetricWriter
@@ -219,7 +219,7 @@ def keep_factors(job: setup.Job, i: int, writer: MetricWriter, step: int, traina
     intrinsic = spectrum(job, i, trainable)
     writer.intrinsic(step, intrinsic)
     if job.runs[i].snapshots and writer.enabled and intrinsic:
-        snapshots.save(writer.workdir, step, jax.device_get(trainable))
+        checkpoint.save_snapshot(writer.workdir, step, jax.device_get(trainable))
 
 
 class Stretch(NamedTuple):

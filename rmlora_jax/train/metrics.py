@@ -24,7 +24,7 @@ import numpy as np
 
 from rmlora_jax.files import plain, write_text_atomic
 from rmlora_jax.report.records import INTRINSIC, METRICS, read_lines
-from rmlora_jax.train import snapshots
+from rmlora_jax.train.checkpoint import drop_snapshots
 
 EVENTS = "tensorboard"
 FLUSH_SECONDS = 10.0  # how late TensorBoard may be
@@ -96,7 +96,7 @@ class MetricWriter:
         self.workdir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, INTRINSIC):
             drop_after(self.workdir / name, start_step)
-        snapshots.drop_after(self.workdir, start_step)
+        drop_snapshots(self.workdir, start_step)
         if tensorboard:
             self._events = open_events(self.workdir / EVENTS, start_step)
 

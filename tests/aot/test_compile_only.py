@@ -13,9 +13,15 @@ from marks import slow
 
 from rmlora_jax.aot import compile_only as module
 from rmlora_jax.aot import topology
-from rmlora_jax.aot.compile_only import collective_rows, compile_only, refused, smaller
+from rmlora_jax.aot.compile_only import (
+    RunShapes,
+    collective_rows,
+    compile_only,
+    open_shapes,
+    refused,
+    smaller,
+)
 from rmlora_jax.aot.counts import Collective
-from rmlora_jax.aot.shapes import RunShapes, open_shapes
 from rmlora_jax.aot.topology import CHIPS, chip_of, tpu_devices
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.pretrained import find_architecture

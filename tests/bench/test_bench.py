@@ -22,7 +22,8 @@ import pytest
 from marks import slow, slow_but
 
 import rmlora_jax as rm
-from rmlora_jax.bench import measure, models, options, picture, run, table, variants
+from rmlora_jax.bench import __main__ as run
+from rmlora_jax.bench import measure, models, options, picture, table, variants
 from rmlora_jax.bench.measure import Program
 from rmlora_jax.bench.models import Entry
 from rmlora_jax.bench.variants import compile_variant

@@ -25,7 +25,7 @@ from rmlora_jax.study.config import check_study, default_study, open_tasks
 from rmlora_jax.study.pictures import PICTURES, write_pictures
 from rmlora_jax.study.run import cost_table, run_study, seconds_per_example
 from rmlora_jax.sweep.grid import runs
-from rmlora_jax.train import snapshots
+from rmlora_jax.train.checkpoint import save_snapshot
 from rmlora_jax.train.config import default_config, flatten, resolve
 from rmlora_jax.train.metrics import append_intrinsic
 
@@ -634,7 +634,7 @@ def test_trajectory_from_snapshots_is_that_of_whole_matrices(tmp_path):
     for step in (0, 10, 20, 30):
         a, b = rng.standard_normal((3, 12, 2)), rng.standard_normal((3, 2, 9))
         taken.append(3.0 * (a @ b))  # s = 6 / 2
-        snapshots.save(tmp_path, step, {"layers": {"q": {"lora_a": a, "lora_b": b}}})
+        save_snapshot(tmp_path, step, {"layers": {"q": {"lora_a": a, "lora_b": b}}})
     write_json(tmp_path / "config.json", c.to_dict())
     found = rows.trajectory(tmp_path)
     assert found["step"] == [10, 20, 30] and found["bound"] == [4, 8, 9]

@@ -7,7 +7,7 @@ import pytest
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.sweep import train as sweep
-from rmlora_jax.train import checkpoint, loop, snapshots
+from rmlora_jax.train import checkpoint, loop
 
 
 def params(seed, layers=3):
@@ -20,8 +20,8 @@ def params(seed, layers=3):
 
 def test_factors_come_back_by_step(tmp_path):
     for step in (100, 9, 20):
-        snapshots.save(tmp_path, step, params(step))
-    found = snapshots.read(tmp_path)
+        checkpoint.save_snapshot(tmp_path, step, params(step))
+    found = checkpoint.read_snapshots(tmp_path)
     assert [step for step, _ in found] == [9, 20, 100]
     for step, tree in found:
         want = params(step)["layers"]["query"]
@@ -32,8 +32,8 @@ def test_factors_come_back_by_step(tmp_path):
 
 def test_half_precision_is_kept_as_numbers(tmp_path):
     half = jax.tree.map(lambda x: jax.numpy.asarray(x, jax.numpy.bfloat16), params(0))
-    snapshots.save(tmp_path, 1, half)
-    ((_, tree),) = snapshots.read(tmp_path)
+    checkpoint.save_snapshot(tmp_path, 1, half)
+    ((_, tree),) = checkpoint.read_snapshots(tmp_path)
     got = tree["layers"]["query"]["lora_a"]
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got, np.float32(half["layers"]["query"]["lora_a"]))
@@ -43,8 +43,8 @@ def test_a_diagonal_is_multiplied_into_a(tmp_path):
     tree = params(0)
     query = tree["layers"]["query"]
     query["lora_e"] = np.array([[2.0, 0.0], [1.0, -1.0], [0.5, 3.0]], np.float32)
-    snapshots.save(tmp_path, 1, tree)
-    ((_, found),) = snapshots.read(tmp_path)
+    checkpoint.save_snapshot(tmp_path, 1, tree)
+    ((_, found),) = checkpoint.read_snapshots(tmp_path)
     got = found["layers"]["query"]
     assert got.keys() == {"lora_a", "lora_b"}
     for layer in range(3):
@@ -53,12 +53,12 @@ def test_a_diagonal_is_multiplied_into_a(tmp_path):
 
 
 def test_later_steps_are_dropped(tmp_path):
-    snapshots.drop_after(tmp_path, 0)  # nothing there yet
+    checkpoint.drop_snapshots(tmp_path, 0)  # nothing there yet
     for step in (10, 20, 30):
-        snapshots.save(tmp_path, step, params(step))
-    snapshots.drop_after(tmp_path, 20)
-    assert [step for step, _ in snapshots.read(tmp_path)] == [10, 20]
-    assert snapshots.read(tmp_path / "elsewhere") == []
+        checkpoint.save_snapshot(tmp_path, step, params(step))
+    checkpoint.drop_snapshots(tmp_path, 20)
+    assert [step for step, _ in checkpoint.read_snapshots(tmp_path)] == [10, 20]
+    assert checkpoint.read_snapshots(tmp_path / "elsewhere") == []
 
 
 def test_pickles_and_damaged_files_are_refused(tmp_path):
@@ -66,12 +66,12 @@ def test_pickles_and_damaged_files_are_refused(tmp_path):
     folder.mkdir()
     np.savez(folder / "00000001.npz", lora_a=np.array([{}], object))
     with pytest.raises(UserError, match="is not a snapshot"):
-        snapshots.read(tmp_path)
+        checkpoint.read_snapshots(tmp_path)
     (folder / "00000001.npz").write_bytes(b"PK\x03\x04 cut short")
     with pytest.raises(UserError, match="is not a snapshot"):
-        snapshots.read(tmp_path)
+        checkpoint.read_snapshots(tmp_path)
     with pytest.raises(ValueError, match="no LoRA factors"):
-        snapshots.save(tmp_path, 1, {"head": {"kernel": np.ones((2, 2))}})
+        checkpoint.save_snapshot(tmp_path, 1, {"head": {"kernel": np.ones((2, 2))}})
 
 
 @pytest.mark.slow
@@ -82,10 +82,10 @@ def test_runs_keep_their_factors_at_each_evaluation(config, tmp_path):
     loop.train(config, tmp_path / "one")
     config.sweep.seeds = 2
     sweep.train(config, tmp_path / "two")
-    taken = snapshots.read(tmp_path / "one")
+    taken = checkpoint.read_snapshots(tmp_path / "one")
     assert [step for step, _ in taken] == [2, 4]
-    assert [s for s, _ in snapshots.read(tmp_path / "two" / "seed=1")] == [2, 4]
-    for (_, ours), (_, theirs) in zip(taken, snapshots.read(tmp_path / "two" / "seed=0"),
+    assert [s for s, _ in checkpoint.read_snapshots(tmp_path / "two" / "seed=1")] == [2, 4]
+    for (_, ours), (_, theirs) in zip(taken, checkpoint.read_snapshots(tmp_path / "two" / "seed=0"),
                                       strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
                      ours, theirs)
@@ -97,8 +97,8 @@ def test_runs_keep_their_factors_at_each_evaluation(config, tmp_path):
     np.testing.assert_array_equal(
         found["lora_a"], np.asarray(kept["lora_a"]) * np.asarray(kept["lora_e"])[:, None, :])
     # A run that goes on from step 2 makes the later ones anew.
-    snapshots.drop_after(tmp_path / "one", 2)
-    assert [step for step, _ in snapshots.read(tmp_path / "one")] == [2]
+    checkpoint.drop_snapshots(tmp_path / "one", 2)
+    assert [step for step, _ in checkpoint.read_snapshots(tmp_path / "one")] == [2]
     config.sweep.seeds, config.snapshots = 0, False
     loop.train(config, tmp_path / "none")
-    assert snapshots.read(tmp_path / "none") == []
+    assert checkpoint.read_snapshots(tmp_path / "none") == []
