@@ -105,7 +105,8 @@ def run_column(library: str, framework: str, names: list[str], length: int) -> d
             left.remove(name)
             verdicts[name] = found
         process.kill()
-        process.wait()
+        reader.join()
+        process.communicate()
     return verdicts
 
 

@@ -68,7 +68,7 @@ class Parts:
         return self.made(nn.Dense, features, **{"kernel_init": self.config.kernel_init} | options)
 
     def conv(self, window: tuple[int, ...], **options) -> nn.Conv:
-        """``nn.Conv`` to ``hidden_size`` features, with a kernel as in `dense`."""
+        """``nn.Conv`` to ``hidden_size`` features, with a kernel as in `Parts.dense`."""
         c = self.config
         return self.made(nn.Conv, c.hidden_size, window, kernel_init=c.kernel_init, **options)
 

@@ -82,7 +82,7 @@ class ModelConfig:
 
     @classmethod
     def known_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of a ``config.json`` that are fields of this class; errors as in `from_hf`.
+        """The entries of a ``config.json`` that are fields of this class; errors as in ``from_hf``.
 
         An unknown field whose value is null, false, 0 or empty is left out.
         """

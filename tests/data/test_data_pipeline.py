@@ -257,8 +257,8 @@ def test_a_damaged_file_is_made_anew(folder, tmp_path, damage):
         data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
     file.write_bytes({"cut": data[:-40], "flipped": data, "empty": b""}.get(damage, data))
     if damage == "other":
-        np.savez(file.open("wb"), images=np.zeros((3, 6, 6, 3), np.uint8),
-                 labels=np.zeros(3, np.int32))
+        with file.open("wb") as opened:
+            np.savez(opened, images=np.zeros((3, 6, 6, 3), np.uint8), labels=np.zeros(3, np.int32))
     images, _ = cached(made.source, None, tmp_path, made)
     assert made.calls == 2
     np.testing.assert_array_equal(images, pixels[20:])

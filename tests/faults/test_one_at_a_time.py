@@ -44,11 +44,10 @@ def start(code, *words, **how):
 def holder(tmp_path):
     """A process that holds ``tmp_path / "run"``."""
     (tmp_path / "run").mkdir()
-    process = start(HOLD, tmp_path / "run")
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
+    with start(HOLD, tmp_path / "run") as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
 
 
 def test_a_second_run_sweep_or_study_says_who_is_there(holder, tiny_vit, tmp_path):
@@ -157,7 +156,9 @@ def test_two_processes_make_one_data_cache(tmp_path):
 
     write_model(tmp_path / "model")
     both = [start(CACHES, tmp_path, name) for name in "ab"]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    for process in both:
+        process.communicate(timeout=120)
+    assert [process.returncode for process in both] == [0, 0]
     a, b = (np.load(tmp_path / f"{name}.npz") for name in "ab")
     assert a["images"].shape == (5000, 4, 4, 3) and len(a["offsets"]) == 4001
     for name in a.files:

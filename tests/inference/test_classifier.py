@@ -1,5 +1,6 @@
 """A trained model in use: the trainer's own numbers, whatever its inputs come as."""
 
+import contextlib
 import io
 import json
 
@@ -295,9 +296,10 @@ def test_what_images_may_be(model, tmp_path):
     assert np.unique(expected.round(4), axis=0).shape[0] == 4  # clear and UPPER are one
     paths = [tmp_path / name for name in many]
     np.testing.assert_array_equal(model.logits(paths), expected)
-    opened = [Image.open(path) for path in paths]
-    np.testing.assert_array_equal(model.logits(opened), expected)
-    assert model(opened)[0].input == str(paths[0])
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(Image.open(path)) for path in paths]
+        np.testing.assert_array_equal(model.logits(opened), expected)
+        assert model(opened)[0].input == str(paths[0])
     arrays = [np.asarray(gray)[..., None], *map(np.asarray, (palette.convert("RGB"), clear))]
     np.testing.assert_allclose(model.logits(arrays), expected[:3], atol=1e-5)
     np.testing.assert_allclose(model.logits(colours), expected[-1:], atol=1e-5)
