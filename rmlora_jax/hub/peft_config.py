@@ -189,7 +189,7 @@ def read_config(folder: Path) -> PeftConfig:
     return PeftConfig(
         base=values["base_model_name_or_path"] or None,
         revision=values["revision"],
-        task=TASKS.get(values["task_type"], "") or str(made_for or "").partition("For")[2],
+        task=TASKS.get(values["task_type"], "") or str(made_for or "").partition("For")[2][:80],
         init=str(init).lower() if str(init).lower() in MOVING_INITS else None,
         r=values["r"],
         alpha=values["lora_alpha"],

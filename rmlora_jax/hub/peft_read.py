@@ -254,7 +254,7 @@ def _taken_out(init: str, weight, rank: int, scale: float) -> tuple[np.ndarray, 
         q, r = np.linalg.qr(weight.T)
         return r[:rank].T, q[:, :rank].T
     u, s, vt = np.linalg.svd(weight, full_matrices=False)  # arXiv:2404.02948
-    root = np.sqrt(s[:rank] / np.float32(scale))
+    root = np.sqrt(s[:rank].astype(np.float64) / scale)
     return u[:, :rank] * root, root[:, None] * vt[:rank]
 
 
