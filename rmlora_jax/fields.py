@@ -35,7 +35,9 @@ def _validation_problem(value: float) -> str | None:
 class Model:
     """Which pretrained model, and how it is computed."""
 
-    source: str = field("google/vit-base-patch16-224-in21k", "folder, bundled name or hub name")
+    source: str = field(
+        "google/vit-base-patch16-224-in21k", "folder, bundled name or hub name (NAME@REVISION)"
+    )
     adapter: str = field(
         "",
         "folder of a PEFT adapter of that model to go on from: rank, alpha and targets are then "

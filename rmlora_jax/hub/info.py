@@ -12,7 +12,7 @@ from typing import Any
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object, write_json
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.source import CONFIG, PACKAGED, bundled
+from rmlora_jax.hub.source import CONFIG, PACKAGED, bundled, split_revision
 from rmlora_jax.models.family import IMAGES, TEXTS, Inputs
 
 FILE = "rmlora.json"
@@ -137,10 +137,12 @@ def adapter_card(
 ) -> str:
     """The card of an adapter with this adapter_config.json."""
     auto = f"AutoModelFor{base.family.purpose}"
+    name, revision = config["base_model_name_or_path"], config["revision"]
+    which = f'"{name}", revision="{revision}"' if revision else f'"{name}"'
     torch = f"""from peft import PeftModel
 from transformers import {auto}
 base = {auto}.from_pretrained(
-    "{base.source}", num_labels={base.num_labels}, ignore_mismatched_sizes=True, dtype="float32"
+    {which}, num_labels={base.num_labels}, ignore_mismatched_sizes=True, dtype="float32"
 )
 model = PeftModel.from_pretrained(base, "FOLDER").eval()"""
     whole = ", ".join(config["modules_to_save"] or ())
@@ -177,7 +179,7 @@ def _card(
 ) -> str:
     """What model hubs read, in YAML; then what is known of data, method, classes and figures, the
     ``use``, and the config of the run."""
-    fields = {"library_name": library, "base_model": base.source}
+    fields = {"library_name": library, "base_model": split_revision(base.source)[0]}
     fields |= {"pipeline_tag": TASKS[info.task][1]} if info else {}
     about, labels = (info.about, info.labels or ()) if info else ({}, ())
     facts = [f"* {name}: {about[name]}" for name in ("data", "method", "step") if name in about]

@@ -15,17 +15,32 @@ from rmlora_jax.config import is_names, is_number, regex_problem
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object
 from rmlora_jax.hub.pretrained import Pretrained
+from rmlora_jax.hub.source import CONFIG as MODEL_CONFIG
+from rmlora_jax.hub.source import REVISION, join_revision
 from rmlora_jax.models.family import flat_params
 
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."  # what PEFT puts in front of the names of modules
 
-# Fields that change the forward pass in ways that factors and saved modules do not show.
-UNSUPPORTED = (
-    *("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "layer_replication"),
-    *("trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config"),
-    *("kasa_config", "monteclora_config"),
-)
+# Fields that do not change what a classifier computes: how factors were begun, trained and split
+# over devices. Any other field that is not in `FIELDS` must be null, false or empty.
+INERT = {
+    *("inference_mode", "peft_version", "runtime_config", "ensure_weight_tying"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of init_lora_weights
+    *("megatron_core", "qalora_group_size"),  # of megatron_config, of use_qalora
+}
+# Values of init_lora_weights that leave the base as it was, and those that take out of it what can
+# be computed again from the base alone.
+PLAIN_INITS, MOVING_INITS = ("gaussian", "eva", "orthogonal", "mica"), ("pissa", "olora")
+# PEFT's task_type -> what the names of transformers' classes end in; "" for any classifier.
+TASKS = {
+    "SEQ_CLS": "",
+    "FEATURE_EXTRACTION": "",
+    "TOKEN_CLS": "TokenClassification",
+    "QUESTION_ANS": "QuestionAnswering",
+    "CAUSAL_LM": "CausalLM",
+    "SEQ_2_SEQ_LM": "ConditionalGeneration",
+}
 LARGEST_RANK = 2**16
 
 
@@ -35,6 +50,25 @@ def _is_rank(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return is_number(value) and value > 0
+
+
+def _is_init(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.lower() in (*PLAIN_INITS, *MOVING_INITS)
+    return value is None or isinstance(value, bool)
+
+
+def _are_layers(value: Any) -> bool:
+    layers = value if isinstance(value, list) else [value]
+    return value is None or all(type(x) is int and 0 <= x <= LARGEST_RANK for x in layers)
+
+
+def _are_modules(value: Any) -> bool:
+    return value is None or isinstance(value, str) or is_names(value)
+
+
+def _says_nothing(value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {})
 
 
 def _maps_to(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -53,10 +87,22 @@ FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "use_rslora": (False, lambda x: isinstance(x, bool), "true or false"),
     "rank_pattern": ({}, _maps_to(_is_rank), "an object of names and numbers"),
     "alpha_pattern": ({}, _maps_to(_is_positive), "an object of names and numbers"),
-    "target_modules": (None, lambda x: x is None or isinstance(x, str) or is_names(x),
-                       "a list of names or one pattern"),
+    "target_modules": (None, _are_modules, "a list of names or one pattern"),
+    "exclude_modules": ([], _are_modules, "a list of names or one pattern"),
+    "layers_to_transform": (None, _are_layers, "a number or a list of numbers"),
+    "layers_pattern": ([], _are_modules, "a list of names or one name"),
     "modules_to_save": ([], is_names, "a list of names"),
     "base_model_name_or_path": (None, lambda x: x is None or isinstance(x, str), "a name or null"),
+    "revision": (None, lambda x: x is None or (isinstance(x, str) and bool(REVISION.fullmatch(x))),
+                 "a branch, a tag, a commit or null"),
+    "init_lora_weights": (
+        True, _is_init,
+        f"true, false, {', '.join((*PLAIN_INITS, *MOVING_INITS))}: another's base cannot be made "
+        "again; write it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion"
+        "=...)"),
+    "task_type": (None, lambda x: x is None or (isinstance(x, str) and x in TASKS),
+                  f"{', '.join(TASKS)} or null"),
+    "auto_mapping": ({}, lambda x: isinstance(x, dict), "an object or null"),
 }
 
 
@@ -64,16 +110,36 @@ class PeftConfig(NamedTuple):
     """The fields of an ``adapter_config.json`` that say what its tensors mean."""
 
     base: str | None  # ``base_model_name_or_path``
+    revision: str | None  # of the base on the hub
+    task: str  # what the class of its model is for, such as "TokenClassification", or ""
+    init: str | None  # "pissa" or "olora", where they took a part out of the base
     r: int  # rank of the modules that no pattern matches
     alpha: float  # numerator of their scale
     rs: bool  # whether the scale is alpha / sqrt(r)
     dropout: float  # on the input of the factors, in training
-    targets: tuple[str, ...] | None  # adapted modules, or their endings; None: a pattern tells them
+    # Modules or their endings, or one pattern for the whole name, that are adapted (None: not
+    # said), and that are not.
+    targets: tuple[str, ...] | str | None
+    excluded: tuple[str, ...] | str
+    layers: tuple[int, ...] | None  # numbers of the layers that are adapted; None: all
+    layers_pattern: tuple[str, ...]  # what stands before such a number
     saved: tuple[str, ...]  # modules that are kept as a whole, or their endings
     # Regular expression of a module's name or its ending -> value; the first that matches wins.
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     description: type[LoRA]  # the class that describes the adapter's form
+
+    def adapts(self, module: str) -> bool:
+        """Whether PEFT gives factors to the linear layer, convolution or embedding of this name."""
+        whole = any(f".{root}." in f".{module}." for root in self.saved)
+        if whole or _names(self.excluded, module) or not _names(self.targets or (), module):
+            return False
+        if not self.layers or isinstance(self.targets, str) or module in (self.targets or ()):
+            return True
+        starts = [rf"(?:|.*?\.){one}" for one in self.layers_pattern] or [r".*?\.[^.]*"]
+        found = (re.match(rf"{start}\.(\d+)\.", module) for start in starts)
+        number = next(filter(None, found), None)
+        return number is not None and int(number[1]) in self.layers
 
     def rank_of(self, module: str) -> int:
         """r of the module of this name."""
@@ -103,31 +169,61 @@ def read_config(folder: Path) -> PeftConfig:
             raise UserError(f"{path}: {field} is {_short(value)}; it must be {allowed}")
     told = (d for d in DESCRIPTIONS if d.form.peft_fields)
     description = next((d for d in told if d.form.peft_fields.items() <= raw.items()), LoRA)
-    known = description.form.peft_fields
-    used = [field for field in UNSUPPORTED if raw.get(field) and field not in known]
-    if used:
+    for field, value in raw.items():
+        if field in (*FIELDS, *INERT, *description.form.peft_fields) or _says_nothing(value):
+            continue
         raise UserError(
-            f"{path}: {used[0]} is {_short(raw[used[0]])}, which is more than low-rank factors; "
+            f"{path}: {field} is {_short(value)}, which is more than low-rank factors; "
             "merge that adapter into its base in PyTorch, and load the merged model"
         )
-    for field in ("rank_pattern", "alpha_pattern"):
-        if unsafe := [name for name in values[field] if not is_simple(name)]:
+    patterns = {name: values[name] for name in ("rank_pattern", "alpha_pattern", "layers_pattern")}
+    patterns |= {name: [x] for name in ("target_modules", "exclude_modules")
+                 if isinstance(x := values[name], str)}
+    for field, names in patterns.items():
+        if unsafe := [name for name in _tuple(names) if not is_simple(name)]:
             raise UserError(f"{path}: {field} has {_short(unsafe[0])}, which is not a simple "
                             "pattern; write the modules' names out")
-    targets = values["target_modules"]
-    partly = raw.get("layers_to_transform") is not None or raw.get("exclude_modules")
+    made_for = values["auto_mapping"].get("base_model_class")
+    targets, init, layers = (values[x] for x in ("target_modules", "init_lora_weights",
+                                                 "layers_to_transform"))
     return PeftConfig(
         base=values["base_model_name_or_path"] or None,
+        revision=values["revision"],
+        task=TASKS.get(values["task_type"], "") or str(made_for or "").partition("For")[2][:80],
+        init=str(init).lower() if str(init).lower() in MOVING_INITS else None,
         r=values["r"],
         alpha=values["lora_alpha"],
         rs=values["use_rslora"],
         dropout=float(values["lora_dropout"]),
-        targets=tuple(targets) if isinstance(targets, list) and not partly else None,
+        targets=tuple(targets) if isinstance(targets, list) else targets,
+        excluded=x if isinstance(x := values["exclude_modules"], str) else tuple(x),
+        layers=(layers,) if isinstance(layers, int) else tuple(layers or ()) or None,
+        layers_pattern=_tuple(values["layers_pattern"]),
         saved=tuple(values["modules_to_save"]),
         rank_pattern=values["rank_pattern"],
         alpha_pattern=values["alpha_pattern"],
         description=description,
     )
+
+
+def find_base(folder: Path, config: PeftConfig) -> str:
+    """What `load_pretrained` is to load as the base of the adapter in ``folder``.
+
+    A relative path is looked for in the working folder, as PEFT does, then in the adapter's own
+    folder and beside it. Any other name is the hub's, with the ``revision`` that the adapter names.
+
+    Raises:
+      UserError: the adapter does not say what its base is.
+    """
+    if config.base is None:
+        raise UserError(f"{folder / CONFIG_FILE} does not say its base_model_name_or_path; add it")
+    own = Path(config.base).expanduser()
+    if own.is_dir():
+        return config.base
+    for place in (folder.absolute(), folder.absolute().parent):
+        if (place / own / MODEL_CONFIG).is_file():
+            return str(place / own)
+    return join_revision(config.base, config.revision)
 
 
 def ends_with(module: str, ending: str) -> bool:
@@ -176,9 +272,24 @@ def is_simple(pattern: str) -> bool:
     )
 
 
+def _names(modules: tuple[str, ...] | str, module: str) -> bool:
+    """Whether a list of modules or endings, or a pattern for the whole name, names a module."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, module) is not None
+    return any(ends_with(module, ending) for ending in modules)
+
+
+def _tuple(names: str | Iterable[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` is meant for a module."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
 def _first_match(patterns: Mapping[str, Any], module: str, default):
-    matches = (x for pattern, x in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(matches, default)
+    return next((x for pattern, x in patterns.items() if matches(pattern, module)), default)
 
 
 def _short(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from rmlora_jax.adapt.forms import Form
 from rmlora_jax.adapt.geometry import Layout
 from rmlora_jax.adapt.lora import WEIGHTS, LoRA
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub.peft_config import CONFIG_FILE, PREFIX, PeftConfig, ends_with, read_config
+from rmlora_jax.hub.peft_config import CONFIG_FILE, PREFIX, PeftConfig, matches, read_config
 from rmlora_jax.hub.peft_write import WEIGHTS_FILE, alpha_of, peft_leaves
 from rmlora_jax.hub.pickled import PickledTensors
 from rmlora_jax.hub.pretrained import Pretrained
@@ -37,16 +39,22 @@ def load_peft(folder: str | Path, base: Pretrained, *, saved: bool = True) -> tu
     directions that are 0 in A and in B, which no gradient moves. Where the scales of a stack
     differ, their ratio is multiplied into B. All else is taken over as it is stored, as float32.
 
+    Where ``init_lora_weights`` is "pissa" or "olora", PEFT takes s A_0 B_0 out of the base before
+    it adds s A B. The base here stays whole: the factors are [A, A_0] and [B; -B_0], of twice the
+    rank.
+
     Args:
       folder: with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``).
       base: the pretrained model, with as many labels as the adapter's own classifier has.
-      saved: False takes the factors alone, so that the base may be for another task.
+      saved: False takes the factors alone, so that the base may be for another task, or have
+        layers that are new (``base.new``) and still to be trained.
 
     Returns:
       (params, lora): ``params`` hold the arrays of ``base.params`` where nothing is stored.
 
     Raises:
-      UserError: the folder is damaged, or a tensor is missing, unexpected or misshapen.
+      UserError: the folder is damaged, or a tensor is missing, unexpected or misshapen; the config
+        asks for what cannot be done here; a layer is new in the base and not stored.
     """
     folder = Path(folder)
     config, tensors, file = read_config(folder), _open(folder), folder / WEIGHTS_FILE
@@ -55,9 +63,11 @@ def load_peft(folder: str | Path, base: Pretrained, *, saved: bool = True) -> tu
     entries = {e.path: e for e in base.family.table if e.path in shapes}
     factors, whole = _sorted_out(file, config, tensors, base, shapes)
     have = {*whole, *((path, layer) for path, layers in factors.items() for layer in layers)}
-    _check_complete(file, config, entries, have, shapes)
     if not factors:
         raise UserError(f"{file} has no factors; is it an adapter of LoRA?")
+    _check_complete(file, config, base, entries, factors, have, shapes)
+    if saved:
+        _check_head(file, config, base, {path for path, _ in whole})
     described, trained = {}, set()
     for path, layers in factors.items():
         module = path.rpartition("/")[0]
@@ -150,21 +160,58 @@ def _sorted_out(file: Path, config: PeftConfig, tensors, base: Pretrained, shape
     return factors, {slot: key for slot, key in found.items() if len(slot) == 2}
 
 
-def _check_complete(file: Path, config: PeftConfig, entries, have, shapes) -> None:
-    """Raises a UserError unless every module that the config names is in the file."""
-    missing = []
+def _check_complete(file: Path, config: PeftConfig, base, entries, factors, have, shapes) -> None:
+    """Raises a UserError unless the file has what the config says: factors of the modules that it
+    names and of no others, whole the modules to be saved, and a module for each pattern."""
+    found = {(path, i): name for path, one in factors.items() for i, (name, _) in one.items()}
+    spelling = _spelling(entries, base.family.prefix, found)
+    missing, extra = [], []
     for entry in entries.values():
         adaptable = entry.path.rpartition("/")[2] in WEIGHTS
-        targets = config.targets if adaptable and config.targets else ()
         for layer in layers_of(entry, shapes):
+            place, name = (entry.path, layer), spelling(entry, layer)
             modules = [name.format(layer).rpartition(".")[0] for name in entry.names]
-            named = any(ends_with(one, target) for one in modules for target in targets)
             inside = any(f".{root}." in f".{one}." for one in modules for root in config.saved)
-            if (named or inside) and (entry.path, layer) not in have:
+            named = adaptable and config.adapts(name)
+            if (named or inside) and place not in have:
                 missing.append(entry.names[-1].format(layer))
+            if place in found and config.targets and not (named or inside):
+                extra.append(name)
     if missing:
         raise UserError(
             f"{file} lacks what {CONFIG_FILE} says of {some(missing)}; copy the folder again"
+        )
+    if extra:
+        raise UserError(f"{file} has factors of {some(extra)}, which {CONFIG_FILE} does not target "
+                        "and PEFT leaves out; correct its target_modules, or copy the folder again")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if not any(matches(key, module) for module in found.values()):
+                raise UserError(f"{file.with_name(CONFIG_FILE)}: {field} has {key[:80]!r}, which "
+                                "matches no adapted layer; correct it, or take it out")
+
+
+def _spelling(entries, prefix: str, found) -> Callable[[Entry, int], str]:
+    """(entry, layer) -> the module's name, as the file spells those that it has factors of."""
+
+    def spell(which: int, cut: str, entry: Entry, layer: int) -> str:
+        return entry.names[which].format(layer).rpartition(".")[0].removeprefix(cut)
+
+    ways = [partial(spell, which, cut) for which in (-1, 0) for cut in ("", prefix)]
+    return max(ways, key=lambda way: sum(
+        way(entries[path], layer) == name for (path, layer), name in found.items()))
+
+
+def _check_head(file: Path, config: PeftConfig, base: Pretrained, whole: set[str]) -> None:
+    """Raises a UserError unless all that the base lacks is stored, for a model of its purpose."""
+    if config.task not in ("", base.family.purpose) and any(x.startswith("head/") for x in whole):
+        raise UserError(f"{file} holds the head of a model for {config.task}, not for "
+                        f"{base.family.purpose}; train one with task_type SEQ_CLS")
+    if lacking := [path for path in base.new if path not in whole]:
+        raise UserError(
+            f"{file} has no trained {', '.join(lacking)}, nor has the base {base.source}; list it "
+            "in PEFT's modules_to_save and train again, or take the factors alone with "
+            "load_peft(..., saved=False)"
         )
 
 
@@ -181,6 +228,13 @@ def _stack(file: Path, config: PeftConfig, layers: dict, entry: Entry, weight):
         shapes = form.shapes(inner, axes, rank)
         ready[layer] = [x.reshape(shape) for x, shape in zip(leaves, shapes, strict=True)]
         scales[layer] = config.scale_of(name, rank)
+        if config.init:
+            if len(inner) != 2 or entry.path.endswith("/embedding"):
+                raise UserError(f"{file}: init_lora_weights is {config.init!r}, which PEFT has for "
+                                f"linear layers alone, not for {name!r}")
+            a, b, *others = ready[layer]
+            a0, b0 = _taken_out(config.init, weight[layer], rank, scales[layer])
+            ready[layer] = [np.hstack([a, a0]), np.vstack([b, -b0]), *others]
     common = Counter(scales.values()).most_common(1)[0][0]
     shapes = form.shapes(inner, axes, max(len(b) for _, b, *_ in ready.values()))
     whole = form.idle(weight, [(len(weight), *shape) for shape in shapes])
@@ -191,6 +245,17 @@ def _stack(file: Path, config: PeftConfig, layers: dict, entry: Entry, weight):
         for rest, x in zip(whole[2:], others, strict=True):
             rest[layer] = x
     return whole if entry.stacked else tuple(x[0] for x in whole), common
+
+
+def _taken_out(init: str, weight, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """A_0 (in, r) and B_0 (r, out): PEFT's base is ``weight`` (in, out) - scale A_0 B_0."""
+    weight = np.asarray(weight, np.float32)
+    if init == "olora":  # arXiv:2406.01775, of PyTorch's weight (out, in)
+        q, r = np.linalg.qr(weight.T)
+        return r[:rank].T, q[:, :rank].T
+    u, s, vt = np.linalg.svd(weight, full_matrices=False)  # arXiv:2404.02948
+    root = np.sqrt(s[:rank].astype(np.float64) / scale)
+    return u[:, :rank] * root, root[:, None] * vt[:rank]
 
 
 def _in_our_order(file: Path, form: Form, name: str, leaves, entry: Entry, inner, rank: int):

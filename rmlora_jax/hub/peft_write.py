@@ -25,6 +25,7 @@ from rmlora_jax.files import new_folder, write_bytes_atomic, write_json, write_t
 from rmlora_jax.hub.info import Info, adapter_card, write_info
 from rmlora_jax.hub.peft_config import CONFIG_FILE, PREFIX, Names, endings
 from rmlora_jax.hub.pretrained import Pretrained
+from rmlora_jax.hub.source import split_revision
 from rmlora_jax.hub.weights import some, stored_tensors, to_stored
 from rmlora_jax.models.family import Entry
 
@@ -115,6 +116,7 @@ def save_peft(
 
 def _config(names: Names, base: Pretrained, lora: LoRA, ranks, alphas, saved) -> dict[str, Any]:
     """The content of adapter_config.json, with every field that old releases of PEFT want."""
+    name, revision = split_revision(base.source)
     r, alpha = Counter((ranks[name], alphas[name]) for name in ranks).most_common(1)[0][0]
 
     def pattern(values: dict, usual) -> dict:
@@ -126,7 +128,7 @@ def _config(names: Names, base: Pretrained, lora: LoRA, ranks, alphas, saved) ->
 
     return {
         "auto_mapping": None,
-        "base_model_name_or_path": base.source,
+        "base_model_name_or_path": name,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -142,7 +144,7 @@ def _config(names: Names, base: Pretrained, lora: LoRA, ranks, alphas, saved) ->
         "r": r,
         "rank_pattern": pattern(ranks, r),
         "alpha_pattern": pattern(alphas, alpha),
-        "revision": None,
+        "revision": revision,
         "target_modules": endings(ranks, names.modules),
         "task_type": TASK_TYPES.get(base.family.purpose),
         "use_rslora": lora.rs,

@@ -17,7 +17,13 @@ from flax.traverse_util import unflatten_dict
 
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import read_object
-from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_config, find_folder
+from rmlora_jax.hub.source import (
+    CONFIG,
+    PREPROCESSOR,
+    find_config,
+    find_folder,
+    join_revision,
+)
 from rmlora_jax.hub.weights import Tensors, read_params
 from rmlora_jax.models import FAMILIES
 from rmlora_jax.models.family import IMAGES, TEXTS, Family, Inputs, flat_params, param_shapes
@@ -35,7 +41,7 @@ class Pretrained(NamedTuple):
       dropped: names of tensors in the file that were left out.
       new: paths of parameters that are newly initialised.
       folder: where its files are, the tokenizer's too.
-      source: what was loaded, as given.
+      source: what was loaded, as given; "NAME@REVISION" for a revision of a name on the hub.
       image_size: side of the image in pixels; None for a model of texts, as the next two.
       image_mean, image_std: per channel, for pixels in [0, 1]: x = (pixel - mean) / std.
     """
@@ -82,7 +88,7 @@ def load_pretrained(
         PyTorch's bicubic kernel. None keeps the model's.
       key: for what is new; default ``jax.random.key(0)``.
       dtype: of all parameters but pooler and head, which are trained and always float32.
-      revision: branch, tag or commit on the hub.
+      revision: branch, tag or commit on the hub; ``source`` may name it, too: "NAME@REVISION".
       inputs: accept only models that are called with these.
 
     Raises:
@@ -137,7 +143,7 @@ def load_pretrained(
         dropped=dropped,
         new=new,
         folder=folder,
-        source=str(source),
+        source=join_revision(str(source), revision),
         **image,
     )
     return new_head(pretrained, jax.random.key(0) if key is None else key)

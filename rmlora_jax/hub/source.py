@@ -67,8 +67,11 @@ REPLY_TIMEOUT = 2.0
 # A shard is a file beside its index.
 SHARD = re.compile(r"\w[\w.-]{0,250}", re.ASCII)
 
-# What the hub allows as a name: "model" or "owner/model".
-HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+# A branch, tag or commit. No "..", because the hub's client makes a path of it.
+REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]{0,250}")
+
+# What the hub allows as a name, "model" or "owner/model"; here a revision may follow, "model@v2".
+HUB_NAME = re.compile(rf"\w[\w.-]*(/\w[\w.-]*)?(@{REVISION.pattern})?")
 
 
 def find_folder(source: str | Path, revision: str | None = None) -> Path:
@@ -79,7 +82,8 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
     for what is not there, and never where ``HF_HUB_OFFLINE`` is set).
 
     Args:
-      source: a path, a bundled name, or a hub name such as ``google/vit-base-patch16-224``.
+      source: a path, a bundled name, or a hub name such as ``google/vit-base-patch16-224`` or
+        ``google/vit-base-patch16-224@REVISION``.
       revision: branch, tag or commit on the hub; None is its main branch.
 
     Raises:
@@ -96,7 +100,27 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
             f"model {name!r} is not a folder. Give the folder that holds its {CONFIG} and "
             f"{KINDS[0][0]}, a name on the Hugging Face hub, or a bundled model: {_bundled_names()}"
         )
-    return _cached(name, revision) or _download(name, revision)
+    name, own = split_revision(name)
+    return _cached(name, revision or own) or _download(name, revision or own)
+
+
+def split_revision(source: str) -> tuple[str, str | None]:
+    """The name and the revision of a hub name, which may have one; a folder has none.
+
+    >>> split_revision("google/vit@v2"), split_revision("./vit@v2")
+    (('google/vit', 'v2'), ('./vit@v2', None))
+    """
+    name, _, revision = source.partition("@")
+    if not HUB_NAME.fullmatch(source) or Path(source).is_dir():
+        return source, None
+    return name, revision or None
+
+
+def join_revision(source: str, revision: str | None) -> str:
+    """The name on the hub with this revision, "NAME@REVISION"; a folder is left as it is."""
+    name = split_revision(source)[0]
+    on_hub = revision and HUB_NAME.fullmatch(name) and not _local(name)
+    return f"{name}@{revision}" if on_hub else source
 
 
 def _local(name: str) -> Path | None:
@@ -125,7 +149,7 @@ def find_config(source: str) -> tuple[str, dict[str, Any]]:
       UserError: this machine does not have it.
     """
     folder = _local(source)
-    if where := folder / CONFIG if folder else _cached_config(source):
+    if where := folder / CONFIG if folder else _cached_config(*split_revision(source)):
         return str(where), read_object(where)
     if source in PUBLISHED:
         return source, PUBLISHED[source]
@@ -198,7 +222,7 @@ def _download(name: str, revision: str | None) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise UserError(
             f"model {name!r} is not (completely) in the Hugging Face cache, and HF_HUB_OFFLINE "
-            f"is set. {_without_network(name)}"
+            f"is set. {_without_network(name, revision)}"
         )
     _ask(name, revision)
 
@@ -261,13 +285,14 @@ def _ask(name: str, revision: str | None) -> None:
         reason = type(status).__name__ if isinstance(status, Exception) else f"HTTP {status}"
         raise UserError(
             f"model {name!r} is neither a folder nor in the Hugging Face cache, and the hub does "
-            f"not answer ({reason}). {_without_network(name)}"
+            f"not answer ({reason}). {_without_network(name, revision)}"
         )
 
 
-def _without_network(name: str) -> str:
+def _without_network(name: str, revision: str | None) -> str:
+    which = f"{name} --revision {revision}" if revision else name
     return (
-        f"Type `hf download {name}` where there is a network, "
+        f"Type `hf download {which}` where there is a network, "
         f"give a local folder, or use a bundled model: {_bundled_names()}"
     )
 

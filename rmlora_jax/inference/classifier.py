@@ -13,7 +13,7 @@ import rmlora_jax as rm
 from rmlora_jax.errors import UserError, progress
 from rmlora_jax.files import read_object
 from rmlora_jax.hub.info import Info, check_fits, read_info
-from rmlora_jax.hub.peft_config import CONFIG_FILE, read_config
+from rmlora_jax.hub.peft_config import CONFIG_FILE, find_base, read_config
 from rmlora_jax.hub.peft_read import load_peft, stored_labels
 from rmlora_jax.hub.pretrained import Pretrained, load_pretrained
 from rmlora_jax.hub.source import CONFIG
@@ -28,7 +28,7 @@ def load(folder: str | Path) -> "Classifier":
 
     Args:
       folder: a run's, which gives its ``adapter`` or else its ``merged`` model; an adapter's in
-        PEFT's layout, whose base `find_folder` finds; or a whole model's in Hugging Face's layout.
+        PEFT's layout, whose base `find_base` finds; or a whole model's in Hugging Face's layout.
         Without ``rmlora.json`` the model's own files decide: images of its own size, or single
         texts of up to 512 tokens; a text model with one output is a regression.
 
@@ -47,19 +47,23 @@ def load(folder: str | Path) -> "Classifier":
         base = load_pretrained(where)
         if base.new:
             raise UserError(f"{where} has no trained {', '.join(base.new)}; train it first")
-        if read_object(where / CONFIG).get("problem_type") == "multi_label_classification":
-            raise UserError(f"{where} gives several labels at once, which is not supported")
+        _check_one_label(base)
         return Classifier(base, base.params, None, info or info_of(base))
     outputs = stored_labels(where)
     if outputs is None and info is not None:
         outputs = info.outputs
     config = read_config(where)
-    if config.base is None:
-        raise UserError(f"{where / CONFIG_FILE} does not say its base_model_name_or_path; add it")
     size = info and info.image_size
-    base = load_pretrained(config.base, num_labels=outputs, image_size=size)
+    base = load_pretrained(find_base(where, config), num_labels=outputs, image_size=size)
     params, lora = load_peft(where, base)
+    if info is None:
+        _check_one_label(base)
     return Classifier(base, params, lora, info or info_of(base))
+
+
+def _check_one_label(base: Pretrained) -> None:
+    if read_object(base.folder / CONFIG).get("problem_type") == "multi_label_classification":
+        raise UserError(f"{base.source} gives several labels at once, which is not supported")
 
 
 def find_model(folder: Path) -> Path:

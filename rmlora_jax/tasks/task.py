@@ -21,9 +21,17 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import is_writable, near
 from rmlora_jax.hub import Info, Pretrained, new_head
-from rmlora_jax.hub.peft_config import CONFIG_FILE
+from rmlora_jax.hub.peft_config import CONFIG_FILE, read_config
 from rmlora_jax.hub.pretrained import find_architecture
-from rmlora_jax.hub.source import CONFIG, HUB_NAME, PACKAGED, bundled, find_folder
+from rmlora_jax.hub.source import (
+    CONFIG,
+    HUB_NAME,
+    PACKAGED,
+    bundled,
+    find_folder,
+    join_revision,
+    split_revision,
+)
 from rmlora_jax.models.family import Family, Inputs
 from rmlora_jax.parallel.mesh import Devices
 from rmlora_jax.tasks.scores import score
@@ -337,7 +345,18 @@ def missing_model(c: Run) -> Iterator[str]:
 def missing_adapter(c: Run) -> Iterator[str]:
     """What is wrong with ``model.adapter``, a folder or ''."""
     folder, field = Path(c.model.adapter).expanduser(), f"config.model.adapter={c.model.adapter!r}"
-    if not c.model.adapter or (folder / CONFIG_FILE).is_file():
+    if not c.model.adapter:
+        return
+    if (folder / CONFIG_FILE).is_file():
+        try:
+            its = read_config(folder)
+        except UserError as error:
+            yield f"{field}: {error}"
+            return
+        name, revision = split_revision(c.model.source)
+        own, given = (join_revision(name, one or "main") for one in (its.revision, revision))
+        if its.base == name and own != given:
+            yield f"{field}: its base is {own}; type --config.model.source={own}"
         return
     if not folder.is_dir():
         yield f"{field}: {no_folder(folder)}"

@@ -293,8 +293,8 @@ def test_a_layer_that_an_adapter_with_magnitudes_leaves_out_is_the_bases(bases, 
         for key in [key for key in tensors if ".layer.1." in key]:
             del tensors[key]
 
-    folder = rewritten(cases.HERE / "dora_bert", tmp_path, {"layers_to_transform": [0]},
-                       without_layer_1)
+    folder = rewritten(cases.HERE / "dora_bert", tmp_path,
+                       {"exclude_modules": r".*\.layer\.1\..*"}, without_layer_1)
     params, lora = load_peft(folder, base)
     merged, kernel = (p["encoder"]["layers"]["attention"]["value"]["kernel"]
                       for p in (rm.merge(params, lora), base.params))
