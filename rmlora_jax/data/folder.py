@@ -89,7 +89,7 @@ class ImageFiles(ImageSource):
 def why_unreadable(error: Exception) -> str:
     """Why a file cannot be read as an image, in words."""
     if isinstance(error, UnidentifiedImageError):  # its message has an object's address
-        return f"its content is none of {', '.join(FORMATS)}"
+        return f"its content is none of {', '.join(FORMATS)}, or a kind of one that is not read"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return first_line(error)
@@ -97,7 +97,7 @@ def why_unreadable(error: Exception) -> str:
 
 def is_image(path: str | os.PathLike) -> bool:
     """Whether a file has the suffix of an image."""
-    return os.path.splitext(path)[1].lower() in SUFFIXES
+    return os.path.splitext(path)[1].rstrip().lower() in SUFFIXES
 
 
 def files_below(folder: str | os.PathLike) -> list[str]:

@@ -24,8 +24,9 @@ from PIL import Image
 from rmlora_jax.data.folder import files_below, is_image, why_unreadable
 from rmlora_jax.data.pipeline import stored_as
 from rmlora_jax.data.tokens import eval_text_batches, tokenise
-from rmlora_jax.data.vision import SUFFIXES, augment, open_image, pixels
+from rmlora_jax.data.vision import SUFFIXES, augment, in_8_bits, open_image, pixels
 from rmlora_jax.errors import UserError
+from rmlora_jax.files import given_path
 from rmlora_jax.hub.info import Info
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.tokenizer import load_tokenizer
@@ -101,7 +102,7 @@ READERS = {IMAGES: ImageReader, TEXTS: TextReader}
 
 def find_images(path: str | Path) -> list[str]:
     """The image at ``path``, or all below the folder ``path``, sorted, hidden ones left out."""
-    path = Path(path).expanduser()
+    path = given_path(path)
     if os.path.isdir(path):  # unlike path.is_dir() it takes names of any length
         if found := _images_below(path):
             return found
@@ -124,7 +125,8 @@ def images_of(values: Sequence[str]) -> list[str]:
     for value in values:
         # A comma, or a bracket of a pattern, may be part of a file's name.
         parts = [value] if os.path.exists(value) else value.split(",")
-        for part in filter(None, map(str.strip, parts)):
+        for part in filter(str.strip, parts):
+            part = part if os.path.exists(part) else part.strip()
             plain = os.path.exists(part) or not glob.has_magic(part)
             found += find_images(part) if plain else _matching(part)
     if not found:
@@ -133,7 +135,8 @@ def images_of(values: Sequence[str]) -> list[str]:
 
 
 def _matching(pattern: str) -> list[str]:
-    paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    paths = glob.glob(pattern, recursive=True)  # a name may begin with ~
+    paths = sorted(paths or glob.glob(os.path.expanduser(pattern), recursive=True))
     found = [path for path in paths if is_image(path) and os.path.isfile(path)]
     for folder in filter(os.path.isdir, paths):
         found += _images_below(folder)
@@ -163,8 +166,7 @@ def read_image(image: Any, info: Info, image_size: int) -> tuple[np.ndarray, flo
     With ``info.stored_size`` the middle square is resized to that side, as in training. Without
     it, the training images were small squares of one size: small squares stay as they are, and any
     other image is treated as `data.plan_storage` treats a data set of such images, which makes it a
-    square and cuts its margin. The orientation that a camera notes in a photo is ignored, as in
-    training.
+    square and cuts its margin. Photos are turned as their EXIF orientation says, as in training.
 
     ``image`` is a path, an image of pillow, or a uint8 array (H, W, C) with C 1, 3 or 4. A file
     that is damaged, or larger than pillow thinks wise, raises an Exception of any kind.
@@ -172,7 +174,8 @@ def read_image(image: Any, info: Info, image_size: int) -> tuple[np.ndarray, flo
     if isinstance(image, str | Path):
         image = open_image(Path(image).read_bytes())
     elif isinstance(image, Image.Image):
-        image = image.copy()  # what follows may change how its file is read
+        # A copy, since what follows may change how its file is read. It no longer knows its format.
+        image = in_8_bits(image).copy()
     else:
         array = np.asarray(image)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
