@@ -32,7 +32,7 @@ from rmlora_jax.data.dataset import (
 from rmlora_jax.data.splits import CHECKED_SIZE
 from rmlora_jax.data.vision import FORMATS, SUFFIXES, open_image, pixels
 from rmlora_jax.errors import UserError, first_line
-from rmlora_jax.files import near
+from rmlora_jax.files import given_path, near
 
 CHANNELS = 3
 # Names of folders that hold a test split. The first that has class folders is used.
@@ -258,7 +258,7 @@ def _kinds(files: Iterable[str]) -> str:
 def _images(request: Request) -> FoundImages:
     if mistakes := _missing(request):
         raise UserError(mistakes[0])
-    root = Path(request.data_dir or "").expanduser()
+    root = given_path(request.data_dir or "")
     folders, asked = class_folders(root), request.test_split
     test, notes = None, []
     if _has_splits(root, request.train_split, folders, asked):
@@ -334,7 +334,7 @@ def _missing(request: Request) -> list[str]:
             "config.data.data_dir=None: name the folder with the images, such as "
             "--config.data.data_dir=photos"
         ]
-    root = Path(request.data_dir).expanduser()
+    root = given_path(request.data_dir)
     if root.is_dir():
         return []
     return [f"config.data.data_dir={request.data_dir!r}: there is no folder {root}{near(root)}"]

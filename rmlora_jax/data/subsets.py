@@ -31,6 +31,7 @@ from rmlora_jax.files import read_json, write_json
 
 SEED = 0  # of the classes and of each class's images: never a run's seed
 CHUNK = 256  # images that a thread takes at a time
+FORMAT = "1"  # of what is cached
 
 T = TypeVar("T")
 
@@ -77,7 +78,8 @@ def fingerprint(source: ImageSource, size: int | None) -> str | None:
     """Hexadecimal SHA-256 of all that decides the decoded images; None where it is not known."""
     if (identity := identity_of(source)) is None:
         return None
-    return hashlib.sha256(f"{DECODER} {PIL.__version__} {size} {identity}".encode()).hexdigest()
+    decoder = f"{DECODER} {PIL.__version__}"
+    return hashlib.sha256(f"{FORMAT} {decoder} {size} {identity}".encode()).hexdigest()
 
 
 def labels_of(source: ImageSource) -> np.ndarray:

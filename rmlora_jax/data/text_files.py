@@ -21,7 +21,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl")
 CONVERT = "files of texts end in .csv, .tsv or .jsonl; convert it to one"
 NAME_COLUMNS = "Name the columns with --config.text.columns and --config.data.label_key"
 DELIMITERS = ",;\t|"
-QUOTED = re.compile(r'"((?:[^"]|"")*)"')
+QUOTED = re.compile(r'"([^"]*+(?:""[^"]*+)*+)"')
 MISSING = ("nan", "null")  # in lower case; what programs write into a table for no value
 
 

@@ -224,6 +224,11 @@ def test_names_at_the_command_line(tmp_path, monkeypatch):
     assert sorted(images_of([str(tmp_path)])) == sorted(str(tmp_path / name) for name in names)
     assert images_of([" a.png,b.png , ~c.png"]) == [" a.png", "b.png ", "~c.png"]
     assert images_of(["~c*.png"]) == ["~c.png"]
+    for name in ("a", "b "):
+        (tmp_path / "~photos" / name).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "~photos" / name / f"{i}.png ").write_bytes(FILES["PNG"])
+    assert load_images("folder", data_dir="~photos", validation=1).class_names == ("a", "b ")
     assert is_image("b.png ") and not is_image("b.png x")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
