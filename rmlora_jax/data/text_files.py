@@ -54,17 +54,16 @@ def read_rows(
                 row = _parsed(where, raw)
                 _check_names(where, row, names, advice, BadRecord)
                 rows.append([_json_cell(where, name, row[name]) for name in names])
+            elif None in raw:
+                raise BadRecord(
+                    f"{where}: more cells than the heading has names; put texts with commas or "
+                    "tabs in double quotes"
+                )
             else:
                 rows.append([_cell(where, name, raw.get(name)) for name in names])
-                if None in raw:
-                    raise BadRecord(
-                        f"{where}: more cells than the heading has names; put texts with commas or "
-                        "tabs in double quotes"
-                    )
         except BadRecord as error:
             if label_key is None:
                 raise
-            del rows[len(lines) :]
             skipped.add(error)
             continue
         lines.append(line)
