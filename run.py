@@ -34,8 +34,9 @@ PREDICT = flags.DEFINE_multi_string(
     "predict",
     None,
     "classify with the model in --workdir (a run, an adapter or a model). Inputs are images, "
-    "folders or patterns, separated by commas; or a text, @FILE for a file with one text on each "
-    "line, - for stdin. Words without a flag are further inputs",
+    "folders or patterns, separated by commas; or a text, @FILE for a file (.csv, .tsv and .jsonl "
+    "by the model's columns, others with one text on each line), - for stdin. Words without a flag "
+    "are further inputs",
 )
 TOP = flags.DEFINE_integer("top", 1, "with --predict: classes shown for each input", lower_bound=1)
 OUT = flags.DEFINE_string(

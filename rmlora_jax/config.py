@@ -70,6 +70,7 @@ class Spec(NamedTuple):
       resume: FIXED, FREE or GROWS.
       sweep: its name in ``sweep.grid``, if a sweep can vary it.
       cache: whether it names a folder that the run can do without.
+      before: its value in runs from before there was the field; None: its default.
     """
 
     help: str
@@ -83,6 +84,7 @@ class Spec(NamedTuple):
     resume: str = FIXED
     sweep: str = ""
     cache: bool = False
+    before: Any = None
 
 
 class Leaf(NamedTuple):

@@ -74,6 +74,12 @@ def is_writable(folder: pathlib.Path) -> bool:
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
+def given_path(path: str | os.PathLike) -> pathlib.Path:
+    """A path that a person gave: as it is where that exists, or else with ``~`` as the home."""
+    path = pathlib.Path(path)
+    return path if os.path.lexists(path) else pathlib.Path(os.path.expanduser(path))
+
+
 def near(path: pathlib.Path) -> str:
     """A hint for a path that does not exist: the most similar name beside it, or nothing."""
     parent = path.parent

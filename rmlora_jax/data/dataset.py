@@ -40,6 +40,7 @@ class Request:
       image_key, label_key: names of the features.
       columns: names of one feature with text, or two for pairs.
       regression: whether the labels of texts are numbers rather than classes.
+      apart: whether equal texts stay together when a part is held out; never those of GLUE.
       classes: use the images of this many classes only, in all splits; 0 for all. Which ones is
         fixed (:func:`rmlora_jax.data.subsets.with_classes`), and so is what was held out.
       per_class: use at most this many training images of each class, after the hold-out; 0 for all.
@@ -70,6 +71,7 @@ class Request:
     label_key: str = "label"
     columns: Sequence[str] = ()
     regression: bool = False
+    apart: bool = True
     classes: int = 0
     per_class: int = 0
     limit: int | None = None
@@ -287,9 +289,10 @@ class TextDataset:
     Attributes:
       name: as the user typed it.
       columns, unlabelled, label_names: see `FoundTexts`.
-      train, validation: no text is in both.
+      train, validation: no text is in both, unless the data is GLUE's or ``Request.apart`` False.
       tests: the splits that are reported; "test" first.
       skipped: the records that were left out because they cannot be used, and why.
+      notes: what a person should know, such as test texts that are training texts, too.
     """
 
     name: str
@@ -300,6 +303,7 @@ class TextDataset:
     unlabelled: dict[str, TextSplit]
     label_names: tuple[str, ...] | None
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 # Records that cannot be used

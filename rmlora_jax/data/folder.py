@@ -32,7 +32,7 @@ from rmlora_jax.data.dataset import (
 from rmlora_jax.data.splits import CHECKED_SIZE
 from rmlora_jax.data.vision import FORMATS, SUFFIXES, open_image, pixels
 from rmlora_jax.errors import UserError, first_line
-from rmlora_jax.files import near
+from rmlora_jax.files import given_path, near
 
 CHANNELS = 3
 # Names of folders that hold a test split. The first that has class folders is used.
@@ -89,7 +89,7 @@ class ImageFiles(ImageSource):
 def why_unreadable(error: Exception) -> str:
     """Why a file cannot be read as an image, in words."""
     if isinstance(error, UnidentifiedImageError):  # its message has an object's address
-        return f"its content is none of {', '.join(FORMATS)}"
+        return f"its content is none of {', '.join(FORMATS)}, or a kind of one that is not read"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return first_line(error)
@@ -97,7 +97,7 @@ def why_unreadable(error: Exception) -> str:
 
 def is_image(path: str | os.PathLike) -> bool:
     """Whether a file has the suffix of an image."""
-    return os.path.splitext(path)[1].lower() in SUFFIXES
+    return os.path.splitext(path)[1].rstrip().lower() in SUFFIXES
 
 
 def files_below(folder: str | os.PathLike) -> list[str]:
@@ -258,7 +258,7 @@ def _kinds(files: Iterable[str]) -> str:
 def _images(request: Request) -> FoundImages:
     if mistakes := _missing(request):
         raise UserError(mistakes[0])
-    root = Path(request.data_dir or "").expanduser()
+    root = given_path(request.data_dir or "")
     folders, asked = class_folders(root), request.test_split
     test, notes = None, []
     if _has_splits(root, request.train_split, folders, asked):
@@ -334,7 +334,7 @@ def _missing(request: Request) -> list[str]:
             "config.data.data_dir=None: name the folder with the images, such as "
             "--config.data.data_dir=photos"
         ]
-    root = Path(request.data_dir).expanduser()
+    root = given_path(request.data_dir)
     if root.is_dir():
         return []
     return [f"config.data.data_dir={request.data_dir!r}: there is no folder {root}{near(root)}"]

@@ -29,7 +29,7 @@ from rmlora_jax.data.dataset import (
 from rmlora_jax.data.folder import CHANNELS, why_unreadable
 from rmlora_jax.data.splits import FileImages, check_image_key, labelled_splits, text_columns
 from rmlora_jax.data.subsets import usable_texts
-from rmlora_jax.data.text_files import class_names
+from rmlora_jax.data.text_files import class_key, class_names
 from rmlora_jax.data.vision import open_image, pixels
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import is_writable, near
@@ -196,8 +196,9 @@ def numbers_of(words: Iterable[str | None], names: Sequence[str]) -> np.ndarray:
     >>> numbers_of(["cat", None, "dog", "cow"], ("dog", "cat")).tolist()
     [1, -1, 0, -1]
     """
-    numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)}
-    return np.array([numbers.get(word, -1) for word in words], np.int32)
+    numbers = {class_key(name): number for number, name in enumerate(names)}
+    found = (-1 if word is None else numbers.get(class_key(word), -1) for word in words)
+    return np.array(list(found), np.int32)
 
 
 def _column(data: Any, key: str) -> Any:

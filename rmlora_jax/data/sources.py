@@ -24,6 +24,7 @@ from rmlora_jax.data.dataset import (
 )
 from rmlora_jax.data.subsets import (
     Subset,
+    equal_rows,
     held_out_count,
     hold_out,
     labels_of,
@@ -129,13 +130,21 @@ def open_texts(request: Request) -> TextDataset:
     skipped = Skipped(request.bad_records)
     found: FoundTexts = _found("texts", request, skipped)
 
+    # The hold-outs of GLUE stay those of earlier results.
+    apart = request.apart and (bool(request.train_file) or glue.glue_task(request.name) is None)
+
     def held_out(split: TextSplit, seed: int) -> tuple[TextSplit, TextSplit]:
         n, labels = len(split.ids), None if found.label_names is None else split.labels
         count = held_out_count(n, request.validation, found.place)
-        kept, held = hold_out(n, count, seed=seed, labels=labels)
+        groups = equal_rows(split) if apart else None
+        kept, held = hold_out(n, count, seed=seed, labels=labels, groups=groups)
         return split.at(kept), split.at(held)
 
     train, tests = found.train, found.tests
+    seen, notes = set(zip(*train.texts, strict=True)) if apart and tests else (), []
+    for name, test in tests.items():
+        if same := sum(row in seen for row in zip(*test.texts, strict=True)):
+            notes.append(f"{same:,} of {len(test.ids):,} rows of {name!r} are training texts, too")
     if not tests:
         train, test = held_out(train, request.seed + 1)
         tests = {"test": test}
@@ -144,7 +153,7 @@ def open_texts(request: Request) -> TextDataset:
         train = train.at(range(request.limit))
     return TextDataset(
         request.name, found.columns, train, validation, tests, found.unlabelled, found.label_names,
-        tuple(skipped.records),
+        tuple(skipped.records), tuple(notes),
     )
 
 

@@ -25,6 +25,7 @@ from rmlora_jax.data.dataset import (
     Skipped,
     TextSplit,
 )
+from rmlora_jax.data.vision import DECODER
 from rmlora_jax.errors import UserError, progress
 from rmlora_jax.files import read_json, write_json
 
@@ -77,7 +78,8 @@ def fingerprint(source: ImageSource, size: int | None) -> str | None:
     """Hexadecimal SHA-256 of all that decides the decoded images; None where it is not known."""
     if (identity := identity_of(source)) is None:
         return None
-    return hashlib.sha256(f"{FORMAT} {PIL.__version__} {size} {identity}".encode()).hexdigest()
+    decoder = f"{DECODER} {PIL.__version__}"
+    return hashlib.sha256(f"{FORMAT} {decoder} {size} {identity}".encode()).hexdigest()
 
 
 def labels_of(source: ImageSource) -> np.ndarray:
@@ -258,29 +260,62 @@ def held_out_count(n: int, amount: float, of: object = "the data set") -> int:
 
 
 def hold_out(
-    n: int, count: int, *, seed: int, labels: np.ndarray | None = None
+    n: int,
+    count: int,
+    *,
+    seed: int,
+    labels: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices kept and held out, both ascending: ``count`` of ``n`` are held out at random.
 
     With ``labels`` (n,) each class gives its share, rounded by largest remainder so that the total
-    is exact.
+    is exact. With ``groups`` (n,), numbers from 0 on, equal ones stay together: a group that does
+    not fit into what is left of a share is passed over, so fewer than ``count`` may be held out,
+    but at least one group. Where no two rows are equal, or all are, ``groups`` changes nothing.
 
     >>> kept, held = hold_out(6, 2, seed=0, labels=np.array([0, 0, 0, 1, 1, 1]))
     >>> len(kept), sorted(np.array([0, 0, 0, 1, 1, 1])[held])
     (4, [np.int64(0), np.int64(1)])
     """
     order = np.random.RandomState(seed).permutation(n)
-    held = order[:count]
+    parts = [(order, count)]
     if labels is not None:
         shuffled = np.asarray(labels)[order]
         classes, sizes = np.unique(shuffled, return_counts=True)
         # Integers only: a float share could round differently on another machine.
         share, remainder = np.divmod(sizes * count, sizes.sum())
         share[np.argsort(-remainder, kind="stable")[: count - share.sum()]] += 1
-        held = np.concatenate(
-            [order[shuffled == c][:q] for c, q in zip(classes, share, strict=True)]
-        )
+        parts = [(order[shuffled == c], q) for c, q in zip(classes, share, strict=True)]
+    if groups is None or not groups.any():
+        held = np.concatenate([rows[:share] for rows, share in parts])
+    else:
+        held = _whole_groups(parts, groups)
     return np.setdiff1d(np.arange(n), held), np.sort(held)
+
+
+def _whole_groups(parts: Sequence[tuple[np.ndarray, int]], groups: np.ndarray) -> np.ndarray:
+    """The rows of the first groups of each part that fit into its share."""
+    sizes = np.bincount(groups)
+    taken = np.zeros(len(sizes), bool)
+    for rows, left in parts:
+        for group in dict.fromkeys(groups[rows].tolist()):
+            if not taken[group] and sizes[group] <= left:
+                taken[group] = True
+                left -= sizes[group]
+    if not taken.any():
+        taken[sizes.argmin()] = True
+    return np.flatnonzero(taken[groups])
+
+
+def equal_rows(split: TextSplit) -> np.ndarray:
+    """A number for each row, int (n,): the same for rows whose texts are equal.
+
+    >>> equal_rows(TextSplit((["a", "b", "a"],), np.zeros(3), np.arange(3))).tolist()
+    [0, 1, 0]
+    """
+    seen: dict[tuple[str, ...], int] = {}
+    return np.array([seen.setdefault(row, len(seen)) for row in zip(*split.texts, strict=True)])
 
 
 # Some of the training examples

@@ -25,8 +25,18 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 FREE_PIXELS = 1 << 22
 MOST_PIXELS_A_BYTE = 10_000
 
+DECODER = "2"  # raised whenever a file gives other pixels than before; caches are named by it
+
 _MODES = {1: "L", 3: "RGB"}
 _MAX = 255.0
+_ORIENTATION, _BITS, _PHOTOMETRIC, _FORMAT = 274, 258, 262, 339  # tags of EXIF and of TIFF
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1  # values of the last two
+_DEEP = {("I", "PPM"), ("I", "PNG")}  # pillow scales these to 16 bits
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 def open_image(encoded: bytes) -> Image.Image:
@@ -43,7 +53,10 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def pixels(image: Image.Image, channels: int = 3, size: int | None = None) -> np.ndarray:
-    """An image that `open_image` opened as uint8 (H, W, channels).
+    """An image that `open_image` opened as uint8 (H, W, channels), upright.
+
+    It is turned as its EXIF orientation says, and alpha is left out: transformers' ``load_image``
+    gives the same pixels, except for gray of more than 8 bits, which it clips; see `in_8_bits`.
 
     Args:
       image: palettes, alpha, CMYK and gray become ``channels`` channels. How its file is decoded is
@@ -53,16 +66,62 @@ def pixels(image: Image.Image, channels: int = 3, size: int | None = None) -> np
         (bilinear, antialiased) and the middle taken. JPEGs are then decoded at the smallest of
         1/1, 1/2, 1/4 and 1/8 of their size that is still large enough, which is several times
         faster.
+
+    Raises:
+      Exception: of any kind, for a damaged file or values without a known range.
     """
     mode = _MODES[channels]
     if size is not None:
         image.draft(mode, (size, size))
+    image = _upright(in_8_bits(image))
+    image.info.pop("transparency", None)  # pillow would look for a colour to keep for it
     if image.mode != mode:
         image = image.convert(mode)
     if size is not None:
         image = _square(image, size)
     array = np.asarray(image)
     return array[..., None] if channels == 1 else array
+
+
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """Gray of 9 to 16 bits as 8 bits; any other image of 8 bits as it is.
+
+    A value becomes ``value * 255 / most``, rounded, as the PNG specification has it, where ``most``
+    is the largest value of that many bits. Pillow itself cuts all values above 255.
+
+    Raises:
+      ValueError: gray of 32 bits, signed or floating: no black and white are agreed on for it.
+    """
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    kind = tags.get(_FORMAT, (_UNSIGNED,))
+    deep = image.mode in ("I", "F") and (image.mode, image.format) not in _DEEP
+    if deep or set(kind if isinstance(kind, tuple) else (kind,)) != {_UNSIGNED}:
+        raise ValueError(
+            "its values are signed, floating or of 32 bits, and nothing says which are black and "
+            "white; save it with 8 or 16 unsigned bits"
+        )
+    if not image.mode.startswith("I"):
+        return image
+    most = 2 ** tags.get(_BITS, (16,))[0] - 1
+    values = np.asarray(image).astype(np.uint32)
+    values *= 255  # in place: images are large
+    values += most // 2
+    values //= most
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        values = 255 - values
+    gray = Image.fromarray(values.astype(np.uint8))
+    gray.info = image.info.copy()
+    return gray
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; as it is where EXIF cannot be read."""
+    image.load()  # of some formats EXIF stands behind the pixels
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # pillow raises many kinds for damaged EXIF, and the pixels are whole
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def resize_square(image: np.ndarray, size: int) -> np.ndarray:

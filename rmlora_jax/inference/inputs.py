@@ -21,11 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from rmlora_jax.data import text_files
+from rmlora_jax.data.dataset import Skipped
 from rmlora_jax.data.folder import files_below, is_image, why_unreadable
 from rmlora_jax.data.pipeline import stored_as
+from rmlora_jax.data.text_files import CONVERT, has_columns, read_rows
 from rmlora_jax.data.tokens import eval_text_batches, tokenise
-from rmlora_jax.data.vision import SUFFIXES, augment, open_image, pixels
+from rmlora_jax.data.vision import SUFFIXES, augment, in_8_bits, open_image, pixels
 from rmlora_jax.errors import UserError
+from rmlora_jax.files import given_path
 from rmlora_jax.hub.info import Info
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.tokenizer import load_tokenizer
@@ -33,6 +37,10 @@ from rmlora_jax.models.family import IMAGES, TEXTS
 
 THREADS = 8  # that read and decode images
 KINDS = ", ".join(SUFFIXES)
+NAME_COLUMNS = (
+    "The model reads the columns of these names: rename those of the file, or put a text on each "
+    "line of a .txt file"
+)
 ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids")  # of a model of texts
 
 
@@ -101,7 +109,7 @@ READERS = {IMAGES: ImageReader, TEXTS: TextReader}
 
 def find_images(path: str | Path) -> list[str]:
     """The image at ``path``, or all below the folder ``path``, sorted, hidden ones left out."""
-    path = Path(path).expanduser()
+    path = given_path(path)
     if os.path.isdir(path):  # unlike path.is_dir() it takes names of any length
         if found := _images_below(path):
             return found
@@ -124,7 +132,8 @@ def images_of(values: Sequence[str]) -> list[str]:
     for value in values:
         # A comma, or a bracket of a pattern, may be part of a file's name.
         parts = [value] if os.path.exists(value) else value.split(",")
-        for part in filter(None, map(str.strip, parts)):
+        for part in filter(str.strip, parts):
+            part = part if os.path.exists(part) else part.strip()
             plain = os.path.exists(part) or not glob.has_magic(part)
             found += find_images(part) if plain else _matching(part)
     if not found:
@@ -133,7 +142,8 @@ def images_of(values: Sequence[str]) -> list[str]:
 
 
 def _matching(pattern: str) -> list[str]:
-    paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    paths = glob.glob(pattern, recursive=True)  # a name may begin with ~
+    paths = sorted(paths or glob.glob(os.path.expanduser(pattern), recursive=True))
     found = [path for path in paths if is_image(path) and os.path.isfile(path)]
     for folder in filter(os.path.isdir, paths):
         found += _images_below(folder)
@@ -163,8 +173,7 @@ def read_image(image: Any, info: Info, image_size: int) -> tuple[np.ndarray, flo
     With ``info.stored_size`` the middle square is resized to that side, as in training. Without
     it, the training images were small squares of one size: small squares stay as they are, and any
     other image is treated as `data.plan_storage` treats a data set of such images, which makes it a
-    square and cuts its margin. The orientation that a camera notes in a photo is ignored, as in
-    training.
+    square and cuts its margin. Photos are turned as their EXIF orientation says, as in training.
 
     ``image`` is a path, an image of pillow, or a uint8 array (H, W, C) with C 1, 3 or 4. A file
     that is damaged, or larger than pillow thinks wise, raises an Exception of any kind.
@@ -172,7 +181,8 @@ def read_image(image: Any, info: Info, image_size: int) -> tuple[np.ndarray, flo
     if isinstance(image, str | Path):
         image = open_image(Path(image).read_bytes())
     elif isinstance(image, Image.Image):
-        image = image.copy()  # what follows may change how its file is read
+        # A copy, since what follows may change how its file is read. It no longer knows its format.
+        image = in_8_bits(image).copy()
     else:
         array = np.asarray(image)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
@@ -257,35 +267,71 @@ def text_rows(inputs: Any, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def texts_of(values: Sequence[str], columns: Sequence[str]) -> list[str | tuple[str, ...]]:
-    """Texts, or pairs with a tab between them: the values themselves, or the lines of files.
+    """The texts, or pairs of texts, that the arguments of ``--predict`` name, in order.
 
-    ``@FILE``, the name of a file and ``-`` (standard input) stand for the lines in them, without
-    the empty ones. A text that begins with @ must therefore be put into a file.
+    ``@FILE`` or the name of a file stands for its texts, ``-`` for the lines of standard input; any
+    other argument is a text. Of a file .csv, .tsv or .jsonl the ``columns`` are read, and nothing
+    else of it. Any other file has a text on each line, and empty lines are left out. The two texts
+    of a pair have a tab between them, also in a .tsv file without a heading. A text that begins
+    with @ must be put into a file.
     """
-    texts, count = [], len(columns)
+    texts = []
     for value in values:
-        where, lines = _lines_of(value)
-        for number, line in lines:
-            parts = tuple(line.split("\t")) if count > 1 else (line,)
-            if len(parts) != count:
-                raise UserError(
-                    f"{where}, line {number}: this model takes {count} texts "
-                    f"({', '.join(columns)}) with a tab between them, not {len(parts)}"
-                )
-            texts.append(parts if count > 1 else line)
+        file = _file_of(value)
+        if file is not None and _is_table(file, columns):
+            rows, _ = read_rows(file, columns, None, Skipped(), NAME_COLUMNS)
+            texts += zip(*rows.texts, strict=True) if len(columns) > 1 else rows.texts[0]
+        else:
+            texts += _texts_on_lines(value, file, columns)
     if not texts:
         raise UserError(f"there is no text in {', '.join(values)}")
     return texts
 
 
-def _lines_of(value: str) -> tuple[str, list[tuple[int, str]]]:
+def _file_of(value: str) -> Path | None:
+    if value.startswith("@"):
+        return given_path(value.removeprefix("@"))
+    return Path(value) if os.path.isfile(value) else None
+
+
+def _is_table(file: Path, columns: Sequence[str]) -> bool:
+    """Whether a file has its texts in columns, by its suffix.
+
+    Raises:
+      UserError: it is of a kind that is not read.
+    """
+    kind = file.suffix.lower()
+    if kind == ".json":
+        raise UserError(f"{file}: {CONVERT}, or to a .txt file with a text on each line")
+    if kind != ".tsv" or len(columns) == 1 or not file.is_file() or has_columns(file, columns):
+        return kind in text_files.SUFFIXES and file.is_file()
+    names = ", ".join(map(repr, columns))
+    print(f"{file}: no heading with {names}; each line is read as a pair", file=sys.stderr)
+    return False
+
+
+def _texts_on_lines(
+    value: str, file: Path | None, columns: Sequence[str]
+) -> Iterator[str | tuple[str, ...]]:
+    where, lines = _lines_of(value, file)
+    for number, line in lines:
+        parts = tuple(line.split("\t")) if len(columns) > 1 else (line,)
+        if len(parts) != len(columns):
+            raise UserError(
+                f"{where}, line {number}: this model takes {len(columns)} texts "
+                f"({', '.join(columns)}) with a tab between them, not {len(parts)}"
+            )
+        yield parts if len(columns) > 1 else line
+
+
+def _lines_of(value: str, file: Path | None) -> tuple[str, list[tuple[int, str]]]:
     """Where the texts of an argument are, and its lines that are not empty, with their numbers."""
     if value == "-":
         where, data = "standard input", sys.stdin.buffer.read()
-    elif value.startswith("@") or os.path.isfile(value):
-        where = os.path.expanduser(value.removeprefix("@"))
+    elif file is not None:
+        where = str(file)
         try:
-            data = Path(where).read_bytes()
+            data = file.read_bytes()
         except OSError as error:
             raise UserError(f"{where} cannot be read ({error.strerror}); a text that begins with @ "
                             "must be in a file") from None

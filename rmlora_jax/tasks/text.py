@@ -33,6 +33,10 @@ class Text:
     train_file: str | None = field(None, "CSV, TSV or JSON lines, in place of TFDS")
     test_file: str | None = field(None, "None: a part of train_file is held out")
     predict_file: str | None = field(None, "rows without labels, predicted at the end")
+    apart: bool = field(
+        True, "equal texts stay together when a part is held out, except GLUE's; False: rows alone",
+        before=False,
+    )
     group_by_length: bool = field(
         False, "batches of similar lengths: less padding, another order"
     )
@@ -113,6 +117,7 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
             dtype=config.model.dtype,
         ),
         skipped=texts.skipped,
+        notes=texts.notes,
     )
 
 
@@ -173,6 +178,7 @@ def request(config: Run, **options) -> data.Request:
         config,
         columns=tuple(t.columns) or (glue.columns if glue else ()),
         regression=config.task == VALUES,
+        apart=t.apart,
         test_splits=tests,
         unlabelled_splits=unlabelled,
         train_file=t.train_file,

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -190,6 +191,60 @@ def test_texts_are_taken_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", stream)
     assert inputs.texts_of(["-"], ("text",)) == ["é"]
     assert inputs.texts_of(["a\tb"], ("one", "two")) == [("a", "b")]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
+def test_a_table_is_read_by_its_columns(pairs, tmp_path, name):
+    """No heading, label or other column is ever a part of a text."""
+    rows = [("good, w1", 'bad "w2"'), ("w3\nw4", "w5"), ("null" if "j" in name else "w6", "w7")]
+    table = [{"id": i, "label": "no", "two": two, "one": one} for i, (one, two) in enumerate(rows)]
+    with open(tmp_path / name, "w", newline="") as file:
+        if name == "a.jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in table)
+        else:
+            dialect = {"a.csv": "excel", "a.tsv": "excel-tab"}[name]
+            writer = csv.DictWriter(file, table[0], dialect=dialect)
+            writer.writeheader()
+            writer.writerows(table)
+    for value in (f"@{tmp_path / name}", str(tmp_path / name)):
+        assert inputs.texts_of([value, "w8\tw9"], ("one", "two")) == [*rows, ("w8", "w9")]
+        assert inputs.texts_of([value], ("two",)) == [row[1] for row in rows]
+    if name != "a.csv":
+        return
+    out = tmp_path / "out.csv"
+    assert predict.predict(str(pairs), [f"@{tmp_path / name}"], out=str(out)) == 0
+    found = read(out)[1:]
+    assert [row[0] for row in found] == ["\t".join(row) for row in rows]
+    expected = hub.load(pairs)(rows)
+    assert [row[1] for row in found] == [p.label for p in expected]
+
+
+def test_tables_that_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    advice = "\nThe model reads the columns of these names: rename those of the file, or put a text"
+    for name, content, words in (
+        ("a.csv", "sentence,label\ng,pos\n", f"a.csv, line 1: no 'text'; it has 'sentence', 'label'"
+         f"{advice}"),
+        ("a.tsv", "g\tpos\n", f"a.tsv, line 1: no 'text'; it has 'g', 'pos'{advice}"),
+        ("a.csv", "text,label\ng,pos\n,neg\n", "a.csv, line 3: 'text' is empty"),
+        ("a.csv", "text,text\ng,h\n", "a.csv, line 1: the heading has 'text' twice"),
+        ("a.jsonl", '{"text": ["g"]}\n', "a.jsonl, line 1: 'text' is a list"),
+        ("a.json", '[{"text": "g"}]', "a.json: files of texts end in .csv, .tsv or .jsonl;"),
+        ("a.csv", "text\n", "a.csv has no rows"),
+    ):
+        Path(name).write_text(content)
+        with pytest.raises(UserError) as error:
+            inputs.texts_of([f"@{name}"], ("text",))
+        assert str(error.value).startswith(words)
+    assert not capsys.readouterr().err
+    # Without a heading, pairs are read as in earlier versions, and this is said.
+    Path("b.tsv").write_text("w1\tw2\n")
+    assert inputs.texts_of(["@b.tsv"], ("one", "two")) == [("w1", "w2")]
+    assert capsys.readouterr().err == (
+        "b.tsv: no heading with 'one', 'two'; each line is read as a pair\n"
+    )
+    Path("~c.csv").write_text("label,text\npos,g\n")
+    assert inputs.texts_of(["@~c.csv", "~c.csv"], ("text",)) == ["g", "g"]
 
 
 def test_csv_is_read_back(tmp_path):
