@@ -47,8 +47,7 @@ def load(folder: str | Path) -> "Classifier":
         base = load_pretrained(where)
         if base.new:
             raise UserError(f"{where} has no trained {', '.join(base.new)}; train it first")
-        if read_object(where / CONFIG).get("problem_type") == "multi_label_classification":
-            raise UserError(f"{where} gives several labels at once, which is not supported")
+        check_problem(base)
         return Classifier(base, base.params, None, info or info_of(base))
     outputs = stored_labels(where)
     if outputs is None and info is not None:
@@ -58,8 +57,20 @@ def load(folder: str | Path) -> "Classifier":
         raise UserError(f"{where / CONFIG_FILE} does not say its base_model_name_or_path; add it")
     size = info and info.image_size
     base = load_pretrained(config.base, num_labels=outputs, image_size=size)
+    if info is None:  # the adapter does not say what it is for: its base does
+        check_problem(base)
     params, lora = load_peft(where, base)
     return Classifier(base, params, lora, info or info_of(base))
+
+
+def check_problem(base: Pretrained) -> None:
+    """Raises a UserError where config.json asks for more than one label or number at once."""
+    kind = str(read_object(base.folder / CONFIG).get("problem_type"))
+    several = {"multi_label_classification": "labels"}
+    several |= {"regression": "numbers"} if base.num_labels > 1 else {}
+    if kind in several:
+        raise UserError(f"{base.folder / CONFIG}: problem_type is {kind!r}: several {several[kind]} "
+                        "at once, which is not supported; train a classifier from it")
 
 
 def find_model(folder: Path) -> Path:
