@@ -69,8 +69,9 @@ def check_problem(base: Pretrained) -> None:
     several = {"multi_label_classification": "labels"}
     several |= {"regression": "numbers"} if base.num_labels > 1 else {}
     if kind in several:
-        raise UserError(f"{base.folder / CONFIG}: problem_type is {kind!r}: several {several[kind]} "
-                        "at once, which is not supported; train a classifier from it")
+        raise UserError(f"{base.folder / CONFIG}: problem_type is {kind!r}, several "
+                        f"{several[kind]} at once, which is not supported; train a classifier from "
+                        "it")
 
 
 def find_model(folder: Path) -> Path:
@@ -97,7 +98,8 @@ def find_model(folder: Path) -> Path:
 def info_of(base: Pretrained) -> Info:
     """What a whole model's own files say about its use."""
     if base.family.inputs is IMAGES:
-        return Info("image_classification", labels=base.labels, image_size=base.image_size)
+        resize = "square" if base.image_resize is None else "processor"
+        return Info("image_classification", base.labels, base.image_size, resize=resize)
     longest = min(512, base.config.longest or 512)
     if base.num_labels == 1:
         return Info("text_regression", max_length=longest)
