@@ -224,7 +224,7 @@ def read_processor(raw: Mapping[str, Any] | None, config, image_size: int | None
         if value and not known and field != "size":
             raise ValueError(f"field {field[:80]!r} = {repr(value)[:80]} is not supported; remove "
                              "it if it does not change the pixels")
-    asked = asked | given
+    asked = {**asked, **given}
     for field in (field for field, value in _VIT.items() if isinstance(value, bool)):
         if not isinstance(asked[field], bool | None):
             refuse(field, asked[field], "true or false")
