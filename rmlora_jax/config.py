@@ -95,6 +95,11 @@ class Leaf(NamedTuple):
     default: Any
     spec: Spec
 
+    @property
+    def before(self) -> Any:
+        """The value of a run from before there was the field."""
+        return self.default if self.spec.before is None else self.spec.before
+
 
 def field(default: Any, help: str, **spec: Any) -> Any:
     """A field of a config dataclass; keywords are those of `Spec`."""

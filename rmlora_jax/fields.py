@@ -115,6 +115,12 @@ class Data:
         0, "processes that decode streamed training images; 0: threads of this one",
         least=0, most=LARGE, resume=FREE,
     )
+    resize: str = field(
+        "processor",
+        "processor: images are resized and cropped as the model's preprocessor_config.json says; "
+        "square, and without that file: the middle square, bilinear, with a margin for crops",
+        choices=("processor", "square"), before="square",
+    )
     flip: bool = field(True, "mirror training images at random")
     crop: str = field(
         "pad", "pad: shift by up to an eighth; resized: a random part",

@@ -15,6 +15,7 @@ import numpy as np
 
 from rmlora_jax.data.vision import resize_square
 from rmlora_jax.errors import UserError
+from rmlora_jax.models.processor import Resize
 
 # The kinds of data; each is the name of the function of a `Source` that opens it.
 Kind = Literal["images", "texts", "utterances"]
@@ -149,7 +150,7 @@ class ImageSource(Protocol):
 
     ``source[i]`` is ``{"image": uint8 (H, W, C), "label": int}``. ``source.load(i, size)`` is the
     pair ``(image, label)``; with a ``size`` the image is the centred square whose side is the
-    shorter side, resized to (size, size, C).
+    shorter side, resized to (size, size, C), or what a `Resize` makes of the image.
 
     A source may also have ``label(i)``, the label without decoding the image; ``check(i)``, which
     raises `BadRecord` for an example that cannot be used; and ``identity()``, words that name the
@@ -162,7 +163,7 @@ class ImageSource(Protocol):
         image, label = self.load(index)
         return {"image": image, "label": label}
 
-    def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]: ...
+    def load(self, index: int, size: int | Resize | None = None) -> tuple[np.ndarray, int]: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -180,7 +181,7 @@ class ArraySource(ImageSource):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
+    def load(self, index: int, size: int | Resize | None = None) -> tuple[np.ndarray, int]:
         image = self.images[index]
         if size is not None and image.shape[:2] != (size, size):
             image = resize_square(image, size)

@@ -33,6 +33,7 @@ from rmlora_jax.data.splits import CHECKED_SIZE
 from rmlora_jax.data.vision import FORMATS, SUFFIXES, open_image, pixels
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import given_path, near
+from rmlora_jax.models.processor import Resize
 
 CHANNELS = 3
 # Names of folders that hold a test split. The first that has class folders is used.
@@ -51,7 +52,7 @@ class ImageFiles(ImageSource):
     def __len__(self) -> int:
         return len(self.files)
 
-    def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
+    def load(self, index: int, size: int | Resize | None = None) -> tuple[np.ndarray, int]:
         path = self.files[index]
         try:
             image = pixels(open_image(Path(path).read_bytes()), CHANNELS, size)

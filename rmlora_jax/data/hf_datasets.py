@@ -33,6 +33,7 @@ from rmlora_jax.data.text_files import class_key, class_names
 from rmlora_jax.data.vision import open_image, pixels
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import is_writable, near
+from rmlora_jax.models.processor import Resize
 
 NAME = "datasets"
 INSTALL = "pip install 'rmlora-jax[datasets]'"
@@ -239,7 +240,7 @@ class HfImages(FileImages):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
+    def load(self, index: int, size: int | Resize | None = None) -> tuple[np.ndarray, int]:
         label = self.label(index)
         if label < 0:
             raise self._bad(index, _why_no_class(self._words[index], self.arguments[-1]))

@@ -22,6 +22,7 @@ from rmlora_jax.data.dataset import ArraySource, Dataset, ImageSource
 from rmlora_jax.data.subsets import fingerprint, in_chunks
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_arrays, write_arrays
+from rmlora_jax.models.processor import Resize
 
 RESIDENT_LIMIT = 2 << 30
 
@@ -33,14 +34,15 @@ class Storage(NamedTuple):
 
     Attributes:
       resident: all on the device as one array, or streamed.
-      size: side to which the host brings every image; None where they stay as they are.
+      size: side, or `Resize`, to which the host brings every image; None where they stay as they
+        are.
       shape: (H, W, C) of a held image.
       center: the middle part of a held image that evaluation uses, for ``vision.augment``.
       nbytes: of the held images of all splits.
     """
 
     resident: bool
-    size: int | None
+    size: int | Resize | None
     shape: tuple[int, int, int]
     center: float
     nbytes: int
@@ -51,7 +53,8 @@ def plan_storage(data: Dataset, image_size: int, **options) -> Storage:
 
     Square images of one size up to ``image_size * 256 / 224``, the common margin for random crops,
     stay as they are. All others are brought to that size; evaluation uses their middle
-    ``image_size``.
+    ``image_size``. With ``resize``, small squares stay as they are, too, and `Resize.image` makes
+    all others.
 
     >>> from rmlora_jax.data import load_images
     >>> plan_storage(load_images("digits"), 32)
@@ -72,32 +75,51 @@ def storage_of(
     image_size: int,
     mode: str = "auto",
     resident_limit: int = RESIDENT_LIMIT,
+    resize: Resize | None = None,
 ) -> Storage:
     """`plan_storage` for this many images of this shape, None where they differ in shape."""
     if mode not in ("auto", "resident", "stream"):
         raise UserError(f"data.mode={mode!r}: must be auto, resident or stream")
-    side, center = stored_as(shape, image_size)
+    size, center = stored_as(shape, image_size, resize)
+    side = size.side if isinstance(size, Resize) else size
     held = shape if side is None else (side, side, channels)
     assert held is not None  # images that differ in shape are always brought to one size
     nbytes = math.prod(held) * examples
     resident = mode == "resident" or (mode == "auto" and nbytes <= resident_limit)
-    return Storage(resident, side, held, center, nbytes)
+    return Storage(resident, size, held, center, nbytes)
 
 
-def stored_as(shape: tuple[int, ...] | None, image_size: int) -> tuple[int | None, float]:
+def stored_as(
+    shape: tuple[int, ...] | None, image_size: int, resize: Resize | None = None
+) -> tuple[int | Resize | None, float]:
     """``size`` and ``center`` of `Storage` for images (H, W, C), None where they differ in shape.
 
     >>> stored_as((32, 32, 3), 224), stored_as((480, 640, 3), 224)
     ((None, 1.0), (256, 0.875))
+
+    Raises:
+      UserError: ``resize`` makes no square of images of this shape.
     """
     size = round(image_size * 256 / 224)
-    if shape is not None and shape[0] == shape[1] <= size:
+    if resize is not None and shape is not None:
+        try:
+            resize.check(*shape[:2])
+        except ValueError as error:
+            raise UserError(f"images of {shape[0]} x {shape[1]} pixels: {error}") from None
+    kept = resize is None or resize.keeps_squares
+    if kept and shape is not None and shape[0] == shape[1] <= size:
         return None, 1.0
+    if resize is not None:
+        return resize, 1.0
     return size, min(1.0, image_size / size)
 
 
 def load_resident(
-    source: ImageSource, size: int | None = None, *, threads: int = 8, desc: str = "decoding"
+    source: ImageSource,
+    size: int | Resize | None = None,
+    *,
+    threads: int = 8,
+    desc: str = "decoding",
 ) -> Arrays:
     """All of ``source`` as uint8 (N, H, W, C) and int32 labels (N,), with a progress bar.
 
@@ -119,7 +141,10 @@ def load_resident(
 
 
 def cached(
-    source: ImageSource, size: int | None, folder: str | os.PathLike, make: Callable[[], Arrays]
+    source: ImageSource,
+    size: int | Resize | None,
+    folder: str | os.PathLike,
+    make: Callable[[], Arrays],
 ) -> Arrays:
     """The images and labels that ``make`` returns, from ``folder`` if they were kept there.
 
@@ -198,7 +223,7 @@ def _example(ids: Any, global_batch: int, local: int, offset: int, k: int) -> in
     return ids[step * global_batch + offset + j]
 
 
-def _load(source: ImageSource, size: int | None, index: int) -> dict:
+def _load(source: ImageSource, size: int | Resize | None, index: int) -> dict:
     """The image and label of an example id; -1 stands for padding."""
     real = index >= 0
     image, label = source.load(index if real else 0, size)
@@ -218,7 +243,7 @@ def stream_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-    size: int | None = None,
+    size: int | Resize | None = None,
     threads: int = 8,
     workers: int = 0,
 ) -> Iterator[dict]:
@@ -252,7 +277,7 @@ def eval_batches(
     *,
     process_index: int = 0,
     process_count: int = 1,
-    size: int | None = None,
+    size: int | Resize | None = None,
     threads: int = 8,
 ) -> Iterator[dict]:
     """Each example once and in order, padded to whole global batches.
@@ -281,7 +306,7 @@ def eval_batches(
 
 
 def _read(
-    ids, source: ImageSource, size: int | None, local: int, threads: int, workers: int = 0
+    ids, source: ImageSource, size: int | Resize | None, local: int, threads: int, workers: int = 0
 ) -> Iterator[dict]:
     """Batches of a grain MapDataset of ids, decoded ahead by threads or worker processes."""
     import grain

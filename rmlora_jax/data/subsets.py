@@ -28,6 +28,7 @@ from rmlora_jax.data.dataset import (
 from rmlora_jax.data.vision import DECODER
 from rmlora_jax.errors import UserError, progress
 from rmlora_jax.files import read_json, write_json
+from rmlora_jax.models.processor import Resize
 
 SEED = 0  # of the classes and of each class's images: never a run's seed
 CHUNK = 256  # images that a thread takes at a time
@@ -54,7 +55,7 @@ class Subset(ImageSource):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
+    def load(self, index: int, size: int | Resize | None = None) -> tuple[np.ndarray, int]:
         image, label = self.source.load(int(self.ids[index]), size)
         return image, label if self.labels is None else int(self.labels[label])
 
@@ -74,7 +75,7 @@ def identity_of(source: ImageSource) -> str | None:
     return getattr(source, "identity", lambda: None)()
 
 
-def fingerprint(source: ImageSource, size: int | None) -> str | None:
+def fingerprint(source: ImageSource, size: int | Resize | None) -> str | None:
     """Hexadecimal SHA-256 of all that decides the decoded images; None where it is not known."""
     if (identity := identity_of(source)) is None:
         return None

@@ -30,6 +30,7 @@ from rmlora_jax.data.tfds_folder import (
 )
 from rmlora_jax.data.vision import open_image, pixels
 from rmlora_jax.errors import UserError, first_line, progress
+from rmlora_jax.models.processor import Resize
 
 ClassNames = tuple[str, ...] | None  # None for regression
 
@@ -74,7 +75,7 @@ class TfdsImages(FileImages):
     def __len__(self) -> int:
         return len(self._records)
 
-    def load(self, index: int, size: int | None = None) -> tuple[np.ndarray, int]:
+    def load(self, index: int, size: int | Resize | None = None) -> tuple[np.ndarray, int]:
         *_, image_key, label_key, channels, shape, num_classes = self.arguments
         record = self._record(index)
         label = int(record[label_key])

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from rmlora_jax.models.processor import Resize
+
 # Formats that are read, whatever the file is called. Pillow knows more, and hands one of them (EPS)
 # to another program, which runs the code inside.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
@@ -52,7 +54,9 @@ def open_image(encoded: bytes) -> Image.Image:
     return image
 
 
-def pixels(image: Image.Image, channels: int = 3, size: int | None = None) -> np.ndarray:
+def pixels(
+    image: Image.Image, channels: int = 3, size: int | Resize | None = None
+) -> np.ndarray:
     """An image that `open_image` opened as uint8 (H, W, channels), upright.
 
     It is turned as its EXIF orientation says, and alpha is left out: transformers' ``load_image``
@@ -65,20 +69,20 @@ def pixels(image: Image.Image, channels: int = 3, size: int | None = None) -> np
       size: if given, the result is (size, size, channels): the shorter side is resized to ``size``
         (bilinear, antialiased) and the middle taken. JPEGs are then decoded at the smallest of
         1/1, 1/2, 1/4 and 1/8 of their size that is still large enough, which is several times
-        faster.
+        faster. A `Resize` says itself what becomes of an image, which is decoded as it is.
 
     Raises:
       Exception: of any kind, for a damaged file or values without a known range.
     """
     mode = _MODES[channels]
-    if size is not None:
+    if isinstance(size, int):
         image.draft(mode, (size, size))
     image = _upright(in_8_bits(image))
     image.info.pop("transparency", None)  # pillow would look for a colour to keep for it
     if image.mode != mode:
         image = image.convert(mode)
     if size is not None:
-        image = _square(image, size)
+        image = _sized(image, size)
     array = np.asarray(image)
     return array[..., None] if channels == 1 else array
 
@@ -124,13 +128,16 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def resize_square(image: np.ndarray, size: int) -> np.ndarray:
+def resize_square(image: np.ndarray, size: int | Resize) -> np.ndarray:
     """uint8 (H, W, C) to (size, size, C): shorter side to ``size``, then the middle (bilinear)."""
     pil = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    return np.asarray(_square(pil, size)).reshape(size, size, image.shape[-1])
+    made = np.asarray(_sized(pil, size))
+    return made.reshape(*made.shape[:2], image.shape[-1])
 
 
-def _square(image: Image.Image, size: int) -> Image.Image:
+def _sized(image: Image.Image, size: int | Resize) -> Image.Image:
+    if isinstance(size, Resize):
+        return size.image(image)
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
@@ -152,6 +159,7 @@ def augment(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     center: float = 1.0,
+    how: Resize | None = None,
     mean: float | tuple[float, ...] = 0.5,
     std: float | tuple[float, ...] = 0.5,
     dtype=jnp.float32,
@@ -177,6 +185,8 @@ def augment(
       fill: "reflect" mirrors at the edge, without repeating it; "zero" is black.
       scale, ratio: of "resized".
       center: window's side over the stored side; below 1 where images are stored larger than used.
+      how: what a window becomes, in place of a plain bilinear resize to ``image_size``; for square
+        images, and not for ``crop="resized"``.
       mean, std: of the channels after scaling to 0..1.
       dtype: of the result; everything before the cast is float32.
 
@@ -206,7 +216,7 @@ def augment(
     if not train:
         top, h = _middle_window(height, center)
         left, w = _middle_window(width, center)
-        x = resize(images[:, top : top + h, left : left + w], image_size)
+        x = resize(images[:, top : top + h, left : left + w], how or image_size)
     elif key is None or positions is None:
         raise ValueError("train=True draws at random: pass key and positions")
     else:
@@ -225,7 +235,7 @@ def augment(
         else:
             reach = pad if crop == "pad" else 0.0
             windows = _shifted(images, keys, mirrored, reach=reach, center=center, fill=fill)
-            x = resize(windows, image_size)
+            x = resize(windows, how or image_size)
     x = (x / _MAX - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
     return jnp.broadcast_to(x, (*x.shape[:3], 3)).astype(dtype)
 
@@ -248,8 +258,10 @@ def interpolation(start, length, size: int, out: int) -> jax.Array:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def resize(images: jax.Array, image_size: int) -> jax.Array:
+def resize(images: jax.Array, image_size: int | Resize) -> jax.Array:
     """(B, H, W, C) to float32 (B, image_size, image_size, C), bilinear; the identity if equal."""
+    if isinstance(image_size, Resize):
+        return image_size.batch(images)
     height, width = images.shape[1:3]
     if (height, width) == (image_size, image_size):
         return images.astype(jnp.float32)

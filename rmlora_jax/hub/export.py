@@ -16,6 +16,7 @@ from rmlora_jax.hub.source import CONFIG, EXTRAS, KINDS, PREPROCESSOR
 from rmlora_jax.hub.tokenizer import FILES
 from rmlora_jax.hub.weights import differences, some, stored_tensors
 from rmlora_jax.models.family import flat_params, param_shapes
+from rmlora_jax.models.processor import Resize
 
 CARD = "README.md"
 
@@ -27,8 +28,6 @@ CODE = (
     *("auto_map", "custom_pipelines", "trust_remote_code", "attn_implementation"),
     "quantization_config",
 )
-
-BILINEAR = 2  # pillow's number
 
 
 def save_model(
@@ -123,7 +122,8 @@ def hf_config(base: Pretrained, info: Info) -> dict[str, Any]:
 def preprocessor(base: Pretrained, info: Info) -> dict[str, Any]:
     """preprocessor_config.json: what evaluation did to images, as nearly as transformers can.
 
-    An image is resized (bilinear, antialiased) and normalised, (x / 255 - mean) / std. Where only
+    Where the base's own file said how images are resized, this one says the same. Otherwise an
+    image is resized (bilinear, antialiased) and normalised, (x / 255 - mean) / std. Where only
     the middle was used, the shorter side is first brought to ``image_size / center``. Two
     differences stay: transformers rounds the longer side to whole pixels before it takes the
     middle, and ``info.channels`` 1 is not made of colours; gray images are repeated to three
@@ -131,27 +131,32 @@ def preprocessor(base: Pretrained, info: Info) -> dict[str, Any]:
     """
     side = base.image_size
     assert side is not None
-    square = {"height": side, "width": side}
+    how = Resize(side, (side, side))
+    if info.resize == "processor":
+        how = base.image_resize or how
+    elif info.stored_size is not None or info.center < 1:
+        how = Resize(side, round(side / info.center), crop=True)
+    height, width = how.size if isinstance(how.size, tuple) else (side, side)
+    size = {"height": height, "width": width}
     config = {
         "image_processor_type": "ViTImageProcessor",
         "do_convert_rgb": base.config.num_channels == 3,
-        "do_resize": True,
-        "size": square,
-        "resample": BILINEAR,
+        "do_resize": how.size is not None,
+        "size": {"shortest_edge": how.size} if isinstance(how.size, int) else size,
+        "resample": how.resample,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": base.image_mean,
         "image_std": base.image_std,
     }
-    if info.stored_size is None and info.center == 1:
+    if not how.crop:
         return config
     # ViTImageProcessor can take the middle only since transformers 5; CLIP's always could.
     return config | {
         "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": round(side / info.center)},
         "do_center_crop": True,
-        "crop_size": square,
+        "crop_size": {"height": side, "width": side},
     }
 
 

@@ -38,6 +38,8 @@ class Info:
       max_length: the most tokens that a text keeps.
       columns: names of the one or two texts of an example.
       dtype: the compute dtype of the model: "float32", "bfloat16" or "float16".
+      resize: "processor": images are resized and cropped as the base's preprocessor_config.json
+        says; "square": as ``stored_size`` and ``center`` say.
       about: what else a model card says: data, method, metrics, config. Any JSON.
     """
 
@@ -50,6 +52,7 @@ class Info:
     max_length: int = 128
     columns: tuple[str, ...] = ("text",)
     dtype: str = "float32"
+    resize: str = "square"
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -75,7 +78,10 @@ class Info:
 
 def write_info(folder: Path, info: Info) -> Path:
     """Writes ``rmlora.json`` into a folder."""
-    return write_json(folder / FILE, dataclasses.asdict(info))
+    fields = dataclasses.asdict(info)
+    if info.resize == "square":  # as in the files of earlier versions, which read this one, too
+        del fields["resize"]
+    return write_json(folder / FILE, fields)
 
 
 def read_info(folder: Path) -> Info | None:
@@ -92,6 +98,7 @@ def read_info(folder: Path) -> Info | None:
         "task": lambda x: isinstance(x, str) and x in TASKS,
         "labels": lambda x: x is None or _strings(x, 1, 100_000),
         "image_size": lambda x: x is None or _count(x),
+        "resize": lambda x: x in ("square", "processor"),
         "stored_size": lambda x: x is None or _count(x),
         "center": lambda x: type(x) in (int, float) and 0 < x <= 1,
         "channels": lambda x: x in (1, 3) and type(x) is int,

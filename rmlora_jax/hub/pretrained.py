@@ -27,6 +27,7 @@ from rmlora_jax.hub.source import (
 from rmlora_jax.hub.weights import Tensors, read_params
 from rmlora_jax.models import FAMILIES
 from rmlora_jax.models.family import IMAGES, TEXTS, Family, Inputs, flat_params, param_shapes
+from rmlora_jax.models.processor import Resize
 
 
 class Pretrained(NamedTuple):
@@ -44,6 +45,7 @@ class Pretrained(NamedTuple):
       source: what was loaded, as given; "NAME@REVISION" for a revision of a name on the hub.
       image_size: side of the image in pixels; None for a model of texts, as the next two.
       image_mean, image_std: per channel, for pixels in [0, 1]: x = (pixel - mean) / std.
+      image_resize: how preprocessor_config.json makes squares of images; None without that file.
     """
 
     family: Family
@@ -58,6 +60,7 @@ class Pretrained(NamedTuple):
     image_size: int | None = None
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
+    image_resize: Resize | None = None
 
     @property
     def num_classes(self) -> int:
@@ -128,12 +131,13 @@ def load_pretrained(
     found |= {path: np.zeros(shapes[path], np.float32) for path in new}
     params = unflatten_dict(found, sep="/")
     image: dict[str, Any] = {}
-    if family.inputs.normalisation is not None:
+    if family.inputs.processor is not None:
         path = folder / PREPROCESSOR
         with _naming(path):
-            asked = read_object(path) if path.exists() else {}
-            mean, std = family.inputs.normalisation(asked, config)
-        image = {"image_size": resized.image_size, "image_mean": mean, "image_std": std}
+            asked = read_object(path) if path.exists() else None
+            processor = family.inputs.processor(asked, config, image_size)
+        image = {f"image_{name}": value for name, value in processor._asdict().items()}
+        image["image_size"] = resized.image_size
     pretrained = Pretrained(
         family=family,
         config=resized,
@@ -194,6 +198,23 @@ def find_architecture(source: str, *, image_size: int | None = None) -> tuple[Fa
     if image_size and family.inputs.resized:
         config = _resized(source, family, config, image_size)
     return family, config
+
+
+def find_resize(source: str, image_size: int | None = None) -> Resize | None:
+    """How a model's preprocessor_config.json makes squares of images; None without that file.
+
+    Of a published model whose files are not here: resized to the model's square, as in most.
+
+    >>> find_resize("google/vit-base-patch16-224-in21k", 384)
+    Resize(side=384, size=(384, 384), resample=2, crop=False)
+    """
+    where, raw = find_config(source)
+    family, config = _architecture(where, raw, IMAGES)
+    path = Path(where).with_name(PREPROCESSOR)
+    asked = {} if where == source else read_object(path) if path.exists() else None
+    with _naming(path):
+        assert family.inputs.processor is not None
+        return family.inputs.processor(asked, config, image_size).resize
 
 
 def _architecture(

@@ -47,7 +47,7 @@ def load(folder: str | Path) -> "Classifier":
         base = load_pretrained(where)
         if base.new:
             raise UserError(f"{where} has no trained {', '.join(base.new)}; train it first")
-        _check_one_label(base)
+        check_problem(base)
         return Classifier(base, base.params, None, info or info_of(base))
     outputs = stored_labels(where)
     if outputs is None and info is not None:
@@ -55,15 +55,21 @@ def load(folder: str | Path) -> "Classifier":
     config = read_config(where)
     size = info and info.image_size
     base = load_pretrained(find_base(where, config), num_labels=outputs, image_size=size)
+    if info is None:  # the adapter does not say what it is for: its base does
+        check_problem(base)
     params, lora = load_peft(where, base)
-    if info is None:
-        _check_one_label(base)
     return Classifier(base, params, lora, info or info_of(base))
 
 
-def _check_one_label(base: Pretrained) -> None:
-    if read_object(base.folder / CONFIG).get("problem_type") == "multi_label_classification":
-        raise UserError(f"{base.source} gives several labels at once, which is not supported")
+def check_problem(base: Pretrained) -> None:
+    """Raises a UserError where config.json asks for more than one label or number at once."""
+    kind = str(read_object(base.folder / CONFIG).get("problem_type"))
+    several = {"multi_label_classification": "labels"}
+    several |= {"regression": "numbers"} if base.num_labels > 1 else {}
+    if kind in several:
+        raise UserError(f"{base.folder / CONFIG}: problem_type is {kind!r}, several "
+                        f"{several[kind]} at once, which is not supported; train a classifier from "
+                        "it")
 
 
 def find_model(folder: Path) -> Path:
@@ -90,7 +96,8 @@ def find_model(folder: Path) -> Path:
 def info_of(base: Pretrained) -> Info:
     """What a whole model's own files say about its use."""
     if base.family.inputs is IMAGES:
-        return Info("image_classification", labels=base.labels, image_size=base.image_size)
+        resize = "square" if base.image_resize is None else "processor"
+        return Info("image_classification", base.labels, base.image_size, resize=resize)
     longest = min(512, base.config.longest or 512)
     if base.num_labels == 1:
         return Info("text_regression", max_length=longest)

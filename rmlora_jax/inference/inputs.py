@@ -32,8 +32,10 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.files import given_path
 from rmlora_jax.hub.info import Info
 from rmlora_jax.hub.pretrained import Pretrained
+from rmlora_jax.hub.source import PREPROCESSOR
 from rmlora_jax.hub.tokenizer import load_tokenizer
 from rmlora_jax.models.family import IMAGES, TEXTS
+from rmlora_jax.models.processor import Resize
 
 THREADS = 8  # that read and decode images
 KINDS = ", ".join(SUFFIXES)
@@ -57,6 +59,10 @@ class ImageReader:
         if channels != 3:
             raise UserError(f"{base.source} takes images of {channels} channels; they must have 3")
         self.info, self.image_size = info, base.image_size
+        self.resize = base.image_resize if info.resize == "processor" else None
+        if self.resize is None and info.resize == "processor":
+            raise UserError(f"{base.source} has no {PREPROCESSOR}, which says how the images of "
+                            "this model are resized; copy it there again")
         size, mean, std = base.image_size, base.image_mean, base.image_std
         options = {"train": False, "mean": mean, "std": std, "dtype": jnp.dtype(info.dtype)}
         prepare = functools.partial(augment, image_size=size, **options)
@@ -65,11 +71,15 @@ class ImageReader:
 
     def __call__(self, inputs: Any, batch_size: int, failed: Callable) -> tuple[list, Iterable]:
         named = name_images(inputs)
-        batches = _image_batches(named, self.info, self.image_size, batch_size, failed)
+        batches = _image_batches(named, self.read_image, batch_size, failed)
         prepared = (
             (ids, (self.prepare(images, center=center),)) for ids, images, center in batches
         )
         return [name for name, _ in named], prepared
+
+
+    def read_image(self, image: Any) -> tuple[np.ndarray, float]:
+        return read_image(image, self.info, self.image_size, self.resize)
 
 
 class TextReader:
@@ -167,13 +177,16 @@ def name_images(inputs: Any) -> list[tuple[str, Any]]:
     return named
 
 
-def read_image(image: Any, info: Info, image_size: int) -> tuple[np.ndarray, float]:
+def read_image(
+    image: Any, info: Info, image_size: int, resize: Resize | None = None
+) -> tuple[np.ndarray, float]:
     """One image as the trainer holds it, uint8 (H, W, C), and the part of its side that is used.
 
-    With ``info.stored_size`` the middle square is resized to that side, as in training. Without
-    it, the training images were small squares of one size: small squares stay as they are, and any
-    other image is treated as `data.plan_storage` treats a data set of such images, which makes it a
-    square and cuts its margin. Photos are turned as their EXIF orientation says, as in training.
+    ``resize`` makes the model's square of it. Otherwise, with ``info.stored_size`` the middle
+    square is resized to that side, as in training. Without both, the training images were small
+    squares of one size: small squares stay as they are, and any other image is treated as
+    `data.plan_storage` treats a data set of such images, which makes it a square and cuts its
+    margin. Photos are turned as their EXIF orientation says, as in training.
 
     ``image`` is a path, an image of pillow, or a uint8 array (H, W, C) with C 1, 3 or 4. A file
     that is damaged, or larger than pillow thinks wise, raises an Exception of any kind.
@@ -188,6 +201,8 @@ def read_image(image: Any, info: Info, image_size: int) -> tuple[np.ndarray, flo
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
             raise ValueError(f"must be uint8 (H, W, 1, 3 or 4), got {array.dtype} {array.shape}")
         image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    if resize is not None:
+        return pixels(image, info.channels, resize), 1.0
     width, height = image.size
     size, center = info.stored_size, info.center
     if size is None:
@@ -196,13 +211,13 @@ def read_image(image: Any, info: Info, image_size: int) -> tuple[np.ndarray, flo
     return pixels(image, info.channels, size), center
 
 
-def _image_batches(named, info, image_size, batch_size, failed) -> Iterator[tuple]:
+def _image_batches(named, read_one, batch_size, failed) -> Iterator[tuple]:
     """(ids, uint8 (b, H, W, C), center) of all of ``named``; threads read files ahead."""
 
     def read(item):
         name, image = item
         try:
-            return read_image(image, info, image_size)
+            return read_one(image)
         except Exception as error:  # pillow raises many kinds
             return UserError(f"{name} cannot be read as an image: {why_unreadable(error)}")
 

@@ -48,8 +48,12 @@ class BertConfig(EncoderConfig):
     prefix_length: int = 0
 
     model_types = ("bert", *ROBERTAS)
-    # Token numbers that only a tokenizer reads; position_embedding_type is checked apart.
-    inert = ("bos_token_id", "eos_token_id", "position_embedding_type")
+    # position_embedding_type is checked apart. The others are of the first BERT's TensorFlow code,
+    # and no BERT of transformers reads them: its pooler is one tanh layer over the first token.
+    inert = (
+        *("position_embedding_type", "directionality", "pooler_type", "pooler_fc_size"),
+        *("pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head"),
+    )
     least = EncoderConfig.least | {"pad_token_id": 0}
 
     @property

@@ -34,13 +34,29 @@ ACTIVATIONS = {
     "tanh": jnp.tanh,
 }
 
-# Fields that do not change what a classifier computes: book-keeping, labels (which the loader
-# reads), and what belongs to generation.
+# Fields that do not change what a classifier computes, whatever their value. The sources are
+# transformers' PreTrainedConfig (4.0 to 5.24) and the config.json of published checkpoints, which
+# tests/fixtures/published.py lists.
 BOOKKEEPING = (
+    # Where it comes from, and how it is loaded and called.
     *("architectures", "model_type", "problem_type", "finetuning_task", "transformers_version"),
     *("dtype", "torch_dtype", "torchscript", "use_bfloat16", "tie_word_embeddings", "use_cache"),
     *("return_dict", "output_attentions", "output_hidden_states", "gradient_checkpointing"),
-    *("id2label", "label2id", "num_labels", "chunk_size_feed_forward"),
+    *("chunk_size_feed_forward", "attn_implementation", "output_past", "tf_legacy_loss"),
+    *("xla_device", "task_specific_params", "language", "name"),
+    # Labels, which the loader reads; sigmoid or softmax after a cross-encoder's logits.
+    *("id2label", "label2id", "num_labels"),
+    *("sbert_ce_default_activation_function", "sentence_transformers"),
+    # What only a tokenizer reads. A family that reads pad_token_id has a field of that name.
+    *("tokenizer_class", "pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id"),
+    *("sep_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id", "prefix"),
+    # Generation.
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
+    *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty"),
+    *("length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
+    *("num_return_sequences", "output_scores", "return_dict_in_generate", "suppress_tokens"),
+    *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"),
+    *("exponential_decay_length_penalty", "begin_suppress_tokens"),
 )
 
 LARGEST = 2**24  # of any size; a larger one, damaged or hostile, would run out of memory first

@@ -85,11 +85,13 @@ class DebertaConfig(EncoderConfig):
     cls_dropout: float | None = None
 
     model_types = ("deberta-v2",)  # v3 has the same
-    # The masked-language head (legacy) and the number of the padding token, whose embedding is
-    # masked out anyway. attention_head_size and pooler_hidden_size are checked apart.
+    # The masked-language head (legacy), the number of the padding token, whose embedding is masked
+    # out anyway, the head of another class (summary), and the names and sizes of the other heads of
+    # models of many tasks. attention_head_size and pooler_hidden_size are checked apart.
     inert = (
-        *("legacy", "pad_token_id", "padding_idx", "bos_token_id", "eos_token_id"),
-        *("attention_head_size", "pooler_hidden_size"),
+        *("legacy", "padding_idx", "attention_head_size", "pooler_hidden_size"),
+        *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
+        *("summary_first_dropout", "summary_last_dropout", "tasks", "classifiers_size"),
     )
     least = (
         EncoderConfig.least

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from rmlora_jax.models.config import LARGEST, ModelConfig
+from rmlora_jax.models.config import ModelConfig
+from rmlora_jax.models.processor import Processor, read_processor
 
 # How a stored tensor becomes a parameter: the axes for numpy.transpose. PyTorch's Linear keeps
 # (out, in), its Conv1d (out, in, width), its Conv2d (out, in, height, width).
@@ -92,16 +93,15 @@ def text_layer(projection: str, *names: str) -> list[tuple[str, str]]:
 
 
 class Inputs(NamedTuple):
-    """The inputs of a model. ``resized`` and ``normalisation`` are for images alone."""
+    """The inputs of a model. ``resized`` and ``processor`` are for images alone."""
 
     name: str  # for messages
     # config -> arguments that the model can be initialised with
     example: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]]
     # (config, image size in pixels) -> the config for images of that size; raises a ValueError
     resized: Callable[[Any, int], Any] | None = None
-    # (content of preprocessor_config.json, config) -> mean and standard deviation of each channel,
-    # for pixels in [0, 1]; raises a ValueError
-    normalisation: Callable[[Mapping, Any], tuple[tuple, tuple]] | None = None
+    # `read_processor`
+    processor: Callable[[Mapping | None, Any, int | None], Processor] | None = None
 
 
 def _image(config) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -119,35 +119,7 @@ def _with_image_size(config, image_size: int):
         ) from None
 
 
-def _normalisation(raw: Mapping[str, Any], config) -> tuple[tuple, tuple]:
-    """Mean and standard deviation for pixels in [0, 1]; ViTImageProcessor's defaults are 0.5."""
-    channels = config.num_channels
-    mean = std = [0.5] * channels
-    if not raw.get("do_normalize", True):
-        mean, std = [0.0] * channels, [1.0] * channels
-    else:
-        mean, std = raw.get("image_mean") or mean, raw.get("image_std") or std
-    # The processor normalises pixel * rescale_factor, where we normalise pixel / 255.
-    factor = raw.get("rescale_factor", 1 / 255) if raw.get("do_rescale", True) else 1.0
-    if not (_are_numbers(mean, channels, -LARGEST) and _are_numbers(std, channels, 1 / LARGEST)):
-        raise ValueError(
-            f"image_mean and image_std need {channels} numbers each, those of image_std above 0"
-        )
-    if not _are_numbers([factor], 1, 1 / LARGEST):
-        raise ValueError(f"rescale_factor is {repr(factor)[:80]}; it must be above 0")
-    mean, std = tuple(mean), tuple(std)
-    if abs(255 * factor - 1) > 1e-6:
-        mean, std = (tuple(x / (255 * factor) for x in values) for values in (mean, std))
-    return mean, std
-
-
-def _are_numbers(values, count: int, least: float) -> bool:
-    """Whether ``values`` is a list of ``count`` numbers between ``least`` and 2**24."""
-    fine = isinstance(values, list) and len(values) == count
-    return fine and all(type(x) in (int, float) and least <= x <= LARGEST for x in values)
-
-
-IMAGES = Inputs("images", _image, _with_image_size, _normalisation)
+IMAGES = Inputs("images", _image, _with_image_size, read_processor)
 TEXTS = Inputs("texts", lambda config: (jax.ShapeDtypeStruct((1, 2), jnp.int32),))
 
 def normal_kernel(config, key: jax.Array, number: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -15,8 +15,10 @@ from rmlora_jax.config import Mistake
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.hub import Info, Pretrained, find_folder, load_vit
+from rmlora_jax.hub.pretrained import find_resize
 from rmlora_jax.models import ViT
 from rmlora_jax.models.family import IMAGES
+from rmlora_jax.models.processor import Resize
 from rmlora_jax.parallel.mesh import Devices, replicate
 from rmlora_jax.tasks import task
 
@@ -50,7 +52,8 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     model = task.build_model(config, ViT, architecture, images.num_classes, attention=c.attention)
     with task.fields("model.attention"):
         jax.eval_shape(model.init, opening.key, *example)
-    stored, center = data.stored_as(images.image_shape, size)
+    resize = chosen(config, pretrained.image_resize)
+    stored, center = data.stored_as(images.image_shape, size, resize)
     return task.of_pretrained(
         pretrained,
         images.notes,
@@ -62,13 +65,19 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
             task=config.task,
             labels=tuple(images.class_names),
             image_size=size,
-            stored_size=stored,
+            resize="square" if resize is None else "processor",
+            stored_size=stored if isinstance(stored, int) else None,
             center=center,
             channels=images.channels,
             dtype=c.dtype,
         ),
         skipped=images.skipped,
     )
+
+
+def chosen(config: Run, resize: Resize | None) -> Resize | None:
+    """``resize``, which is the model's, unless ``data.resize`` asks for the middle square."""
+    return resize if config.data.resize == "processor" else None
 
 
 def shapes(config: Run) -> task.Shapes:
@@ -81,7 +90,8 @@ def shapes(config: Run) -> task.Shapes:
     """
     _, architecture = task.architecture(config, IMAGES)
     size, channels = architecture.image_size, architecture.num_channels
-    classes, storage, examples = known(config, size)
+    resize = chosen(config, find_resize(config.model.source, config.model.image_size or None))
+    classes, storage, examples = known(config, size, resize)
     b, struct = config.batch_size, jax.ShapeDtypeStruct
     batch, resident = {"id": struct((b,), jnp.int32)}, {}
 
@@ -93,9 +103,7 @@ def shapes(config: Run) -> task.Shapes:
     else:
         batch |= held(b)
     half, attention = (0.5,) * channels, config.model.attention
-    prepare_train, _ = preparation(
-        config, image_size=size, center=storage.center, mean=half, std=half
-    )
+    prepare_train, _ = preparation(config, storage, resize, size, half, half)
     return task.Shapes(
         model=task.build_model(config, ViT, architecture, classes, attention=attention),
         example=IMAGES.example(architecture),
@@ -106,7 +114,7 @@ def shapes(config: Run) -> task.Shapes:
     )
 
 
-def known(config: Run, image_size: int) -> tuple[int, data.Storage, int]:
+def known(config: Run, image_size: int, resize: Resize | None) -> tuple[int, data.Storage, int]:
     """Classes, how the images are held, and how many there are."""
     c = config.data
     if found := data.known("images", task.request(config)):
@@ -115,7 +123,7 @@ def known(config: Run, image_size: int) -> tuple[int, data.Storage, int]:
         train = min(train, c.per_class * classes or train, c.limit or train)
         channels = found.image_shape[-1] if found.image_shape else 3
         storage = data.storage_of(
-            found.image_shape, channels, train + test, image_size, mode=c.mode
+            found.image_shape, channels, train + test, image_size, mode=c.mode, resize=resize
         )
         return classes, storage, train + test
     try:
@@ -125,8 +133,8 @@ def known(config: Run, image_size: int) -> tuple[int, data.Storage, int]:
             raise UserError(
                 f"{e}\nTo compile without it, say how many classes it has: --config.data.classes=N"
             ) from e
-        return c.classes, data.storage_of(None, 3, 0, image_size, mode="stream"), 0
-    storage = data.plan_storage(images, image_size, mode=c.mode)
+        return c.classes, data.storage_of(None, 3, 0, image_size, mode="stream", resize=resize), 0
+    storage = data.plan_storage(images, image_size, mode=c.mode, resize=resize)
     splits = images.train, images.validation, images.test
     return images.num_classes, storage, sum(len(split) for split in splits if split is not None)
 
@@ -138,7 +146,8 @@ def open_feed(
     c, size = config.data, pretrained.config.image_size
     splits = {name: getattr(images, name) for name in ("train", "validation", "test")}
     sizes = {name: len(split) for name, split in splits.items()}
-    storage = data.plan_storage(images, size, mode=c.mode)
+    resize = chosen(config, pretrained.image_resize)
+    storage = data.plan_storage(images, size, mode=c.mode, resize=resize)
     if storage.resident:
         def decoded(name):
             desc = f"decoding {images.name} {name}"
@@ -182,17 +191,25 @@ def open_feed(
             return checked(batches, split)
 
     mean, std = pretrained.image_mean, pretrained.image_std
-    prepare_train, prepare_eval = preparation(
-        config, image_size=size, center=storage.center, mean=mean, std=std
-    )
+    prepare_train, prepare_eval = preparation(config, storage, resize, size, mean, std)
     absent = () if counted is None else task.absent_classes(counted, tuple(images.class_names))
     return task.Feed(sizes, train, evaluate, resident, prepare_train, prepare_eval, absent=absent)
 
 
-def preparation(config: Run, **image) -> tuple[Callable, Callable]:
-    """``prepare_train`` and ``prepare_eval`` of a feed; ``image`` are options of `data.augment`."""
+def preparation(
+    config: Run, storage: data.Storage, resize: Resize | None, image_size: int, mean, std
+) -> tuple[Callable, Callable]:
+    """``prepare_train`` and ``prepare_eval`` of a feed."""
     c = config.data
-    augment = functools.partial(data.augment, dtype=jnp.dtype(config.model.dtype), **image)
+    augment = functools.partial(
+        data.augment,
+        image_size=image_size,
+        center=storage.center,
+        how=resize if storage.size is None else None,  # the host has done it
+        mean=mean,
+        std=std,
+        dtype=jnp.dtype(config.model.dtype),
+    )
 
     def prepare(resident, batch, *drawn, **how):
         held = {name: x[batch["id"]] for name, x in resident.items()} or batch

@@ -135,6 +135,9 @@ def test_cifar_is_counted_without_being_there(tmp_path):
     c.data.mode = "stream"
     assert open_shapes(resolve(c), all_devices()).arguments[2]["image"].shape == (32, 32, 32, 3)
     c.data.name, c.data.mode = "food101", "auto"
+    # As preprocessor_config.json of most ViTs says, or with a margin.
+    assert open_shapes(resolve(c), all_devices()).arguments[2]["image"].shape == (32, 224, 224, 3)
+    c.data.resize = "square"
     assert open_shapes(resolve(c), all_devices()).arguments[2]["image"].shape == (32, 256, 256, 3)
     c.data.classes = c.data.per_class = 0
     with pytest.raises(UserError, match=r"food101(.|\n)*--config.data.classes=N"):

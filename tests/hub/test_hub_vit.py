@@ -60,7 +60,7 @@ PUBLISHED_PREPROCESSOR = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
     "resample": 2,
-    "size": 224,
+    "size": 8,
 }
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -456,3 +457,24 @@ def test_folders_without_a_model(tiny_vit, tmp_path):
     (several / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="several labels at once"):
         hub.load(several)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("multi_label_classification", "several labels"), ("regression", "several numbers")],
+)
+def test_a_problem_of_several_outputs_is_refused(kind, words, bert, tmp_path):
+    """For a whole model, and for an adapter of PEFT, which leaves it to its base."""
+    base = tmp_path / "base"
+    shutil.copytree(bert.folder, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"problem_type": kind}))
+    asked = hub.load_text(base)
+    where = hub.save_peft(tmp_path / "peft", adapted(bert)[1], LORA, asked)
+    for folder in (base, where):
+        with pytest.raises(UserError, match=rf"base.config\.json: problem_type .* {words} at once"):
+            hub.load(folder)
+    # An adapter that says what it is for may lie on any base.
+    info = Info("text_classification", ("x", "y", "z"), max_length=40)
+    ours = hub.save_peft(tmp_path / "ours", adapted(bert)[1], LORA, asked, info=info)
+    assert hub.load(ours).base.num_labels == 3
