@@ -255,7 +255,7 @@ def test_several_labels_at_once_are_refused(tmp_path):
     (base / "config.json").write_text(
         json.dumps(raw | {"problem_type": "multi_label_classification"}))
     folder = changed("bert", tmp_path / "a", base_model_name_or_path=str(base))
-    with pytest.raises(UserError, match="gives several labels at once, which is not supported"):
+    with pytest.raises(UserError, match="several labels at once, which is not supported"):
         hub.load(folder)
 
 
