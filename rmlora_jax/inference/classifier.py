@@ -17,6 +17,7 @@ from rmlora_jax.hub.peft_config import CONFIG_FILE, read_config
 from rmlora_jax.hub.peft_read import load_peft, stored_labels
 from rmlora_jax.hub.pretrained import Pretrained, load_pretrained
 from rmlora_jax.hub.source import CONFIG
+from rmlora_jax.hub.weights import some
 from rmlora_jax.inference.inputs import READERS
 from rmlora_jax.models.family import IMAGES
 
@@ -109,6 +110,10 @@ class Prediction(NamedTuple):
     value: float | None = None
 
 
+class NotFinite(UserError):
+    """Inputs whose logits are not finite; no label is made of these."""
+
+
 class Classifier:
     """A trained model on one device, from `load` or from parts in memory.
 
@@ -162,13 +167,24 @@ class Classifier:
           inputs: see above.
           top: predictions of each input, the most probable first; at most the number of classes.
           batch_size: inputs in one call of the program; a few inputs are padded to a power of two.
-          failed: called with the error of an image that cannot be read, which is then left out;
-            None raises it.
+          failed: called with the error of images that cannot be read, and of inputs whose logits
+            are not finite, which are then left out; None raises it.
 
         Raises:
-          UserError: an input is no image or text, or cannot be read.
+          UserError: an input is no image or text, or cannot be read, or its logits are not finite.
         """
         names, logits = self._outputs(inputs, batch_size, failed)
+        finite = np.isfinite(logits).all(axis=1)
+        if not finite.all():
+            lost = [name for name, good in zip(names, finite, strict=True) if not good]
+            error = NotFinite(f"the outputs of {len(lost)} of {len(names)} inputs are not finite, "
+                              f"so they have no prediction: {some(list(map(str, lost)))}; the "
+                              f"model's weights are damaged, or {self.info.dtype} is too narrow")
+            if failed is None:
+                raise error
+            failed(error)
+            names = [name for name, good in zip(names, finite, strict=True) if good]
+            logits = logits[finite]
         if self.info.is_regression:
             pairs = zip(names, logits[:, 0].tolist(), strict=True)
             return [Prediction(name, None, None, value) for name, value in pairs]
@@ -181,7 +197,10 @@ class Classifier:
         ]
 
     def logits(self, inputs: Any, *, batch_size: int = 64) -> np.ndarray:
-        """The model's outputs, float32 (n, classes), in the inputs' order; arguments as above."""
+        """The model's outputs, float32 (n, classes), in the inputs' order; arguments as above.
+
+        They are given as they are, finite or not.
+        """
         return self._outputs(inputs, batch_size, None)[1]
 
     def _outputs(self, inputs, batch_size, failed) -> tuple[list, np.ndarray]:
