@@ -19,6 +19,7 @@ from rmlora_jax.tasks import task
 from rmlora_jax.tasks.scores import names_of
 
 CLASSES, VALUES = "text_classification", "text_regression"
+SECOND = "#1"  # the class of number 1, which f1 always was of once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Text:
         (), "the first picks the best step; (): GLUE's, else accuracy, or pearson"
     )
     positive_label: str = field(
-        "", "class that metric f1 is of; '': the second for GLUE, else the rarer in training"
+        "", "class that metric f1 is of, '#1': the second; '': that for GLUE, else the rarer one",
+        before=SECOND,
     )
     train_file: str | None = field(None, "CSV, TSV or JSON lines, in place of TFDS")
     test_file: str | None = field(None, "None: a part of train_file is held out")
@@ -79,7 +81,7 @@ def check(config: Run) -> Iterator[Mistake]:
         yield "text.metrics", f"names among {', '.join(fit)} for {config.task}"
     elif any(name not in fit for name in metrics(config, glue)):
         yield "task", f"{VALUES if config.task == CLASSES else CLASSES} for {config.data.name}"
-    elif t.positive_label and "f1" not in metrics(config, glue):
+    elif t.positive_label not in ("", SECOND) and "f1" not in metrics(config, glue):
         yield "text.positive_label", "'' unless text.metrics has f1"
 
 
@@ -220,14 +222,15 @@ def positive_class(
             f"f1 is of two classes, and the data has {len(names)}; type "
             "--config.text.metrics=\"('f1_macro',)\", the mean over the classes, or f1_micro"
         )
-    if given and given not in names:
+    if given not in ("", SECOND, *names):
         raise UserError(
             f"config.text.positive_label={given!r}: it must be a class, one of "
             f"{', '.join(map(repr, names))}"
         )
     counts = np.bincount(texts.train.labels, minlength=2)
     if given:
-        positive, why = names.index(given), "as config.text.positive_label says"
+        positive = names.index(given) if given in names else 1
+        why = "as config.text.positive_label says"
     elif glue:
         positive, why = 1, "as GLUE has it"
     else:

@@ -106,6 +106,7 @@ def test_factors_of_a_head_follow_its_names(root):
 def test_the_class_that_f1_is_of(root):
     chosen = [
         ({}, "neg", "the rarer"), ({"text__positive_label": "pos"}, "pos", "positive_label says"),
+        ({"text__positive_label": "#1"}, "pos", "positive_label says"),  # as runs of before
     ]  # fmt: skip
     for fields, label, why in chosen:
         problem = opened(root, text__metrics=("f1",), **fields).problem
