@@ -48,8 +48,6 @@ def load(folder: str | Path) -> "Classifier":
         base = load_pretrained(where)
         if base.new:
             raise UserError(f"{where} has no trained {', '.join(base.new)}; train it first")
-        if read_object(where / CONFIG).get("problem_type") == "multi_label_classification":
-            raise UserError(f"{where} gives several labels at once, which is not supported")
         return Classifier(base, base.params, None, info or info_of(base))
     outputs = stored_labels(where)
     if outputs is None and info is not None:
@@ -85,7 +83,15 @@ def find_model(folder: Path) -> Path:
 
 
 def info_of(base: Pretrained) -> Info:
-    """What a whole model's own files say about its use."""
+    """What a whole model's own files say about its use.
+
+    Raises:
+      UserError: it gives several labels, or several values, at once.
+    """
+    kind = read_object(base.folder / CONFIG).get("problem_type")
+    if kind == "multi_label_classification" or (kind == "regression" and base.num_labels > 1):
+        many = "values" if kind == "regression" else "labels"
+        raise UserError(f"{base.folder} gives several {many} at once, which is not supported")
     if base.family.inputs is IMAGES:
         return Info("image_classification", labels=base.labels, image_size=base.image_size)
     longest = min(512, base.config.longest or 512)

@@ -18,6 +18,9 @@ import rmlora_jax as rm
 from rmlora_jax import hub, methods
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
+from rmlora_jax.files import read_object
+from rmlora_jax.hub.pretrained import label_names
+from rmlora_jax.hub.source import CONFIG
 from rmlora_jax.models.blocks import with_inserts
 from rmlora_jax.parallel.mesh import (
     Devices,
@@ -216,7 +219,8 @@ def adapter_head(config: Run, problem: Problem) -> tuple[tuple[int, ...] | None,
     folder, base, info = Path(config.model.adapter).expanduser(), problem.pretrained, problem.info
     assert base is not None and info is not None  # the task's check refuses model.adapter otherwise
     stored, own = hub.stored_labels(folder), hub.read_info(folder)
-    names = own and own.labels
+    # PEFT writes no names: as in transformers, the base's then stand for the adapter's.
+    names = own.labels if own else label_names(read_object(base.folder / CONFIG), stored or 0)
     number = stored if stored is not None or names is None else len(names)
     if number is None or info.labels is None:
         return (tuple(range(base.num_labels)) if number == base.num_labels else None), ()

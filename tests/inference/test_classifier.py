@@ -495,3 +495,17 @@ def test_predict_ends_with_an_error_where_nothing_has_an_answer(bert, tmp_path, 
     assert predict(str(tmp_path), ["w1"]) == 1 and not (tmp_path / "predictions.csv").exists()
     said = capsys.readouterr()
     assert "1 of 1 inputs are not finite" in said.err and not said.out
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("multi_label_classification", "several labels at once"), ("regression", "several values"),
+])  # fmt: skip
+def test_outputs_that_are_no_classes_are_not_taken_for_classes(tmp_path, kind, words):
+    """In a base alone, and where an adapter without rmlora.json names it."""
+    base = hub.load_text(write_head(write_model(tmp_path), 3))
+    raw = json.loads((tmp_path / "config.json").read_text()) | {"problem_type": kind}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    hub.save_peft(tmp_path / "adapter", adapted(base)[1], LORA, base)
+    for folder in (tmp_path, tmp_path / "adapter"):
+        with pytest.raises(UserError, match=words):
+            hub.load(folder)

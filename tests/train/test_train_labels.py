@@ -94,6 +94,14 @@ def test_the_head_of_an_adapter_follows_its_names(root):
     assert "adapter is for 2 classes (cat, dog)" in "\n".join(base.problem.notes)
 
 
+def test_the_head_of_an_adapter_without_names_has_those_of_its_base(root):
+    names(root / "model", "pos", "neg")
+    saved = write_adapter(root, None, train="head")
+    (root / "adapter" / "rmlora.json").unlink()
+    found = head_of(opened(root, model__adapter=str(root / "adapter")))
+    np.testing.assert_array_equal(found["kernel"], saved["kernel"][:, ::-1])
+
+
 def test_factors_of_a_head_follow_its_names(root):
     """Both the model and its adapter say (pos, neg); what they compute must stay."""
     names(root / "model", "pos", "neg")
