@@ -15,7 +15,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.hub import Info, load_text, save_peft
 from rmlora_jax.parallel.mesh import all_devices
 from rmlora_jax.report.run import facts
-from rmlora_jax.tasks.task import Outputs, classification
+from rmlora_jax.tasks.task import Outputs, check_labels, classification
 from rmlora_jax.train import evaluate, setup
 from rmlora_jax.train.config import resolve
 
@@ -165,6 +165,16 @@ def test_words_beyond_the_table_are_refused_where_they_are_used(root):
     with pytest.raises(UserError, match=rf"{where}: token '<user>' has number 47, .*is 47"):
         opened(write_rows(root, "w1 <user> w2"))
     opened(write_rows(root, "w1 " * 60 + "<user>"))  # cut off
+
+
+@pytest.mark.parametrize("label, names, words", [
+    (2, ("a", "b"), "x: example 1 has label 2, but the data set declares 2 classes, 0 to 1"),
+    (-1, ("a", "b"), "x: example 1 has label -1"),
+    (np.nan, None, "x: example 1 has label nan, not a number"),
+])  # fmt: skip
+def test_labels_beside_the_head(label, names, words):
+    with pytest.raises(UserError, match=words):
+        check_labels(np.array([0, label]), names, "x")
 
 
 def test_no_class_is_made_of_logits_that_are_not_finite():
