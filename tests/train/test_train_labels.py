@@ -15,7 +15,8 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.hub import Info, load_text, save_peft
 from rmlora_jax.parallel.mesh import all_devices
 from rmlora_jax.report.run import facts
-from rmlora_jax.tasks.task import Outputs, check_labels, classification
+from rmlora_jax.tasks.task import Opening, Outputs, check_labels, classification
+from rmlora_jax.tasks.text import CLASSIFICATION
 from rmlora_jax.train import evaluate, setup
 from rmlora_jax.train.config import resolve
 
@@ -41,10 +42,20 @@ def write_rows(root, last="w3"):
     return root
 
 
-def opened(root, **fields):
+def given(root, fields):
     config = config_of(root, 2)
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
-    return setup.open_base(resolve(config), all_devices(limit=1))
+    return resolve(config)
+
+
+def opened(root, **fields):
+    return setup.open_base(given(root, fields), all_devices(limit=1))
+
+
+def problem_of(root, **fields):
+    """The data and the model alone: nothing is adapted or tokenised."""
+    opening = Opening(all_devices(limit=1), jax.random.key(0), cast(Any, None))
+    return CLASSIFICATION.open(given(root, fields), opening)
 
 
 def head_of(base):
@@ -52,14 +63,14 @@ def head_of(base):
 
 
 def test_a_run_starts_from_the_head_of_its_classes(root):
-    kept = head_of(opened(root))
+    kept = problem_of(root).params["head"]
     names(root / "model", "pos", "neg")
     base = opened(root)
     for leaf in ("kernel", "bias"):
         np.testing.assert_array_equal(head_of(base)[leaf], kept[leaf][..., ::-1])
     assert "in another order; it is put into theirs" in "\n".join(base.problem.notes)
     names(root / "model", "cat", "dog")
-    said = "\n".join(opened(root).problem.notes)
+    said = "\n".join(problem_of(root).notes)
     assert "is for 2 classes (cat, dog), the data has 2 classes (neg, pos); a new one" in said
 
 
@@ -117,12 +128,12 @@ def test_the_class_that_f1_is_of(root):
         ({"text__positive_label": "#1"}, "pos", "positive_label says"),  # as runs of before
     ]  # fmt: skip
     for fields, label, why in chosen:
-        problem = opened(root, text__metrics=("f1",), **fields).problem
+        problem = problem_of(root, text__metrics=("f1",), **fields)
         assert problem.positive_label == label == problem.info.labels[problem.positive]
         assert f"f1 is of class '{label}', " in problem.notes[-1] and why in problem.notes[-1]
-    assert opened(root).problem.positive_label is None
+    assert problem_of(root).positive_label is None
     with pytest.raises(UserError, match="positive_label='yes': it must be a class, one of 'neg'"):
-        opened(root, text__metrics=("f1",), text__positive_label="yes")
+        problem_of(root, text__metrics=("f1",), text__positive_label="yes")
     shown = facts([{"step": 1}], {}, {"task": "text_classification", "positive_label": "neg"})
     assert ("F1 is of", "class neg") in shown
 
@@ -132,7 +143,7 @@ def test_f1_of_three_classes_is_refused_before_a_model_is_loaded(root):
         file.write('{"text": "w1", "label": "so-so"}\n' * 9)
     (root / "model" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"f1 is of two classes, and the data has 3; .*f1_macro"):
-        opened(root, text__metrics=("f1",))
+        problem_of(root, text__metrics=("f1",))
 
 
 @pytest.mark.parametrize("fields, words", [
@@ -160,11 +171,14 @@ def with_word(root, number, word="<user>"):
 
 def test_words_beyond_the_table_are_refused_where_they_are_used(root):
     with_word(root, len(SPECIAL + WORDS))
-    opened(write_rows(root))  # nothing has that word
-    where = r"train.jsonl, row 40 \('w1 <user> w2'\)"
-    with pytest.raises(UserError, match=rf"{where}: token '<user>' has number 47, .*is 47"):
-        opened(write_rows(root, "w1 <user> w2"))
-    opened(write_rows(root, "w1 " * 60 + "<user>"))  # cut off
+    feed_of = lambda **fields: problem_of(root, **fields).open_feed()  # noqa: E731
+    assert feed_of().train_size  # nothing has that word
+    write_rows(root, "w1 <user> w2")
+    with pytest.raises(UserError, match=r"train.jsonl, row 40 \('w1 <user> w2'\): token '<user>' "
+                                        r"has number 47, but the model's vocab_size is 47"):
+        feed_of()
+    write_rows(root, "w1 " * 60 + "<user>")  # cut off
+    assert feed_of().train_size
 
 
 @pytest.mark.parametrize("label, names, words", [
