@@ -158,8 +158,6 @@ def open_feed(
     else:
         resident = {}
         counted = data.labels_of(images.train) if sizes["train"] <= COUNTED else None
-        if counted is not None:
-            task.check_labels(counted, images.class_names, f"{images.name}, split train")
         reading = {"size": storage.size, "threads": c.workers} | task.process()
 
         def checked(batches, split):
