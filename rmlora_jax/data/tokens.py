@@ -8,14 +8,14 @@ any step. The length is that of the global batch, so that all processes run the 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rmlora_jax.data.pipeline import batch_ids, local_size
-from rmlora_jax.errors import progress
+from rmlora_jax.errors import UserError, progress
 from rmlora_jax.files import read_arrays, write_arrays
 
 FORMAT = 1  # of the cached files
@@ -48,6 +48,8 @@ def tokenise(
     *,
     cache_dir: Path | None = None,
     desc: str = "tokenising",
+    model: Any = None,
+    name: Callable[[int], str] | None = None,
 ) -> Tokens:
     """The tokens of texts, or of pairs of texts, with the tokenizer's special tokens.
 
@@ -57,7 +59,53 @@ def tokenise(
       max_length: tokens of an example; a longer one is cut, of a pair the longer text first.
       cache_dir: folder of tokenised splits, made if missing, or None. A damaged file in it is made
         again, and two processes at once each leave a whole one.
+      model: the config of the model that looks the tokens up; None checks nothing.
+      name: what an error calls an example, from its number; by default its text.
+
+    Raises:
+      UserError: `check_tables`.
     """
+    tokens = _tokenised(texts, tokenizer, max_length, cache_dir, desc)
+    if model is not None:
+        check_tables(tokens, tokenizer, model, name or (lambda i: repr(texts[0][i])[:60]))
+    return tokens
+
+
+def check_tables(tokens: Tokens, tokenizer, model: Any, name: Callable[[int], str]) -> None:
+    """Raises a UserError for a token or token type without a row in the model's table.
+
+    A lookup beyond a table gives nan, without an error. (The model itself refuses more tokens than
+    its table of positions has rows.)
+
+    Args:
+      tokens: of n examples.
+      tokenizer: that made them; its padding is looked up, too.
+      model: a config with ``vocab_size`` and ``type_vocab_size`` (0: no table).
+      name: what the message calls an example, from its number.
+    """
+    rows, fit = model.vocab_size, "use the tokenizer that was trained with this model"
+    if tokenizer.pad_token_id >= rows:
+        raise UserError(f"the tokenizer's padding {tokenizer.pad_token!r} has number "
+                        f"{tokenizer.pad_token_id}, but the model's vocab_size is {rows}; {fit}")
+
+    def example(place: int) -> str:
+        return name(int(np.searchsorted(tokens.offsets, place, side="right")) - 1)
+
+    if (wrong := np.flatnonzero(tokens.ids >= rows)).size:
+        number = int(tokens.ids[wrong[0]])
+        token = tokenizer.convert_ids_to_tokens(number)
+        raise UserError(f"{example(wrong[0])}: token {token!r} has number {number}, but the "
+                        f"model's vocab_size is {rows}; {fit}, or leave such words out")
+    rows = model.type_vocab_size
+    if rows and (wrong := np.flatnonzero(tokens.types >= rows)).size:
+        raise UserError(f"{example(wrong[0])}: the tokenizer gives token type "
+                        f"{tokens.types[wrong[0]]}, but the model's type_vocab_size is {rows}; "
+                        f"{fit}")
+
+
+def _tokenised(
+    texts: Sequence[Sequence[str]], tokenizer, max_length: int, cache_dir: Path | None, desc: str
+) -> Tokens:
     n = len(texts[0])
     path = cache_dir and cache_dir / f"{fingerprint(texts, tokenizer, max_length)}.npz"
     if path and (arrays := read_arrays(path, Tokens._fields)):

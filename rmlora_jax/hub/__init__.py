@@ -6,11 +6,13 @@ from rmlora_jax.hub.peft_read import load_peft, stored_labels
 from rmlora_jax.hub.peft_write import save_peft
 from rmlora_jax.hub.pretrained import (
     Pretrained,
+    class_order,
     find_architecture,
     load_pretrained,
     load_text,
     load_vit,
     new_head,
+    with_head_order,
 )
 from rmlora_jax.hub.source import bundled, find_folder
 from rmlora_jax.hub.tokenizer import load_tokenizer
@@ -36,6 +38,7 @@ __all__ = [
     "Pretrained",
     "PretrainedText",
     "bundled",
+    "class_order",
     "find_architecture",
     "find_folder",
     "load",
@@ -51,5 +54,6 @@ __all__ = [
     "save_model",
     "save_peft",
     "stored_labels",
+    "with_head_order",
     "write_info",
 ]

@@ -197,8 +197,9 @@ def _from_untouched(weight, a, b, scale: float, lora: LoRA):
 
 
 def _saved_modules(names, flat, lora: LoRA, base: Pretrained) -> list[str]:
-    """Names of the modules to keep as a whole: those trained beside the factors, or new."""
-    own = [p for p in flat if not is_factor(p.split("/")) and (lora.trains(p) or p in base.new)]
+    """Names of the modules to keep as a whole: those trained beside the factors, new, or moved."""
+    own = [p for p in flat if not is_factor(p.split("/")) and (
+        lora.trains(p) or p in base.new or (base.moved and p.startswith("head/")))]
     unknown = [path for path in own if path not in names.entries]
     if unknown:
         raise UserError(

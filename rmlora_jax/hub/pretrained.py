@@ -6,7 +6,7 @@ trained model.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,11 +38,13 @@ class Pretrained(NamedTuple):
       config: the architecture, with the image size asked for.
       params: nested dict of numpy arrays, the parameters of ``family.model(config, num_labels)``.
       num_labels: outputs of the head; ``num_classes`` is the same.
-      labels: class names, or None where the head is new.
+      labels: class names of a stored head, or those asked for; None where neither is known.
       dropped: names of tensors in the file that were left out.
       new: paths of parameters that are newly initialised.
       folder: where its files are, the tokenizer's too.
       source: what was loaded, as given; "NAME@REVISION" for a revision of a name on the hub.
+      notes: what became of a stored head whose classes are not those asked for.
+      moved: whether the rows of the stored head are in another order.
       image_size: side of the image in pixels; None for a model of texts, as the next two.
       image_mean, image_std: per channel, for pixels in [0, 1]: x = (pixel - mean) / std.
       image_resize: how preprocessor_config.json makes squares of images; None without that file.
@@ -57,6 +59,8 @@ class Pretrained(NamedTuple):
     new: tuple[str, ...]
     folder: Path
     source: str
+    notes: tuple[str, ...] = ()
+    moved: bool = False
     image_size: int | None = None
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
@@ -71,6 +75,7 @@ def load_pretrained(
     source: str | Path,
     *,
     num_labels: int | None = None,
+    labels: Sequence[str] | None = None,
     image_size: int | None = None,
     key: jax.Array | None = None,
     dtype=jnp.float32,
@@ -86,7 +91,11 @@ def load_pretrained(
 
     Args:
       source: a local folder, a bundled model or a name on the hub, looked up in this order.
-      num_labels: outputs of the head, 1 for regression; None keeps the file's head.
+      num_labels: outputs of the head, 1 for regression; None keeps the file's head, or makes one
+        for ``labels``.
+      labels: names of the classes, in the order that the head is to have. A stored head for these
+        classes is put into this order, see `class_order`; any other is left out, and the head is
+        new. Without them a stored head of ``num_labels`` outputs stays as it is.
       image_size: side of the images in pixels; position embeddings are interpolated with
         PyTorch's bicubic kernel. None keeps the model's.
       key: for what is new; default ``jax.random.key(0)``.
@@ -113,23 +122,32 @@ def load_pretrained(
 
     head = [name for e in family.table if e.path.startswith("head/") for name in e.names]
     stored = next((tensors.shape(name)[0] for name in head if name in tensors), None)
-    labels = stored if num_labels is None else num_labels
-    if labels is None:
+    if labels is not None and num_labels is None:
+        num_labels = len(labels)
+    number = stored if num_labels is None else num_labels
+    if number is None:
         raise UserError(f"{folder} has no head; say how many outputs it needs with num_labels=N "
                         "(of load_vit, num_classes=N)")
-    if not isinstance(labels, int) or labels < 1:
-        raise UserError(f"num_labels (of load_vit, num_classes) is {labels!r}; it must be a whole "
+    if not isinstance(number, int) or number < 1:
+        raise UserError(f"num_labels (of load_vit, num_classes) is {number!r}; it must be a whole "
                         "number of at least 1")
     with _naming(where):  # sizes may not go together
-        shapes = param_shapes(family, config, labels)
+        shapes = param_shapes(family, config, number)
+    names = None if stored is None else label_names(raw, stored)
+    order, notes = tuple(range(number)) if stored == number else None, ()
+    if labels is not None and stored is not None:
+        order, notes = class_order(stored, names, labels, f"the head of {source}")
     wanted, leftovers = shapes, family.leftovers
-    if stored != labels:
+    if order is None:
         wanted = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
         leftovers = (*leftovers, *(name.replace(".", r"\.") for name in head))
     found, dropped = read_params(tensors, family, wanted, leftovers, dtype)
     new = tuple(e.path for e in family.table if e.path in shapes and e.path not in found)
     found |= {path: np.zeros(shapes[path], np.float32) for path in new}
     params = unflatten_dict(found, sep="/")
+    moved = order not in (None, tuple(range(number)))
+    params = with_head_order(params, order) if moved else params
+    own = None if "head/kernel" in new else names
     image: dict[str, Any] = {}
     if family.inputs.processor is not None:
         path = folder / PREPROCESSOR
@@ -142,12 +160,14 @@ def load_pretrained(
         family=family,
         config=resized,
         params=family.resized(params, resized) if family.resized else params,
-        num_labels=labels,
-        labels=label_names(raw, labels) if "head/kernel" not in new else None,
+        num_labels=number,
+        labels=own if labels is None else tuple(labels),
         dropped=dropped,
         new=new,
         folder=folder,
         source=join_revision(str(source), revision),
+        notes=notes,
+        moved=moved,
         **image,
     )
     return new_head(pretrained, jax.random.key(0) if key is None else key)
@@ -259,3 +279,64 @@ def label_names(config: Mapping[str, Any], number: int) -> tuple[str, ...] | Non
         return None
     found = [names.get(str(index)) for index in range(number)]
     return tuple(map(str, found)) if all(isinstance(n, str | int | float) for n in found) else None
+
+
+def class_order(
+    stored: int, names: Sequence[str] | None, labels: Sequence[str], what: str
+) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
+    """Which output of a stored head each of the classes ``labels`` is, and what to tell about it.
+
+    Classes are matched by name, exactly or, where that leaves no two alike, without regard to upper
+    and lower case and to spaces around them. A head without names, or with those that transformers
+    makes up (LABEL_0, LABEL_1, ...), is taken to have the order of ``labels``.
+
+    Args:
+      stored: outputs of the head.
+      names: of its classes, where it has names.
+      labels: the classes in the order that is wanted.
+      what: the head, in words.
+
+    Returns:
+      (order, notes): output ``i`` of the head that is wanted is output ``order[i]`` of the stored
+      one; None where its classes are others.
+
+    >>> class_order(2, ("pos", "neg"), ("neg", "pos"), "the head")[0]
+    (1, 0)
+    >>> class_order(2, ("POS", "NEG"), ("neg", "pos"), "the head")[0]
+    (1, 0)
+    >>> print(class_order(2, ("cat", "dog"), ("neg", "pos"), "the head")[0])
+    None
+    """
+    unnamed = names is None or [*names] == [f"LABEL_{i}" for i in range(stored)]
+    if unnamed and stored == len(labels):
+        note = f"{what} does not name its classes; they are taken to be, in this order, "
+        return tuple(range(stored)), (note + listed(labels),)
+    if names is None:
+        words = f"{what} has {stored} outputs, the data {len(labels)} classes"
+        return None, (f"{words}; a new one is made",)
+    for plain in (str, lambda name: name.strip().casefold()):
+        places = {plain(name): i for i, name in enumerate(names)}
+        wanted = [plain(name) for name in labels]
+        if len(places) == len(names) == len(set(wanted)) and places.keys() == set(wanted):
+            order = tuple(places[name] for name in wanted)
+            note = f"{what} has the classes of the data in another order; it is put into theirs"
+            return order, () if order == tuple(range(stored)) else (note,)
+    own, wanted = (f"{len(x)} classes ({listed(x)})" for x in (names, labels))
+    return None, (f"{what} is for {own}, the data has {wanted}; a new one is made",)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first ten names.
+
+    >>> listed("abcdefghijkl")
+    'a, b, c, d, e, f, g, h, i, j, ...'
+    """
+    return ", ".join([*(str(name)[:40] for name in names[:10]), *["..."] * (len(names) > 10)])
+
+
+def with_head_order(params: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
+    """The same parameters with output ``order[i]`` of the head as output ``i``, factors too."""
+    whole = [f"head/{leaf}" for leaf in ("kernel", "bias", "lora_b", "lora_m")]
+    flat = flat_params(params)
+    flat |= {path: flat[path][..., np.array(order)] for path in whole if path in flat}
+    return unflatten_dict(flat, sep="/")

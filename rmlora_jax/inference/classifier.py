@@ -17,6 +17,7 @@ from rmlora_jax.hub.peft_config import CONFIG_FILE, find_base, read_config
 from rmlora_jax.hub.peft_read import load_peft, stored_labels
 from rmlora_jax.hub.pretrained import Pretrained, load_pretrained
 from rmlora_jax.hub.source import CONFIG
+from rmlora_jax.hub.weights import some
 from rmlora_jax.inference.inputs import READERS
 from rmlora_jax.models.family import IMAGES
 
@@ -47,7 +48,6 @@ def load(folder: str | Path) -> "Classifier":
         base = load_pretrained(where)
         if base.new:
             raise UserError(f"{where} has no trained {', '.join(base.new)}; train it first")
-        check_problem(base)
         return Classifier(base, base.params, None, info or info_of(base))
     outputs = stored_labels(where)
     if outputs is None and info is not None:
@@ -55,8 +55,6 @@ def load(folder: str | Path) -> "Classifier":
     config = read_config(where)
     size = info and info.image_size
     base = load_pretrained(find_base(where, config), num_labels=outputs, image_size=size)
-    if info is None:  # the adapter does not say what it is for: its base does
-        check_problem(base)
     params, lora = load_peft(where, base)
     return Classifier(base, params, lora, info or info_of(base))
 
@@ -94,7 +92,12 @@ def find_model(folder: Path) -> Path:
 
 
 def info_of(base: Pretrained) -> Info:
-    """What a whole model's own files say about its use."""
+    """What a whole model's own files say about its use.
+
+    Raises:
+      UserError: it gives several labels, or several numbers, at once.
+    """
+    check_problem(base)
     if base.family.inputs is IMAGES:
         resize = "square" if base.image_resize is None else "processor"
         return Info("image_classification", base.labels, base.image_size, resize=resize)
@@ -118,6 +121,10 @@ class Prediction(NamedTuple):
     label: str | None
     probability: float | None
     value: float | None = None
+
+
+class NotFinite(UserError):
+    """Inputs whose logits are not finite; no label is made of these."""
 
 
 class Classifier:
@@ -173,13 +180,24 @@ class Classifier:
           inputs: see above.
           top: predictions of each input, the most probable first; at most the number of classes.
           batch_size: inputs in one call of the program; a few inputs are padded to a power of two.
-          failed: called with the error of an image that cannot be read, which is then left out;
-            None raises it.
+          failed: called with the error of images that cannot be read, and of inputs whose logits
+            are not finite, which are then left out; None raises it.
 
         Raises:
-          UserError: an input is no image or text, or cannot be read.
+          UserError: an input is no image or text, or cannot be read, or its logits are not finite.
         """
         names, logits = self._outputs(inputs, batch_size, failed)
+        finite = np.isfinite(logits).all(axis=1)
+        if not finite.all():
+            lost = [name for name, good in zip(names, finite, strict=True) if not good]
+            error = NotFinite(f"the outputs of {len(lost)} of {len(names)} inputs are not finite, "
+                              f"so they have no prediction: {some(list(map(str, lost)))}; the "
+                              f"model's weights are damaged, or {self.info.dtype} is too narrow")
+            if failed is None:
+                raise error
+            failed(error)
+            names = [name for name, good in zip(names, finite, strict=True) if good]
+            logits = logits[finite]
         if self.info.is_regression:
             pairs = zip(names, logits[:, 0].tolist(), strict=True)
             return [Prediction(name, None, None, value) for name, value in pairs]
@@ -192,7 +210,10 @@ class Classifier:
         ]
 
     def logits(self, inputs: Any, *, batch_size: int = 64) -> np.ndarray:
-        """The model's outputs, float32 (n, classes), in the inputs' order; arguments as above."""
+        """The model's outputs, float32 (n, classes), in the inputs' order; arguments as above.
+
+        They are given as they are, finite or not.
+        """
         return self._outputs(inputs, batch_size, None)[1]
 
     def _outputs(self, inputs, batch_size, failed) -> tuple[list, np.ndarray]:

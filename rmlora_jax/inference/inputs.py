@@ -89,7 +89,7 @@ class TextReader:
         longest = base.config.longest
         if longest and info.max_length > longest:
             raise UserError(f"{base.source} takes {longest} tokens, not {info.max_length}")
-        self.info, self.tokenizer = info, load_tokenizer(base.folder)
+        self.info, self.tokenizer, self.config = info, load_tokenizer(base.folder), base.config
 
     def from_arguments(self, values: Sequence[str]) -> list[str | tuple[str, ...]]:
         """The inputs that the arguments of ``--predict`` name."""
@@ -103,7 +103,7 @@ class TextReader:
     def batches(self, rows: list[tuple[str, ...]], batch_size: int) -> Iterator[tuple]:
         """The batches of the trainer's evaluation."""
         columns = [list(column) for column in zip(*rows, strict=True)]
-        tokens = tokenise(columns, self.tokenizer, self.info.max_length)
+        tokens = tokenise(columns, self.tokenizer, self.info.max_length, model=self.config)
         for batch in eval_text_batches(
             tokens,
             np.zeros(len(rows)),

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from rmlora_jax.data.folder import is_image
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import is_writable, write_bytes_atomic
-from rmlora_jax.inference.classifier import Prediction, load
+from rmlora_jax.inference.classifier import NotFinite, Prediction, load
 
 FILE = "predictions.csv"
 CACHE = "~/.cache/rmlora_jax/xla"  # of compiled programs; the trainer's, unless it was told another
@@ -24,7 +24,7 @@ WIDTH = 60  # letters of an input on the terminal
 def predict(
     workdir: str | None, values: Sequence[str], *, top: int = 1, out: str | None = None
 ) -> int:
-    """Predicts, prints and writes; returns the exit status, 1 if an input could not be read.
+    """Predicts, prints and writes; returns the exit status, 1 if an input has no prediction.
 
     Args:
       workdir: what `load` accepts.
@@ -64,7 +64,9 @@ def predict(
         print(table(rows))
         print(f"predictions: {file}", flush=True)
     if failures:
-        print(f"error: {len(failures)} of {len(inputs)} images cannot be read", file=sys.stderr)
+        unread = sum(not isinstance(error, NotFinite) for error in failures)
+        if unread:
+            print(f"error: {unread} of {len(inputs)} images cannot be read", file=sys.stderr)
     return 1 if failures else 0
 
 

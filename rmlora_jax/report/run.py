@@ -148,6 +148,7 @@ def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> lis
         ("best step", best.get(key) is not None and
          f"{shown(key, best[key])} test" + _say(" at step {:,}", best.get("step"))),
         *other_figures(last, key),
+        ("F1 is of", _say("class {}", summary.get("positive_label"))),
         ("test loss", last.get("loss") is not None and number(last["loss"])),
         ("method", method),
         ("adapters", adapted and ", ".join(filter(None, adapters))),

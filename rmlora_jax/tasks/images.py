@@ -43,7 +43,7 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     images = data.open_images(task.request(config))
     pretrained = load_vit(
         c.source,
-        num_classes=images.num_classes,
+        labels=images.class_names,
         image_size=c.image_size or None,
         key=opening.key,
     )
@@ -158,7 +158,7 @@ def open_feed(
 
         pixels, labels = zip(*map(decoded, splits), strict=True)
         for name, own in zip(splits, labels, strict=True):
-            check_labels(own, images.num_classes, f"{images.name}, split {name}")
+            task.check_labels(own, images.class_names, f"{images.name}, split {name}")
         resident = replicate(
             {"image": np.concatenate(pixels), "label": np.concatenate(labels)}, devices
         )
@@ -172,7 +172,7 @@ def open_feed(
         def checked(batches, split):
             where = f"{images.name}, split {split}"
             for batch in batches:
-                check_labels(batch["label"], images.num_classes, where, batch["id"])
+                task.check_labels(batch["label"], images.class_names, where, batch["id"])
                 yield batch
 
         def train(step):
@@ -219,20 +219,6 @@ def preparation(
         return prepare(*given, key, positions, train=True, crop=c.crop, flip=c.flip)
 
     return prepare_train, functools.partial(prepare, train=False)
-
-
-def check_labels(labels: np.ndarray, num_classes: int, where: str, ids=None) -> None:
-    """Raises a UserError for a label without an output of the head.
-
-    ``ids`` are the examples' numbers where ``labels`` are a part of a split.
-    """
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if wrong.size:
-        example = wrong[0] if ids is None else ids[wrong[0]]
-        raise UserError(
-            f"{where}: example {example} has label {labels[wrong[0]]}, but the data set declares "
-            f"{num_classes} classes, 0 to {num_classes - 1}; correct the data set's features"
-        )
 
 
 TASK = task.Task(

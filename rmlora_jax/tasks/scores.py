@@ -15,6 +15,7 @@ class Metric(NamedTuple):
     short: str
     long: str
     axis: str
+    of_classes: bool = True  # False: of values
 
     @property
     def title(self) -> str:
@@ -22,17 +23,19 @@ class Metric(NamedTuple):
 
 
 def score(
-    predictions: np.ndarray, labels: np.ndarray, names: Iterable[str]
+    predictions: np.ndarray, labels: np.ndarray, names: Iterable[str], positive: int = 1
 ) -> dict[str, float]:
     """The metrics ``names``, in their order.
 
-    * For int (n,) classes: ``accuracy``; ``matthews``, the Matthews correlation; ``f1`` of class 1
-      against class 0, as in GLUE; ``f1_macro``, the mean F1 of the classes that occur.
+    * For int (n,) classes: ``accuracy``; ``matthews``, the Matthews correlation; ``f1`` of the
+      class ``positive`` of two; ``f1_macro``, the mean F1 of the classes that occur; ``f1_micro``,
+      the F1 of all decisions together.
     * For float (n,) values: ``pearson`` and ``spearman`` correlation; ``mse``, the mean squared
       error.
 
     A correlation is 0 where all predictions or all labels are the same, and the F1 of a class that
-    is never predicted rightly is 0. Where a predicted value is not finite, its metrics are nan.
+    is never predicted rightly is 0. Where a predicted value is not finite, or a predicted class is
+    -1 for lack of finite logits, the metrics are nan.
 
     Raises:
       UserError: ``f1`` for classes other than 0 and 1.
@@ -48,7 +51,13 @@ def score(
         raise ValueError(
             f"predictions {predictions.shape} and labels {labels.shape} must both be (n,), n > 0")
     values = {name: METRICS[name].value for name in names}
-    return {name: float(value(predictions, labels)) for name, value in values.items() if value}
+    if np.issubdtype(predictions.dtype, np.integer) and (predictions < 0).any():
+        return dict.fromkeys(values, np.nan)
+    own = {"f1": (positive,)}
+    return {
+        name: float(value(predictions, labels, *own.get(name, ())))
+        for name, value in values.items() if value
+    }
 
 
 def higher_is_better(name: str) -> bool:
@@ -90,20 +99,23 @@ def _matthews(predictions, labels):
     return matthews_corrcoef(labels, predictions)
 
 
-def _f1(predictions, labels):
+def _f1(predictions, labels, positive):
     largest = max(predictions.max(), labels.max())
     if largest > 1:
         raise UserError(
             f"f1 is of two classes, 0 and 1, but here is a class {largest}; "
             "use f1_macro, the mean over all classes")
-    return _f1_macro(predictions, labels, "binary")
+    return _f1_over("binary")(predictions == positive, labels == positive)
 
 
-def _f1_macro(predictions, labels, average="macro"):
-    from sklearn.metrics import f1_score
+def _f1_over(average: Any) -> Callable:
+    def value(predictions, labels):
+        from sklearn.metrics import f1_score
 
-    none: Any = 0.0  # scikit-learn's annotation allows strings alone
-    return f1_score(labels, predictions, average=average, zero_division=none)
+        none: Any = 0.0  # scikit-learn's annotation allows strings alone
+        return f1_score(labels, predictions, average=average, zero_division=none)
+
+    return value
 
 
 def _correlation(name: str) -> Callable:
@@ -134,12 +146,23 @@ METRICS = {
     "accuracy": Metric(_accuracy, "accuracy", "accuracy", "fraction correct"),
     "matthews": Metric(
         _matthews, "Matthews", "Matthews correlation", "correlation of classes; 0: guessing"),
-    "f1": Metric(_f1, "F1", "F1", "F1 of class 1"),
-    "f1_macro": Metric(_f1_macro, "macro F1", "macro F1", "mean F1 of the classes"),
+    "f1": Metric(_f1, "F1", "F1", "F1 of the positive class"),
+    "f1_macro": Metric(_f1_over("macro"), "macro F1", "macro F1", "mean F1 of the classes"),
+    "f1_micro": Metric(_f1_over("micro"), "micro F1", "micro F1", "F1 of all decisions"),
     "pearson": Metric(
-        _correlation("pearsonr"), "Pearson", "Pearson correlation", "correlation of values"),
+        _correlation("pearsonr"), "Pearson", "Pearson correlation", "correlation of values", False),
     "spearman": Metric(
-        _correlation("spearmanr"), "Spearman", "Spearman correlation", "correlation of ranks"),
-    "mse": Metric(_mse, "MSE", "mean squared error", "squared error"),
+        _correlation("spearmanr"), "Spearman", "Spearman correlation", "correlation of ranks",
+        False),
+    "mse": Metric(_mse, "MSE", "mean squared error", "squared error", False),
 }
 NAMES = tuple(METRICS)
+
+
+def names_of(classes: bool) -> tuple[str, ...]:
+    """The metrics of classes, or else those of values.
+
+    >>> names_of(classes=False)
+    ('pearson', 'spearman', 'mse')
+    """
+    return tuple(name for name, metric in METRICS.items() if metric.of_classes == classes)

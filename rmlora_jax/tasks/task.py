@@ -4,7 +4,7 @@ A new task is one file in this folder and one line of the registry in ``tasks/__
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,10 +103,17 @@ class Problem(NamedTuple):
     open_feed: Callable[[], Feed]  # what takes long (decoding, tokenising) happens here
     metrics: tuple[str, ...]  # names of tasks/scores.py; the first picks the best step
     notes: tuple[str, ...]  # what a person should know of the checkpoint and the data
+    positive: int = 1  # the class that metric f1 is of
     write_predictions: Callable[..., Any] | None = None  # (folder, split, ids, predictions)
     pretrained: Pretrained | None = None  # None: a model that only this package knows
     info: Info | None = None  # what else a user of the trained model must know
     skipped: tuple[str, ...] = ()  # records that were left out of the data, and why
+
+    @property
+    def positive_label(self) -> str | None:
+        """The name of the class that f1 is of; None where it is not measured."""
+        names = self.info and self.info.labels
+        return names[self.positive] if names and "f1" in self.metrics else None
 
 
 class Shapes(NamedTuple):
@@ -180,7 +187,7 @@ def build_model(
 def of_pretrained(pretrained: Pretrained, notes: tuple[str, ...] = (), **own: Any) -> Problem:
     """A problem whose model comes from a checkpoint; ``own`` are the fields that it does not set.
 
-    ``notes`` come after what was left out of the checkpoint and what was made new.
+    ``notes`` come after what became of its head, what was left out and what was made new.
     """
     found = []
     if pretrained.dropped:
@@ -191,7 +198,7 @@ def of_pretrained(pretrained: Pretrained, notes: tuple[str, ...] = (), **own: An
         params=pretrained.params,
         new=pretrained.new,
         reseeded=lambda key: new_head(pretrained, key).params,
-        notes=(*found, *notes),
+        notes=(*pretrained.notes, *found, *notes),
         pretrained=pretrained,
         **own,
     )
@@ -201,7 +208,8 @@ def classification(label_smoothing: float = 0.0) -> Objective:
     """Cross-entropy in nats of logits (B, classes) against int labels (B,).
 
     In training the labels are mixed with the uniform distribution, whose weight is
-    ``label_smoothing``. The prediction is the class with the largest logit, int32.
+    ``label_smoothing``. The prediction is the class with the largest logit, int32; -1 where a logit
+    is not finite.
     """
 
     def losses(logits, labels, smoothing=0.0):
@@ -216,9 +224,8 @@ def classification(label_smoothing: float = 0.0) -> Objective:
 
     def predict(call, labels):
         logits = call()
-        return {
-            "prediction": logits.argmax(-1).astype(jnp.int32), "loss": losses(logits, labels)
-        }
+        chosen = jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), -1)
+        return {"prediction": chosen.astype(jnp.int32), "loss": losses(logits, labels)}
 
     return Objective(loss, predict)
 
@@ -250,9 +257,11 @@ class Outputs(NamedTuple):
     losses: np.ndarray
 
 
-def measured(outputs: Outputs, metrics: tuple[str, ...]) -> dict[str, float]:
+def measured(
+    outputs: Outputs, metrics: tuple[str, ...], positive: int = 1
+) -> dict[str, float]:
     """The metrics of a whole split, in their order, and the mean loss."""
-    found = score(outputs.predictions, outputs.labels, metrics)
+    found = score(outputs.predictions, outputs.labels, metrics, positive)
     return found | {"loss": float(outputs.losses.mean(dtype=np.float64))}
 
 
@@ -279,6 +288,28 @@ def numbered(config: Run, sizes: dict[str, int]) -> tuple[Callable, Callable]:
 def process() -> dict[str, int]:
     """Which process this is and how many there are, as the functions of `data` take it."""
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def check_labels(
+    labels: np.ndarray, names: Sequence[str] | None, where: str, ids: Any = None
+) -> None:
+    """Raises a UserError for a label without an output of the head.
+
+    ``names`` are those of the classes, None for regression; ``ids`` are the examples' numbers
+    where ``labels`` are a part of a split.
+    """
+    labels = np.asarray(labels)
+    fine = np.isfinite(labels) if names is None else (labels >= 0) & (labels < len(names))
+    if fine.all():
+        return
+    wrong = int(np.flatnonzero(~fine)[0])
+    example, label = wrong if ids is None else ids[wrong], labels[wrong]
+    if names is None:
+        raise UserError(f"{where}: example {example} has label {label}, not a number; correct it")
+    raise UserError(
+        f"{where}: example {example} has label {label}, but the data set declares "
+        f"{len(names)} classes, 0 to {len(names) - 1}; correct the data set's features"
+    )
 
 
 def absent_classes(labels: np.ndarray, names: tuple[str, ...]) -> tuple[str, ...]:

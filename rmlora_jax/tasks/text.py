@@ -2,21 +2,24 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rmlora_jax import data, hub
 from rmlora_jax.config import FREE, LARGE, Mistake, field
+from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.models.family import TEXTS
 from rmlora_jax.tasks import task
-from rmlora_jax.tasks.scores import NAMES
+from rmlora_jax.tasks.scores import names_of
 
 CLASSES, VALUES = "text_classification", "text_regression"
+SECOND = "#1"  # the class of number 1, which f1 always was of once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Text:
     max_length: int = field(128, "tokens of an example; longer ones are cut", least=1, most=LARGE)
     metrics: tuple = field(
         (), "the first picks the best step; (): GLUE's, else accuracy, or pearson"
+    )
+    positive_label: str = field(
+        "", "class that metric f1 is of, '#1': the second; '': that for GLUE, else the rarer one",
+        before=SECOND,
     )
     train_file: str | None = field(None, "CSV, TSV or JSON lines, in place of TFDS")
     test_file: str | None = field(None, "None: a part of train_file is held out")
@@ -72,8 +79,14 @@ def check(config: Run) -> Iterator[Mistake]:
     else:
         files = ("text.test_file", "text.predict_file")
         yield from task.unused(config, files, "without text.train_file")
-    if any(name not in NAMES for name in t.metrics):
-        yield "text.metrics", f"names among {', '.join(NAMES)}"
+    glue = data.glue_task(config.data.name)
+    fit = names_of(config.task == CLASSES)
+    if any(name not in fit for name in t.metrics):
+        yield "text.metrics", f"names among {', '.join(fit)} for {config.task}"
+    elif any(name not in fit for name in metrics(config, glue)):
+        yield "task", f"{VALUES if config.task == CLASSES else CLASSES} for {config.data.name}"
+    elif t.positive_label not in ("", SECOND) and "f1" not in metrics(config, glue):
+        yield "text.positive_label", "'' unless text.metrics has f1"
 
 
 def open_problem(config: Run, opening: task.Opening) -> task.Problem:
@@ -86,9 +99,12 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     tokenizer = hub.load_tokenizer(folder)
     glue = data.glue_task(config.data.name)
     texts = data.open_texts(request(config))
+    measures = metrics(config, glue)
+    positive, notes = positive_class(config, glue, texts) if "f1" in measures else (1, ())
     pretrained = hub.load_text(
         config.model.source,
-        num_labels=1 if texts.label_names is None else len(texts.label_names),
+        num_labels=1 if texts.label_names is None else None,
+        labels=texts.label_names,
         key=opening.key,
     )
     kind, outputs = pretrained.family.model, pretrained.num_labels
@@ -104,10 +120,12 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
 
     return task.of_pretrained(
         pretrained,
+        notes,
         model=model,
         example=example,
-        open_feed=lambda: open_feed(config, texts, tokenizer),
-        metrics=metrics(config, glue),
+        open_feed=lambda: open_feed(config, texts, tokenizer, pretrained.config),
+        metrics=measures,
+        positive=positive,
         write_predictions=write_predictions,
         info=hub.Info(
             task=config.task,
@@ -196,7 +214,39 @@ def metrics(config: Run, glue: data.GlueTask | None) -> tuple[str, ...]:
     return ("pearson", "spearman") if config.task == VALUES else ("accuracy",)
 
 
-def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> task.Feed:
+def positive_class(
+    config: Run, glue: data.GlueTask | None, texts: data.TextDataset
+) -> tuple[int, tuple[str, ...]]:
+    """The class that f1 is of, and what to tell about it.
+
+    Raises:
+      UserError: there are more than two classes, or none of the name that the config gives.
+    """
+    names, given = texts.label_names or (), config.own(Text).positive_label
+    if len(names) != 2:
+        raise UserError(
+            f"f1 is of two classes, and the data has {len(names)}; type "
+            "--config.text.metrics=\"('f1_macro',)\", the mean over the classes, or f1_micro"
+        )
+    if given not in ("", SECOND, *names):
+        raise UserError(
+            f"config.text.positive_label={given!r}: it must be a class, one of "
+            f"{', '.join(map(repr, names))}"
+        )
+    counts = np.bincount(texts.train.labels, minlength=2)
+    if given:
+        positive = names.index(given) if given in names else 1
+        why = "as config.text.positive_label says"
+    elif glue:
+        positive, why = 1, "as GLUE has it"
+    else:
+        positive = int(counts[1] <= counts[0])
+        why = (f"the rarer of the training examples ({counts[positive]:,} of {counts.sum():,}); "
+               "config.text.positive_label names another")
+    return positive, (f"f1 is of class {names[positive]!r}, {why}",)
+
+
+def open_feed(config: Run, texts: data.TextDataset, tokenizer, model: Any) -> task.Feed:
     """Tokenises each split, or reads its tokens from the cache."""
     t = config.own(Text)
     splits = {"train": texts.train, "validation": texts.validation}
@@ -208,9 +258,13 @@ def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> task.Feed:
             t.max_length,
             cache_dir=Path(t.cache).expanduser() if t.cache else None,
             desc=f"tokenising {texts.name} {name}",
+            model=model,
+            name=_named(config, name, split),
         )
         for name, split in splits.items()
     }
+    for name in ("train", "validation", *texts.tests):
+        task.check_labels(splits[name].labels, texts.label_names, f"{texts.name}, split {name}")
     options = {
         "pad_id": tokenizer.pad_token_id,
         "max_length": t.max_length,
@@ -246,6 +300,14 @@ def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> task.Feed:
         absent=task.absent_classes(texts.train.labels, texts.label_names or ()),
         varies=True,
     )
+
+
+def _named(config: Run, split: str, rows: data.TextSplit) -> Callable[[int], str]:
+    """What an error calls a row of a split."""
+    t = config.own(Text)
+    file = {"test": t.test_file, "predict": t.predict_file}.get(split) or t.train_file
+    place = file or f"{config.data.name} {split}"
+    return lambda i: f"{place}, row {rows.ids[i] + 1} ({rows.texts[0][i][:40]!r})"
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, str]:

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 
 import rmlora_jax as rm
+from rmlora_jax.errors import UserError
 from rmlora_jax.parallel.mesh import shard
 from rmlora_jax.tasks.task import Outputs, measured
+from rmlora_jax.train import nonfinite
 from rmlora_jax.train.setup import Job
 from rmlora_jax.train.step import State
 
@@ -79,11 +81,36 @@ def reported(compiled: Steps, trainable, job: Job) -> list[dict[str, float]]:
     figures: list[dict[str, float]] = [{} for _ in job.runs]
     for split in job.feed.tests:
         suffix = split.removeprefix("test")
-        outputs = evaluate(compiled, trainable, job, split)
+        outputs = final(compiled, trainable, job, split)
         for own, found in zip(figures, outputs, strict=True):
-            values = measured(found, job.problem.metrics)
+            values = measured(found, job.problem.metrics, job.problem.positive)
             own |= {name + suffix: value for name, value in values.items()}
     return figures
+
+
+def unanswered(
+    job: Job, split: str, outputs: list[Outputs], note: Callable = print
+) -> list[str | None]:
+    """Reports each run that has an output that is not finite; returns what was said of each."""
+    found = [nonfinite.unanswered(own, split) for own in outputs]
+    if jax.process_index() == 0:
+        for run, words in zip(job.runs, found, strict=True):
+            if words:
+                note(f"seed {run.seed}: {words}" if job.stacked else words)
+    return found
+
+
+def final(compiled: Steps, trainable, job: Job, split: str) -> list[Outputs]:
+    """`evaluate` for figures and predictions that a finished run leaves.
+
+    Raises:
+      UserError: every run has an output that is not finite; no class is made of it.
+    """
+    outputs = evaluate(compiled, trainable, job, split)
+    found = unanswered(job, split, outputs)
+    if all(found):
+        raise UserError(f"{found[0]}\n{nonfinite.ADVICE}")
+    return outputs
 
 
 def spectrum(job: Job, i: int, trainable) -> dict:

@@ -17,9 +17,10 @@ from rmlora_jax.fields import Run
 from rmlora_jax.files import plain, write_json
 from rmlora_jax.hub.info import model_card, read_info, write_info
 from rmlora_jax.tasks.task import Problem
+from rmlora_jax.train import nonfinite
 from rmlora_jax.train.checkpoint import best_trainable
 from rmlora_jax.train.config import flatten, read_config
-from rmlora_jax.train.evaluate import evaluate, reported, spectrum
+from rmlora_jax.train.evaluate import final, reported, spectrum
 from rmlora_jax.train.setup import Job
 from rmlora_jax.train.step import State, first_keys
 
@@ -41,7 +42,7 @@ def finish(
     if any(step != job.steps for step in steps):
         best = reported(compiled, chosen.trainable, job)
     predicted = {
-        split: evaluate(compiled, chosen.trainable, job, split) for split in job.feed.unlabelled
+        split: final(compiled, chosen.trainable, job, split) for split in job.feed.unlabelled
     }
     summaries = []
     for i in left:
@@ -69,11 +70,15 @@ def finish(
             "peak_memory_bytes": peak_memory(),
             "intrinsic_dimension": plain(intrinsic),
         }
+        if label := job.problem.positive_label:
+            summary["positive_label"] = label
         factors = jax.device_get(best_own)
         if jax.process_index() == 0:
             write_predictions: Any = job.problem.write_predictions
             for split, outputs in predicted.items():
                 out = outputs[i]
+                if nonfinite.unanswered(out, split):
+                    continue
                 file = write_predictions(folder, split, out.ids, out.predictions)
                 if not job.stacked:
                     print(f"predictions of step {step:,} for {split}: {file}", flush=True)
@@ -158,7 +163,11 @@ def export_merged(workdir: Path) -> Path:
         outputs = None if head is None else len(head)
         head_key, _ = first_keys(config.seed)
         base = hub.load_pretrained(
-            config.model.source, num_labels=outputs, image_size=size, key=head_key
+            config.model.source,
+            num_labels=outputs,
+            labels=info.labels,
+            image_size=size,
+            key=head_key,
         )
         params = joined(base.params, trainable)
     info = dataclasses.replace(info, about=info.about | {"card": model_card(base, info)})

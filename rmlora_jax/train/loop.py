@@ -27,7 +27,7 @@ from rmlora_jax.report.run import verdict, write_report
 from rmlora_jax.tasks.task import measured
 from rmlora_jax.train import checkpoint, finished, nonfinite, setup, terminal
 from rmlora_jax.train.config import flatten, resolve
-from rmlora_jax.train.evaluate import Steps, compile_steps, evaluate, spectrum
+from rmlora_jax.train.evaluate import Steps, compile_steps, evaluate, spectrum, unanswered
 from rmlora_jax.train.metrics import MetricWriter
 from rmlora_jax.train.step import State, updates_done
 from rmlora_jax.train.stopping import Stopped, watch
@@ -172,7 +172,9 @@ def fit(
         validation = []
         if done.evaluating:
             outputs = evaluate(compiled, state.trainable, job, "validation")
-            validation = [measured(own, job.problem.metrics) for own in outputs]
+            unanswered(job, "validation", outputs, progress.print)
+            problem = job.problem
+            validation = [measured(own, problem.metrics, problem.positive) for own in outputs]
             for row, found in zip(rows, validation, strict=True):
                 row |= {f"eval/{name}": value for name, value in found.items()}
             keeper.wait()  # see check_nothing_lost

@@ -17,11 +17,13 @@ import numpy as np
 
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
+from rmlora_jax.tasks.task import Outputs
 from rmlora_jax.train.step import Constants, keys_of
 
 WINDOW = 100  # steps that a loss is held against
 FAR = 10.0  # median absolute deviations above their median
 SHOWN = 64  # ids of examples
+ADVICE = "A lower --config.optimizer.learning_rate and --config.model.dtype=float32 help"
 
 
 class Watched:
@@ -103,6 +105,18 @@ class Spikes:
         )
 
 
+def unanswered(outputs: Outputs, split: str) -> str | None:
+    """Which examples of an evaluated split have outputs that are not finite, in words, or None."""
+    found = outputs.predictions
+    wrong = found < 0 if np.issubdtype(found.dtype, np.integer) else ~np.isfinite(found)
+    if not wrong.any():
+        return None
+    ids = outputs.ids[wrong]
+    shown = ", ".join(map(str, ids[:SHOWN].tolist())) + (", ..." if ids.size > SHOWN else "")
+    return (f"{split}: the outputs of {ids.size:,} of {wrong.size:,} examples are not finite, so "
+            f"they have no prediction: examples {shown}")
+
+
 def ended(job: Any, trainable: Any, watched: Watched, step: int) -> UserError:
     """The error of a run that ends after ``step``: which examples, and which layer."""
     batch = next(iter(job.feed.train(watched.first - 1)))
@@ -113,7 +127,7 @@ def ended(job: Any, trainable: Any, watched: Watched, step: int) -> UserError:
         f"{watched.length} steps in a row with a loss or gradient that is not finite, the first "
         f"step {watched.first:,} with the training examples {shown}: {where}\n"
         f"What was trained before it is saved as step {step:,}; the same command goes on from "
-        "there. A lower --config.optimizer.learning_rate and --config.model.dtype=float32 help"
+        f"there. {ADVICE}"
     )
 
 

@@ -18,6 +18,9 @@ import rmlora_jax as rm
 from rmlora_jax import hub, methods
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
+from rmlora_jax.files import read_object
+from rmlora_jax.hub.pretrained import label_names
+from rmlora_jax.hub.source import CONFIG
 from rmlora_jax.models.blocks import with_inserts
 from rmlora_jax.parallel.mesh import (
     Devices,
@@ -143,7 +146,7 @@ def open_base(config: Run, devices: Devices) -> Base:
     notes = [*problem.notes]
     if config.model.adapter:
         found = f"goes on from {config.model.adapter}: {lora.rank=}, {lora.alpha=}, {lora.target=}"
-        notes.append(found.replace("lora.", ""))
+        notes += [found.replace("lora.", ""), *adapter_head(config, problem)[1]]
 
     feed = problem.open_feed()
     check_same("the data", (feed.sizes, problem.skipped))
@@ -211,16 +214,35 @@ def with_new(
     return lora, adapted, rm.attach(key, adapted, params, *problem.example)
 
 
+def adapter_head(config: Run, problem: Problem) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
+    """`hub.class_order` of ``model.adapter``, whether it holds a head or factors of the base's."""
+    folder, base, info = Path(config.model.adapter).expanduser(), problem.pretrained, problem.info
+    assert base is not None and info is not None  # the task's check refuses model.adapter otherwise
+    stored, own = hub.stored_labels(folder), hub.read_info(folder)
+    # PEFT writes no names: as in transformers, the base's then stand for the adapter's.
+    names = own.labels if own else label_names(read_object(base.folder / CONFIG), stored or 0)
+    number = stored if stored is not None or names is None else len(names)
+    if number is None or info.labels is None:
+        return (tuple(range(base.num_labels)) if number == base.num_labels else None), ()
+    what = f"the head in {config.model.adapter}"
+    order, notes = hub.class_order(number, names, info.labels, what)
+    return order, () if stored is None else notes
+
+
 def from_adapter(config: Run, problem: Problem, params: dict) -> tuple[dict, rm.LoRA]:
-    """The factors of ``model.adapter``, and its head where that is for as many classes.
+    """The factors of ``model.adapter``, and its head where that is for the same classes.
 
     Raises:
       UserError: the method cannot go on from factors of that kind.
     """
     folder, base = Path(config.model.adapter).expanduser(), problem.pretrained
-    assert base is not None  # the task's check refuses model.adapter otherwise
-    whole = hub.stored_labels(folder) == base.num_labels
+    assert base is not None
+    order, _ = adapter_head(config, problem)
+    whole = order is not None and hub.stored_labels(folder) is not None
+    if order is not None:  # factors of the head have the adapter's order
+        params = hub.with_head_order(params, np.argsort(order).tolist())
     params, lora = hub.load_peft(folder, base._replace(params=params), saved=whole)
+    params = params if order is None else hub.with_head_order(params, order)
     if type(lora) is not methods.of(config).continues:
         able = [name for name, one in methods.METHODS.items() if one.continues is type(lora)]
         raise UserError(

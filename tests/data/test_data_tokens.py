@@ -5,7 +5,14 @@ import pytest
 from fixtures.text.tiny import write_model, write_texts
 
 from rmlora_jax.data import batch_ids, load_texts, tokenise
-from rmlora_jax.data.tokens import WINDOW, buckets, eval_text_batches, text_batches
+from rmlora_jax.data.tokens import (
+    WINDOW,
+    Tokens,
+    buckets,
+    check_tables,
+    eval_text_batches,
+    text_batches,
+)
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub import load_tokenizer
 
@@ -166,3 +173,17 @@ def test_folders_without_a_tokenizer(tmp_path, tokenizer):
         (folder / name).unlink()
     with pytest.raises(UserError, match=r"m has no tokenizer; copy its files \(tokenizer.json"):
         load_tokenizer(folder)
+
+
+def test_padding_beyond_the_table():
+    class Tokenizer:
+        pad_token, pad_token_id = "[PAD]", 7
+
+    class Config:
+        vocab_size, type_vocab_size = 7, 0
+
+    tokens = Tokens(np.array([1, 2]), np.array([0, 9]), np.array([0, 2]))
+    with pytest.raises(UserError, match=r"padding '\[PAD\]' has number 7, .* vocab_size is 7"):
+        check_tables(tokens, Tokenizer, Config, str)
+    Tokenizer.pad_token_id = 0
+    check_tables(tokens, Tokenizer, Config, str)  # no table of token types: they are not looked up

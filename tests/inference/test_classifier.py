@@ -1,6 +1,7 @@
 """A trained model in use: the trainer's own numbers, whatever its inputs come as."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_config
-from fixtures.text.tiny import WORDS, write_head, write_model
+from fixtures.text.tiny import SPECIAL, WORDS, write_head, write_model
 from marks import slow
 from PIL import EpsImagePlugin, Image
+from safetensors.numpy import load_file, save_file
 
 import rmlora_jax as rm
 from rmlora_jax import data, hub
@@ -21,6 +23,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.hub.info import Info, write_info
 from rmlora_jax.inference import inputs
 from rmlora_jax.inference.classifier import Classifier, info_of
+from rmlora_jax.inference.predict import predict
 from rmlora_jax.parallel.mesh import all_devices, shard, spread
 from rmlora_jax.tasks import images
 from rmlora_jax.tasks.task import classification
@@ -478,3 +481,39 @@ def test_a_problem_of_several_outputs_is_refused(kind, words, bert, tmp_path):
     info = Info("text_classification", ("x", "y", "z"), max_length=40)
     ours = hub.save_peft(tmp_path / "ours", adapted(bert)[1], LORA, asked, info=info)
     assert hub.load(ours).base.num_labels == 3
+
+
+def test_no_label_without_finite_logits(bert, reader):
+    """One word's row of the table is broken: texts with it are left out, the rest are as ever."""
+    params = jax.tree.map(np.array, adapted(bert)[1])
+    params["embed"]["word"]["embedding"][len(SPECIAL) + WORDS.index("w7")] = np.nan
+    broken = Classifier(bert, params, LORA, reader.info)
+    given, lost = ["good w1", "w7 bad", "w2"], []
+    with pytest.raises(UserError, match=r"1 of 3 inputs are not finite.*no prediction: 'w7 bad'"):
+        broken(given)
+    rows, fine = broken(given, failed=lost.append), reader(["good w1", "w2"])
+    assert [(row.input, row.label) for row in rows] == [(row.input, row.label) for row in fine]
+    assert len(lost) == 1
+    assert np.isnan(broken.logits(given)[1]).all()
+
+
+def test_words_and_types_beyond_their_tables(bert, reader):
+    reader.read.config = dataclasses.replace(bert.config, vocab_size=len(SPECIAL + WORDS) - 1)
+    with pytest.raises(UserError, match=r"^'good w39': token 'w39' has number 46, .*is 46"):
+        reader(["w38", "good w39"])
+    info = dataclasses.replace(reader.info, columns=("a", "b"))
+    pairs = Classifier(bert, adapted(bert)[1], LORA, info)
+    pairs.read.config = dataclasses.replace(bert.config, type_vocab_size=1)
+    with pytest.raises(UserError, match="gives token type 1, but the model's type_vocab_size is 1"):
+        pairs([("w1", "w2")])
+    reader.read.config = bert.config
+
+
+def test_predict_ends_with_an_error_where_nothing_has_an_answer(bert, tmp_path, capsys):
+    write_head(write_model(tmp_path), 3)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["classifier.bias"][1] = np.inf
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert predict(str(tmp_path), ["w1"]) == 1 and not (tmp_path / "predictions.csv").exists()
+    said = capsys.readouterr()
+    assert "1 of 1 inputs are not finite" in said.err and not said.out

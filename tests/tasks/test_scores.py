@@ -136,7 +136,9 @@ def test_errors_say_what_to_use():
 
 
 def test_names():
-    assert set(NAMES) == {"accuracy", "matthews", "f1", "f1_macro", "pearson", "spearman", "mse"}
+    classes = ("accuracy", "matthews", "f1", "f1_macro", "f1_micro")
+    assert (*classes, "pearson", "spearman", "mse") == NAMES
+    assert scores.names_of(classes=True) == classes
     worse = {name for name in (*NAMES, "loss") if not higher_is_better(name)}
     assert worse == {"mse", "loss"}
     assert describe("f1_macro") == (scores.METRICS["f1_macro"], "")
@@ -145,3 +147,21 @@ def test_names():
     assert [shown(key, 0.5) for key in ("accuracy_mismatched", "pearson", "f1")] == [
         "50.0 %", "0.500", "0.500"]
     assert shown("matthews", -0.04567) == "-0.046"
+
+
+def test_f1_of_either_class_and_over_all_decisions():
+    predictions, labels = classes()
+    table = confusion(predictions, labels)
+    for positive in (0, 1):
+        found = score(predictions, labels, ("f1",), positive)
+        assert found == pytest.approx({"f1": f1_of(table, positive)}, rel=1e-12)
+    predictions, labels = classes(count=4)
+    table = confusion(predictions, labels)
+    hits, wrong = np.trace(table), table.sum() - np.trace(table)
+    micro = 2 * hits / (2 * hits + wrong + wrong)  # each wrong one is missed and falsely found
+    assert score(predictions, labels, ("f1_micro",)) == pytest.approx({"f1_micro": micro})
+
+
+def test_a_split_with_an_unanswered_example_has_no_score():
+    found = score(np.array([0, -1, 1]), np.array([0, 1, 1]), ("accuracy", "f1"))
+    assert np.isnan(list(found.values())).all()
