@@ -119,7 +119,7 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
         return data.write_predictions(folder, split, rows, predictions, texts.label_names, glue)
 
     return task.of_pretrained(
-        pretrained,
+        (*texts.notes, *notes),
         notes,
         model=model,
         example=example,
@@ -135,7 +135,6 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
             dtype=config.model.dtype,
         ),
         skipped=texts.skipped,
-        notes=texts.notes,
     )
 
 
