@@ -35,8 +35,13 @@ def adapt(module, lora: LoRA, *, rngs=None):
     **NNX**: the result is a new module over the same arrays; ``module`` stays as it is.
     ``lora_a`` and ``lora_b`` are ``nnx.LoRAParam`` beside the weight; ``lora.trainable`` is the
     filter of what is trained. Dropout follows ``train()`` and ``eval()`` of the result, like
-    ``nnx.Dropout``. A matrix that is a module's own parameter (a position embedding) is refused
-    where ``target`` selects it. A model that reads ``embed.embedding`` itself ignores the factors.
+    ``nnx.Dropout``. A module with a matrix of its own that is not a layer of Flax is refused where
+    ``target`` selects it. If ``target`` also selects layers inside it, only they are adapted, and
+    ``unadapted`` lists its matrix (a position embedding). A model that reads ``embed.embedding``
+    itself ignores the factors.
+
+    Under a mesh with explicit axes (``AxisType.Explicit``) the product lies where the layer's own
+    output does, as ``out_sharding`` of the call says.
 
     Masked convolutions and weights under WeightNorm, SpectralNorm or a class made by
     ``nn.map_variables`` need ``LoRA(execution="merged")`` and are refused otherwise. What

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 
 from rmlora_jax.optim.factors import ADAPTED, DEFAULT_FACTORS, find_factors
 from rmlora_jax.optim.masking import lazily_masked, mask_gradients, step_masks
@@ -56,7 +57,7 @@ LAYOUTS = {  # axes, shapes of A and B, and the axes of A and B in the usual ord
 }
 
 
-@pytest.mark.parametrize("axes", LAYOUTS)
+@pytest.mark.parametrize("axes", slow_but(list(LAYOUTS), "ri,or", "ilr,rlo"))
 def test_stated_axes_give_the_mask_and_the_penalty_of_the_usual_order(axes):
     a, b, *orders = LAYOUTS[axes]
     tree, names = pair(a, b), (*DEFAULT_FACTORS, axes)
