@@ -21,11 +21,12 @@ def adapt(module, lora: LoRA, *, rngs=None):
 
     The layers themselves run untouched: with B = 0 the output is that of ``module`` bit for bit
     (both jitted; README.md says where bfloat16 on a CPU differs), in the same dtype, and parameter
-    paths are those of ``module``. These layers can be adapted. Linen: Dense, DenseGeneral (hence MultiHeadDotProductAttention), Einsum, Conv and
-    ConvTranspose (grouped, strided, dilated, any padding), Embed (``attend`` too), in a loop, or
-    under nn.scan, nn.remat, nn.vmap and nn.jit. NNX: Linear, LinearGeneral (hence
-    MultiHeadAttention), Einsum, Conv, ConvTranspose and Embed, alone, shared or stacked by nnx.vmap
-    for nnx.scan. For your own classes add an entry to ``LoRA.layers``.
+    paths are those of ``module``. These layers can be adapted. Linen: Dense, DenseGeneral (hence
+    MultiHeadDotProductAttention), Einsum, Conv and ConvTranspose (grouped, strided, dilated, any
+    padding), Embed (``attend`` too), in a loop, or under nn.scan, nn.remat, nn.vmap and nn.jit.
+    NNX: Linear, LinearGeneral (hence MultiHeadAttention), Einsum, Conv, ConvTranspose and Embed,
+    alone, shared or stacked by nnx.vmap for nnx.scan. For your own classes add an entry to
+    ``LoRA.layers``.
 
     **Linen**: the result is a Linen module. The factors are parameters ``lora_a`` and ``lora_b``
     beside the weight: make them with ``attach`` for parameters that exist already, or with ``init``
