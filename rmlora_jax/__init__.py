@@ -25,6 +25,7 @@ from rmlora_jax.adapt.tree import (
     join,  # trainable, frozen -> params
     merge,  # params with factors -> params of the unadapted model
     split,  # params -> trainable, frozen
+    unadapted,  # the matrices that an adapted model leaves as they are
 )
 from rmlora_jax.optim.adalora import adalora
 from rmlora_jax.optim.masking import (
@@ -82,4 +83,5 @@ __all__ = [
     "step_masks",
     "to_lora",
     "trajectory_dimension",
+    "unadapted",
 ]

@@ -20,12 +20,13 @@ def adapt(module, lora: LoRA, *, rngs=None):
     """The module, with ``s (x A) B`` added to each layer that ``lora`` targets.
 
     The layers themselves run untouched: with B = 0 the output is that of ``module`` bit for bit
-    (both jitted), in the same dtype, and parameter paths are those of ``module``. These layers can
-    be adapted. Linen: Dense, DenseGeneral (hence MultiHeadDotProductAttention), Einsum, Conv and
-    ConvTranspose (grouped, strided, dilated, any padding), Embed (``attend`` too), in a loop, or
-    under nn.scan, nn.remat, nn.vmap and nn.jit. NNX: Linear, LinearGeneral (hence
-    MultiHeadAttention), Einsum, Conv, ConvTranspose and Embed, alone, shared or stacked by nnx.vmap
-    for nnx.scan. For your own classes add an entry to ``LoRA.layers``.
+    (both jitted; README.md says where bfloat16 on a CPU differs), in the same dtype, and parameter
+    paths are those of ``module``. These layers can be adapted. Linen: Dense, DenseGeneral (hence
+    MultiHeadDotProductAttention), Einsum, Conv and ConvTranspose (grouped, strided, dilated, any
+    padding), Embed (``attend`` too), in a loop, or under nn.scan, nn.remat, nn.vmap and nn.jit.
+    NNX: Linear, LinearGeneral (hence MultiHeadAttention), Einsum, Conv, ConvTranspose and Embed,
+    alone, shared or stacked by nnx.vmap for nnx.scan. For your own classes add an entry to
+    ``LoRA.layers``.
 
     **Linen**: the result is a Linen module. The factors are parameters ``lora_a`` and ``lora_b``
     beside the weight: make them with ``attach`` for parameters that exist already, or with ``init``
@@ -35,8 +36,13 @@ def adapt(module, lora: LoRA, *, rngs=None):
     **NNX**: the result is a new module over the same arrays; ``module`` stays as it is.
     ``lora_a`` and ``lora_b`` are ``nnx.LoRAParam`` beside the weight; ``lora.trainable`` is the
     filter of what is trained. Dropout follows ``train()`` and ``eval()`` of the result, like
-    ``nnx.Dropout``. A matrix that is a module's own parameter (a position embedding) is refused
-    where ``target`` selects it. A model that reads ``embed.embedding`` itself ignores the factors.
+    ``nnx.Dropout``. A module with a matrix of its own that is not a layer of Flax is refused where
+    ``target`` selects it. If ``target`` also selects layers inside it, only they are adapted, and
+    ``unadapted`` lists its matrix (a position embedding). A model that reads ``embed.embedding``
+    itself ignores the factors.
+
+    Under a mesh with explicit axes (``AxisType.Explicit``) the product lies where the layer's own
+    output does, as ``out_sharding`` of the call says.
 
     Masked convolutions and weights under WeightNorm, SpectralNorm or a class made by
     ``nn.map_variables`` need ``LoRA(execution="merged")`` and are refused otherwise. What

@@ -283,10 +283,12 @@ def linked(y, geometry: geo.Contraction, x, a, b, scale: float, precision=None):
     def backward(kept, g):
         x, *factors = kept
         *_, a, b = geo.unfolded(geometry, x, g, *(f.astype(g.dtype) for f in factors))
-        z = jnp.einsum(down, x, a, precision=precision) * scale
-        dz = jnp.einsum(f"{y_axes},{b_axes}->{z_axes}", g, b, precision=precision) * scale
-        da = jnp.einsum(f"{x_axes},{z_axes}->{a_axes}", x, dz, **exact)
-        db = jnp.einsum(f"{z_axes},{y_axes}->{b_axes}", z, g, **exact)
+        thin = {"precision": precision, "out_sharding": geo.sharding_along(g, y_axes, z_axes)}
+        z = jnp.einsum(down, x, a, **thin) * scale
+        dz = jnp.einsum(f"{y_axes},{b_axes}->{z_axes}", g, b, **thin) * scale
+        of_a, of_b = geo.sharding_of(a), geo.sharding_of(b)
+        da = jnp.einsum(f"{x_axes},{z_axes}->{a_axes}", x, dz, **exact, out_sharding=of_a)
+        db = jnp.einsum(f"{z_axes},{y_axes}->{b_axes}", z, g, **exact, out_sharding=of_b)
         pairs = zip((da, db), factors, strict=True)
         return g, None, *(d.reshape(f.shape).astype(f.dtype) for d, f in pairs)
 

@@ -136,6 +136,23 @@ def terms(equation: str) -> tuple[str, str, str]:
     return x, weight, y
 
 
+def check_call(equation: str, x, weight) -> None:
+    """Raises ValueError unless ``x`` and the weight of one layer have the axes of ``equation``."""
+    layout(Contraction(equation), weight.ndim)
+    labels, own, _ = terms(equation)
+    head, dots, tail = labels.partition("...")
+    if not hasattr(x, "shape"):
+        raise ValueError(f"its first argument is {x!r}, not the input of {equation!r}.")
+    sizes, least = dict(zip(own, weight.shape, strict=True)), len(head + tail)
+    pairs = (*zip(head, x.shape, strict=False), *zip(tail[::-1], x.shape[::-1], strict=False))
+    fits = least <= x.ndim if dots else least == x.ndim
+    if not fits or any(n not in (1, sizes.get(c, n)) for c, n in pairs):
+        raise ValueError(
+            f"its input {x.shape} and its weight {weight.shape} do not have the axes of its "
+            f"equation {equation!r}."
+        )
+
+
 def factor_shapes(shape: tuple[int, ...], axes: Layout, rank: int):
     """Shapes of A (*batch, in, r) and B (*batch, r, out) for a weight of ``shape``.
 
@@ -200,8 +217,29 @@ def _is_marked(weight, a, b) -> bool:
     )
 
 
+def sharding_of(value) -> jax.sharding.NamedSharding | None:
+    """Where ``value`` lies on mesh axes that are ``AxisType.Explicit``; None without such axes."""
+    found = jax.typeof(value).sharding
+    return found if found.mesh.explicit_axes else None
+
+
+def sharding_along(y, labels: str, wanted: str) -> jax.sharding.NamedSharding | None:
+    """``sharding_of`` an array with the axes ``wanted`` that lies as ``y``, with axes ``labels``.
+
+    Axes that ``y`` lacks are not split.
+    """
+    if (found := sharding_of(y)) is None:
+        return None
+    between = "." * (y.ndim - len(labels.replace("...", "")))
+    parts: dict[str, list] = {".": []}
+    for label, part in zip(labels.replace("...", between), found.spec, strict=True):
+        parts.setdefault(label, []).append(part)
+    spec = [part for label in wanted.replace("...", ".") for part in parts.get(label, [None])]
+    return found.update(spec=jax.P(*spec))
+
+
 def low_rank(geometry: Geometry, x, y, a, b, scale: float, precision=None) -> jax.Array:
-    """``scale * (x A) B`` in the dtype of ``y``, the layer's own output.
+    """``scale * (x A) B`` in the dtype of ``y``, the layer's own output, and sharded as ``y``.
 
     The way down to r channels is the layer itself with r features and no bias, which brings its
     axes, padding and dilation along. A and B are never multiplied together: no pass holds an
@@ -209,6 +247,9 @@ def low_rank(geometry: Geometry, x, y, a, b, scale: float, precision=None) -> ja
     """
     a, b = a.astype(y.dtype), b.astype(y.dtype)
     if isinstance(geometry, Lookup):
+        if (found := sharding_of(y)) is not None:
+            rows = a.at[x].get(out_sharding=sharding_along(y, "...o", "...r"))
+            return jnp.matmul(rows * scale, b, out_sharding=found)
         table = nn.Embed(geometry.num, a.shape[-1], dtype=y.dtype, parent=None)
         rows = cast(jax.Array, table.apply({"params": {"embedding": a}}, x))
         return rows * scale @ b
@@ -219,7 +260,8 @@ def low_rank(geometry: Geometry, x, y, a, b, scale: float, precision=None) -> ja
 def low_rank_attend(query, y, a, b, scale: float) -> jax.Array:
     """``scale * (q B^T) A^T``, the increment of ``Embed.attend`` with logits ``y`` (..., num)."""
     a, b, query = (v.astype(y.dtype) for v in (a, b, query))
-    return (query @ b.T * scale) @ a.T
+    z = jnp.matmul(query, b.T, out_sharding=sharding_along(y, "...o", "...r"))
+    return jnp.matmul(z * scale, a.T, out_sharding=sharding_of(y))
 
 
 def matmul(x, y) -> jax.Array:
@@ -261,10 +303,11 @@ def _order(axes: Layout | None, ndim: int) -> list[int]:
 
 def _contracted(geometry, x, y, a, b, scale, precision):
     down, up, a, b = unfolded(geometry, x, y, a, b)
-    z = jnp.einsum(down, x, a, precision=precision) * scale
-    product = functools.partial(jnp.einsum, up, precision=precision)
     z_axes, b_axes, y_axes = terms(up)
-    if z.ndim < 3 or y_axes != z_axes[:-1] + b_axes[1:]:
+    between, explicit = sharding_along(y, y_axes, z_axes), sharding_of(y)
+    z = jnp.einsum(down, x, a, precision=precision, out_sharding=between) * scale
+    product = functools.partial(jnp.einsum, up, precision=precision, out_sharding=explicit)
+    if z.ndim < 3 or explicit or y_axes != z_axes[:-1] + b_axes[1:]:
         return product(z, b)
 
     # For the gradient of B over several axes of rows XLA's CPU compiler copies all of y's gradient,

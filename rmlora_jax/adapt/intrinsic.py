@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rmlora_jax.adapt.geometry import matmul
 from rmlora_jax.adapt.lora import LoRA
-from rmlora_jax.adapt.tree import adapted_weights
+from rmlora_jax.adapt.tree import adapted_modules
 
 __all__ = ["intrinsic_dimension", "trajectory_dimension"]
 
@@ -35,7 +35,7 @@ def intrinsic_dimension(
     :math:`B^T`: no (in x out) matrix is made.
 
     Args:
-        params: adapted parameters, base weights included.
+        params: adapted parameters, or the factors alone: (*stack, in, r) and (*stack, r, out).
         lora: their description; close over it under ``jax.jit``.
         rtol: the relative tolerance of ``numerical_rank``.
 
@@ -53,8 +53,8 @@ def intrinsic_dimension(
         Rudelson & Vershynin 2007 for the stable rank.
     """
     found = {}
-    for path, _, factors in adapted_weights(params, lora):
-        name = "/".join(path[:-1])
+    for module, factors in adapted_modules(params, lora):
+        name = "/".join(module)
         values = _singular_values(*lora.form.pair(factors), lora.scale_of(name))
         found[name] = _figures(values, rtol)
     return found
@@ -72,8 +72,8 @@ def trajectory_dimension(
     directions. Each increment stays the product
     :math:`s\,[A_k, A_k - A_{k-1}]\,[B_k - B_{k-1}; B_{k-1}]`.
 
-    ``snapshots`` are adapted parameters at two or more times, in order. ``singular_values`` has
-    min(2 r K, out or in) entries.
+    ``snapshots`` are adapted parameters, or factors alone, at two or more times, in order.
+    ``singular_values`` has min(2 r K, out or in) entries.
 
     Raises:
         ValueError: fewer than two snapshots, an unknown ``side``, snapshots of different modules,
@@ -96,8 +96,8 @@ def trajectory_dimension(
         raise ValueError(f"side is {side!r}; allowed: 'out', 'in'.")
     times = [
         {
-            path[:-1]: tuple(f.astype(jnp.float32) for f in lora.form.pair(factors))
-            for path, _, factors in adapted_weights(params, lora)
+            module: tuple(f.astype(jnp.float32) for f in lora.form.pair(factors))
+            for module, factors in adapted_modules(params, lora)
         }
         for params in snapshots
     ]

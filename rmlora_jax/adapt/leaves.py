@@ -24,6 +24,12 @@ def reboxed(box, value):
     return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
 
 
+def is_matrix(shape: tuple[int, ...], stacks: Iterable[tuple[int, ...]]) -> bool:
+    """Whether two axes or more are left of a parameter's shape without the axes of any stack."""
+    rests = [shape[len(s) :] for s in {(), *stacks} if shape[: len(s)] == s]
+    return all(sum(size > 1 for size in rest) >= 2 for rest in rests)
+
+
 def weight_path(lora: LoRA, module: Path, paths: Collection[Path]) -> Path:
     """The path of the weight beside the factors at ``module``; ValueError if it is missing."""
     for name in lora.weights:

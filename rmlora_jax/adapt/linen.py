@@ -246,6 +246,7 @@ class _Interceptor:
         self.paused = False
         self.wrapped = 0
         self.mapped: set[tuple[str, ...]] = set()
+        self.fields: dict[str, dict] = {}  # of the layers of the user's own classes, by path
 
     def __call__(self, next_fun, args, kwargs, context):
         module = context.module
@@ -287,6 +288,8 @@ class _Interceptor:
         # At init the layer makes its weight first: the factors follow its shape and its box.
         made = next_fun(*args, **kwargs) if initialising else None
         weight = module.get_variable("params", kind.weight)
+        if function not in _FLAX:
+            self.check_own(kind, name, module, x, geometry, weight)
         factors, axes = _factors(module, lora, name, geometry, weight)
         if (seen := _seen.get()) is not None:
             seen[name] = axes
@@ -330,6 +333,26 @@ class _Interceptor:
             yield
         finally:
             self.paused = before
+
+    def check_own(self, kind, path, module, x, geometry, weight):
+        """Raises ValueError unless a layer of the user's own class is what its rule says."""
+        what = None
+        names = [f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
+        fields = {name: getattr(module, name) for name in names}
+        if weight is None:
+            what = f"it has no parameter {kind.weight!r}."
+        elif self.fields.setdefault(path, fields) != fields:
+            what = "another layer of the class has the same path (nn.share_scope)."
+        else:
+            try:
+                geo.check_call(geometry.equation, x, leaves.unboxed(weight))
+            except ValueError as error:
+                what = str(error)
+        if what is not None:
+            raise ValueError(
+                f"the layer {path!r}, a {type(module).__name__}, is not what its entry of "
+                f"LoRA.layers says: {what} Leave it out with LoRA.exclude."
+            )
 
     def check_layer(self, module, path, initialising):
         what = None

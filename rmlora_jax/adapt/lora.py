@@ -40,6 +40,8 @@ class Layer:
             a batch axis (in both).
         weight: name of the weight: a Linen parameter, an NNX attribute. One weight a module.
         method: name of the method that uses it.
+        stack: in NNX the number of leading axes over which ``nnx.vmap`` stacked such layers, where
+            no stacked layer of Flax beside them tells it. In Linen it is not needed.
 
     Example:
         >>> class Experts: "y[e] = x[e] w[e], with a weight of shape (experts, in, out)"
@@ -51,8 +53,11 @@ class Layer:
     equation: str
     weight: str = "kernel"
     method: str = "__call__"
+    stack: int = 0
 
     def __post_init__(self):
+        if type(self.stack) is not int or self.stack < 0:
+            raise TypeError(f"Layer.stack is {self.stack!r}; allowed: an integer >= 0.")
         if not isinstance(self.cls, type):
             raise TypeError(f"Layer.cls is {self.cls!r}; allowed: a class.")
         for name in ("equation", "weight", "method"):
@@ -174,6 +179,13 @@ class LoRA:
         put("layers", (self.layers,) if isinstance(self.layers, Layer) else tuple(self.layers))
         if not all(isinstance(layer, Layer) for layer in self.layers):
             raise _error("layers", self.layers, "a tuple of Layer(cls, equation, ...)")
+        methods = [(layer.cls, layer.method) for layer in dict.fromkeys(self.layers)]
+        for cls, method in methods:
+            if methods.count((cls, method)) > 1:
+                raise ValueError(
+                    f"LoRA.layers has two entries for {cls.__name__}.{method}: only one weight of "
+                    "a method can be adapted."
+                )
         if self.target is None and self.train is None:
             raise ValueError(
                 "LoRA(target=None, train=None) leaves nothing to train: give target, the layers "

@@ -199,6 +199,15 @@ def _run(plain, rule: Rule, layer, *args, **kwargs):
     dropout = getattr(layer, "lora_dropout", None)
     equation = _equation(layer, bound.arguments) if rule.kind is nnx.Einsum else None
     weight, bias = getattr(layer, rule.weight), getattr(layer, "bias", None)
+    if rule.equation is not None:
+        try:
+            geo.check_call(rule.equation, x, weight)
+        except ValueError as error:
+            name = f"{rule.kind.__name__}.{plain.__name__}"
+            raise ValueError(
+                f"{name} was called otherwise than its entry of LoRA.layers says: {error} Leave "
+                "such layers out with LoRA.exclude."
+            ) from None
     bias = bias.get_value() if isinstance(bias, nnx.Variable) else None
 
     def on(x, value):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rmlora_jax.adapt import geometry as geo
+from rmlora_jax.adapt.leaves import is_matrix
 from rmlora_jax.adapt.lora import LoRA
 
 
@@ -18,6 +19,7 @@ class Rule(NamedTuple):
     weight: str
     methods: tuple[str, ...]
     equation: str | None = None
+    stack: int = 0
 
 
 _KERNELS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose)
@@ -38,7 +40,7 @@ def is_variable(value) -> bool:
 def _rule_of(node: nnx.Module, lora: LoRA) -> Rule | None:
     for layer in lora.layers:
         if isinstance(node, layer.cls):
-            return Rule(layer.cls, layer.weight, (layer.method,), layer.equation)
+            return Rule(layer.cls, layer.weight, (layer.method,), layer.equation, layer.stack)
     return next((rule for rule in _RULES if isinstance(node, rule.kind)), None)
 
 
@@ -93,13 +95,10 @@ def check_unadapted(modules):
 
 def _matrices(node, stacks):
     """Names of the module's own parameters that are matrices, stacks of vectors left out."""
-
-    def is_matrix(shape):
-        rests = [shape[len(s) :] for s in {(), *stacks.values()} if shape[: len(s)] == s]
-        return all(sum(size > 1 for size in rest) >= 2 for rest in rests)
-
+    if isinstance(node, _NORMS):
+        return []
     params = [(name, v) for name, v in vars(node).items() if isinstance(v, nnx.Param)]
-    return [n for n, v in params if not isinstance(node, _NORMS) and is_matrix(jnp.shape(v))]
+    return [name for name, v in params if is_matrix(jnp.shape(v), stacks.values())]
 
 
 def is_below(path, module):
@@ -121,14 +120,18 @@ def targeted(modules, lora: LoRA) -> dict[str, tuple[Rule, tuple[int, ...]]]:
     stacks = {path: _stack_of(modules[path], rule) for path, rule in rules.items() if rule}
     unknown = {p for p, node in modules.items() if not rules[p] and _matrices(node, stacks)}
     lora.check_targets({*stacks, *unknown})
+    told = {s for path, s in stacks.items() if (rule := rules[path]) and not rule.equation and s}
     found = {}
     beside = lora.execution != "merged" or lora.dropout > 0  # the product runs beside the layer
     rewritten = lora.execution == "merged" or lora.init == "pissa"
     instead = ' (or use execution="merged" without dropout)'
     values = [value for node in modules.values() for value in vars(node).values()]
     uses = Counter(id(value) for value in values if is_variable(value))
+    chosen = set(filter(lora.targets, stacks))
     for path in sorted(filter(lora.targets, {*stacks, *unknown})):
         layer, rule = modules[path], rules[path]
+        if rule is None and any(is_below(other, path) for other in chosen):
+            continue  # it holds the layers that are meant; ``unadapted`` lists what it has itself
         if rule is None:
             name = _matrices(layer, stacks)[0]
             raise ValueError(
@@ -145,6 +148,13 @@ def targeted(modules, lora: LoRA) -> dict[str, tuple[Rule, tuple[int, ...]]]:
             what = f"has its weight transformed by nnx.WeightNorm or nnx.SpectralNorm{instead}"
         elif rewritten and not jnp.issubdtype(weight.dtype, jnp.inexact):
             what = f'has a weight of dtype {weight.dtype}, which "pissa" and "merged" would rewrite'
+        elif rule.equation and len(stacks[path]) != rule.stack and stacks[path] not in told:
+            what = (
+                f"has a {rule.weight} of shape {weight.shape} for the equation {rule.equation!r}, "
+                "and nothing says which axes are a stack. If nnx.vmap stacked it on axis 0, say "
+                f"Layer({rule.kind.__name__}, ..., stack={len(stacks[path])}). Another axis cannot "
+                "be adapted"
+            )
         elif uses[id(weight)] > 1:
             what = f"shares its {rule.weight} with another layer, which a merge would change too"
         elif beside and rule.kind in (nnx.Conv, nnx.ConvTranspose) and layer.mask is not None:

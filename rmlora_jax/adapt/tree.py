@@ -1,4 +1,5 @@
-"""Adapters and base as plain parameter trees: ``attach``, ``split``, ``join``, ``merge``."""
+"""Adapters and base as plain parameter trees: ``attach``, ``split``, ``join``, ``merge``, and what
+has no factors: ``unadapted``."""
 
 import dataclasses
 import importlib
@@ -18,6 +19,7 @@ from rmlora_jax.adapt.leaves import (
     check_adapted,
     described_leaves,
     first_leaves,
+    is_matrix,
     reboxed,
     unboxed,
     weight_path,
@@ -25,7 +27,7 @@ from rmlora_jax.adapt.leaves import (
 from rmlora_jax.adapt.linen import Adapted, layouts
 from rmlora_jax.adapt.lora import LoRA
 
-__all__ = ["attach", "join", "merge", "split"]
+__all__ = ["attach", "join", "merge", "split", "unadapted"]
 
 Params = Mapping[str, Any]
 
@@ -200,15 +202,54 @@ def merge(params, lora, *example_args, **kwargs):
     return unflatten_dict(flat)
 
 
+def unadapted(params, lora: LoRA) -> list[str]:
+    """Paths of the matrices that stay as they are: without factors, and not trained in full.
+
+    These are layers that ``target`` or ``exclude`` leaves out, and parameters of no layer, such as
+    position embeddings. Vectors (biases, norms, a class token) are not listed, nor stacks of them.
+
+    Args:
+        params: adapted parameters, base weights included; or an adapted NNX module.
+        lora: the description.
+
+    Errors are those of ``merge``.
+
+    Example:
+        >>> params = {"pos": jnp.ones((4, 8)), "fc": {"kernel": jnp.ones((8, 3))}}
+        >>> params["fc"] |= {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 3))}
+        >>> unadapted(params, LoRA(rank=2))
+        ['pos']
+    """
+    weights = {path: leaves for path, _, leaves in adapted_weights(params, lora)}
+    stacks = {a.shape[:i] for a, *_ in weights.values() for i in range(a.ndim - 1)}
+    rest = {p: leaf for p, leaf in _flatten(params).items() if p not in weights}
+    found = ["/".join(p) for p, leaf in rest.items() if is_matrix(unboxed(leaf).shape, stacks)]
+    return sorted(path for path in found if not lora.trains(path))
+
+
 def adapted_weights(params: Params, lora: LoRA) -> Iterator[tuple]:
     """(path of the weight, weight, leaves), unboxed, of every weight that has factors, in the order
     of paths, checked against each other and ``lora``; the leaves in the order of ``lora.factors``.
     """
     flat = {path: unboxed(leaf) for path, leaf in _flatten(params).items()}
-    for module, leaves in described_leaves(flat, lora):
+    for module, leaves in _checked(flat, lora):
         path = weight_path(lora, module, flat)
-        check_layout("/".join(module), flat[path], *leaves[:2])
         yield path, flat[path], leaves
+
+
+def adapted_modules(params: Params, lora: LoRA) -> Iterator[tuple]:
+    """(module, leaves), as ``adapted_weights``, of a tree that may hold the factors alone."""
+    return _checked({path: unboxed(leaf) for path, leaf in _flatten(params).items()}, lora)
+
+
+def _checked(flat, lora: LoRA) -> Iterator[tuple]:
+    """``described_leaves``, held against those weights that are there."""
+    for module, leaves in described_leaves(flat, lora):
+        for name in lora.weights:
+            if (*module, name) in flat:
+                check_layout("/".join(module), flat[*module, name], *leaves[:2])
+                break
+        yield module, leaves
 
 
 def _trace(adapted, key, args, kwargs):

@@ -22,7 +22,7 @@ from rmlora_jax.config import flatten as flat_values
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run, under
 from rmlora_jax.methods.fields import UNITS, AdaLora, Bottleneck, Prefix, Rm, Sora
-from rmlora_jax.optim.factors import FactorNames, find_diagonals, find_factors, flatten
+from rmlora_jax.optim.factors import ADAPTED, FactorNames, find_diagonals, find_factors, flatten
 from rmlora_jax.optim.precision import clip_by_norm
 from rmlora_jax.optim.sora import surviving, surviving_parameters
 
@@ -189,7 +189,7 @@ def scale_lora_b(ratio: float) -> optax.GradientTransformation:
 
     def scaled(updates, _):
         leaves, treedef, _ = flatten(updates)
-        for factor in find_factors(updates):
+        for factor in find_factors(updates, ADAPTED):
             if factor.side == "b":
                 leaves[factor.index] = ratio * leaves[factor.index]
         return treedef.unflatten(leaves)
@@ -239,7 +239,7 @@ def rm_lora(config, values, schedule, steps, *, penalty=True, mask=True, **optio
     keep = values["keep"] if mask else 1.0
     options["keep"] = int(keep) if options["draw"] == "exact" else keep
     options["penalty"] = values["penalty"] if penalty else 0.0
-    factors = maskable(config) if maskable else None
+    factors = maskable(config) if maskable else ADAPTED
     return rm.rm_lora(schedule, seed=config.seed, factors=factors, **options)
 
 
@@ -355,7 +355,7 @@ METHODS: dict[str, Method] = {
     "bottleneck": Method(
         "adapters behind attention and MLP", trains(r".*/bottleneck[12]/.*"), plain,
         check=check_bottleneck, insert=with_bottlenecks, section=Bottleneck,
-        maskable=lambda config: (r"down/kernel", r"up/kernel"),
+        maskable=lambda config: (r"down/kernel", r"up/kernel", ADAPTED[2]),
     ),
     "prefix": Method(
         "trained keys and values in front of every layer's own", trains(PREFIXES), plain,

@@ -130,11 +130,11 @@ def _draw_shape(rule: MaskRule, factor: Factor) -> tuple[int, ...]:
 
 
 def _broadcastable(rule: MaskRule, factor: Factor, chosen: jax.Array) -> jax.Array:
-    """``chosen`` with as many axes as the factor; those that it does not cover have size 1."""
+    """``chosen`` with the axes of the leaf; those that it does not cover have size 1."""
     missing = (1,) * (len(factor.shape) - chosen.ndim)
     if rule.unit == "rank" and factor.side == "a":
-        return chosen.reshape(*factor.stack, *missing, factor.rank)
-    return chosen.reshape(chosen.shape + missing)
+        return factor.as_leaf(chosen.reshape(*factor.stack, *missing, factor.rank))
+    return factor.as_leaf(chosen.reshape(chosen.shape + missing))
 
 
 def _random_bits(key: jax.Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:

@@ -95,8 +95,9 @@ def mask_gradients(
       rescale: divide what is kept by the fraction expected to be kept, so that the expected
         update is the unmasked one. (Adam undoes most of a constant scale.)
       seed: integer; may be traced, so that seeds can be vmapped over ``init``.
-      factors: how factors are named, see :func:`rmlora_jax.optim.factors.find_factors`. One regular
-        expression instead of a pair masks leaves that stand alone, by "element" or "matrix".
+      factors: how factors are named and laid out, see
+        :func:`rmlora_jax.optim.factors.find_factors`. One regular expression instead of a pair
+        masks leaves that stand alone, by "element" or "matrix".
 
     Returns:
       A transformation with state :class:`MaskState`. ``update`` needs no ``params`` and keeps the
@@ -190,7 +191,7 @@ def step_masks(state: Any, tree: Any, keep: Keep, **options: Any) -> Any:
     Returns:
       A tree of boolean arrays, True where the update moves, which broadcast against the leaves:
       (*stack, 1, r) for A and (*stack, r, 1) for B where rank directions are drawn, with a 1 for
-      each in or out axis; scalars for leaves that are not masked.
+      each in or out axis, in the order of the leaf; scalars for leaves that are not masked.
 
     Raises:
       ValueError: ``state`` holds no mask state or several; otherwise as :func:`mask_gradients`.

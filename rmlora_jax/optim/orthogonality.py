@@ -45,8 +45,9 @@ def orthogonality(
         axes are flattened. Other leaves are ignored.
       kind: ``"norm"``, ``"squared"`` or ``"cosine"``.
       reduction: ``"mean"`` over the 2M matrices, or ``"sum"``.
-      factors: how factors are named, see :func:`rmlora_jax.optim.factors.find_factors`; here None
-        or a pair of regular expressions (and a stack depth).
+      factors: how factors are named and laid out, see
+        :func:`rmlora_jax.optim.factors.find_factors`; here None or a pair of regular expressions
+        (and a stack depth, or the axes).
 
     Returns:
       A float32 scalar.
@@ -152,7 +153,7 @@ def _penalty(values: list[jax.Array], found: list[Factor], kind: str, reduction:
 def _gram(value: jax.Array, factor: Factor) -> jax.Array:
     """(*stack, r, r) inner products of the rank directions."""
     subscripts = "...ir,...is->...rs" if factor.side == "a" else "...ri,...si->...rs"
-    matrix = jnp.asarray(value, jnp.float32).reshape(factor.matrix)
+    matrix = factor.matrices(jnp.asarray(value, jnp.float32))
     return jnp.einsum(subscripts, matrix, matrix, precision=jax.lax.Precision.HIGHEST)
 
 

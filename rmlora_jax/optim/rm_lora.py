@@ -144,7 +144,7 @@ def authors_exact(
         another rank.
 
     Example:
-      >>> params = {"q": {"lora_a": jnp.ones((3, 4)), "lora_b": jnp.zeros((4, 3))}}
+      >>> params = {"q": {"lora_a": jnp.ones((5, 4)), "lora_b": jnp.zeros((4, 3))}}
       >>> tx = authors_exact(1e-3, rank=4, k=2)
       >>> updates, state = tx.update(params, tx.init(params), params)
     """

@@ -119,8 +119,8 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
         return data.write_predictions(folder, split, rows, predictions, texts.label_names, glue)
 
     return task.of_pretrained(
+        pretrained,
         (*texts.notes, *notes),
-        notes,
         model=model,
         example=example,
         open_feed=lambda: open_feed(config, texts, tokenizer, pretrained.config),

@@ -25,7 +25,7 @@ from rmlora_jax.adapt.diagonal import DIAGONAL
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.fields import Run
 from rmlora_jax.files import read_json, write_bytes_atomic
-from rmlora_jax.optim.factors import find_diagonals, find_factors, flatten
+from rmlora_jax.optim.factors import ADAPTED, find_diagonals, find_factors, flatten
 from rmlora_jax.tasks.scores import higher_is_better
 from rmlora_jax.train.config import read_config
 from rmlora_jax.train.step import State
@@ -303,7 +303,8 @@ def save_snapshot(workdir: str | os.PathLike, step: int, params: Any) -> Path:
     [(5, ['lora_a', 'lora_b'])]
     """
     leaves, _, paths = flatten(params)
-    factors = {f.path: np.asarray(leaves[f.index], np.float32) for f in find_factors(params)}
+    found = find_factors(params, ADAPTED)
+    factors = {f.path: np.asarray(leaves[f.index], np.float32) for f in found}
     if any(path.endswith(DIAGONAL) for path in paths):
         for d in find_diagonals(params):
             e = np.asarray(leaves[d.e], np.float32)

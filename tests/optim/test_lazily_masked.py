@@ -136,11 +136,11 @@ def test_lazily_masked_refuses_factored_state():
 
 def movement_in_hidden_directions(make, keep):
     """Share of the sum of |update| that falls on entries that the mask hides."""
-    params = {"lora_a": jnp.zeros((1, 256)), "lora_b": jnp.zeros((256, 1))}
+    params = {"lora_a": jnp.zeros((1, 256)), "lora_b": jnp.zeros((256, 2))}
     tx = make(keep)
 
     def body(state, key):
-        gradients = {"lora_a": jax.random.normal(key, (1, 256)), "lora_b": jnp.ones((256, 1))}
+        gradients = {"lora_a": jax.random.normal(key, (1, 256)), "lora_b": jnp.ones((256, 2))}
         mask = step_masks(state, params, keep)["lora_a"]
         updates, state = tx.update(gradients, state, params)
         size = jnp.abs(updates["lora_a"])
