@@ -5,8 +5,37 @@ A config with a field ``study`` describes many runs; ``rmlora_jax.study`` trains
 Use a trained model: ``python run.py --workdir=DIR --predict photos/``.
 """
 
+# ruff: noqa: E402 (Ctrl-C is heard before the imports that take seconds)
+
 import os
+import signal
 import sys
+import threading
+
+
+def heed_ctrl_c():
+    """Has a thread wait for Ctrl-C, from now on: no KeyboardInterrupt, which a callback can lose.
+
+    Threads and processes that start later leave SIGINT to it.
+    """
+
+    def wait():
+        while True:
+            number = signal.sigwait([signal.SIGINT])
+            stopping = sys.modules.get("rmlora_jax.stopping")
+            if hasattr(stopping, "watch"):  # it is imported as a whole
+                stopping.ask(number)
+            else:
+                os.write(2, b"\nstopped: nothing has begun\n")
+                os._exit(128 + number)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    heed_ctrl_c()
+
 import traceback
 from datetime import datetime
 from pathlib import Path
@@ -71,11 +100,14 @@ DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error")
 def main(argv):
     logging.set_verbosity(logging.WARNING)  # jax and TFDS tell of every file and backend at INFO
     # Imported here: --help and a mistyped flag need not wait for jax.
+    from rmlora_jax import stopping
     from rmlora_jax.errors import UserError
-    from rmlora_jax.train import stopping
 
     try:
-        return command(argv[1:])
+        code = command(argv[1:])
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done: Python's end may be cut short
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        return code
     except UserError as e:
         stop(e)
     except stopping.Stopped as e:
