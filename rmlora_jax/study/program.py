@@ -29,7 +29,6 @@ from rmlora_jax.train import loop
 from rmlora_jax.train.config import SWEEPABLE, flatten
 from rmlora_jax.train.finished import peak_memory
 
-ROOT = Path(__file__).parent.parent.parent  # where configs/ lies in a checkout
 ROWS = ".rows.json"  # beside the program's folder
 
 
