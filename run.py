@@ -233,11 +233,15 @@ PARSER = flags.FLAGS["config"].parser = ConfigFile()
 
 def parse(argv):
     """Parses the flags; a mistake in them or in the config file is a line or two, no traceback."""
+    try:  # ml_collections looks for fields in sys.argv, and does not open a --flagfile there
+        argv = sys.argv[:] = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:])]
+    except flags.Error as e:
+        stop(e)
     given = [a.lstrip("-") for a in argv]
     predicting = any(a.partition("=")[0] == "predict" for a in given)
     using = predicting or any(a.partition("=")[0] == "export" for a in given)
     flags.FLAGS.set_gnu_getopt(predicting)  # flags may follow the inputs
-    if not using and not any(a.partition("=")[0] in ("config", "flagfile") for a in given):
+    if not using and not any(a.partition("=")[0] == "config" for a in given):
         # Not the flag's default: absl would apply the overrides to it even where another is named.
         argv = [argv[0], f"--config={QUICKSTART}", *argv[1:]]
     try:
