@@ -19,16 +19,19 @@ def heed_ctrl_c():
     Threads and processes that start later leave SIGINT to it.
     """
 
+    def heard(number, frame=None):
+        stopping = sys.modules.get("rmlora_jax.stopping")
+        if stopping is None or not hasattr(stopping, "watch"):  # not yet imported
+            os.write(2, b"\nstopped: nothing has begun\n")
+            os._exit(128 + number)
+        stopping.ask(number)
+
     def wait():
         while True:
-            number = signal.sigwait([signal.SIGINT])
-            stopping = sys.modules.get("rmlora_jax.stopping")
-            if stopping is None or not hasattr(stopping, "watch"):  # not yet imported
-                os.write(2, b"\nstopped: nothing has begun\n")
-                os._exit(128 + number)
-            stopping.ask(number)
+            heard(signal.sigwait([signal.SIGINT]))
 
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    signal.signal(signal.SIGINT, heard)  # where a library unblocks it
     threading.Thread(target=wait, daemon=True).start()
 
 

@@ -15,6 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 
 RESUME = 75  # EX_TEMPFAIL of sysexits.h: a failure that is worth another try
 
@@ -107,6 +108,8 @@ def watch(words: str, *, alone: bool = False) -> Iterator[Callable[[int], bool]]
 def deaf() -> Iterator[None]:
     """Processes that this thread starts in the block do not hear Ctrl-C: this one answers it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # which starts once, and unblocks SIGINT
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:

@@ -31,6 +31,9 @@ BLOCKS = {
     "callback": "gc.callbacks.append(lambda *_: time.sleep(0.02)); ready()\n"
                 "while True: gc.collect()",
     "sleep": "ready(); time.sleep(60)",
+    "input": "ready(); sys.stdin.readline()",
+    "unblocked": "import signal\nsignal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])\n"
+                 "ready(); time.sleep(60)",
     "file": "with stopping.later('finishing a file'):\n    ready(); work()\n"
             "    print('whole', flush=True)\nprint('went on')",
     "nested": "with stopping.later('finishing a folder'):\n    with stopping.later('a file'):\n"
@@ -46,10 +49,12 @@ BLOCKS = {
                  "        work(); print('whole', flush=True)\n"
                  "except stopping.Stopped: sys.exit(75)\nprint('went on')",
 }
+AT_ONCE = ("callback", "sleep", "input", "unblocked")
 
 
 @pytest.mark.parametrize(("block", "times", "code", "whole"), [
     ("callback", 1, 130, False), slow("sleep", 1, 130, False),
+    slow("input", 1, 130, False), slow("unblocked", 1, 130, False),
     ("file", 1, 130, True), ("file", 2, 130, False), slow("nested", 1, 130, True),
     slow("failing", 1, 130, True), slow("run", 1, 1, True), ("last step", 1, 75, True),
     slow("last step", 2, 130, False),
@@ -57,7 +62,7 @@ BLOCKS = {
 def test_once_at_the_next_safe_point_twice_at_once(block, times, code, whole):
     process = subprocess.Popen(
         [sys.executable, "-c", PLAIN + BLOCKS[block], str(ROOT), str(times)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
@@ -69,7 +74,7 @@ def test_once_at_the_next_safe_point_twice_at_once(block, times, code, whole):
     assert process.returncode == code, told
     assert ("whole" in seen) == whole and "went on" not in seen
     assert "KeyboardInterrupt" not in told and "ignored" not in told
-    assert ("once more ends at once" in told) == (block not in ("callback", "sleep"))
+    assert ("once more ends at once" in told) == (block not in AT_ONCE)
 
 
 def command(*flags):
@@ -150,13 +155,6 @@ def test_at_any_moment_of_a_run(tiny_vit, tmp_path, seed):
     code, told = ended(process, lambda: bool(leftovers(workdir)))  # while it is written
     assert code == 130 and (workdir / "merged" / "config.json").exists(), told
     assert not leftovers(workdir)
-
-
-@pytest.mark.slow
-def test_while_predict_waits_for_texts(tiny_vit, tmp_path):
-    process = command("--workdir", tiny_vit, "--predict", "-")
-    code, told = ended(process, lambda: hears(process), wait=8)
-    assert code == 130, told
 
 
 @pytest.mark.slow
