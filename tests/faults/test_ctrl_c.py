@@ -114,6 +114,18 @@ def test_in_the_start(tmp_path, wait):
     assert not (tmp_path / "run").exists()
 
 
+def none_left(process):
+    """Whether all processes that it started end soon after it."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def flags_of(tiny_vit, workdir, **more):
     fields = {"model.source": tiny_vit, "model.image_size": 16, "steps": 60, "eval_every": 20,
               "log_every": 1, "batch_size": 16, "compilation_cache": ""} | more
@@ -166,9 +178,7 @@ def test_workers_do_not_hear_it(tiny_vit, tmp_path):
         "data.mode": "stream", "data.processes": 2}))
     code, told = ended(process, lambda: metrics.exists() and metrics.stat().st_size, group=True)
     assert code == 75 and "saved after step" in told, told
-    time.sleep(2)
-    with pytest.raises(ProcessLookupError):  # no process of the group is left
-        os.killpg(process.pid, 0)
+    assert none_left(process)
 
 
 @pytest.mark.slow
@@ -192,5 +202,4 @@ def get_config():
     assert code == 75 and "saved after step" in told, told
     (checkpoint,) = [p for p in (tmp_path / "out").rglob("checkpoints/*") if p.name.isdigit()]
     assert 0 < int(checkpoint.name) < 3000
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    assert none_left(process)
