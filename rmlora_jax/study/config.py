@@ -95,6 +95,8 @@ def open_tasks(study: Study) -> dict[str, ConfigDict]:
     for text in study.tasks:
         file, own, name = parse(text)
         config = load(file)
+        if "study" in config:
+            raise UserError(f"config.tasks: {file!r} is a study; a task is the config of a run")
         override(config, *study.fields, *own, *study.set)
         name = name or config.data.name.rsplit("/", 1)[-1].partition(":")[0]
         if name in opened:
@@ -122,12 +124,9 @@ def parse(text: str) -> tuple[str, tuple[str, ...], str]:
 def load(text: str) -> ConfigDict:
     """The config of ``FILE`` or ``FILE:ARGUMENT``, looked for here and then beside the package."""
     try:
-        config = config_file.load(text)
+        return config_file.load(text)
     except UserError as e:
         raise UserError(f"config.tasks: {e}") from e
-    if "study" in config:
-        raise UserError(f"config.tasks: {text!r} is a study; a task is the config of a run")
-    return config
 
 
 def configured(study: Study, base: ConfigDict, method: str, variant=()):
