@@ -5,11 +5,43 @@ A config with a field ``study`` describes many runs; ``rmlora_jax.study`` trains
 Use a trained model: ``python run.py --workdir=DIR --predict photos/``.
 """
 
+# ruff: noqa: E402 (Ctrl-C is heard before the imports that take seconds)
+
 import os
+import signal
 import sys
+import threading
+
+
+def heed_ctrl_c():
+    """Has a thread wait for Ctrl-C, from now on: no KeyboardInterrupt, which a callback can lose.
+
+    Threads and processes that start later leave SIGINT to it.
+    """
+
+    def heard(number, frame=None):
+        stopping = sys.modules.get("rmlora_jax.stopping")
+        if stopping is None or not hasattr(stopping, "watch"):  # not yet imported
+            os.write(2, b"\nstopped: nothing has begun\n")
+            os._exit(128 + number)
+        stopping.ask(number)
+
+    def wait():
+        while True:
+            heard(signal.sigwait([signal.SIGINT]))
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    signal.signal(signal.SIGINT, heard)  # where a library unblocks it
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    heed_ctrl_c()
+
 import traceback
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -72,11 +104,14 @@ DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error")
 def main(argv):
     logging.set_verbosity(logging.WARNING)  # jax and TFDS tell of every file and backend at INFO
     # Imported here: --help and a mistyped flag need not wait for jax.
+    from rmlora_jax import stopping
     from rmlora_jax.errors import UserError
-    from rmlora_jax.train import stopping
 
     try:
-        return command(argv[1:])
+        code = command(argv[1:])
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done: Python's end may be cut short
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        return code
     except UserError as e:
         stop(e)
     except stopping.Stopped as e:
@@ -87,6 +122,8 @@ def main(argv):
 
 def command(words):
     """Does what the flags ask for; ``words`` are the arguments without a flag."""
+    from rmlora_jax.errors import UserError
+
     if PREDICT.value is not None:
         from rmlora_jax.inference.predict import predict
 
@@ -94,7 +131,8 @@ def command(words):
     if EXPORT.value is not None:
         return export()
     if words:
-        raise app.UsageError(f"unexpected argument {words[0]!r}; fields: --config.a.b=value")
+        flag = f"--config={words[0]}" if words[0].endswith(".py") else "--config.NAME=VALUE"
+        raise UserError(f"unexpected argument {words[0]!r}; did you mean {flag}?")
     if PRINT_CONFIG.value:
         return print_config()
     if "study" in CONFIG.value:
@@ -177,46 +215,112 @@ def workdir() -> Path:
     return Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}").absolute()
 
 
+class ConfigFile(flags.ArgumentParser):
+    """Reads the file that --config names; its mistakes are told with their lines."""
+
+    def __init__(self):
+        self.config: Any = {}  # the one that was read last
+
+    def parse(self, path):
+        from rmlora_jax import config_file
+
+        self.config = config_file.load(path)
+        self.config.lock()
+        return self.config
+
+    def flag_type(self):
+        return "config file"
+
+
+PARSER = flags.FLAGS["config"].parser = ConfigFile()
+
+
 def parse(argv):
-    """Parses the flags; a mistake in them or in the config file is one line, not a traceback."""
+    """Parses the flags; a mistake in them or in the config file is a line or two, no traceback."""
+    try:  # ml_collections looks for fields in sys.argv, and does not open a --flagfile there
+        argv = sys.argv[:] = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:])]
+    except flags.Error as e:
+        stop(e)
     given = [a.lstrip("-") for a in argv]
     predicting = any(a.partition("=")[0] == "predict" for a in given)
     using = predicting or any(a.partition("=")[0] == "export" for a in given)
     flags.FLAGS.set_gnu_getopt(predicting)  # flags may follow the inputs
-    if "config" in given[:-1]:
-        file = argv[given.index("config") + 1]
-    else:
-        file = next((a.partition("=")[2] for a in given if a.startswith("config=")), None)
-    if file is None and not using:
+    if not using and not any(a.partition("=")[0] == "config" for a in given):
         # Not the flag's default: absl would apply the overrides to it even where another is named.
         argv = [argv[0], f"--config={QUICKSTART}", *argv[1:]]
-    elif file and not Path(file.partition(":")[0]).is_file():
-        known = ", ".join(sorted(f"configs/{p.name}" for p in QUICKSTART.parent.glob("*.py")))
-        stop(FileNotFoundError(f"there is no config file {file!r}; there are {known}"))
     try:
-        rest = flags.FLAGS(argv)
-        dict(CONFIG.value or {})  # a broken config file shows itself only when it is read
-        return rest
+        return flags.FLAGS(argv)
     except (AttributeError, KeyError) as e:  # how ml_collections reports an unknown field
-        unknown = str(e).strip("'\"").replace("\\'", "'")
-        stop(ValueError(f"the config has no field {unknown}\n--print_config lists the fields"))
-    except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as e:
+        stop(unknown_field(given, e))
+    except flags.UnrecognizedFlagError as e:
+        stop(unknown_flag(e))
+    except flags.IllegalFlagValueError as e:
+        stop(wrong_value(e))
+    except (flags.Error, TypeError, ValueError, OSError) as e:
         stop(e)
 
 
-def in_short(error: BaseException) -> str:
-    """The error's words; ml_collections hands on what a config file raised as a whole traceback."""
-    text = str(error).strip()
-    if "Traceback (most recent call last)" in text:
-        text = text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
-    return text or type(error).__name__
+def fields_of_config() -> dict[str, Any]:
+    from rmlora_jax.config import flatten
+
+    return flatten(PARSER.config)
+
+
+def unknown_field(given: list[str], error: BaseException) -> ValueError:
+    """The first field on the command line that the config lacks."""
+    from rmlora_jax.config import likely
+
+    known = fields_of_config()
+    paths = [a.partition("=")[0].removeprefix("config.") for a in given if a[:7] == "config."]
+    sections = [path for path in paths if any(one.startswith(f"{path}.") for one in known)]
+    unknown = next((path for path in paths if path not in {*known, *sections}), str(error))
+    return ValueError(
+        f"the config has no field {unknown}{likely(unknown, known)}\n"
+        "--print_config lists the fields"
+    )
+
+
+def wrong_value(error: flags.IllegalFlagValueError) -> BaseException:
+    """What the field of a flag must be; or the mistake in the config file, which absl wrapped."""
+    from rmlora_jax.config_file import kind_of
+    from rmlora_jax.errors import UserError
+
+    if isinstance(error.__context__, UserError):
+        return error.__context__
+    path, _, value = str(error).partition(": ")[0].removeprefix("flag --config.").partition("=")
+    kind = kind_of(PARSER.config, path)
+    return ValueError(f"--config.{path}={value}: must be {kind}") if kind else error
+
+
+def unknown_flag(error: flags.UnrecognizedFlagError) -> ValueError:
+    """What to type for a flag that there is not."""
+    from rmlora_jax.config import likely
+
+    name, known = error.flagname, fields_of_config()
+    own = [one.name for one in globals().values() if isinstance(one, flags.FlagHolder)]
+    hint = likely(name, [*own, *(f"config.{field}" for field in known)]).replace("mean ", "mean --")
+    return ValueError(
+        f"there is no flag --{name}{hint}\nFields of the config are --config.NAME=VALUE; "
+        "--print_config lists them, --help the flags"
+    )
+
+
+def with_lines(words: str) -> str:
+    """``words`` with the lines of the config file that they are about."""
+    if not flags.FLAGS.is_parsed() or CONFIG.value is None:
+        return words
+    from rmlora_jax import config_file
+
+    flag = flags.FLAGS["config"]
+    file = config_file.find(config_flags.get_config_filename(flag))
+    return config_file.located(words, file, config_flags.get_override_values(flag))
 
 
 def stop(error: BaseException, code: int = 1):
     if "--debug" in sys.argv:
         traceback.print_exception(error)
     kind = "error" if code == 1 else "stopped"
-    lines = in_short(error).splitlines()
+    lines = with_lines(str(error).strip() or type(error).__name__).splitlines()
     print("\n".join(f"{kind}: {line}" for line in lines), file=sys.stderr, flush=True)
     # Not sys.exit: threads of data readers or of a checkpoint in flight must not delay the message.
     os._exit(code)

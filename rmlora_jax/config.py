@@ -191,7 +191,7 @@ def read(cls: type[C], given: Any) -> tuple[C, dict[str, str]]:
     """
     known, flat = leaves(cls), flatten(given)
     free = [path for path, leaf in known.items() if leaf.kind is dict]
-    values, wrong = {}, {}
+    values, wrong, missing = {}, {}, []
     for path, leaf in known.items():
         if path in free:
             inside = f"{path}."
@@ -200,11 +200,20 @@ def read(cls: type[C], given: Any) -> tuple[C, dict[str, str]]:
                 wrong[path] = _is(path, flat[path], "must be a section with fields")
             values[path] = held
         elif path not in flat:
+            missing.append(path)
             wrong[path] = f"config.{path} is missing; its default is {leaf.default!r}"
         elif words := _other_kind(flat[path], leaf):
             wrong[path] = _is(path, flat[path], f"must be {words}", 80)
         else:
             values[path] = _plain(flat[path], leaf.kind)
+    if len(missing) > 3:  # a section or a config was made anew, not filled
+        wrong = {path: words for path, words in wrong.items() if path not in missing}
+        parts = {path.rpartition(".")[0] for path in missing}
+        part = f"config.{parts.pop()}" if len(parts) == 1 and "" not in parts else "config"
+        wrong[missing[0]] = (
+            f"{part} lacks {len(missing)} fields, such as {', '.join(missing[:3])}; begin with "
+            "default_config() or default_study() and set single fields, such as c.lora.rank = 8"
+        )
     sections = {path.rpartition(".")[0] for path in known} - {""}
     for path, value in flat.items():
         if path in known or any(path.startswith(f"{one}.") for one in free):
@@ -212,10 +221,24 @@ def read(cls: type[C], given: Any) -> tuple[C, dict[str, str]]:
         wrong[path] = (
             _is(path, value, "must be a section with fields", 80)
             if path in sections
-            else f"config.{path}: there is no such field{did_you_mean(path, known)}"
+            else f"config.{path}: there is no such field{likely(path, known)}"
         )
     config = with_values(cls(), {path: values[path] for path in known if path in values})
     return config, not_allowed(config) | dict(sorted(wrong.items()))
+
+
+def likely(path: str, known: Iterable[str]) -> str:
+    """The field that was meant: of this name elsewhere, of these initials, or spelt like it.
+
+    >>> likely("lora.lr", ["optimizer.learning_rate"]), likely("seed", ["data.seed"])
+    ('; did you mean optimizer.learning_rate?', '; did you mean data.seed?')
+    """
+    last, names = path.rpartition(".")[2], {one: one.rpartition(".")[2] for one in known}
+    same = [one for one, name in names.items() if name == last]
+    short = ["".join(word[:1] for word in name.split("_")) == last for name in names.values()]
+    initials = [one for one, is_short in zip(names, short, strict=True) if is_short and last[1:]]
+    best = (same or initials)[:1]
+    return f"; did you mean {best[0]}?" if best else did_you_mean(path, names)
 
 
 def not_allowed(config: Any, more: Iterable[Mistake] = ()) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from rmlora_jax.errors import UserError, did_you_mean
+from rmlora_jax.stopping import later
 
 
 def write_bytes_atomic(path: str | os.PathLike, data: bytes) -> pathlib.Path:
@@ -34,16 +35,17 @@ def write_atomic(
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with later(f"finishing {path.name}"):
+        try:
+            with open(temporary, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
     return path
 
 
@@ -137,18 +139,19 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[
         raise UserError(f"{path} is there already; give another folder, or overwrite=True")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.mkdir()
-        yield temporary
-        _sync_tree(temporary)
-        if path.exists() and overwrite:
-            _swap(temporary, path)
-        else:
-            os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _sync_folder(path.parent)
+    with later(f"finishing {path.name}/"):
+        try:
+            temporary.mkdir()
+            yield temporary
+            _sync_tree(temporary)
+            if path.exists() and overwrite:
+                _swap(temporary, path)
+            else:
+                os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_folder(path.parent)
 
 
 def _swap(new: pathlib.Path, path: pathlib.Path) -> None:

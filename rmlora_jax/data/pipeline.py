@@ -7,6 +7,7 @@ any number of processes sees the same global batches in the same order, and a ru
 step.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -23,6 +24,7 @@ from rmlora_jax.data.subsets import fingerprint, in_chunks
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_arrays, write_arrays
 from rmlora_jax.models.processor import Resize
+from rmlora_jax.stopping import deaf
 
 RESIDENT_LIMIT = 2 << 30
 
@@ -327,7 +329,8 @@ def _read(
         ahead = max(2 * threads, 2 * local)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         batches = examples.to_iter_dataset(options).batch(local)
-    iterator = iter(batches)
+    with deaf() if workers else contextlib.nullcontext():
+        iterator = iter(batches)
     try:
         for batch in iterator:
             # A worker's arrays lie in memory it shares: a copy gives that back at once.

@@ -2,14 +2,11 @@
 
 import ast
 import copy
-import runpy
-import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-import ml_collections
-
 from rmlora_jax import config as fields
+from rmlora_jax import config_file
 from rmlora_jax.config import ConfigDict, is_names, is_number, leaves
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.fields import Run
@@ -17,7 +14,7 @@ from rmlora_jax.methods import METHODS, readers
 from rmlora_jax.study import plan
 from rmlora_jax.study.pictures import PICTURES
 from rmlora_jax.study.plan import Study
-from rmlora_jax.study.program import ROOT, program
+from rmlora_jax.study.program import program
 from rmlora_jax.sweep.grid import check_config
 from rmlora_jax.train.config import SWEEPABLE, RunConfig, flatten, resolve
 
@@ -69,6 +66,7 @@ def check_study(given: ConfigDict | Study) -> tuple[Study, dict[tuple, Run]]:
         raise UserError("\n".join(lines))
 
     opened, bases = open_tasks(c), {}
+    files = dict(zip(opened, (config_file.find(parse(text)[0]) for text in c.tasks), strict=True))
     for cell in plan.cells(c, opened):
         try:
             base = resolve(configured(c, opened[cell.task], cell.method, cell.variant))
@@ -77,7 +75,8 @@ def check_study(given: ConfigDict | Study) -> tuple[Study, dict[tuple, Run]]:
             check_config(trained.config)
         except UserError as e:
             where = " ".join([cell.task, cell.method, *cell.variant])
-            lines += [f"{where}: {line}" for line in str(e).splitlines()]
+            words = config_file.located(str(e), files[cell.task])
+            lines += [f"{where}: {line}" for line in words.splitlines()]
     if lines:
         raise UserError("\n".join(dict.fromkeys(lines)))
     return c, bases
@@ -96,6 +95,8 @@ def open_tasks(study: Study) -> dict[str, ConfigDict]:
     for text in study.tasks:
         file, own, name = parse(text)
         config = load(file)
+        if "study" in config:
+            raise UserError(f"config.tasks: {file!r} is a study; a task is the config of a run")
         override(config, *study.fields, *own, *study.set)
         name = name or config.data.name.rsplit("/", 1)[-1].partition(":")[0]
         if name in opened:
@@ -122,23 +123,10 @@ def parse(text: str) -> tuple[str, tuple[str, ...], str]:
 
 def load(text: str) -> ConfigDict:
     """The config of ``FILE`` or ``FILE:ARGUMENT``, looked for here and then beside the package."""
-    name, _, argument = text.partition(":")
-    file = next((p for p in (Path(name), ROOT / name) if p.is_file()), None)
-    if file is None:
-        raise UserError(f"config.tasks: there is no config file {name!r}")
-    if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))  # a config may build on another: from configs import ...
     try:
-        get_config = runpy.run_path(str(file))["get_config"]
-        config = get_config(argument) if argument else get_config()
-    except UserError:
-        raise
-    except Exception as error:  # whatever is wrong in a file that someone wrote
-        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise UserError(f"config.tasks: {file} cannot be read as a config ({why})") from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"config.tasks: get_config of {file} gives no ConfigDict of a run")
-    return config
+        return config_file.load(text)
+    except UserError as e:
+        raise UserError(f"config.tasks: {e}") from e
 
 
 def configured(study: Study, base: ConfigDict, method: str, variant=()):
@@ -160,7 +148,7 @@ def override(config: ConfigDict, *texts: str) -> None:
     for text in texts:
         path, equals, value = text.partition("=")
         if not equals or path not in flat:
-            hint = did_you_mean(path, flat)
+            hint = fields.likely(path, flat)
             raise UserError(f"{text!r}: must be a field and its value, such as epochs=4{hint}")
         try:
             is_text = path in known and known[path].kind is str

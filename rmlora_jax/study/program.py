@@ -2,7 +2,9 @@
 
 import hashlib
 import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from rmlora_jax.config import with_values
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import read_json, write_json
+from rmlora_jax.stopping import Stopped, deaf, watch
 from rmlora_jax.study import plan
 from rmlora_jax.study.plan import Cell
 from rmlora_jax.study.rows import row_of
@@ -26,7 +29,6 @@ from rmlora_jax.train import loop
 from rmlora_jax.train.config import SWEEPABLE, flatten
 from rmlora_jax.train.finished import peak_memory
 
-ROOT = Path(__file__).parent.parent.parent  # where configs/ lies in a checkout
 ROWS = ".rows.json"  # beside the program's folder
 
 
@@ -131,13 +133,20 @@ def in_own_process(program: Program, study: str) -> list[dict]:
 
     Raises:
       UserError: it failed; its messages are on the terminal.
+      Stopped: a signal came; it saved what it had.
     """
     rows = Path(program.folder + ROWS)
     if not rows.exists():
         child = multiprocessing.get_context("spawn").Process(target=_train, args=(program, study))
-        child.start()
         try:
-            child.join()
+            with watch("the run under way saves and ends", alone=True) as asked:
+                with deaf():
+                    child.start()
+                while child.is_alive() and not asked(0):
+                    child.join(0.1)
+                if asked(0):
+                    child.terminate()  # once: at a second signal it would not save
+                    child.join()
         finally:
             child.kill()  # where this process is interrupted
         if child.exitcode:
@@ -150,7 +159,12 @@ def in_own_process(program: Program, study: str) -> list[dict]:
 
 def _train(program: Program, study: str) -> None:
     logging.set_verbosity(logging.WARNING)  # as in run.py
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     try:
         write_json(program.folder + ROWS, train(program, study))
+    except Stopped as e:
+        sys.exit(f"stopped: {e}")
     except UserError as e:
         sys.exit("\n".join(f"error: {line}" for line in str(e).splitlines()))

@@ -7,7 +7,7 @@ The same folder again continues where it stopped.
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +24,13 @@ from rmlora_jax.files import read_json, write_json
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.report.records import read_metrics
 from rmlora_jax.report.run import verdict, write_report
+from rmlora_jax.stopping import Stopped, watch
 from rmlora_jax.tasks.task import measured
 from rmlora_jax.train import checkpoint, finished, nonfinite, setup, terminal
 from rmlora_jax.train.config import flatten, resolve
 from rmlora_jax.train.evaluate import Steps, compile_steps, evaluate, spectrum, unanswered
 from rmlora_jax.train.metrics import MetricWriter
 from rmlora_jax.train.step import State, updates_done
-from rmlora_jax.train.stopping import Stopped, watch
 from rmlora_jax.train.workdir import as_begun, check_nothing_lost, check_workdir, opened
 
 
@@ -108,12 +108,13 @@ def train_program(
     """
     leader, start = jax.process_index() == 0, int(state.step)
     with contextlib.ExitStack() as stack:
+        asked = stack.enter_context(watch("saving after this step"))
         # TensorBoard's events of many runs cost as much as some steps.
         options = {"start_step": start, "enabled": leader, "tensorboard": not job.stacked}
         writers = [stack.enter_context(MetricWriter(folder, **options)) for folder in folders]
         progress = stack.enter_context(contextlib.closing(terminal.Progress(job.steps)))
-        state, seconds = fit(job, state, compiled, keeper, writers, progress)
-    keeper.wait()
+        state, seconds = fit(job, state, compiled, keeper, writers, progress, asked)
+        keeper.wait()
     trained = job.steps - start
     return finished.finish(job, state, keeper, compiled, folders, began, seconds, trained)
 
@@ -150,13 +151,18 @@ def fit(
     keeper: checkpoint.Keeper,
     writers: Sequence[MetricWriter],
     progress: terminal.Progress,
+    asked: Callable[[int], bool],
 ) -> tuple[State, float]:
-    """Trains to the last step; returns the state and the seconds of the training steps alone."""
+    """Trains to the last step; returns the state and the seconds of the training steps alone.
+
+    Raises:
+      Stopped: ``asked(step)`` said that the run should save and stop.
+    """
     seconds, shown, leader = 0.0, {}, jax.process_index() == 0
     config = job.base.config
     watched = [nonfinite.Watched(config.nonfinite_limit) for _ in job.runs]
     schedules = [methods.learning_rate(run, job.steps) for run in job.runs]
-    for done in stretches(job, state, compiled):
+    for done in stretches(job, state, compiled, asked):
         state, seconds = done.state, seconds + done.seconds
         metrics = [list(of_run) for of_run in zip(*map(job.apart, done.metrics), strict=True)]
         rows = [
@@ -241,7 +247,9 @@ class Stretch(NamedTuple):
         return self.step - len(self.metrics) + 1
 
 
-def stretches(job: setup.Job, state: State, compiled: Steps) -> Iterator[Stretch]:
+def stretches(
+    job: setup.Job, state: State, compiled: Steps, asked: Callable[[int], bool]
+) -> Iterator[Stretch]:
     """Trains from ``state`` to the last step. Time the caller spends between stretches is not
     counted."""
     pending = []
@@ -253,18 +261,17 @@ def stretches(job: setup.Job, state: State, compiled: Steps) -> Iterator[Stretch
     start = int(state.step)
     skipped = start - np.asarray(jax.device_get(updates_done(state.opt_state)))
     batches = zip(range(start + 1, job.steps + 1), job.feed.train(start), strict=False)
-    with watch("saving after this step") as asked:
-        for done, batch in batches:
-            state, metrics = compiled.train(state, job.constants, shard(batch, job.base.devices))
-            pending.append(metrics)
-            stopping = asked(done) and done < job.steps
-            evaluating = done % job.eval_every == 0 or done == job.steps
-            if done % job.base.config.log_every and not evaluating and not stopping:
-                continue
-            metrics = jax.device_get(pending)  # waits for the steps
-            skipped = skipped + np.sum([m["skipped"] for m in metrics], axis=0, dtype=np.int64)
-            yield Stretch(done, state, metrics, skipped, clock() - since, evaluating, stopping)
-            pending, since = [], clock()
+    for done, batch in batches:
+        state, metrics = compiled.train(state, job.constants, shard(batch, job.base.devices))
+        pending.append(metrics)
+        stopping = asked(done) and done < job.steps
+        evaluating = done % job.eval_every == 0 or done == job.steps
+        if done % job.base.config.log_every and not evaluating and not stopping:
+            continue
+        metrics = jax.device_get(pending)  # waits for the steps
+        skipped = skipped + np.sum([m["skipped"] for m in metrics], axis=0, dtype=np.int64)
+        yield Stretch(done, state, metrics, skipped, clock() - since, evaluating, stopping)
+        pending, since = [], clock()
 
 
 def row_of(
