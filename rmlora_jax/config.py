@@ -70,6 +70,7 @@ class Spec(NamedTuple):
       resume: FIXED, FREE or GROWS.
       sweep: its name in ``sweep.grid``, if a sweep can vary it.
       cache: whether it names a folder that the run can do without.
+      before: its value in runs from before there was the field; None: its default.
     """
 
     help: str
@@ -83,6 +84,7 @@ class Spec(NamedTuple):
     resume: str = FIXED
     sweep: str = ""
     cache: bool = False
+    before: Any = None
 
 
 class Leaf(NamedTuple):
@@ -92,6 +94,11 @@ class Leaf(NamedTuple):
     optional: bool  # whether None is allowed
     default: Any
     spec: Spec
+
+    @property
+    def before(self) -> Any:
+        """The value of a run from before there was the field."""
+        return self.default if self.spec.before is None else self.spec.before
 
 
 def field(default: Any, help: str, **spec: Any) -> Any:

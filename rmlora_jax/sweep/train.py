@@ -31,7 +31,7 @@ from rmlora_jax.sweep.grid import Run, check_config, runs
 from rmlora_jax.train import checkpoint, finished, loop, setup, terminal
 from rmlora_jax.train.evaluate import Steps, compile_steps
 from rmlora_jax.train.step import State
-from rmlora_jax.train.workdir import check_workdir, opened
+from rmlora_jax.train.workdir import as_begun, check_workdir, opened
 
 SAMPLED = 64  # batches among which the longest is looked for
 
@@ -57,6 +57,7 @@ def train(config: ConfigDict | Config, workdir: Path) -> dict:
 
 def _train(config: Config, workdir: Path) -> dict:
     began, leader = time.monotonic(), jax.process_index() == 0
+    config = as_begun(config, workdir)
     check_workdir(config, workdir)
     if (workdir / "summary.json").exists():
         summary = read_json(workdir / "summary.json")

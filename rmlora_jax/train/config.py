@@ -94,7 +94,8 @@ def mistakes(given: Any) -> tuple[Run, dict[str, str]]:
 def read_config(workdir: Path) -> Run:
     """The config of a run, from its folder.
 
-    A field that is younger than the run has its default; a field that no longer exists is ignored.
+    A field that is younger than the run has its default, or what runs had before it; a field that
+    no longer exists is ignored.
 
     Raises:
       UserError: the file is missing or damaged.
@@ -104,7 +105,7 @@ def read_config(workdir: Path) -> Run:
         raise UserError(f"{workdir} has no config.json; is it the folder of a run?")
     try:
         own = flatten(read_object(file))
-        flat = {path: own.get(path, leaf.default) for path, leaf in leaves(RunConfig).items()}
+        flat = {path: own.get(path, leaf.before) for path, leaf in leaves(RunConfig).items()}
         return resolve(nested(flat))
     except (ValueError, RecursionError) as e:
         why = first_line(e).replace(str(file), "it")[:300]
@@ -115,10 +116,10 @@ def changes(old: dict, new: Any) -> tuple[list[str], list[str]]:
     """The fields in which a continuation differs from its run, as ``field: old -> new``.
 
     First those that must not differ, then those that may. A field that is younger than the run has
-    its default there.
+    its default there, or what runs had before it.
     """
     known = leaves(RunConfig)
-    was = plain({path: leaf.default for path, leaf in known.items()} | flatten(old))
+    was = plain({path: leaf.before for path, leaf in known.items()} | flatten(old))
     now = plain(flatten(new))
     refused, free = [], []
     for path in sorted(was.keys() | now.keys()):

@@ -31,7 +31,7 @@ from rmlora_jax.train.evaluate import Steps, compile_steps, evaluate, spectrum
 from rmlora_jax.train.metrics import MetricWriter
 from rmlora_jax.train.step import State, updates_done
 from rmlora_jax.train.stopping import Stopped, watch
-from rmlora_jax.train.workdir import check_nothing_lost, check_workdir, opened
+from rmlora_jax.train.workdir import as_begun, check_nothing_lost, check_workdir, opened
 
 
 def train(config: ConfigDict | Run, workdir: Path) -> dict:
@@ -50,6 +50,7 @@ def train(config: ConfigDict | Run, workdir: Path) -> dict:
 
 def _train(config: Run, workdir: Path) -> dict:
     began = time.monotonic()
+    config = as_begun(config, workdir)
     longer = check_workdir(config, workdir)
     leader = jax.process_index() == 0
     if (workdir / "summary.json").exists() and not longer:

@@ -26,6 +26,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from rmlora_jax.config import flatten, leaves, with_values
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import read_object
@@ -98,6 +99,25 @@ def check_workdir(config: Run, workdir: Path) -> bool:
     if free and jax.process_index() == 0:
         print(f"continues with {'; '.join(free)}", flush=True)
     return any(change.startswith(("steps:", "epochs:")) for change in free)
+
+
+def as_begun(config: Run, workdir: Path) -> Run:
+    """``config`` with what the run in ``workdir`` began with where defaults were others before."""
+    try:
+        was = flatten(read_object(workdir / "config.json"))
+    except (ValueError, OSError, RecursionError):  # `check_workdir` says what is wrong
+        return config
+    now, known = flatten(config), leaves(type(config))
+    kept = {
+        path: leaf.before
+        for path, leaf in known.items()
+        if now[path] == leaf.default != leaf.before == was.get(path, leaf.before)
+    }
+    decays = config.optimizer.weight_decay or "weight_decay" in config.sweep.grid
+    if kept and decays and jax.process_index() == 0:
+        fields = "; ".join(f"{path}={value}" for path, value in kept.items())
+        print(f"goes on as it began, with {fields}", flush=True)
+    return with_values(config, kept)
 
 
 def check_nothing_lost(workdir: Path) -> None:
