@@ -28,6 +28,7 @@ from rmlora_jax.adapt.tree import (
     unadapted,  # the matrices that an adapted model leaves as they are
 )
 from rmlora_jax.optim.adalora import adalora
+from rmlora_jax.optim.decay import decayed  # which parameters weight decay moves
 from rmlora_jax.optim.masking import (
     kept_fraction,  # how much of the factors the last mask let through
     lazily_masked,  # an optimizer that leaves hidden directions wholly untouched
@@ -68,6 +69,7 @@ __all__ = [
     "attach",
     "authors_exact",
     "combine_adapters",
+    "decayed",
     "intrinsic_dimension",
     "join",
     "kept_fraction",

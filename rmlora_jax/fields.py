@@ -177,6 +177,10 @@ class Optimizer:
         0.0, "fraction of the steps in which the rate rises from 0", least=0, below=1
     )
     weight_decay: float = field(0.0, "decoupled", least=0, sweep="weight_decay")
+    decay_all: bool = field(
+        False, "weight_decay moves biases and norms, too. False: neither, as transformers' Trainer",
+        before=True,
+    )
     b1: float = field(0.9, "decay of the first moment", least=0, below=1)
     b2: float = field(0.999, "decay of the second moment", least=0, below=1)
     eps: float = field(1e-8, "added to the root of the second moment", above=0)

@@ -136,6 +136,7 @@ def optimizer(
         b2=own.b2,
         eps=own.eps,
         weight_decay=values["weight_decay"],
+        weight_decay_mask=None if own.decay_all else rm.decayed,
     )
     return tx if own.lora_plus == 1 else optax.chain(tx, scale_lora_b(own.lora_plus))
 
@@ -228,7 +229,8 @@ def plain(config, values, schedule, steps, *, clip, **adamw):
     """Clip and AdamW; with ``rm.also`` the mask between them."""
     if masks(config):
         return rm_lora(config, values, schedule, steps, penalty=False, clip=clip, **adamw)
-    return optax.chain(clip_by_norm(clip), optax.adamw(schedule, **adamw))
+    decayed = adamw.pop("weight_decay_mask")
+    return optax.chain(clip_by_norm(clip), optax.adamw(schedule, mask=decayed, **adamw))
 
 
 def rm_lora(config, values, schedule, steps, *, penalty=True, mask=True, **options):

@@ -55,6 +55,7 @@ def adalora(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaLoRA: low-rank adaptation that moves its rank to the modules that need it.
 
@@ -72,8 +73,8 @@ def adalora(
     Transformers) adds epsilon before the bias correction and decays what it has already moved.
 
     Args:
-      learning_rate, clip, b1, b2, eps, weight_decay: see :func:`rmlora_jax.rm_lora`; the weight
-        decay may be a schedule.
+      learning_rate, clip, b1, b2, eps, weight_decay, weight_decay_mask: see
+        :func:`rmlora_jax.rm_lora`; the weight decay may be a schedule.
       total_steps, target, initial_steps, final_steps, every, beta1, beta2: see
         :func:`allocate_rank`.
       orthogonal: :math:`\gamma`, the weight of the orthogonality penalty; a float or a schedule. Do
@@ -96,7 +97,9 @@ def adalora(
     References:
       Zhang et al., 2023, `AdaLoRA <https://arxiv.org/abs/2303.10512>`_; code: QingruZhang/AdaLoRA.
     """
-    adamw = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
+    adamw = optax.adamw(
+        learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=weight_decay_mask
+    )
     allocated = allocate_rank(
         adamw,
         total_steps=total_steps,

@@ -1,5 +1,7 @@
 """RM-LoRA as one optax transformation: penalty gradient, clipping, mask, AdamW."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -26,6 +28,7 @@ def rm_lora(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
     kind: str = "norm",
     reduction: str = "mean",
     unit: str = "rank",
@@ -58,6 +61,9 @@ def rm_lora(
         Do not also add the penalty to the loss.
       clip: the global norm that gradients are clipped to, or None.
       weight_decay: decoupled weight decay, times the learning rate; on every leaf.
+      weight_decay_mask: a tree of bools, or a function from the parameters to one, that says which
+        leaves decay: the ``mask`` of :func:`optax.adamw`. None: all. :func:`rmlora_jax.decayed`
+        leaves out biases and norms.
       kind, reduction: of the penalty, see :func:`rmlora_jax.orthogonality`.
       keep, unit, draw, coupling, start_step, resample_every, rescale, seed: of the mask, see
         :func:`rmlora_jax.mask_gradients`.
@@ -96,7 +102,9 @@ def rm_lora(
         "seed": seed,
         "factors": factors,
     }
-    adamw = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
+    adamw = optax.adamw(
+        learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=weight_decay_mask
+    )
     if placement == "before":
         steps = [mask_gradients(keep, **options), adamw]
     elif placement == "after":
@@ -119,6 +127,7 @@ def authors_exact(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
     seed: int | jax.Array = 0,
     factors: FactorNames = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -137,7 +146,8 @@ def authors_exact(
       rank: rank of every LoRA module.
       k: number of rank directions that move in a step ("random_rank" in their code).
       version: ``"v1"``: A and B of a module share their subset; ``"v2"``: each draws its own.
-      learning_rate, penalty, clip, b1, b2, eps, weight_decay, seed, factors: see :func:`rm_lora`.
+      learning_rate, penalty, clip, b1, b2, eps, weight_decay, weight_decay_mask, seed, factors: see
+        :func:`rm_lora`.
 
     Raises:
       ValueError: ``version`` is neither, ``k`` is not in 1..rank, or, at ``init``, a module has
@@ -161,7 +171,9 @@ def authors_exact(
             clip_by_norm(clip),
             mask,
             _factors_only(rank, factors),
-            optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
+            optax.adamw(
+                learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=weight_decay_mask
+            ),
         )
     )
 

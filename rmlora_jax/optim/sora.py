@@ -35,6 +35,7 @@ def sora(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Any = None,
     proximal: str = "paper",
 ) -> optax.GradientTransformationExtraArgs:
     r"""SoRA: low-rank adaptation whose gates close, and so choose the rank of each module.
@@ -65,6 +66,7 @@ def sora(
       clip: the global norm that gradients, gates included, are clipped to, or None. The authors
         use 0.1.
       b1, b2, eps, weight_decay: of AdamW; the weight decay may be a schedule.
+      weight_decay_mask: which leaves beside the gates decay, see :func:`rmlora_jax.rm_lora`.
       proximal: ``"paper"`` or ``"authors_exact"``.
 
     ``update`` needs ``params``.
@@ -96,7 +98,9 @@ def sora(
         step = _then(_shrunk_as_released, lambda count: value_at(sparsity, count))
     groups: dict[Hashable, optax.GradientTransformation] = {
         "gate": optax.chain(adam, optax.scale_by_learning_rate(rate), step),
-        "rest": optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay),
+        "rest": optax.adamw(
+            learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=weight_decay_mask
+        ),
     }
     return in_float32(
         optax.chain(

@@ -32,11 +32,13 @@ from rmlora_jax.tasks.task import Task
 
 __all__ = ["verdict", "write_report"]
 
-TONE = {"Healthy": "#1a7f4b", "Underfitting": "#b7791f", "Too early to tell": "#6b7280"}
+TONE = {"Healthy": "#1a7f4b", "Underfitting": "#b7791f", "Too early to tell": "#6b7280",
+        "Cannot tell": "#6b7280"}
 ALARM = "#c0322b"  # Overfitting, Oscillation, Diverged
 MOST_NAMES = 12  # names of module kinds that fit under the map
 LEGEND_ROOM = 54  # characters above the effective ranks; a key takes about five beside its name
-WIDTH, HEIGHT, SHORT = 16.0, 10.0, 5.9  # inches at 100 dots each; SHORT without the lower row
+WIDTH, HEIGHT, SHORT = 16.0, 10.0, 5.9  # inches at 100 dots each; SHORT without the row on Delta W
+ROW, GAP, TALL = 2.98, 1.37, 4.4  # inches: a row, what is between rows, the row of confusions
 
 
 def write_report(workdir: str | os.PathLike) -> pathlib.Path:
@@ -44,8 +46,8 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
 
     Reads ``metrics.jsonl`` and, where present, ``config.json``, ``intrinsic.jsonl`` and
     ``summary.json``; so it can be called while a run goes on. Without intrinsic.jsonl (methods
-    ``full`` and ``head``) the lower row, on Delta W, is left out: 1600 x 590 pixels, not
-    1600 x 1000.
+    ``full`` and ``head``) the row on Delta W is left out: 1600 x 590 pixels, not 1600 x 1000.
+    Where the summary has confusions of classes, these are another row of 577 pixels.
 
     Raises:
       UserError: ``workdir`` has no metrics yet, or one of the files cannot be read.
@@ -69,15 +71,18 @@ def draw(history, config: Mapping[str, Any], summary: Mapping[str, Any], intrins
     grouped = [(record["step"], by_kind(record["modules"])) for record in intrinsic]
     steps = [step for step, kinds in grouped if kinds]
     kinds = [kinds for _, kinds in grouped if kinds]
-    height = HEIGHT if kinds else SHORT
+    confused = summary.get("confusion")
+    height = (HEIGHT if kinds else SHORT) + (TALL + GAP if confused else 0)
     figure = style.new_figure(WIDTH, height)
     method = summary.get("method") or config.get("method") or "run"
     dataset = summary.get("dataset") or flatten(config).get("data.name")
     title = f"{method} on {dataset}" if dataset else method
     _masthead(figure, height, title, verdict(history))
+    rows = [ROW] + [ROW] * bool(kinds) + [TALL] * bool(confused)
     grid = figure.add_gridspec(
-        2 if kinds else 1, 3, left=0.05, right=0.975, top=1 - 2.05 / height, bottom=0.62 / height,
-        hspace=0.46, wspace=0.2, width_ratios=(1, 1, 0.9))
+        len(rows), 3, left=0.05, right=0.975, top=1 - 2.05 / height, bottom=0.62 / height,
+        hspace=GAP * len(rows) / sum(rows), wspace=0.2, width_ratios=(1, 1, 0.9),
+        height_ratios=rows)
     loss_panel(figure.add_subplot(grid[0, 0]), history, summary, task(config, summary).unit)
     metric_panel(figure.add_subplot(grid[0, 1]), history, summary, chosen(history, summary))
     facts_panel(figure.add_subplot(grid[0, 2]), headline(history, summary),
@@ -85,6 +90,8 @@ def draw(history, config: Mapping[str, Any], summary: Mapping[str, Any], intrins
     if kinds:
         singular_value_panel(figure.add_subplot(grid[1, :2]), steps[-1], kinds[-1])
         effective_rank_panel(figure.add_subplot(grid[1, 2]), steps, kinds)
+    if confused:
+        confusion_panels(figure, grid[-1, :], confused)
     return figure
 
 
@@ -282,6 +289,68 @@ def effective_rank_panel(ax, steps: Sequence[int],
                        legend=keyed, columns=max(len(names), 1), last=steps[-1],
                        caption="" if keyed or len(names) > MOST_NAMES
                        else "colours as of the names on the left")
+
+
+def confusion_panels(figure, place, confused: Mapping[str, Any]) -> None:
+    """The matrix, where the summary has it, and beside it the pairs; names have their room."""
+    words = [f"{style.shorten(true, 18)} taken for {style.shorten(took, 18)}"
+             for true, took, *_ in confused["pairs"]]
+    names = [style.shorten(name, 18) for name in confused.get("names", ())]
+    letters = [max(map(len, texts), default=0) for texts in (names, words)]
+    before, between = (0.08 * count for count in letters)  # inches
+    before = max(before - 0.1, 0)
+    matrix = 5.2 if names else 0.0
+    inches = (before, matrix, between + 0.4, 14.8 - before - matrix - between - 0.4)
+    inner = place.subgridspec(1, 4, width_ratios=[max(x, 1e-3) for x in inches], wspace=0)
+    if names:
+        matrix_panel(figure.add_subplot(inner[1]), np.asarray(confused["matrix"], float), names)
+    pairs_panel(figure.add_subplot(inner[3]), confused["pairs"], words)
+
+
+def matrix_panel(ax, counts: np.ndarray, names: Sequence[str]) -> None:
+    """Test examples by their true class (rows) and the one they were taken for (columns).
+
+    Columns are numbered where their names do not fit.
+    """
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    right = np.eye(len(counts), dtype=bool)
+    top = max(share[~right].max(initial=0), 1e-12)
+    for cells, tints, most in ((right, "Blues", 1.6), (~right, "Oranges", 1.6 * top)):
+        ax.imshow(np.where(cells, share, np.nan), cmap=tints, vmin=0, vmax=most, aspect="auto")
+    for i, j in np.argwhere(counts > 0):
+        ax.text(j, i, f"{counts[i, j]:,.0f}", ha="center", va="center", color=style.INK,
+                fontsize=11 if len(counts) <= 10 else 7.5)
+    fits = max(map(len, names)) <= 50 // len(names)
+    numbered = [f"{name}  {i}" for i, name in enumerate(names, 1)]
+    title = f"Classes: {int(counts[right].sum()):,} of {int(counts.sum()):,} test examples right"
+    style.finish_panel(ax, title, "taken for", "true class", legend=False,
+                       caption="last step; colour: share of the true class")
+    ax.set_yticks(range(len(names)), names if fits else numbered)
+    ax.set_xticks(range(len(names)), names if fits else range(1, len(names) + 1))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks(np.arange(len(names) + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color="white", lw=1.5)
+    ax.tick_params(which="minor", length=0)
+    ax.spines[["left", "bottom"]].set_visible(False)
+
+
+def pairs_panel(ax, pairs: Sequence[Sequence[Any]], words: Sequence[str]) -> None:
+    """The pairs of classes that were confused most, as bars of their examples."""
+    ax.barh(range(len(pairs)), [pair[2] for pair in pairs], color=style.VALIDATION, height=0.7,
+            alpha=0.75)
+    for i, (_, _, count, of) in enumerate(pairs):
+        ax.text(count, i, f" {count:,} of {of:,}", va="center", fontsize=9.5, color=style.INK)
+    most = f"The {len(pairs)} most confused" if len(pairs) > 1 else "Confused"
+    style.finish_panel(ax, f"{most} pairs of classes", "", "", legend=False,
+                       caption="test examples of the true class, last step" if pairs else
+                       "no test example was taken for another class")
+    if words:
+        style.rows(ax, words, size=9.5)
+    else:
+        ax.set_yticks([])
+    ax.set_xticks([])
+    ax.set_xlim(0, 1.18 * max((pair[2] for pair in pairs), default=1))
+    ax.spines[["left", "bottom"]].set_visible(False)
 
 
 def facts_panel(ax, headline: tuple[str, str] | None, facts: Sequence[tuple[str, str]]) -> None:

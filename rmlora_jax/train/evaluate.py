@@ -76,12 +76,21 @@ def evaluate(compiled: Steps, trainable, job: Job, split: str) -> list[Outputs]:
     return [Outputs(ids, p, labels, x) for p, x in zip(predictions, losses, strict=True)]
 
 
+def tested(compiled: Steps, trainable, job: Job) -> dict[str, list[Outputs]]:
+    """The outputs of each run on every reported split."""
+    return {split: final(compiled, trainable, job, split) for split in job.feed.tests}
+
+
 def reported(compiled: Steps, trainable, job: Job) -> list[dict[str, float]]:
     """The figures of each run on every reported split; those of split "test_x" end in "_x"."""
+    return figures_of(tested(compiled, trainable, job), job)
+
+
+def figures_of(splits: dict[str, list[Outputs]], job: Job) -> list[dict[str, float]]:
+    """`reported`, of outputs that are at hand."""
     figures: list[dict[str, float]] = [{} for _ in job.runs]
-    for split in job.feed.tests:
+    for split, outputs in splits.items():
         suffix = split.removeprefix("test")
-        outputs = final(compiled, trainable, job, split)
         for own, found in zip(figures, outputs, strict=True):
             values = measured(found, job.problem.metrics, job.problem.positive)
             own |= {name + suffix: value for name, value in values.items()}

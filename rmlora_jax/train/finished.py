@@ -2,11 +2,12 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import rmlora_jax as rm
@@ -16,15 +17,16 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import plain, write_json
 from rmlora_jax.hub.info import model_card, read_info, write_info
-from rmlora_jax.tasks.task import Problem
+from rmlora_jax.tasks.task import Outputs, Problem
 from rmlora_jax.train import nonfinite
 from rmlora_jax.train.checkpoint import best_trainable
 from rmlora_jax.train.config import flatten, read_config
-from rmlora_jax.train.evaluate import final, reported, spectrum
+from rmlora_jax.train.evaluate import figures_of, final, reported, spectrum, tested
 from rmlora_jax.train.setup import Job
 from rmlora_jax.train.step import State, first_keys
 
 ADAPTER, MERGED = "adapter", "merged"
+MATRIX = PAIRS = 20  # classes of which the whole matrix is kept; pairs of classes that are kept
 
 
 def finish(
@@ -37,7 +39,8 @@ def finish(
     """
     # Asked before the evaluations, which all processes wait for: no summary is written until then.
     left = [i for i, folder in enumerate(folders) if not (folder / "summary.json").exists()]
-    last = best = reported(compiled, state.trainable, job)
+    outputs = tested(compiled, state.trainable, job)
+    last = best = figures_of(outputs, job)
     chosen, steps = keeper.best(state)
     if any(step != job.steps for step in steps):
         best = reported(compiled, chosen.trainable, job)
@@ -72,11 +75,13 @@ def finish(
         }
         if label := job.problem.positive_label:
             summary["positive_label"] = label
+        if confused := confusion(outputs[job.feed.tests[0]][i], names_of(job.problem)):
+            summary["confusion"] = confused
         factors = jax.device_get(best_own)
         if jax.process_index() == 0:
             write_predictions: Any = job.problem.write_predictions
-            for split, outputs in predicted.items():
-                out = outputs[i]
+            for split, unlabelled in predicted.items():
+                out = unlabelled[i]
                 if nonfinite.unanswered(out, split):
                     continue
                 file = write_predictions(folder, split, out.ids, out.predictions)
@@ -92,6 +97,42 @@ def finish(
             write_json(folder / "summary.json", summary)
         summaries.append(summary)
     return summaries
+
+
+def confusion(outputs: Outputs, names: Sequence[str] | None) -> dict[str, Any]:
+    """Which classes were taken for which: ``{"pairs": [[true, taken for, examples, of], ...]}``.
+
+    The most examples first, `PAIRS` at most; ``of`` counts the examples of the true class. Up to
+    `MATRIX` classes there are also their ``"names"`` and ``"matrix"``, a row for each true class.
+    Classes without a name have their number. {} where values are predicted.
+
+    >>> labels = np.array([0, 0, 0, 1])
+    >>> found = confusion(Outputs(labels, np.array([0, 1, 1, 1]), labels, labels), ("cat", "dog"))
+    >>> found["pairs"], found["matrix"]
+    ([['cat', 'dog', 2, 3]], [[1, 2], [0, 1]])
+    """
+    labels, taken = outputs.labels, outputs.predictions
+    if not (np.issubdtype(labels.dtype, np.integer) and np.issubdtype(taken.dtype, np.integer)):
+        return {}
+    labels, taken = labels[taken >= 0], taken[taken >= 0]  # -1: no answer, its logits not finite
+    count = max(len(names or ()), labels.max(initial=-1) + 1, taken.max(initial=-1) + 1)
+    names = [*(names or ()), *map(str, range(len(names or ()), count))]
+    of = np.bincount(labels, minlength=count)
+    cells, examples = np.unique(labels.astype(np.int64) * count + taken, return_counts=True)
+    wrong = [(-n, *divmod(cell, count)) for cell, n in
+             zip(cells.tolist(), examples.tolist(), strict=True) if cell // count != cell % count]
+    found: dict[str, Any] = {
+        "pairs": [[names[true], names[took], -n, int(of[true])]
+                  for n, true, took in sorted(wrong)[:PAIRS]]}
+    if count <= MATRIX:
+        whole = np.bincount(labels * count + taken, minlength=count**2).reshape(count, count)
+        found |= {"names": names, "matrix": whole.tolist()}
+    return found
+
+
+def names_of(problem: Problem) -> Sequence[str] | None:
+    """The names of a problem's classes; None where they are numbers."""
+    return problem.info.labels if problem.info is not None else None
 
 
 def peak_memory() -> int | None:

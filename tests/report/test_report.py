@@ -10,13 +10,15 @@ import sys
 
 import numpy as np
 import pytest
-from marks import every_other
+from marks import every_other, slow
 
 from rmlora_jax import files
 from rmlora_jax.errors import UserError
 from rmlora_jax.methods import METHODS
 from rmlora_jax.report import records, style, verdict
 from rmlora_jax.report import run as report
+from rmlora_jax.tasks.task import Outputs
+from rmlora_jax.train.finished import confusion
 from rmlora_jax.train.metrics import append_intrinsic
 
 KINDS = ("attention/key", "attention/out", "attention/query", "attention/value", "mlp/fc1",
@@ -204,7 +206,7 @@ def test_lines_may_lack_any_metric_and_are_left_as_they_are(row):
 
 
 def test_every_label_has_a_colour_on_purpose():
-    assert set(report.TONE) == {"Healthy", "Underfitting", "Too early to tell"}
+    assert set(report.TONE) == {"Healthy", "Underfitting", "Too early to tell", "Cannot tell"}
     assert len({*report.TONE.values(), report.ALARM}) == 4
 
 
@@ -568,6 +570,35 @@ def test_nothing_overlaps_or_leaves_the_picture(case):
     for (one, a), (other, b) in itertools.combinations(boxes, 2):
         assert not (a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1), (
             f"{one!r} and {other!r} overlap")
+
+
+@pytest.mark.parametrize(("classes", "letters", "right"), [
+    (2, 3, 1.0), slow(20, 40, 0.5), (60, 40, 0.5)])
+def test_confused_classes_have_a_row_of_their_own(classes, letters, right):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, classes, 500)
+    taken = np.where(rng.random(500) < right, labels, rng.integers(0, classes, 500))
+    names = [str(i).rjust(letters, "x") for i in range(classes)]
+    found = confusion(Outputs(labels, taken, labels, labels), names)
+    history = curves(100, 10, 50, settle, settle)
+    figure = report.draw(history, CONFIG, summary_of(100, 50) | {"confusion": found}, [])
+    assert tuple(figure.get_size_inches()) == pytest.approx((16, 5.9 + 5.77))
+    figure.canvas.draw()
+    axes = {ax.get_title(loc="left"): ax for ax in figure.axes}
+    wrong = int((labels != taken).sum())
+    if classes <= 20:
+        matrix = axes.pop(f"Classes: {500 - wrong} of 500 test examples right")
+        counts = sorted(int(text.get_text()) for text in matrix.texts if text.get_text().isdigit())
+        whole = np.bincount(labels * classes + taken)
+        assert counts == sorted(whole[whole > 0].tolist())
+    shown = len(found["pairs"])
+    bars = next(ax for title, ax in axes.items() if "pairs of classes" in title)
+    assert len(bars.patches) == shown == min(20, len({*zip(labels, taken, strict=True)})
+                                             - len({*labels[labels == taken]}))
+    for ax in figure.axes[3:]:
+        for label in (*ax.get_yticklabels(), *ax.texts):
+            box = label.get_window_extent()
+            assert box.x0 >= 0 and box.x1 <= 1600, label.get_text()
 
 
 def test_longest_verdict_stays_in_the_picture(monkeypatch):

@@ -18,6 +18,12 @@ from fixtures import make_runs
 from fixtures.make_runs import RUNS, fields_of, flags_of, outcome
 from marks import slow_but
 
+from rmlora_jax.config import flatten
+from rmlora_jax.files import read_object
+from rmlora_jax.train.config import changes, default_config, read_config, resolve
+from rmlora_jax.train.loop import write_config
+from rmlora_jax.train.workdir import as_begun
+
 ROOT = Path(__file__).parents[2]
 STOPPED = [name for name, case in RUNS.items() if case.stop]
 FINISHED = [name for name, case in RUNS.items() if not case.stop]
@@ -190,6 +196,32 @@ def test_the_order_of_the_data(work, kind):
     error = train(work, kind, make_runs.ORDERS[kind], code=1).stderr
     orders = json.loads((make_runs.HERE / "others.json").read_text())["orders"]
     assert make_runs.ids_of(error) == orders[kind]
+
+
+def test_a_run_goes_on_with_the_default_that_it_began_with(work, capsys):
+    """Biases decayed before `optimizer.decay_all`; with the file as it was and as it is now."""
+    folder, config = copied(work, "image_decay"), default_config()
+    config.update_from_flattened_dict({
+        k: v for k, v in flatten(read_object(folder / "config.json")).items()
+        if k in flatten(config)})
+    for decay_all in (False, True):  # the default, and what a person may say now
+        config.optimizer.decay_all = decay_all
+        begun = as_begun(resolve(config), folder)
+        assert begun.optimizer.decay_all and changes(read_object(folder / "config.json"),
+                                                     begun) == ([], [])
+        write_config(folder, begun)
+    assert capsys.readouterr().out == "goes on as it began, with optimizer.decay_all=True\n"
+    assert read_config(copied(work, "image_finished")).optimizer.decay_all
+
+
+def test_a_run_that_began_without_decay_of_biases_stays_without(tmp_path):
+    config = default_config()
+    for folder in (tmp_path, tmp_path / "new"):
+        assert not as_begun(resolve(config), folder).optimizer.decay_all
+        write_config(tmp_path, resolve(config))
+    config.optimizer.decay_all = True
+    assert changes(read_object(tmp_path / "config.json"), config)[0] == [
+        "optimizer.decay_all: False -> True"]
 
 
 @pytest.mark.parametrize("name", ["image_unfinished", "image_bottleneck"])

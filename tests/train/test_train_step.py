@@ -118,7 +118,9 @@ def test_lora_steps_equal_plain_optax(config):
     digits = load_images("digits")
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(optax.linear_schedule(1e-3, 0, STEPS), weight_decay=0.01),
+        optax.adamw(
+            optax.linear_schedule(1e-3, 0, STEPS), weight_decay=0.01, mask=rm.decayed
+        ),
     )
     opt_state = tx.init(trainable)
 
