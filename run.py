@@ -138,7 +138,7 @@ def study(config):
     if DISTRIBUTED.value or COORDINATOR.value:
         raise UserError("a study trains in one process; leave out --distributed")
     # No date in the folder's name: the same command goes on where it stopped.
-    run_study(config, Path(WORKDIR.value or Path("runs", config.study)).absolute())
+    run_study(config, Path(WORKDIR.value or Path("runs", config.study)))
 
 
 def compile_only():
@@ -171,9 +171,9 @@ def join_processes():
 
 def workdir() -> Path:
     if WORKDIR.value:
-        return Path(WORKDIR.value).absolute()
+        return Path(WORKDIR.value)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    return Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}").absolute()
+    return Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}")
 
 
 def parse(argv):

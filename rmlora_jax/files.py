@@ -68,6 +68,18 @@ def read_arrays(path: str | os.PathLike, names: Iterable[str]) -> list[np.ndarra
         return None
 
 
+def placed(path: str | os.PathLike) -> pathlib.Path:
+    """The absolute path that a person means: ``~`` is the home folder.
+
+    Raises:
+      UserError: it begins with ``~`` and there is no such home folder.
+    """
+    try:
+        return pathlib.Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"{os.fspath(path)!r}: {error}; write the whole path") from error
+
+
 def is_writable(folder: pathlib.Path) -> bool:
     """Whether a folder, or the nearest existing folder above it, can be written."""
     there = next((p for p in (folder, *folder.absolute().parents) if os.path.lexists(p)), folder)

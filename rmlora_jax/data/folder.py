@@ -65,6 +65,9 @@ class ImageFiles(ImageSource):
     def label(self, index: int) -> int:
         return int(self.labels[index])
 
+    def content(self, index: int) -> bytes:
+        return b"%d " % self.labels[index] + Path(self.files[index]).read_bytes()
+
     def check(self, index: int) -> None:
         """Raises a `BadRecord` for a file that cannot be used."""
         self.load(index, CHECKED_SIZE)

@@ -186,7 +186,11 @@ def open_feed(
         config, image_size=size, center=storage.center, mean=mean, std=std
     )
     absent = () if counted is None else task.absent_classes(counted, tuple(images.class_names))
-    return task.Feed(sizes, train, evaluate, resident, prepare_train, prepare_eval, absent=absent)
+    content = {name: data.content_of(split) for name, split in splits.items()}
+    return task.Feed(
+        sizes, train, evaluate, resident, prepare_train, prepare_eval, absent=absent,
+        content=content,
+    )
 
 
 def preparation(config: Run, **image) -> tuple[Callable, Callable]:

@@ -78,6 +78,7 @@ class Feed(NamedTuple):
     unlabelled: tuple[str, ...] = ()  # splits that are predicted only
     absent: tuple[str, ...] = ()  # classes without a training example
     varies: bool = False  # whether batches differ in shape
+    content: Mapping[str, str] = {}  # what was read -> its hash, see `train.record`
 
     @property
     def train_size(self) -> int:

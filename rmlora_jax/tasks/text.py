@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rmlora_jax import data, hub
-from rmlora_jax.config import FREE, LARGE, Mistake, field
+from rmlora_jax.config import FREE, LARGE, PLACE, Mistake, field
 from rmlora_jax.fields import Run
 from rmlora_jax.models.family import TEXTS
 from rmlora_jax.tasks import task
@@ -30,9 +30,15 @@ class Text:
     metrics: tuple = field(
         (), "the first picks the best step; (): GLUE's, else accuracy, or pearson"
     )
-    train_file: str | None = field(None, "CSV, TSV or JSON lines, in place of TFDS")
-    test_file: str | None = field(None, "None: a part of train_file is held out")
-    predict_file: str | None = field(None, "rows without labels, predicted at the end")
+    train_file: str | None = field(
+        None, "CSV, TSV or JSON lines, in place of TFDS", resume=PLACE
+    )
+    test_file: str | None = field(
+        None, "None: a part of train_file is held out", resume=PLACE
+    )
+    predict_file: str | None = field(
+        None, "rows without labels, predicted at the end", resume=PLACE
+    )
     group_by_length: bool = field(
         False, "batches of similar lengths: less padding, another order"
     )
@@ -212,6 +218,10 @@ def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> task.Feed:
         **task.process(),
     }
 
+    learnt = [name for name in splits if name not in texts.unlabelled]
+    content = {name: data.content_of(splits[name]) for name in learnt}
+    content["tokens"] = data.hash_of(*(x for name in learnt for x in tokens[name]))
+
     def train(step: int):
         return data.text_batches(
             tokens["train"],
@@ -239,6 +249,7 @@ def open_feed(config: Run, texts: data.TextDataset, tokenizer) -> task.Feed:
         unlabelled=tuple(texts.unlabelled),
         absent=task.absent_classes(texts.train.labels, texts.label_names or ()),
         varies=True,
+        content=content,
     )
 
 

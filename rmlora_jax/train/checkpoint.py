@@ -24,7 +24,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 from rmlora_jax.adapt.diagonal import DIAGONAL
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.fields import Run
-from rmlora_jax.files import read_json, write_bytes_atomic
+from rmlora_jax.files import placed, read_json, write_bytes_atomic
 from rmlora_jax.optim.factors import find_diagonals, find_factors, flatten
 from rmlora_jax.tasks.scores import higher_is_better
 from rmlora_jax.train.config import read_config
@@ -273,7 +273,7 @@ def read_base(workdir: Path, task: str, advice: str) -> tuple[Run, dict]:
       UserError: ``workdir`` holds no such run, or one that trained a part of its model; ``advice``
         says how to make one.
     """
-    workdir = workdir.absolute()  # orbax takes no other
+    workdir = placed(workdir)  # orbax takes no relative path
     if not (workdir / "summary.json").is_file():
         raise UserError(f"config.model.source={str(workdir)!r} holds no finished run; {advice}")
     config = read_config(workdir)

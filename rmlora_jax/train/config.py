@@ -1,16 +1,17 @@
 """The config of a run: the fields of every run, with the sections of all tasks and methods."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rmlora_jax import config as fields
 from rmlora_jax import methods, tasks
-from rmlora_jax.config import FIXED, GROWS, ConfigDict, field, flatten, leaves, nested
+from rmlora_jax.config import FIXED, FREE, GROWS, PLACE, ConfigDict, field, flatten, leaves, nested
 from rmlora_jax.errors import UserError, did_you_mean, first_line
 from rmlora_jax.fields import Run
-from rmlora_jax.files import plain, read_object
+from rmlora_jax.files import placed, plain, read_object
 from rmlora_jax.tasks.task import closed_caches
 
 
@@ -111,11 +112,12 @@ def read_config(workdir: Path) -> Run:
         raise UserError(f"{file} is not the config of a run ({why}); copy the folder again") from e
 
 
-def changes(old: dict, new: Any) -> tuple[list[str], list[str]]:
+def changes(old: dict, new: Any, *, recorded: bool = False) -> tuple[list[str], list[str]]:
     """The fields in which a continuation differs from its run, as ``field: old -> new``.
 
     First those that must not differ, then those that may. A field that is younger than the run has
-    its default there.
+    its default there. A path written in another way does not differ. Another path may be given
+    where the run has ``recorded`` what it read, since the record is compared.
     """
     known = leaves(RunConfig)
     was = plain({path: leaf.default for path, leaf in known.items()} | flatten(old))
@@ -126,12 +128,25 @@ def changes(old: dict, new: Any) -> tuple[list[str], list[str]]:
             continue
         words = f"{path}: {was.get(path)!r} -> {now.get(path)!r}"
         rule = known[path].spec.resume if path in known else FIXED
+        if rule == PLACE:
+            if was.get(path) and now.get(path) and same_place(was[path], now[path]):
+                continue
+            rule = FREE if recorded else FIXED
         why = needs_length(now) if rule == GROWS else None
         if rule == FIXED or why:
             refused.append(words + (f" ({why})" if why else ""))
         else:
             free.append(words)
     return refused, free
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two paths lead to one place.
+
+    >>> same_place("a.csv", "./b/../a.csv"), same_place("a.csv", "b.csv")
+    (True, False)
+    """
+    return os.path.realpath(placed(one)) == os.path.realpath(placed(other))
 
 
 def needs_length(flat: dict) -> str | None:

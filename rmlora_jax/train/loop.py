@@ -20,18 +20,19 @@ from rmlora_jax import methods
 from rmlora_jax.config import ConfigDict
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.files import read_json, write_json
+from rmlora_jax.files import placed, read_json, write_json
+from rmlora_jax.hub.info import Info, write_info
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.report.records import read_metrics
 from rmlora_jax.report.run import verdict, write_report
 from rmlora_jax.tasks.task import measured
-from rmlora_jax.train import checkpoint, finished, nonfinite, setup, terminal
+from rmlora_jax.train import checkpoint, finished, nonfinite, record, setup, terminal
 from rmlora_jax.train.config import flatten, resolve
 from rmlora_jax.train.evaluate import Steps, compile_steps, evaluate, spectrum
 from rmlora_jax.train.metrics import MetricWriter
 from rmlora_jax.train.step import State, updates_done
 from rmlora_jax.train.stopping import Stopped, watch
-from rmlora_jax.train.workdir import check_nothing_lost, check_workdir, opened
+from rmlora_jax.train.workdir import RECORD, check_nothing_lost, check_workdir, opened
 
 
 def train(config: ConfigDict | Run, workdir: Path) -> dict:
@@ -43,7 +44,7 @@ def train(config: ConfigDict | Run, workdir: Path) -> dict:
     run = resolve(config, there=True)
     if run.is_sweep:
         raise ValueError("loop.train is for a single run: call sweep.train")
-    workdir = Path(workdir).absolute()
+    workdir = placed(workdir)
     with opened(workdir):
         return _train(run, workdir)
 
@@ -62,6 +63,8 @@ def _train(config: Run, workdir: Path) -> dict:
     use_compilation_cache(config.compilation_cache)
     devices = all_devices(config.parallel, fsdp=config.fsdp)
     job = setup.build(config, devices)
+    read = record.record_of(job.base)
+    record.check_record(workdir, read)
 
     with checkpoint.open_checkpoints(workdir) as manager:
         found, start = checkpoint.newest(manager, job.state)
@@ -74,11 +77,11 @@ def _train(config: Run, workdir: Path) -> dict:
                 f"type --config.steps={start} or more, or give another --workdir"
             )
         if leader:
-            (workdir / "summary.json").unlink(missing_ok=True)  # of a run that goes on
-            write_config(workdir, config)
             print(header(job.base, workdir, start=start), flush=True)
         compiled = compile_steps(job, state, start)
-        if leader:
+        if leader:  # no earlier: what does not compile leaves nothing behind
+            (workdir / "summary.json").unlink(missing_ok=True)  # of a run that goes on
+            write_beginning(workdir, config, read, job.problem.info)
             print(f"compiled in {terminal.duration(compiled.seconds)}", flush=True)
         keeper = checkpoint.Keeper(manager, job.problem.metrics[0])
         (summary,) = train_program(job, state, compiled, keeper, [workdir], began)
@@ -88,8 +91,13 @@ def _train(config: Run, workdir: Path) -> dict:
     return summary
 
 
-def write_config(workdir: Path, config: Run) -> None:
+def write_beginning(workdir: Path, config: Run, read: dict, info: Info | None = None) -> None:
+    """Writes what a run is, before its first step: what it read, its config, and what its model is
+    for, so that the model of a checkpoint can be used."""
+    write_json(workdir / RECORD, read)
     write_json(workdir / "config.json", fields.nested(flatten(config)))
+    if info is not None:
+        write_info(workdir, info)
 
 
 def train_program(

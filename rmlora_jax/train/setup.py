@@ -146,7 +146,7 @@ def open_base(config: Run, devices: Devices) -> Base:
         notes.append(found.replace("lora.", ""))
 
     feed = problem.open_feed()
-    check_same("the data", (feed.sizes, problem.skipped))
+    check_same("the data", (feed.sizes, problem.skipped, *feed.content.values()))
     notes += data_notes(problem, feed, config.batch_size)
     problem = problem._replace(notes=tuple(notes))
     steps = config.steps or max(1, round(config.epochs * feed.train_size / config.batch_size))

@@ -41,6 +41,7 @@ ADVICE = {
 }
 
 FILE = ".lock"
+RECORD = "data.json"  # what the run read, see `train.record`
 PATIENCE = 1.0  # seconds in which the holder has written who it is
 
 
@@ -87,7 +88,8 @@ def check_workdir(config: Run, workdir: Path) -> bool:
             )
         return False
     try:
-        refused, free = changes(read_object(file), config)
+        recorded = (workdir / RECORD).exists()
+        refused, free = changes(read_object(file), config, recorded=recorded)
     except (ValueError, OSError, RecursionError) as e:
         raise UserError(f"{file} is not a config ({e}); give another --workdir") from e
     if refused:
