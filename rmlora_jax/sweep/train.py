@@ -28,7 +28,7 @@ from rmlora_jax.report.records import amount
 from rmlora_jax.report.sweep import write_sweep_report
 from rmlora_jax.sweep import many
 from rmlora_jax.sweep.grid import Run, check_config, runs
-from rmlora_jax.train import checkpoint, finished, loop, record, setup, terminal
+from rmlora_jax.train import checkpoint, finished, loop, record, setup, shortage, terminal
 from rmlora_jax.train.evaluate import Steps, compile_steps
 from rmlora_jax.train.step import State
 from rmlora_jax.train.workdir import check_workdir, opened
@@ -65,7 +65,9 @@ def _train(config: Config, workdir: Path) -> dict:
         return summary
     loop.use_compilation_cache(config.compilation_cache)
     every = runs(config)
-    base = setup.open_base(config, all_devices(config.parallel, fsdp=config.fsdp))
+    devices = all_devices(config.parallel, fsdp=config.fsdp)
+    with shortage.in_two_lines(config, devices, workdir):
+        base = setup.open_base(config, devices)
     many.check_frozen(base)
     read = record.record_of(base)
     record.check_record(workdir, read)
@@ -215,6 +217,8 @@ def train_chunk(chunk: Sequence[Run], programs: Programs, workdir: Path, began: 
         try:
             loop.train_program(job, state, steps, keeper, folders, began)
         except jax.errors.JaxRuntimeError as e:
+            if memory.is_short(e) and len(chunk) == 1:
+                raise UserError(shortage.Plan(base.config, base.devices).words()) from e
             if memory.is_short(e):
                 raise UserError(
                     f"{len(chunk)} runs at once are out of memory after all; type "

@@ -26,7 +26,7 @@ from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.report.records import read_metrics
 from rmlora_jax.report.run import verdict, write_report
 from rmlora_jax.tasks.task import measured
-from rmlora_jax.train import checkpoint, finished, nonfinite, record, setup, terminal
+from rmlora_jax.train import checkpoint, finished, nonfinite, record, setup, shortage, terminal
 from rmlora_jax.train.config import flatten, resolve
 from rmlora_jax.train.evaluate import Steps, compile_steps, evaluate, spectrum
 from rmlora_jax.train.metrics import MetricWriter
@@ -62,29 +62,31 @@ def _train(config: Run, workdir: Path) -> dict:
         return summary
     use_compilation_cache(config.compilation_cache)
     devices = all_devices(config.parallel, fsdp=config.fsdp)
-    job = setup.build(config, devices)
-    read = record.record_of(job.base)
-    record.check_record(workdir, read)
+    with shortage.in_two_lines(config, devices, workdir) as plan:
+        job = setup.build(config, devices)
+        read = record.record_of(job.base)
+        record.check_record(workdir, read)
 
-    with checkpoint.open_checkpoints(workdir) as manager:
-        found, start = checkpoint.newest(manager, job.state)
-        state = job.state if found is None else found
-        if not start:
-            check_nothing_lost(workdir)
-        if start > job.steps:
-            raise UserError(
-                f"{workdir} is at step {start:,} already, and this config ends at {job.steps:,}; "
-                f"type --config.steps={start} or more, or give another --workdir"
-            )
-        if leader:
-            print(header(job.base, workdir, start=start), flush=True)
-        compiled = compile_steps(job, state, start)
-        if leader:  # no earlier: what does not compile leaves nothing behind
-            (workdir / "summary.json").unlink(missing_ok=True)  # of a run that goes on
-            write_beginning(workdir, config, read, job.problem.info)
-            print(f"compiled in {terminal.duration(compiled.seconds)}", flush=True)
-        keeper = checkpoint.Keeper(manager, job.problem.metrics[0])
-        (summary,) = train_program(job, state, compiled, keeper, [workdir], began)
+        with checkpoint.open_checkpoints(workdir) as manager:
+            found, start = checkpoint.newest(manager, job.state)
+            state = job.state if found is None else found
+            if not start:
+                check_nothing_lost(workdir)
+            if start > job.steps:
+                raise UserError(
+                    f"{workdir} is at step {start:,} already, and this config ends at "
+                    f"{job.steps:,}; type --config.steps={start} or more, or give another --workdir"
+                )
+            if leader:
+                print(header(job.base, workdir, start=start), flush=True)
+            compiled = compile_steps(job, state, start)
+            plan.check(compiled)
+            if leader:  # no earlier: what does not compile or fit leaves nothing behind
+                (workdir / "summary.json").unlink(missing_ok=True)  # of a run that goes on
+                write_beginning(workdir, config, read, job.problem.info)
+                print(f"compiled in {terminal.duration(compiled.seconds)}", flush=True)
+            keeper = checkpoint.Keeper(manager, job.problem.metrics[0])
+            (summary,) = train_program(job, state, compiled, keeper, [workdir], began)
     if leader:
         write_report(workdir)
         print(ending(summary, workdir), flush=True)

@@ -19,7 +19,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object
 from rmlora_jax.models.family import flat_params
 from rmlora_jax.train.setup import Base
-from rmlora_jax.train.workdir import RECORD
+from rmlora_jax.train.workdir import RECORD, has_checkpoints
 
 SAMPLED = 1024  # numbers of a parameter that it is known by
 LONGEST = 100  # letters of a value in an error
@@ -53,8 +53,7 @@ def check_record(workdir: Path, record: Mapping[str, Any]) -> None:
     Raises:
       UserError: what differs.
     """
-    saved = (*workdir.glob("checkpoints/*"), *workdir.glob("*/checkpoints/*"))  # a sweep has both
-    if not any(p.name.isdigit() for p in saved):
+    if not has_checkpoints(workdir):
         return  # nothing was learnt yet
     file = workdir / RECORD
     if not file.exists():
@@ -79,12 +78,16 @@ def check_record(workdir: Path, record: Mapping[str, Any]) -> None:
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """What differs between two flat records, in words; parts that one of them lacks do not."""
-    for name in [name for name in was if name in now and was[name] != now[name]]:
+    others = [name for name in was if name in now and was[name] != now[name]]
+    for name in others:
         kind, _, part = name.partition(".")
-        if kind == "base":
+        if name == "base":
             yield "model.source has other weights"
+        elif name == "content.tokens":
+            if len([one for one in others if one.startswith("content.")]) == 1:
+                yield "model.source has another tokenizer"
         elif kind == "content":
-            yield f"{part} has other content"
+            yield f"the examples of {part} are others"
         else:
             words = " of ".join(filter(None, (kind, part)))
             yield f"{words}: {_short(was[name])} -> {_short(now[name])}"

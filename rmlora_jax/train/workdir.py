@@ -66,8 +66,9 @@ def opened(workdir: Path, *, alone: bool = False) -> Iterator[None]:
         with in_plain_words(workdir), held(workdir, alone=alone):
             yield
     except UserError:
-        with contextlib.suppress(OSError):
-            workdir.rmdir()  # which only an empty folder can be
+        for folder in (workdir / "checkpoints", workdir):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # which only an empty folder can be
         raise
 
 
@@ -100,6 +101,20 @@ def check_workdir(config: Run, workdir: Path) -> bool:
     if free and jax.process_index() == 0:
         print(f"continues with {'; '.join(free)}", flush=True)
     return any(change.startswith(("steps:", "epochs:")) for change in free)
+
+
+def forget(workdir: Path) -> None:
+    """Frees the folder of a run or a sweep without a checkpoint for another config."""
+    if not has_checkpoints(workdir):
+        for folder in (workdir, *workdir.glob("*/")):
+            for name in ("config.json", RECORD):
+                (folder / name).unlink(missing_ok=True)
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether anything of a run, or of a run of a sweep, was saved."""
+    saved = (*workdir.glob("checkpoints/*"), *workdir.glob("*/checkpoints/*"))
+    return any(p.name.isdigit() for p in saved)
 
 
 def check_nothing_lost(workdir: Path) -> None:
