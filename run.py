@@ -6,6 +6,7 @@ Use a trained model: ``python run.py --workdir=DIR --predict photos/``.
 """
 
 import os
+import re
 import sys
 import traceback
 from datetime import datetime
@@ -15,6 +16,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.py"
+
+IN_HOME = re.compile(r"(--?(?:config|workdir|out)=)(~[^:]*)")
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -178,6 +181,8 @@ def workdir() -> Path:
 
 def parse(argv):
     """Parses the flags; a mistake in them or in the config file is one line, not a traceback."""
+    # A shell expands ~ at the beginning of a word alone.
+    argv = [IN_HOME.sub(lambda m: m[1] + os.path.expanduser(m[2]), a) for a in argv]
     given = [a.lstrip("-") for a in argv]
     predicting = any(a.partition("=")[0] == "predict" for a in given)
     using = predicting or any(a.partition("=")[0] == "export" for a in given)

@@ -81,7 +81,13 @@ def placed(path: str | os.PathLike) -> pathlib.Path:
 
 
 def is_writable(folder: pathlib.Path) -> bool:
-    """Whether a folder, or the nearest existing folder above it, can be written."""
+    """Whether a folder, or the nearest existing folder above it, can be written.
+
+    >>> is_writable(pathlib.Path("~/cache"))  # as os.path.expanduser leaves it without a home
+    False
+    """
+    if folder.parts[:1] == ("~",):
+        return False  # nobody's home
     there = next((p for p in (folder, *folder.absolute().parents) if os.path.lexists(p)), folder)
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -41,8 +42,9 @@ def predict(
         raise UserError("whose predictions? Type python run.py --workdir=DIR --predict ...")
     if not values:
         raise UserError(f"nothing to predict: type python run.py --workdir={workdir} --predict ...")
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(CACHE).expanduser()))
+    cache = Path(os.path.expanduser(CACHE))
+    if jax.config.jax_compilation_cache_dir is None and is_writable(cache):
+        jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     model = load(workdir)
     file = _writable(Path(out).expanduser() if out else Path(workdir).expanduser() / FILE)

@@ -2,17 +2,28 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rmlora_jax import config as fields
 from rmlora_jax import methods, tasks
-from rmlora_jax.config import FIXED, FREE, GROWS, PLACE, ConfigDict, field, flatten, leaves, nested
+from rmlora_jax.config import (
+    FIXED,
+    FREE,
+    GROWS,
+    PLACE,
+    ConfigDict,
+    Mistake,
+    field,
+    flatten,
+    leaves,
+    nested,
+)
 from rmlora_jax.errors import UserError, did_you_mean, first_line
 from rmlora_jax.fields import Run
 from rmlora_jax.files import placed, plain, read_object
-from rmlora_jax.tasks.task import closed_caches
+from rmlora_jax.tasks.task import closed_caches, without_closed
 
 
 def _one_of(registry: Mapping[str, tasks.Task] | Mapping[str, methods.Method]) -> Any:
@@ -72,13 +83,24 @@ def resolve(given: Any, *, there: bool = False) -> Run:
     if isinstance(given, Run) and not there:
         return given
     config, wrong = mistakes(given)
-    if there and config.task in tasks.TASKS:
+    homeless = dict(_without_home(config)) if there else {}
+    wrong = homeless | wrong
+    if there and not homeless and config.task in tasks.TASKS:
         for line in (*tasks.TASKS[config.task].missing(config), *closed_caches(config)):
             name = line.partition("=")[0].removeprefix("config.")
             wrong.setdefault(name, line)
     if wrong:
         raise UserError("\n".join(wrong.values()))
-    return config
+    return without_closed(config) if there else config
+
+
+def _without_home(config: Run) -> Iterator[Mistake]:
+    """The paths that begin with ``~`` where there is no such home folder, a line each."""
+    known = leaves(RunConfig)
+    for path, value in flatten(config).items():
+        unknown = isinstance(value, str) and os.path.expanduser(value).startswith("~")
+        if unknown and not known[path].spec.cache:  # a cache is done without
+            yield path, f"config.{path}={value!r}: no such home folder; write the whole path"
 
 
 def mistakes(given: Any) -> tuple[Run, dict[str, str]]:

@@ -6,6 +6,7 @@ The same folder again continues where it stopped.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from rmlora_jax import methods
 from rmlora_jax.config import ConfigDict
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.files import placed, read_json, write_json
+from rmlora_jax.files import is_writable, placed, read_json, write_json
 from rmlora_jax.hub.info import Info, write_info
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.report.records import read_metrics
@@ -296,6 +297,7 @@ def mean_of(metrics: list[dict]) -> dict[str, Any]:
 
 def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs on disk, so that the next start of the same run is quick."""
-    if folder:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+    place = Path(os.path.expanduser(folder))
+    if folder and is_writable(place):
+        jax.config.update("jax_compilation_cache_dir", str(place))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

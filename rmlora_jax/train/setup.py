@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from rmlora_jax import hub, methods
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.models.blocks import with_inserts
+from rmlora_jax.models.family import flat_params
 from rmlora_jax.parallel.mesh import (
     Devices,
     check_divisible,
@@ -145,6 +146,7 @@ def open_base(config: Run, devices: Devices) -> Base:
         found = f"goes on from {config.model.adapter}: {lora.rank=}, {lora.alpha=}, {lora.target=}"
         notes.append(found.replace("lora.", ""))
 
+    notes += size_notes(config, trainable, frozen)
     feed = problem.open_feed()
     check_same("the data", (feed.sizes, problem.skipped, *feed.content.values()))
     notes += data_notes(problem, feed, config.batch_size)
@@ -171,6 +173,35 @@ def open_base(config: Run, devices: Devices) -> Base:
         total_parameters=count(params),
         trainable_parameters=count(trainable),
     )
+
+
+def size_notes(config: Run, trainable: Any, frozen: Any) -> Iterator[str]:
+    """What a person should know of ranks and sizes before a run with factors starts."""
+    if not methods.of(config).adapts:
+        return
+    flat = flat_params(trainable)
+    shapes = {
+        path.removesuffix("/lora_a"): (x.shape, flat[path.removesuffix("a") + "b"].shape)
+        for path, x in flat.items() if path.endswith("/lora_a")
+    }
+    small = {path: side for path, (a, b) in shapes.items() if (side := smaller_side(a, b)) < a[-1]}
+    for path, side in [*small.items()][:1]:
+        yield (f"the rank is above the smaller side of {len(small)} of {len(shapes)} adapted "
+               f"weights, whose products cannot have it ({path}: rank {shapes[path][0][-1]}, side "
+               f"{side}); lower the rank")
+    if count(trainable) > count(frozen):
+        yield (f"more is trained ({count(trainable):,} parameters) than frozen "
+               f"({count(frozen):,}); lower the rank, or type --config.method=full")
+
+
+def smaller_side(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """Of the weight whose factors are A (*stack, *in, rank) and B (*stack, rank, *out).
+
+    >>> smaller_side((12, 768, 4), (12, 4, 12, 64)), smaller_side((8, 16), (16, 2))
+    (768, 2)
+    """
+    depth = max(d for d in range(len(a) - 1) if (*a[:d], a[-1]) == b[: d + 1])
+    return min(math.prod(a[depth:-1]), math.prod(b[depth + 1 :]))
 
 
 def count(tree: Any) -> int:
