@@ -48,7 +48,7 @@ EXPORT = flags.DEFINE_enum(
     "export",
     None,
     ["merged"],
-    "write the whole model of the finished run in --workdir into its folder merged/, for "
+    "write the whole model of the run in --workdir, at its best step, into its folder merged/, for "
     "transformers in PyTorch",
 )
 COMPILE_ONLY = flags.DEFINE_bool(
@@ -91,8 +91,10 @@ def command(words):
     """Does what the flags ask for; ``words`` are the arguments without a flag."""
     if PREDICT.value is not None:
         from rmlora_jax.inference.predict import predict
+        from rmlora_jax.train.finished import model_of
 
-        return predict(WORKDIR.value, [*PREDICT.value, *words], top=TOP.value, out=OUT.value)
+        values = [*PREDICT.value, *words]
+        return predict(WORKDIR.value, values, top=TOP.value, out=OUT.value, find=model_of)
     if EXPORT.value is not None:
         return export()
     if words:
@@ -130,7 +132,7 @@ def export():
     from rmlora_jax.train.finished import export_merged
 
     if not WORKDIR.value:
-        raise UserError("--export needs the --workdir of a finished run")
+        raise UserError("--export needs the --workdir of a run")
     print(f"merged model: {export_merged(Path(WORKDIR.value))}")
 
 

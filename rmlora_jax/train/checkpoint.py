@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
@@ -242,15 +243,35 @@ def by_score(manager: ocp.CheckpointManager) -> list[int]:
     return sorted(steps, key=lambda s: (score(manager.metrics(s)), s), reverse=True)
 
 
-def best_trainable(workdir: Path) -> dict:
-    """What a run trained, at its best step, on the host.
+def best_step(workdir: Path) -> int:
+    """The step of the best checkpoint so far. Nothing is changed, beside a run that trains.
+
+    Raises:
+      UserError: there is no checkpoint yet.
+    """
+    folders = [p for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+    scores = {
+        int(folder.name): score(read_json(folder / "metrics" / "metrics"))
+        for folder in folders if not _wrong_figures(folder)
+    }
+    if not scores:
+        raise UserError(f"{workdir} has no checkpoint yet; wait until its first evaluation")
+    return max(scores, key=lambda step: (scores[step], step))
+
+
+def best_trainable(workdir: Path, step: int | None = None) -> dict:
+    """What a run trained, at its best step or at ``step``, on the host.
 
     Raises:
       UserError: its checkpoints are damaged.
     """
-    with open_checkpoints(workdir) as manager:
-        folder = manager.directory / str(by_score(manager)[0]) / "default"
+    if step is None:
+        with open_checkpoints(workdir) as manager:
+            step = by_score(manager)[0]
+    folder = workdir / "checkpoints" / str(step) / "default"
     reader = ocp.StandardCheckpointer()
+    logger = logging.get_absl_logger()
+    logger.addFilter(_no_note)
     # On one device here, however many wrote it.
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
@@ -264,6 +285,13 @@ def best_trainable(workdir: Path) -> dict:
             f"the checkpoint {folder.parent} {damaged(e)}; put a copy of it back, or train again "
             "with another --workdir"
         ) from e
+    finally:
+        logger.removeFilter(_no_note)
+
+
+def _no_note(record) -> bool:
+    """Orbax notes the metadata of a step, which lie one folder above, as missing."""
+    return "Metadata file does not exist" not in str(record.msg)
 
 
 def read_base(workdir: Path, task: str, advice: str) -> tuple[Run, dict]:

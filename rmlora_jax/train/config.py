@@ -171,6 +171,20 @@ def same_place(one: str, other: str) -> bool:
     return os.path.realpath(placed(one)) == os.path.realpath(placed(other))
 
 
+def ways_on(config: Run, workdir: Path) -> str:
+    """What a person can type to train further than the finished run in ``workdir``."""
+    why = needs_length(flatten(config))
+    longer = f"its steps cannot grow: {why}" if why else "a larger --config.steps trains it longer"
+    method, adapter = methods.of(config), workdir / "adapter"
+    if method.continues and adapter.is_dir():
+        begin = f"--config.model.adapter={adapter}"
+    elif config.method == "full" and config.task != tasks.speech.NAME:
+        begin = f"--config.model.source={workdir / 'merged'}, after --export=merged,"
+    else:
+        return f"{longer}; another --workdir begins a new run"
+    return f"{longer}; {begin} and another --workdir begin a new run with what it learnt"
+
+
 def needs_length(flat: dict) -> str | None:
     """Why more steps would change the run of this flat config from its first step on, or None."""
     if flat["optimizer.schedule"] != "constant":

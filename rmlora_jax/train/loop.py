@@ -28,7 +28,7 @@ from rmlora_jax.report.records import read_metrics
 from rmlora_jax.report.run import verdict, write_report
 from rmlora_jax.tasks.task import measured
 from rmlora_jax.train import checkpoint, finished, nonfinite, record, setup, shortage, terminal
-from rmlora_jax.train.config import flatten, resolve
+from rmlora_jax.train.config import flatten, resolve, ways_on
 from rmlora_jax.train.evaluate import Steps, compile_steps, evaluate, spectrum
 from rmlora_jax.train.metrics import MetricWriter
 from rmlora_jax.train.step import State, updates_done
@@ -58,7 +58,7 @@ def _train(config: Run, workdir: Path) -> dict:
         summary = read_json(workdir / "summary.json")
         if leader and not (workdir / "report.png").exists():  # killed between the two
             write_report(workdir)
-        print("this run is finished; another --workdir starts a new one")
+        print(f"this run is finished; {ways_on(config, workdir)}")
         print(ending(summary, workdir), flush=True)
         return summary
     use_compilation_cache(config.compilation_cache)

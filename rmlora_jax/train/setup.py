@@ -233,7 +233,8 @@ def with_new(
     """Description, adapted model, and pretrained parameters with what the method adds to them:
     factors, new or of ``model.adapter``, bottlenecks or prefixes."""
     if config.model.adapter:
-        params, lora = from_adapter(config, problem, params)
+        assert problem.pretrained is not None  # the task's check refuses model.adapter otherwise
+        params, lora = from_adapter(config, problem.pretrained._replace(params=params))
         return lora, rm.adapt(problem.model, lora), params
     lora = methods.description(config)
     adapted = rm.adapt(problem.model, lora)
@@ -242,16 +243,16 @@ def with_new(
     return lora, adapted, rm.attach(key, adapted, params, *problem.example)
 
 
-def from_adapter(config: Run, problem: Problem, params: dict) -> tuple[dict, rm.LoRA]:
-    """The factors of ``model.adapter``, and its head where that is for as many classes.
+def from_adapter(config: Run, base: hub.Pretrained) -> tuple[dict, rm.LoRA]:
+    """The parameters of ``base`` with the factors of ``model.adapter``, and with its head where
+    that is for as many classes.
 
     Raises:
       UserError: the method cannot go on from factors of that kind.
     """
-    folder, base = Path(config.model.adapter).expanduser(), problem.pretrained
-    assert base is not None  # the task's check refuses model.adapter otherwise
+    folder = Path(config.model.adapter).expanduser()
     whole = hub.stored_labels(folder) == base.num_labels
-    params, lora = hub.load_peft(folder, base._replace(params=params), saved=whole)
+    params, lora = hub.load_peft(folder, base, saved=whole)
     if type(lora) is not methods.of(config).continues:
         able = [name for name, one in methods.METHODS.items() if one.continues is type(lora)]
         raise UserError(

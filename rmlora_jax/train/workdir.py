@@ -30,7 +30,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import read_object
 from rmlora_jax.report.records import read_metrics
-from rmlora_jax.train.config import changes
+from rmlora_jax.train.config import changes, ways_on
 
 # Errors that only a writer can get.
 ADVICE = {
@@ -42,6 +42,7 @@ ADVICE = {
 
 FILE = ".lock"
 RECORD = "data.json"  # what the run read, see `train.record`
+LENGTHS = ("steps:", "epochs:")  # changes that make a run longer
 PATIENCE = 1.0  # seconds in which the holder has written who it is
 
 
@@ -94,13 +95,15 @@ def check_workdir(config: Run, workdir: Path) -> bool:
     except (ValueError, OSError, RecursionError) as e:
         raise UserError(f"{file} is not a config ({e}); give another --workdir") from e
     if refused:
+        advice = "Give its config to continue that run, or another --workdir to start a new one"
+        if all(change.startswith(LENGTHS) for change in refused):
+            advice = ways_on(config, workdir)
         raise UserError(
-            f"{workdir} holds a run with another config: {'; '.join(refused)}\n"
-            "Give the same config to continue that run, or another --workdir to start a new one"
+            f"{workdir} holds a run with another config: {'; '.join(refused)}\n{advice}"
         )
     if free and jax.process_index() == 0:
         print(f"continues with {'; '.join(free)}", flush=True)
-    return any(change.startswith(("steps:", "epochs:")) for change in free)
+    return any(change.startswith(LENGTHS) for change in free)
 
 
 def forget(workdir: Path) -> None:
