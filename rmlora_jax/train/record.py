@@ -81,16 +81,16 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str
     others = [name for name in was if name in now and was[name] != now[name]]
     for name in others:
         kind, _, part = name.partition(".")
-        if name == "base":
-            yield "model.source has other weights"
-        elif name == "content.tokens":
-            if len([one for one in others if one.startswith("content.")]) == 1:
-                yield "model.source has another tokenizer"
-        elif kind == "content":
-            yield f"the examples of {part} are others"
-        else:
+        if kind in ("classes", "examples"):
             words = " of ".join(filter(None, (kind, part)))
             yield f"{words}: {_short(was[name])} -> {_short(now[name])}"
+    splits = [name.removeprefix("content.") for name in others if name.startswith("content.")]
+    if splits == ["tokens"]:
+        yield "model.source has another tokenizer"
+    elif splits:
+        yield f"other examples in {', '.join(split for split in splits if split != 'tokens')}"
+    if "base" in others:
+        yield "model.source has other weights"
 
 
 def _short(value: Any) -> str:
