@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from faults.small import check_same_end, config_of, on_one_device, train
 from fixtures.text import tiny
+from marks import slow_but
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import rmlora_jax as rm
 from rmlora_jax import methods
 from rmlora_jax.data import TextSplit, content_of, load_images
+from rmlora_jax.data.subsets import fingerprint
 from rmlora_jax.errors import UserError
 from rmlora_jax.parallel.mesh import all_devices
 from rmlora_jax.tasks import TASKS
@@ -107,18 +109,23 @@ def other_weights(root):
     save_file({k: x * 1.001 for k, x in load_file(file).items()}, file)
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda root: write_rows(root / "a.csv", ("pos", "zzz")), "classes: neg, pos -> pos, zzz"),
-    (lambda root: write_rows(root / "a.csv", n=50),
-     "examples of train: 32 -> 41; examples of test: 4 -> 5; other examples in train, validation, "
-     "test"),
-    (lambda root: write_rows(root / "a.csv", edit=lambda rows: [(t.upper(), w) for t, w in rows]),
-     "other examples in train, validation, test"),
-    (swapped_words, "model.source has another tokenizer"),
-    (other_weights, "model.source has other weights"),
-], ids=["classes", "rows", "texts", "tokenizer", "weights"])  # fmt: skip
-def test_other_data_or_another_base_are_refused(there, begun, tmp_path, change, said):
-    root = copy_of(there, tmp_path)
+CHANGES = {
+    "classes": (lambda root: write_rows(root / "a.csv", ("pos", "zzz")),
+                "classes: neg, pos -> pos, zzz"),
+    "rows": (lambda root: write_rows(root / "a.csv", n=50),
+             "examples of train: 32 -> 41; examples of test: 4 -> 5; other examples in train, "
+             "validation, test"),
+    "texts": (lambda root: write_rows(root / "a.csv", edit=lambda rows: [(f"{t} w1", w)
+                                                                         for t, w in rows]),
+              "other examples in train, validation, test"),
+    "tokenizer": (swapped_words, "model.source has another tokenizer"),
+    "weights": (other_weights, "model.source has other weights"),
+}
+
+
+@pytest.mark.parametrize("name", slow_but([*CHANGES], "classes", "tokenizer"))
+def test_other_data_or_another_base_are_refused(there, begun, tmp_path, name):
+    root, (change, said) = copy_of(there, tmp_path), CHANGES[name]
     change(root)
     with pytest.raises(UserError) as raised:
         check_record(begun, read(text_config(root)))
@@ -164,11 +171,14 @@ def test_an_image_replaced_by_one_of_the_same_size_and_time(tmp_path):
 
     before = found("a")
     assert found("b") == before and len(set(before)) == 3  # wherever it lies
+    kept = fingerprint(load_images("folder", data_dir=tmp_path / "b").train, 8)
     for file in tmp_path.glob("b/*/*.bmp"):
         times = file.stat().st_atime_ns, file.stat().st_mtime_ns
         write_image(file, 255)
         os.utime(file, ns=times)
     assert not set(found("b")) & set(before)
+    # Decoded images of before are not taken from the cache either.
+    assert fingerprint(load_images("folder", data_dir=tmp_path / "b").train, 8) != kept
     digits = load_images("digits", validation=0.1).train
     assert content_of(digits) == content_of(load_images("digits", validation=0.1).train)
 
