@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.py"
 
-IN_HOME = re.compile(r"(--?(?:config|workdir|out)=)(~[^:]*)")
+IN_HOME = re.compile(r"\A(--?(?:config|workdir|out)=)(~[^:]*)")
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",

@@ -151,9 +151,10 @@ def changes(old: dict, new: Any, *, recorded: bool = False) -> tuple[list[str], 
         words = f"{path}: {was.get(path)!r} -> {now.get(path)!r}"
         rule = known[path].spec.resume if path in known else FIXED
         if rule == PLACE:
-            if was.get(path) and now.get(path) and same_place(was[path], now[path]):
+            both = bool(was.get(path) and now.get(path))
+            if both and same_place(was[path], now[path]):
                 continue
-            rule = FREE if recorded else FIXED
+            rule = FREE if both and recorded else FIXED
         why = needs_length(now) if rule == GROWS else None
         if rule == FIXED or why:
             refused.append(words + (f" ({why})" if why else ""))

@@ -199,7 +199,8 @@ def _info(workdir: Path) -> hub.Info:
     """
     config, info = read_config(workdir), read_info(workdir)
     inserted = methods.of(config).insert is not None
-    if info is None and not inserted and config.task in TASKS:
+    done = (workdir / "summary.json").exists()
+    if info is None and not inserted and not done and config.task in TASKS:
         raise UserError(f"{workdir} has no {FILE}: a run of an earlier version can be used when it "
                         "is finished; the same command goes on")
     if inserted or info is None:

@@ -16,7 +16,7 @@ import numpy as np
 from rmlora_jax.config import flatten
 from rmlora_jax.data import hash_of
 from rmlora_jax.errors import UserError
-from rmlora_jax.files import read_object
+from rmlora_jax.files import placed, read_object
 from rmlora_jax.models.family import flat_params
 from rmlora_jax.train.setup import Base
 from rmlora_jax.train.workdir import RECORD, has_checkpoints
@@ -34,7 +34,14 @@ def record_of(base: Base) -> dict[str, Any]:
         "examples": {name: base.feed.sizes[name] for name in learnt},
         "content": dict(base.feed.content),
         "base": hash_of(*_samples(base.problem.params, base.problem.new)),
-    }
+    } | _adapter(base.config.model.adapter)
+
+
+def _adapter(folder: str) -> dict[str, str]:
+    """The hash of the adapter that a run began from, if it did."""
+    files = sorted(placed(folder).glob("adapter_*")) if folder else []
+    read = (np.frombuffer(file.read_bytes(), np.uint8) for file in files if file.is_file())
+    return {"adapter": hash_of(*read)} if folder else {}
 
 
 def _samples(params: Mapping[str, Any], new: tuple[str, ...]) -> Iterator[np.ndarray]:
@@ -89,6 +96,8 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str
         yield "model.source has another tokenizer"
     elif splits:
         yield f"other examples in {', '.join(split for split in splits if split != 'tokens')}"
+    if "adapter" in others:
+        yield "model.adapter has other content"
     if "base" in others:
         yield "model.source has other weights"
 

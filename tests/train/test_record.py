@@ -27,7 +27,7 @@ from rmlora_jax.tasks import TASKS
 from rmlora_jax.tasks.task import Opening
 from rmlora_jax.train import checkpoint, finished, loop, setup
 from rmlora_jax.train.config import changes, default_config, resolve, ways_on
-from rmlora_jax.train.record import check_record, record_of
+from rmlora_jax.train.record import _adapter, check_record, record_of
 from rmlora_jax.train.workdir import check_workdir
 
 WORDS = ("neg", "pos")
@@ -58,7 +58,7 @@ def read(config):
     """The record of a run of this config, of which nothing but data and model is opened."""
     run, devices = resolve(config), all_devices(limit=1)
     problem = TASKS[run.task].open(run, Opening(devices, jax.random.key(0), checkpoint.read_base))
-    return record_of(SimpleNamespace(problem=problem, feed=problem.open_feed()))
+    return record_of(SimpleNamespace(config=run, problem=problem, feed=problem.open_feed()))
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,19 @@ def test_other_data_or_another_base_are_refused(there, begun, tmp_path, name):
     first, advice = str(raised.value).splitlines()
     assert first == f"{begun} holds a run that read something else: {said}"
     assert advice.startswith("Put that back") and "another --workdir" in advice
+
+
+def test_another_adapter_to_begin_from(first, begun, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    hashes = []
+    for alpha in (8, 16):
+        (folder / "adapter_config.json").write_text(f'{{"lora_alpha": {alpha}}}')
+        hashes.append(_adapter(str(folder)))
+    (begun / "data.json").write_text(json.dumps(first | hashes[0]))
+    check_record(begun, first | hashes[0])
+    with pytest.raises(UserError, match=r"something else: model\.adapter has other content"):
+        check_record(begun, first | hashes[1])
 
 
 def test_a_label_that_was_corrected_is_other_data(first):
@@ -213,7 +226,9 @@ def test_a_path_written_in_another_way_is_the_same_config(tmp_path, monkeypatch)
     new.text.train_file = "b.csv"
     refused, free = changes(old, new.to_dict())
     assert refused == ["text.train_file: 'a.csv' -> 'b.csv'"] and not free
-    # With a record, the content decides.
+    # With a record, the content decides; but no file at all is another config.
+    none = default_config().to_dict()
+    assert changes(old, none, recorded=True)[0][-1] == "text.train_file: 'a.csv' -> None"
     refused, free = changes(old, new.to_dict(), recorded=True)
     assert free == ["text.train_file: 'a.csv' -> 'b.csv'"] and not refused
 
