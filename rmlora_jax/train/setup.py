@@ -200,7 +200,8 @@ def smaller_side(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     >>> smaller_side((12, 768, 4), (12, 4, 12, 64)), smaller_side((8, 16), (16, 2))
     (768, 2)
     """
-    depth = max(d for d in range(len(a) - 1) if (*a[:d], a[-1]) == b[: d + 1])
+    fit = (d for d in range(len(a) - 1) if (*a[:d], a[-1]) == b[: d + 1])
+    depth = max(fit, default=0)
     return min(math.prod(a[depth:-1]), math.prod(b[depth + 1 :]))
 
 
