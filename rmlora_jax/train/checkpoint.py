@@ -5,6 +5,7 @@ validation and, while it trains, the latest two: it continues from the second if
 be read. A checkpoint that cannot be read is never deleted; it is moved to ``damaged/``.
 """
 
+import contextlib
 import io
 import math
 import os
@@ -249,11 +250,11 @@ def best_step(workdir: Path) -> int:
     Raises:
       UserError: there is no checkpoint yet.
     """
-    folders = [p for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
-    scores = {
-        int(folder.name): score(read_json(folder / "metrics" / "metrics"))
-        for folder in folders if not _wrong_figures(folder)
-    }
+    scores = {}
+    for folder in (workdir / "checkpoints").glob("*"):
+        if folder.name.isdigit() and not _wrong_figures(folder):
+            with contextlib.suppress(KeyError, TypeError):  # figures of another kind
+                scores[int(folder.name)] = score(read_json(folder / "metrics" / "metrics"))
     if not scores:
         raise UserError(f"{workdir} has no checkpoint yet; wait until its first evaluation")
     return max(scores, key=lambda step: (scores[step], step))

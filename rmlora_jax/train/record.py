@@ -70,7 +70,7 @@ def check_record(workdir: Path, record: Mapping[str, Any]) -> None:
         return
     try:
         was = flatten(read_object(file))
-    except UserError as error:
+    except (UserError, RecursionError) as error:
         raise UserError(
             f"{error}\nOr delete it: the run then goes on without knowing whether its data are "
             "the same"
