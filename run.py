@@ -8,6 +8,7 @@ Use a trained model: ``python run.py --workdir=DIR --predict photos/``.
 # ruff: noqa: E402 (Ctrl-C is heard before the imports that take seconds)
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -48,6 +49,8 @@ from ml_collections import config_flags
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.py"
 
+IN_HOME = re.compile(r"\A(--?(?:config|workdir|out)=)(~[^:]*)")
+
 CONFIG = config_flags.DEFINE_config_file(
     "config",
     help_string="a Python file with get_config() (default: configs/quickstart.py); set any field "
@@ -78,7 +81,7 @@ EXPORT = flags.DEFINE_enum(
     "export",
     None,
     ["merged"],
-    "write the whole model of the finished run in --workdir into its folder merged/, for "
+    "write the whole model of the run in --workdir, at its best step, into its folder merged/, for "
     "transformers in PyTorch",
 )
 COMPILE_ONLY = flags.DEFINE_bool(
@@ -126,8 +129,10 @@ def command(words):
 
     if PREDICT.value is not None:
         from rmlora_jax.inference.predict import predict
+        from rmlora_jax.train.finished import model_of
 
-        return predict(WORKDIR.value, [*PREDICT.value, *words], top=TOP.value, out=OUT.value)
+        values = [*PREDICT.value, *words]
+        return predict(WORKDIR.value, values, top=TOP.value, out=OUT.value, find=model_of)
     if EXPORT.value is not None:
         return export()
     if words:
@@ -166,7 +171,7 @@ def export():
     from rmlora_jax.train.finished import export_merged
 
     if not WORKDIR.value:
-        raise UserError("--export needs the --workdir of a finished run")
+        raise UserError("--export needs the --workdir of a run")
     print(f"merged model: {export_merged(Path(WORKDIR.value))}")
 
 
@@ -177,7 +182,7 @@ def study(config):
     if DISTRIBUTED.value or COORDINATOR.value:
         raise UserError("a study trains in one process; leave out --distributed")
     # No date in the folder's name: the same command goes on where it stopped.
-    run_study(config, Path(WORKDIR.value or Path("runs", config.study)).absolute())
+    run_study(config, Path(WORKDIR.value or Path("runs", config.study)))
 
 
 def compile_only():
@@ -210,9 +215,9 @@ def join_processes():
 
 def workdir() -> Path:
     if WORKDIR.value:
-        return Path(WORKDIR.value).absolute()
+        return Path(WORKDIR.value)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    return Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}").absolute()
+    return Path("runs", f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}")
 
 
 class ConfigFile(flags.ArgumentParser):
@@ -237,6 +242,8 @@ PARSER = flags.FLAGS["config"].parser = ConfigFile()
 
 def parse(argv):
     """Parses the flags; a mistake in them or in the config file is a line or two, no traceback."""
+    # A shell expands ~ at the beginning of a word alone.
+    argv = [IN_HOME.sub(lambda m: m[1] + os.path.expanduser(m[2]), a) for a in argv]
     try:  # ml_collections looks for fields in sys.argv, and does not open a --flagfile there
         argv = sys.argv[:] = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:])]
     except flags.Error as e:

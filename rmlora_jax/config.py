@@ -44,6 +44,7 @@ ConfigDict = Any
 FIXED = "fixed"  # a run that continues must have the same value
 FREE = "free"  # it may have another: the field changes no number
 GROWS = "grows"  # it may have more, if no step depends on the number of steps
+PLACE = "place"  # a path: it may have another, since the run knows what it found there
 
 LARGE = 2**20  # of widths, ranks, lengths
 MOST = 2**31 - 1  # of steps and seeds
@@ -67,7 +68,7 @@ class Spec(NamedTuple):
       least, most, above, below: the bounds of a number.
       problem: ``value -> words or None`` for what bounds cannot say.
       elements: of a tuple; names by default.
-      resume: FIXED, FREE or GROWS.
+      resume: FIXED, FREE, GROWS or PLACE.
       sweep: its name in ``sweep.grid``, if a sweep can vary it.
       cache: whether it names a folder that the run can do without.
       before: its value in runs from before there was the field; None: its default.

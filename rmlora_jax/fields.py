@@ -10,6 +10,7 @@ from rmlora_jax.config import (
     GROWS,
     LARGE,
     MOST,
+    PLACE,
     RANKS,
     Mistake,
     blank_problem,
@@ -36,12 +37,14 @@ class Model:
     """Which pretrained model, and how it is computed."""
 
     source: str = field(
-        "google/vit-base-patch16-224-in21k", "folder, bundled name or hub name (NAME@REVISION)"
+        "google/vit-base-patch16-224-in21k", "folder, bundled name or hub name (NAME@REVISION)",
+        resume=PLACE,
     )
     adapter: str = field(
         "",
         "folder of a PEFT adapter of that model to go on from: rank, alpha and targets are then "
         "the adapter's, and its head is taken where it has as many classes; '' for new factors",
+        resume=PLACE,
     )
     image_size: int = field(
         0, "pixels of a side; 0: the checkpoint's own. Positions are interpolated",

@@ -70,8 +70,26 @@ def read_arrays(path: str | os.PathLike, names: Iterable[str]) -> list[np.ndarra
         return None
 
 
+def placed(path: str | os.PathLike) -> pathlib.Path:
+    """The absolute path that a person means: ``~`` is the home folder.
+
+    Raises:
+      UserError: it begins with ``~`` and there is no such home folder.
+    """
+    try:
+        return pathlib.Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"{os.fspath(path)!r}: {error}; write the whole path") from error
+
+
 def is_writable(folder: pathlib.Path) -> bool:
-    """Whether a folder, or the nearest existing folder above it, can be written."""
+    """Whether a folder, or the nearest existing folder above it, can be written.
+
+    >>> is_writable(pathlib.Path("~/cache"))  # as os.path.expanduser leaves it without a home
+    False
+    """
+    if folder.parts[:1] == ("~",):
+        return False  # nobody's home
     there = next((p for p in (folder, *folder.absolute().parents) if os.path.lexists(p)), folder)
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 

@@ -19,7 +19,7 @@ from rmlora_jax.aot.counts import Collective, collectives, flops, total_bytes
 from rmlora_jax.aot.topology import chip_of, tpu_devices
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.models.blocks import REMAT
+from rmlora_jax.models.attention import blaming
 from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.mesh import Devices, all_devices, base_sharding, spread
 from rmlora_jax.report.records import amount
@@ -28,6 +28,7 @@ from rmlora_jax.sweep.grid import runs
 from rmlora_jax.tasks import TASKS
 from rmlora_jax.tasks.task import Feed, Shapes, fields
 from rmlora_jax.train import loop, setup, terminal
+from rmlora_jax.train.shortage import too_large
 from rmlora_jax.train.step import Constants
 
 STEPS = 1000  # where the config counts epochs; a step's program differs in constants only
@@ -55,7 +56,8 @@ def compile_only(config: Run, topology: str | None = None) -> None:
     began = time.monotonic()
     traced = run.step.trace(*run.arguments)
     try:
-        program = traced.lower().compile()
+        with blaming(config.model.dtype, "config.model.dtype"):
+            program = traced.lower().compile()
     except jax.errors.JaxRuntimeError as e:
         if not memory.is_short(e):
             raise
@@ -124,34 +126,6 @@ def refused(error: Exception) -> tuple[int, int] | None:
         need, limit = (int(float(x[:-1]) * 1024 ** " KMGT".index(x[-1])) for x in found.groups())
         return need, limit
     return None
-
-
-def too_large(
-    need: int | None, limit: int, where: str, config: Run, devices: Devices
-) -> str:
-    """The message for a step that does not fit."""
-    needs = "more" if need is None else amount(need)
-    words = smaller(config, devices)
-    advice = f"Type {', or '.join(words)}" if words else "Choose a larger chip, or a smaller model"
-    return (f"the training step needs {needs} on each of {devices.count} devices of {where}, which "
-            f"have {amount(limit)}\n{advice}")
-
-
-def smaller(config: Run, devices: Devices) -> list[str]:
-    """Overrides that make a step smaller, first those that do not change its numbers."""
-    policies = list(REMAT)
-    weaker = policies[policies.index(config.model.remat) + 1 :]
-    words = [f"--config.model.remat={policy}" for policy in weaker]
-    local = config.batch_size // devices.count
-    if local % (2 * config.accumulate) == 0:
-        words.append(f"--config.accumulate={2 * config.accumulate}")
-    if config.batch_size % (2 * devices.count * config.accumulate) == 0:
-        words.append(f"--config.batch_size={config.batch_size // 2}")
-    if config.model.base_dtype == "float32" and methods.description(config).train != ".*":
-        words.append("--config.model.base_dtype=bfloat16")
-    if max(config.sweep.at_once, config.sweep.seeds) > 1:
-        words.append("a smaller --config.sweep.at_once")
-    return words
 
 
 class RunShapes(NamedTuple):

@@ -124,7 +124,7 @@ def parse(arguments: Sequence[str]) -> Options:
         "variants": _variants(given.variants, given.sweep, entry.config.num_hidden_layers),
         "sweep": given.sweep or "",
         "values": _values(given.sweep, given.values, given.model, entry),
-        "out": given.out or str(Path("runs", "_".join(filter(None, name)))),
+        "out": os.path.expanduser(given.out or str(Path("runs", "_".join(filter(None, name))))),
     }
     return Options(**fields)
 

@@ -41,7 +41,7 @@ from rmlora_jax.data.sources import (
     open_texts,
     open_utterances,
 )
-from rmlora_jax.data.subsets import Subset, labels_of
+from rmlora_jax.data.subsets import Subset, content_of, hash_of, labels_of
 from rmlora_jax.data.tokens import Tokens, eval_text_batches, text_batches, tokenise
 from rmlora_jax.data.vision import augment
 
@@ -59,9 +59,11 @@ __all__ = [
     "augment",
     "batch_ids",
     "cached",
+    "content_of",
     "eval_batches",
     "eval_text_batches",
     "glue_task",
+    "hash_of",
     "known",
     "labels_of",
     "listed",

@@ -66,6 +66,9 @@ class ImageFiles(ImageSource):
     def label(self, index: int) -> int:
         return int(self.labels[index])
 
+    def content(self, index: int) -> bytes:
+        return b"%d " % self.labels[index] + Path(self.files[index]).read_bytes()
+
     def check(self, index: int) -> None:
         """Raises a `BadRecord` for a file that cannot be used."""
         self.load(index, CHECKED_SIZE)
@@ -80,7 +83,8 @@ class ImageFiles(ImageSource):
         for path, label in zip(self.files, self.labels, strict=True):
             try:
                 stat = os.stat(path)
-                found = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns, int(label))
+                times = stat.st_mtime_ns, stat.st_ctime_ns  # no program sets the second one back
+                found = (os.path.abspath(path), stat.st_size, *times, int(label))
             except OSError:  # a link that leads nowhere: a bad record
                 found = (os.path.abspath(path), int(label))
             digest.update(repr(found).encode())

@@ -254,6 +254,9 @@ class HfImages(FileImages):
     def label(self, index: int) -> int:
         return int(self.labels[index])
 
+    def content(self, index: int) -> bytes:
+        return b"%d " % self.labels[index] + self._encoded(index)
+
     def is_labelled(self) -> bool:
         return bool((self.labels >= 0).any())
 

@@ -119,5 +119,5 @@ class FileImages(ImageSource):
         root = Path(path).resolve()
         files = sorted(p for p in (root.rglob("*") if root.is_dir() else [root]) if p.is_file())
         stats = [(str(p.relative_to(root)), p.stat()) for p in files]
-        found = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        found = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
         return repr((str(root), *rest, found))

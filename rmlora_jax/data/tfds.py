@@ -95,6 +95,11 @@ class TfdsImages(FileImages):
     def label(self, index: int) -> int:
         return int(self._record(index)[self.arguments[3]])
 
+    def content(self, index: int) -> bytes:
+        *_, image_key, label_key, _, _, _ = self.arguments
+        record = self._record(index)
+        return b"%d " % record[label_key] + record[image_key]
+
     def is_labelled(self) -> bool:
         """Whether the split has labels; some data sets publish one without, as -1."""
         errors = []

@@ -36,7 +36,10 @@ def _is_needed(record: logging.LogRecord) -> bool:
 def data_dir_of(request: Request) -> Path:
     """The folder of TFDS: the request's, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(request.data_dir or default).expanduser()
+    try:
+        return Path(request.data_dir or default).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{error} Name a folder with --config.data.data_dir") from error
 
 
 class Name(NamedTuple):

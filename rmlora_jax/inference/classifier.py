@@ -12,13 +12,14 @@ from scipy.special import softmax
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError, progress
 from rmlora_jax.files import read_object
-from rmlora_jax.hub.info import Info, check_fits, read_info
+from rmlora_jax.hub.info import FILE, Info, check_fits, read_info
 from rmlora_jax.hub.peft_config import CONFIG_FILE, find_base, read_config
 from rmlora_jax.hub.peft_read import load_peft, stored_labels
 from rmlora_jax.hub.pretrained import Pretrained, load_pretrained
 from rmlora_jax.hub.source import CONFIG
 from rmlora_jax.hub.weights import some
 from rmlora_jax.inference.inputs import READERS
+from rmlora_jax.models.attention import blaming
 from rmlora_jax.models.family import IMAGES
 
 ADAPTER, MERGED = "adapter", "merged"  # folders of a run
@@ -226,7 +227,8 @@ class Classifier:
         few = len(names) <= 4 * batch_size  # done before a person could read a bar
         with progress(len(names), "predicting", " inputs", disable=few) as bar:
             for ids, arguments in batches:
-                logits[ids] = np.asarray(self.forward(self.params, *arguments))[: len(ids)]
+                with blaming(self.info.dtype, f"the model's {FILE}, dtype"):
+                    logits[ids] = np.asarray(self.forward(self.params, *arguments))[: len(ids)]
                 done[ids] = True
                 bar.update(len(ids))
         return [name for name, good in zip(names, done, strict=True) if good], logits[done]

@@ -2,9 +2,10 @@
 
 import csv
 import io
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from rmlora_jax.data.folder import is_image
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import is_writable, write_bytes_atomic
-from rmlora_jax.inference.classifier import NotFinite, Prediction, load
+from rmlora_jax.inference.classifier import Classifier, NotFinite, Prediction, load
 
 FILE = "predictions.csv"
 CACHE = "~/.cache/rmlora_jax/xla"  # of compiled programs; the trainer's, unless it was told another
@@ -22,7 +23,12 @@ WIDTH = 60  # letters of an input on the terminal
 
 
 def predict(
-    workdir: str | None, values: Sequence[str], *, top: int = 1, out: str | None = None
+    workdir: str | None,
+    values: Sequence[str],
+    *,
+    top: int = 1,
+    out: str | None = None,
+    find: Callable[[str], Classifier] = load,
 ) -> int:
     """Predicts, prints and writes; returns the exit status, 1 if an input has no prediction.
 
@@ -32,6 +38,7 @@ def predict(
       top: classes of each input.
       out: CSV file with the columns input, label and probability, or input and value; a pair of
         texts is joined by a tab. Default: ``predictions.csv`` in ``workdir``.
+      find: workdir -> the model.
 
     Raises:
       UserError: nothing can be predicted, in words for the terminal.
@@ -41,10 +48,11 @@ def predict(
         raise UserError("whose predictions? Type python run.py --workdir=DIR --predict ...")
     if not values:
         raise UserError(f"nothing to predict: type python run.py --workdir={workdir} --predict ...")
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(CACHE).expanduser()))
+    cache = Path(os.path.expanduser(CACHE))
+    if jax.config.jax_compilation_cache_dir is None and is_writable(cache):
+        jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    model = load(workdir)
+    model = find(workdir)
     file = _writable(Path(out).expanduser() if out else Path(workdir).expanduser() / FILE)
     inputs = model.read.from_arguments(values)
 

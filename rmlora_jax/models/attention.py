@@ -1,10 +1,13 @@
 """Scaled dot-product attention: which kernel runs it, and the padding that cuDNN's kernel needs."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
+
+from rmlora_jax.errors import UserError, first_line
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 Kernel = Literal["xla", "cudnn"]
@@ -105,6 +108,24 @@ def batched_alike(*arrays):
     """
     zero = jnp.int32(0) * sum(x[:, 0, 0, 0] > 0 for x in arrays)
     return *(x + zero.astype(x.dtype)[:, None, None, None] for x in arrays), zero
+
+
+@contextlib.contextmanager
+def blaming(dtype: str, field: str) -> Iterator[None]:
+    """Turns an error of the compiler into a UserError that names ``field``, if it is the fault of
+    the dtype: a small attention of it does not compile on the default device either."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as failed:
+        x = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.dtype(dtype))
+        try:
+            jax.jit(attend).lower(x, x, x).compile()
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(
+                f"{field}={dtype!r}: a {jax.default_backend()} does not compute it "
+                f"({first_line(error)}); give float32 or bfloat16"
+            ) from failed
+        raise
 
 
 def chosen(implementation: str, dtype, head_dim: int) -> Kernel:

@@ -1,5 +1,6 @@
 """How many runs fit into the memory of a device at once."""
 
+import errno
 import os
 from collections.abc import Callable
 
@@ -28,8 +29,18 @@ def available() -> int:
 
 
 def is_short(error: Exception) -> bool:
-    """Whether an error of XLA says that memory is exhausted."""
-    return "RESOURCE_EXHAUSTED" in str(error)
+    """Whether an error says that the memory of a device or of the host is exhausted.
+
+    >>> is_short(MemoryError()), is_short(OSError(errno.ENOSPC, "No space left on device"))
+    (True, False)
+    """
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = str(error).lower()
+    short = "resource_exhausted" in words or "out of memory" in words
+    return short and isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def largest(

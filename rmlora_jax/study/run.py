@@ -8,7 +8,7 @@ from typing import Any
 from rmlora_jax.config import ConfigDict
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.files import write_text_atomic
+from rmlora_jax.files import placed, write_text_atomic
 from rmlora_jax.report.records import duration
 from rmlora_jax.report.style import text_table
 from rmlora_jax.study import plan, program, tables
@@ -38,7 +38,7 @@ def run_study(
     """
     study, bases = check_study(given)
     cells = plan.cells(study, dict.fromkeys(task for task, *_ in bases))
-    workdir = Path(workdir).absolute()
+    workdir = placed(workdir)
     file = workdir / ROWS
 
     def program_of(cell: Cell) -> program.Program:

@@ -21,14 +21,14 @@ from jax.experimental import multihost_utils
 from rmlora_jax.config import ConfigDict
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run as Config
-from rmlora_jax.files import read_json, write_json
+from rmlora_jax.files import placed, read_json, write_json
 from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.report.records import amount
 from rmlora_jax.report.sweep import write_sweep_report
 from rmlora_jax.sweep import many
 from rmlora_jax.sweep.grid import Run, check_config, runs
-from rmlora_jax.train import checkpoint, finished, loop, setup, terminal
+from rmlora_jax.train import checkpoint, finished, loop, record, setup, shortage, terminal
 from rmlora_jax.train.evaluate import Steps, compile_steps
 from rmlora_jax.train.step import State
 from rmlora_jax.train.workdir import as_begun, check_workdir, opened
@@ -50,7 +50,7 @@ def train(config: ConfigDict | Config, workdir: Path) -> dict:
       UserError: as `loop.train`.
     """
     checked = check_config(config, there=True)
-    workdir = Path(workdir).absolute()
+    workdir = placed(workdir)
     with opened(workdir):
         return _train(checked, workdir)
 
@@ -66,14 +66,18 @@ def _train(config: Config, workdir: Path) -> dict:
         return summary
     loop.use_compilation_cache(config.compilation_cache)
     every = runs(config)
-    base = setup.open_base(config, all_devices(config.parallel, fsdp=config.fsdp))
+    devices = all_devices(config.parallel, fsdp=config.fsdp)
+    with shortage.in_two_lines(config, devices, workdir):
+        base = setup.open_base(config, devices)
     many.check_frozen(base)
+    read = record.record_of(base)
+    record.check_record(workdir, read)
     for run in every:
         check_workdir(run.config, workdir / run.name)
     if leader:
-        loop.write_config(workdir, config)
+        loop.write_beginning(workdir, config, read)
         for run in every:
-            loop.write_config(workdir / run.name, run.config)
+            loop.write_beginning(workdir / run.name, run.config, read, base.problem.info)
         first, last = every[0].name, every[-1].name
         words = f"{len(every)}: {first} to {last}" if every[1:] else first
         print(loop.header(base, workdir, runs=words), flush=True)
@@ -214,6 +218,8 @@ def train_chunk(chunk: Sequence[Run], programs: Programs, workdir: Path, began: 
         try:
             loop.train_program(job, state, steps, keeper, folders, began)
         except jax.errors.JaxRuntimeError as e:
+            if memory.is_short(e) and len(chunk) == 1:
+                raise UserError(shortage.Plan(base.config, base.devices).words()) from e
             if memory.is_short(e):
                 raise UserError(
                     f"{len(chunk)} runs at once are out of memory after all; type "

@@ -193,7 +193,11 @@ def open_feed(
     mean, std = pretrained.image_mean, pretrained.image_std
     prepare_train, prepare_eval = preparation(config, storage, resize, size, mean, std)
     absent = () if counted is None else task.absent_classes(counted, tuple(images.class_names))
-    return task.Feed(sizes, train, evaluate, resident, prepare_train, prepare_eval, absent=absent)
+    content = {name: data.content_of(split) for name, split in splits.items()}
+    return task.Feed(
+        sizes, train, evaluate, resident, prepare_train, prepare_eval, absent=absent,
+        content=content,
+    )
 
 
 def preparation(

@@ -4,6 +4,7 @@ A new task is one file in this folder and one line of the registry in ``tasks/__
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 
 from rmlora_jax import data, methods
-from rmlora_jax.config import Mistake, flatten, leaves
+from rmlora_jax.config import Mistake, flatten, leaves, with_values
 from rmlora_jax.data.dataset import Kind
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
@@ -86,6 +87,7 @@ class Feed(NamedTuple):
     unlabelled: tuple[str, ...] = ()  # splits that are predicted only
     absent: tuple[str, ...] = ()  # classes without a training example
     varies: bool = False  # whether batches differ in shape
+    content: Mapping[str, str] = {}  # what was read -> its hash, see `train.record`
 
     @property
     def train_size(self) -> int:
@@ -398,14 +400,31 @@ def missing_adapter(c: Run) -> Iterator[str]:
 
 
 def closed_caches(c: Run) -> Iterator[str]:
-    """Cache folders that the user named and that cannot be written. A default one may be absent."""
-    flat = flatten(c)
-    for path, leaf in leaves(type(c)).items():
-        own = flat[path]
-        named = leaf.spec.cache and own not in ("", leaf.default)
-        if named and not is_writable(Path(own).expanduser()):
+    """Cache folders that the user named and that cannot be written. For default ones, see
+    `without_closed`."""
+    known = leaves(type(c))
+    for path, own in _closed(c).items():
+        if own != known[path].default:
             yield (f"config.{path}={own!r}: it cannot be written; give another folder, or '' for "
                    "none")
+
+
+def without_closed(c: Run) -> Run:
+    """The config without cache folders that cannot be written; a line says that there is none."""
+    closed = _closed(c)
+    if closed and jax.process_index() == 0:
+        print(f"note: nothing is kept in {', '.join(dict.fromkeys(closed.values()))}, which cannot "
+              "be written", flush=True)
+    return with_values(c, dict.fromkeys(closed, ""))
+
+
+def _closed(c: Run) -> dict[str, str]:
+    flat = flatten(c)
+    caches = {path: flat[path] for path, leaf in leaves(type(c)).items() if leaf.spec.cache}
+    return {
+        path: own for path, own in caches.items()
+        if own and not is_writable(Path(os.path.expanduser(own)))
+    }
 
 
 def architecture(c: Run, inputs: Inputs) -> tuple[Family, Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmlora_jax import data, hub
-from rmlora_jax.config import FREE, LARGE, Mistake, field
+from rmlora_jax.config import FREE, LARGE, PLACE, Mistake, field
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.models.family import TEXTS
@@ -37,9 +37,15 @@ class Text:
         "", "class that metric f1 is of, '#1': the second; '': that for GLUE, else the rarer one",
         before=SECOND,
     )
-    train_file: str | None = field(None, "CSV, TSV or JSON lines, in place of TFDS")
-    test_file: str | None = field(None, "None: a part of train_file is held out")
-    predict_file: str | None = field(None, "rows without labels, predicted at the end")
+    train_file: str | None = field(
+        None, "CSV, TSV or JSON lines, in place of TFDS", resume=PLACE
+    )
+    test_file: str | None = field(
+        None, "None: a part of train_file is held out", resume=PLACE
+    )
+    predict_file: str | None = field(
+        None, "rows without labels, predicted at the end", resume=PLACE
+    )
     apart: bool = field(
         True, "equal texts stay together when a part is held out, except GLUE's; False: rows alone",
         before=False,
@@ -271,6 +277,10 @@ def open_feed(config: Run, texts: data.TextDataset, tokenizer, model: Any) -> ta
         **task.process(),
     }
 
+    learnt = [name for name in splits if name not in texts.unlabelled]
+    content = {name: data.content_of(splits[name]) for name in learnt}
+    content["tokens"] = data.hash_of(*(x for name in learnt for x in tokens[name]))
+
     def train(step: int):
         return data.text_batches(
             tokens["train"],
@@ -298,6 +308,7 @@ def open_feed(config: Run, texts: data.TextDataset, tokenizer, model: Any) -> ta
         unlabelled=tuple(texts.unlabelled),
         absent=task.absent_classes(texts.train.labels, texts.label_names or ()),
         varies=True,
+        content=content,
     )
 
 

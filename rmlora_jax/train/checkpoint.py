@@ -5,6 +5,7 @@ validation and, while it trains, the latest two: it continues from the second if
 be read. A checkpoint that cannot be read is never deleted; it is moved to ``damaged/``.
 """
 
+import contextlib
 import io
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
@@ -24,7 +26,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 from rmlora_jax.adapt.diagonal import DIAGONAL
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.fields import Run
-from rmlora_jax.files import read_json, write_bytes_atomic
+from rmlora_jax.files import placed, read_json, write_bytes_atomic
 from rmlora_jax.optim.factors import ADAPTED, find_diagonals, find_factors, flatten
 from rmlora_jax.tasks.scores import higher_is_better
 from rmlora_jax.train.config import read_config
@@ -242,15 +244,35 @@ def by_score(manager: ocp.CheckpointManager) -> list[int]:
     return sorted(steps, key=lambda s: (score(manager.metrics(s)), s), reverse=True)
 
 
-def best_trainable(workdir: Path) -> dict:
-    """What a run trained, at its best step, on the host.
+def best_step(workdir: Path) -> int:
+    """The step of the best checkpoint so far. Nothing is changed, beside a run that trains.
+
+    Raises:
+      UserError: there is no checkpoint yet.
+    """
+    scores = {}
+    for folder in (workdir / "checkpoints").glob("*"):
+        if folder.name.isdigit() and not _wrong_figures(folder):
+            with contextlib.suppress(KeyError, TypeError):  # figures of another kind
+                scores[int(folder.name)] = score(read_json(folder / "metrics" / "metrics"))
+    if not scores:
+        raise UserError(f"{workdir} has no checkpoint yet; wait until its first evaluation")
+    return max(scores, key=lambda step: (scores[step], step))
+
+
+def best_trainable(workdir: Path, step: int | None = None) -> dict:
+    """What a run trained, at its best step or at ``step``, on the host.
 
     Raises:
       UserError: its checkpoints are damaged.
     """
-    with open_checkpoints(workdir) as manager:
-        folder = manager.directory / str(by_score(manager)[0]) / "default"
+    if step is None:
+        with open_checkpoints(workdir) as manager:
+            step = by_score(manager)[0]
+    folder = workdir / "checkpoints" / str(step) / "default"
     reader = ocp.StandardCheckpointer()
+    logger = logging.get_absl_logger()
+    logger.addFilter(_no_note)
     # On one device here, however many wrote it.
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
@@ -264,6 +286,13 @@ def best_trainable(workdir: Path) -> dict:
             f"the checkpoint {folder.parent} {damaged(e)}; put a copy of it back, or train again "
             "with another --workdir"
         ) from e
+    finally:
+        logger.removeFilter(_no_note)
+
+
+def _no_note(record) -> bool:
+    """Orbax notes the metadata of a step, which lie one folder above, as missing."""
+    return "Metadata file does not exist" not in str(record.msg)
 
 
 def read_base(workdir: Path, task: str, advice: str) -> tuple[Run, dict]:
@@ -273,7 +302,7 @@ def read_base(workdir: Path, task: str, advice: str) -> tuple[Run, dict]:
       UserError: ``workdir`` holds no such run, or one that trained a part of its model; ``advice``
         says how to make one.
     """
-    workdir = workdir.absolute()  # orbax takes no other
+    workdir = placed(workdir)  # orbax takes no relative path
     if not (workdir / "summary.json").is_file():
         raise UserError(f"config.model.source={str(workdir)!r} holds no finished run; {advice}")
     config = read_config(workdir)

@@ -1,17 +1,29 @@
 """The config of a run: the fields of every run, with the sections of all tasks and methods."""
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rmlora_jax import config as fields
 from rmlora_jax import methods, tasks
-from rmlora_jax.config import FIXED, GROWS, ConfigDict, field, flatten, leaves, nested
+from rmlora_jax.config import (
+    FIXED,
+    FREE,
+    GROWS,
+    PLACE,
+    ConfigDict,
+    Mistake,
+    field,
+    flatten,
+    leaves,
+    nested,
+)
 from rmlora_jax.errors import UserError, did_you_mean, first_line
 from rmlora_jax.fields import Run
-from rmlora_jax.files import plain, read_object
-from rmlora_jax.tasks.task import closed_caches
+from rmlora_jax.files import placed, plain, read_object
+from rmlora_jax.tasks.task import closed_caches, without_closed
 
 
 def _one_of(registry: Mapping[str, tasks.Task] | Mapping[str, methods.Method]) -> Any:
@@ -71,13 +83,24 @@ def resolve(given: Any, *, there: bool = False) -> Run:
     if isinstance(given, Run) and not there:
         return given
     config, wrong = mistakes(given)
-    if there and config.task in tasks.TASKS:
+    homeless = dict(_without_home(config)) if there else {}
+    wrong = homeless | wrong
+    if there and not homeless and config.task in tasks.TASKS:
         for line in (*tasks.TASKS[config.task].missing(config), *closed_caches(config)):
             name = line.partition("=")[0].removeprefix("config.")
             wrong.setdefault(name, line)
     if wrong:
         raise UserError("\n".join(wrong.values()))
-    return config
+    return without_closed(config) if there else config
+
+
+def _without_home(config: Run) -> Iterator[Mistake]:
+    """The paths that begin with ``~`` where there is no such home folder, a line each."""
+    known = leaves(RunConfig)
+    for path, value in flatten(config).items():
+        unknown = isinstance(value, str) and os.path.expanduser(value).startswith("~")
+        if unknown and not known[path].spec.cache:  # a cache is done without
+            yield path, f"config.{path}={value!r}: no such home folder; write the whole path"
 
 
 def mistakes(given: Any) -> tuple[Run, dict[str, str]]:
@@ -112,11 +135,13 @@ def read_config(workdir: Path) -> Run:
         raise UserError(f"{file} is not the config of a run ({why}); copy the folder again") from e
 
 
-def changes(old: dict, new: Any) -> tuple[list[str], list[str]]:
+def changes(old: dict, new: Any, *, recorded: bool = False) -> tuple[list[str], list[str]]:
     """The fields in which a continuation differs from its run, as ``field: old -> new``.
 
     First those that must not differ, then those that may. A field that is younger than the run has
-    its default there, or what runs had before it.
+    its default there, or what runs had before it. A path written in another way does not differ.
+    Another path may be given where the run has ``recorded`` what it read, since the record is
+    compared.
     """
     known = leaves(RunConfig)
     was = plain({path: leaf.before for path, leaf in known.items()} | flatten(old))
@@ -127,12 +152,40 @@ def changes(old: dict, new: Any) -> tuple[list[str], list[str]]:
             continue
         words = f"{path}: {was.get(path)!r} -> {now.get(path)!r}"
         rule = known[path].spec.resume if path in known else FIXED
+        if rule == PLACE:
+            both = bool(was.get(path) and now.get(path))
+            if both and same_place(was[path], now[path]):
+                continue
+            rule = FREE if both and recorded else FIXED
         why = needs_length(now) if rule == GROWS else None
         if rule == FIXED or why:
             refused.append(words + (f" ({why})" if why else ""))
         else:
             free.append(words)
     return refused, free
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two paths lead to one place.
+
+    >>> same_place("a.csv", "./b/../a.csv"), same_place("a.csv", "b.csv")
+    (True, False)
+    """
+    return os.path.realpath(placed(one)) == os.path.realpath(placed(other))
+
+
+def ways_on(config: Run, workdir: Path) -> str:
+    """What a person can type to train further than the finished run in ``workdir``."""
+    why = needs_length(flatten(config))
+    longer = f"its steps cannot grow: {why}" if why else "a larger --config.steps trains it longer"
+    method, adapter = methods.of(config), workdir / "adapter"
+    if method.continues and adapter.is_dir():
+        begin = f"--config.model.adapter={adapter}"
+    elif config.method == "full" and config.task != tasks.speech.NAME:
+        begin = f"--config.model.source={workdir / 'merged'}, after --export=merged,"
+    else:
+        return f"{longer}; another --workdir begins a new run"
+    return f"{longer}; {begin} and another --workdir begin a new run with what it learnt"
 
 
 def needs_length(flat: dict) -> str | None:

@@ -10,6 +10,8 @@ import numpy as np
 
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
+from rmlora_jax.models.attention import blaming
+from rmlora_jax.parallel.memory import needed
 from rmlora_jax.parallel.mesh import shard
 from rmlora_jax.tasks.task import Outputs, measured
 from rmlora_jax.train import nonfinite
@@ -47,14 +49,20 @@ class Steps(NamedTuple):
     def seconds(self) -> float:
         return self.train.seconds + self.evaluate.seconds
 
+    @property
+    def need(self) -> int:
+        """Bytes on a device that the larger of the compiled programs allocates; 0: unknown."""
+        return max(needed(program) for step in self for program in step.programs.values())
+
 
 def compile_steps(job: Job, state: State, start: int) -> Steps:
     """Both steps, compiled for the shapes of their first batches from step ``start`` on."""
     steps = Steps(Compiled(job.train_step), Compiled(job.eval_step))
-    batch = shard(next(iter(job.feed.train(start))), job.base.devices)
-    steps.train.program(state, job.constants, batch)
-    batch = shard(next(iter(job.feed.evaluate("validation"))), job.base.devices)
-    steps.evaluate.program(state.trainable, job.constants, batch)
+    with blaming(job.base.config.model.dtype, "config.model.dtype"):
+        batch = shard(next(iter(job.feed.train(start))), job.base.devices)
+        steps.train.program(state, job.constants, batch)
+        batch = shard(next(iter(job.feed.evaluate("validation"))), job.base.devices)
+        steps.evaluate.program(state.trainable, job.constants, batch)
     return steps
 
 

@@ -15,15 +15,17 @@ from rmlora_jax import config as fields
 from rmlora_jax import hub, methods
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.files import plain, write_json
-from rmlora_jax.hub.info import model_card, read_info, write_info
+from rmlora_jax.files import placed, plain, write_json
+from rmlora_jax.hub.info import FILE, TASKS, model_card, read_info, write_info
+from rmlora_jax.inference.classifier import Classifier, load
 from rmlora_jax.tasks.task import Outputs, Problem
 from rmlora_jax.train import nonfinite
-from rmlora_jax.train.checkpoint import best_trainable
+from rmlora_jax.train.checkpoint import best_step, best_trainable
 from rmlora_jax.train.config import flatten, read_config
 from rmlora_jax.train.evaluate import figures_of, final, reported, spectrum, tested
-from rmlora_jax.train.setup import Job
+from rmlora_jax.train.setup import Job, from_adapter
 from rmlora_jax.train.step import State, first_keys
+from rmlora_jax.train.workdir import has_checkpoints
 
 ADAPTER, MERGED = "adapter", "merged"
 MATRIX = PAIRS = 20  # classes of which the whole matrix is kept; pairs of classes that are kept
@@ -176,40 +178,99 @@ def joined(base: Mapping[str, Any], trainable: Mapping[str, Any]) -> dict:
 
 
 def export_merged(workdir: Path) -> Path:
-    """Writes ``merged/`` of a finished run: the whole model of its best step for transformers.
+    """Writes ``merged/`` of a run: the whole model of its best step for transformers.
 
-    Factors are added to the base's weights in float32, whatever ``model.base_dtype`` was.
+    Factors are added to the base's weights in float32, whatever ``model.base_dtype`` was. Of a run
+    that is not finished, it is the best step so far, which is printed.
 
     Raises:
-      UserError: there is no finished run, or transformers has no model of its kind.
+      UserError: there is no run, or transformers has no model of its kind.
     """
-    workdir = workdir.absolute()
+    workdir = placed(workdir)
     if not (workdir / "summary.json").is_file():
-        raise UserError(
-            f"{workdir} holds no finished run; type python run.py --config=... --workdir={workdir}"
-        )
+        found = unfinished(workdir)
+        if found is None:
+            raise UserError(
+                f"{workdir} holds no finished run; type python run.py --config=... "
+                f"--workdir={workdir}"
+            )
+        base, params, lora, info = found
+        params = params if lora is None else rm.merge(params, lora)
+    else:
+        config, info = read_config(workdir), _info(workdir)
+        if methods.of(config).adapts:
+            outputs, size = hub.stored_labels(workdir / ADAPTER), info.image_size
+            base = hub.load_pretrained(config.model.source, num_labels=outputs, image_size=size)
+            params = rm.merge(*hub.load_peft(workdir / ADAPTER, base))
+        else:
+            params, _, base = _of_checkpoint(config, info, best_trainable(workdir))
+    info = dataclasses.replace(info, about=info.about | {"card": model_card(base, info)})
+    return hub.save_model(workdir / MERGED, params, base, info=info, overwrite=True)
+
+
+def model_of(folder: str | Path) -> Classifier:
+    """The model of a run, finished or not, or of what else `hub.load` takes."""
+    found = unfinished(Path(folder))
+    return Classifier(*found) if found else load(folder)
+
+
+def unfinished(workdir: Path) -> tuple[hub.Pretrained, dict, rm.LoRA | None, hub.Info] | None:
+    """Base, parameters, description and use of the model of a run that is not finished, at its
+    best step so far, which is printed; None where the folder holds no such run.
+
+    Raises:
+      UserError: the run has no checkpoint yet, or its method has no model of its own.
+    """
+    workdir = placed(workdir)
+    saved = has_checkpoints(workdir)
+    if not saved or (workdir / "summary.json").exists() or not (workdir / "config.json").exists():
+        return None
+    config = read_config(workdir)
+    if config.is_sweep:
+        raise UserError(f"{workdir} holds a sweep that is not finished; the same command goes on")
+    info, step = _info(workdir), best_step(workdir)
+    params, lora, base = _of_checkpoint(config, info, best_trainable(workdir, step))
+    print(f"note: this run is not finished; its model is that of step {step:,}, the best so far",
+          flush=True)
+    about = {"data": config.data.name, "method": config.method, "step": step,
+             "config": fields.nested(flatten(config))}
+    return base, params, lora, dataclasses.replace(info, about=about)
+
+
+def _info(workdir: Path) -> hub.Info:
+    """What the model of a run is for.
+
+    Raises:
+      UserError: it is not one that transformers has.
+    """
     config, info = read_config(workdir), read_info(workdir)
     inserted = methods.of(config).insert is not None
+    done = (workdir / "summary.json").exists()
+    if info is None and not inserted and not done and config.task in TASKS:
+        raise UserError(f"{workdir} has no {FILE}: a run of an earlier version can be used when it "
+                        "is finished; the same command goes on")
     if inserted or info is None:
         what = f"method {config.method}" if inserted else f"task {config.task}"
         raise UserError(f"{workdir}: {what} has no model in transformers; it stays a run of ours")
-    size = info.image_size
-    if methods.of(config).adapts:
-        outputs = hub.stored_labels(workdir / ADAPTER)
-        base = hub.load_pretrained(config.model.source, num_labels=outputs, image_size=size)
-        params = rm.merge(*hub.load_peft(workdir / ADAPTER, base))
-    else:
-        trainable = best_trainable(workdir)
-        head: Any = flatten_dict(trainable, sep="/").get("head/bias")
-        outputs = None if head is None else len(head)
-        head_key, _ = first_keys(config.seed)
-        base = hub.load_pretrained(
-            config.model.source,
-            num_labels=outputs,
-            labels=info.labels,
-            image_size=size,
-            key=head_key,
-        )
-        params = joined(base.params, trainable)
-    info = dataclasses.replace(info, about=info.about | {"card": model_card(base, info)})
-    return hub.save_model(workdir / MERGED, params, base, info=info, overwrite=True)
+    return info
+
+
+def _of_checkpoint(
+    config: Run, info: hub.Info, trainable: Mapping[str, Any]
+) -> tuple[dict, rm.LoRA | None, hub.Pretrained]:
+    """Parameters, description and base of a run's model, from what a checkpoint holds."""
+    head: Any = flatten_dict(trainable, sep="/").get("head/bias")
+    head_key, _ = first_keys(config.seed)
+    base = hub.load_pretrained(
+        config.model.source,
+        num_labels=info.outputs if head is None else len(head),
+        labels=info.labels,
+        image_size=info.image_size,
+        key=head_key,
+    )
+    if not methods.of(config).adapts:
+        return joined(base.params, trainable), None, base
+    params, lora = base.params, methods.description(config)
+    if config.model.adapter:
+        params, lora = from_adapter(config, base, info)
+    return joined(params, trainable), lora, base

@@ -6,6 +6,7 @@ The same folder again continues where it stopped.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,18 +21,19 @@ from rmlora_jax import methods
 from rmlora_jax.config import ConfigDict
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.files import read_json, write_json
+from rmlora_jax.files import is_writable, placed, read_json, write_json
+from rmlora_jax.hub.info import Info, write_info
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.report.records import read_metrics
 from rmlora_jax.report.run import verdict, write_report
 from rmlora_jax.stopping import Stopped, watch
 from rmlora_jax.tasks.task import measured
-from rmlora_jax.train import checkpoint, finished, nonfinite, setup, terminal
-from rmlora_jax.train.config import flatten, resolve
+from rmlora_jax.train import checkpoint, finished, nonfinite, record, setup, shortage, terminal
+from rmlora_jax.train.config import flatten, resolve, ways_on
 from rmlora_jax.train.evaluate import Steps, compile_steps, evaluate, spectrum, unanswered
 from rmlora_jax.train.metrics import MetricWriter
 from rmlora_jax.train.step import State, updates_done
-from rmlora_jax.train.workdir import as_begun, check_nothing_lost, check_workdir, opened
+from rmlora_jax.train.workdir import RECORD, as_begun, check_nothing_lost, check_workdir, opened
 
 
 def train(config: ConfigDict | Run, workdir: Path) -> dict:
@@ -43,7 +45,7 @@ def train(config: ConfigDict | Run, workdir: Path) -> dict:
     run = resolve(config, there=True)
     if run.is_sweep:
         raise ValueError("loop.train is for a single run: call sweep.train")
-    workdir = Path(workdir).absolute()
+    workdir = placed(workdir)
     with opened(workdir):
         return _train(run, workdir)
 
@@ -57,40 +59,49 @@ def _train(config: Run, workdir: Path) -> dict:
         summary = read_json(workdir / "summary.json")
         if leader and not (workdir / "report.png").exists():  # killed between the two
             write_report(workdir)
-        print("this run is finished; another --workdir starts a new one")
+        print(f"this run is finished; {ways_on(config, workdir)}")
         print(ending(summary, workdir), flush=True)
         return summary
     use_compilation_cache(config.compilation_cache)
     devices = all_devices(config.parallel, fsdp=config.fsdp)
-    job = setup.build(config, devices)
+    with shortage.in_two_lines(config, devices, workdir) as plan:
+        job = setup.build(config, devices)
+        read = record.record_of(job.base)
+        record.check_record(workdir, read)
 
-    with checkpoint.open_checkpoints(workdir) as manager:
-        found, start = checkpoint.newest(manager, job.state)
-        state = job.state if found is None else found
-        if not start:
-            check_nothing_lost(workdir)
-        if start > job.steps:
-            raise UserError(
-                f"{workdir} is at step {start:,} already, and this config ends at {job.steps:,}; "
-                f"type --config.steps={start} or more, or give another --workdir"
-            )
-        if leader:
-            (workdir / "summary.json").unlink(missing_ok=True)  # of a run that goes on
-            write_config(workdir, config)
-            print(header(job.base, workdir, start=start), flush=True)
-        compiled = compile_steps(job, state, start)
-        if leader:
-            print(f"compiled in {terminal.duration(compiled.seconds)}", flush=True)
-        keeper = checkpoint.Keeper(manager, job.problem.metrics[0])
-        (summary,) = train_program(job, state, compiled, keeper, [workdir], began)
+        with checkpoint.open_checkpoints(workdir) as manager:
+            found, start = checkpoint.newest(manager, job.state)
+            state = job.state if found is None else found
+            if not start:
+                check_nothing_lost(workdir)
+            if start > job.steps:
+                raise UserError(
+                    f"{workdir} is at step {start:,} already, and this config ends at "
+                    f"{job.steps:,}; type --config.steps={start} or more, or give another --workdir"
+                )
+            if leader:
+                print(header(job.base, workdir, start=start), flush=True)
+            compiled = compile_steps(job, state, start)
+            plan.check(compiled)
+            if leader:  # no earlier: what does not compile or fit leaves nothing behind
+                (workdir / "summary.json").unlink(missing_ok=True)  # of a run that goes on
+                write_beginning(workdir, config, read, job.problem.info)
+                print(f"compiled in {terminal.duration(compiled.seconds)}", flush=True)
+            keeper = checkpoint.Keeper(manager, job.problem.metrics[0])
+            (summary,) = train_program(job, state, compiled, keeper, [workdir], began)
     if leader:
         write_report(workdir)
         print(ending(summary, workdir), flush=True)
     return summary
 
 
-def write_config(workdir: Path, config: Run) -> None:
+def write_beginning(workdir: Path, config: Run, read: dict, info: Info | None = None) -> None:
+    """Writes what a run is, before its first step: what it read, its config, and what its model is
+    for, so that the model of a checkpoint can be used."""
+    write_json(workdir / RECORD, read)
     write_json(workdir / "config.json", fields.nested(flatten(config)))
+    if info is not None:
+        write_info(workdir, info)
 
 
 def train_program(
@@ -296,6 +307,7 @@ def mean_of(metrics: list[dict]) -> dict[str, Any]:
 
 def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs on disk, so that the next start of the same run is quick."""
-    if folder:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+    place = Path(os.path.expanduser(folder))
+    if folder and is_writable(place):
+        jax.config.update("jax_compilation_cache_dir", str(place))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -16,6 +16,7 @@ For that to hold write a step's line before its checkpoint.
 import json
 import os
 import pathlib
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from rmlora_jax.files import plain, write_text_atomic
 from rmlora_jax.report.records import INTRINSIC, METRICS, read_lines
 from rmlora_jax.train.checkpoint import drop_snapshots
 
+EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d{10,11})\b")
 EVENTS = "tensorboard"
 FLUSH_SECONDS = 10.0  # how late TensorBoard may be
 
@@ -179,11 +181,11 @@ def open_events(folder: pathlib.Path, start_step: int) -> Any:
     from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore (generated)
 
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = any(folder.iterdir())
-    # TensorBoard reads files in the order of their names, which have the second; this is what
-    # keeps a process that begins within the same one from writing over the file before.
-    fraction = f".{time.time_ns() % 10**9:09}"
-    writer = EventsWriter(str(folder / "events"), fraction)
+    # TensorBoard reads files in the order of their names. Ours begin with a time in seconds that is
+    # after those of all earlier processes, whatever the clock says.
+    earlier = [match for file in folder.iterdir() if (match := EVENT_FILE.match(file.name))]
+    seconds = max([int(time.time()), *(int(match[1]) + 1 for match in earlier)])
+    writer = EventsWriter(str(folder / f"events.out.tfevents.{seconds:010}"))  # and more
     if earlier:
         first = start_step + 1 if start_step > 0 else 0
         start = SessionLog(status=SessionLog.START)

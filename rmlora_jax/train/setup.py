@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from rmlora_jax.files import read_object
 from rmlora_jax.hub.pretrained import label_names
 from rmlora_jax.hub.source import CONFIG
 from rmlora_jax.models.blocks import with_inserts
+from rmlora_jax.models.family import flat_params
 from rmlora_jax.parallel.mesh import (
     Devices,
     check_divisible,
@@ -146,10 +147,11 @@ def open_base(config: Run, devices: Devices) -> Base:
     notes = [*problem.notes]
     if config.model.adapter:
         found = f"goes on from {config.model.adapter}: {lora.rank=}, {lora.alpha=}, {lora.target=}"
-        notes += [found.replace("lora.", ""), *adapter_head(config, problem)[1]]
+        notes += [found.replace("lora.", ""), *adapter_head(config, *continued(problem))[1]]
 
+    notes += size_notes(config, trainable, frozen)
     feed = problem.open_feed()
-    check_same("the data", (feed.sizes, problem.skipped))
+    check_same("the data", (feed.sizes, problem.skipped, *feed.content.values()))
     notes += data_notes(problem, feed, config.batch_size)
     problem = problem._replace(notes=tuple(notes))
     steps = config.steps or max(1, round(config.epochs * feed.train_size / config.batch_size))
@@ -174,6 +176,36 @@ def open_base(config: Run, devices: Devices) -> Base:
         total_parameters=count(params),
         trainable_parameters=count(trainable),
     )
+
+
+def size_notes(config: Run, trainable: Any, frozen: Any) -> Iterator[str]:
+    """What a person should know of ranks and sizes before a run with factors starts."""
+    if not methods.of(config).adapts:
+        return
+    flat = flat_params(trainable)
+    shapes = {
+        path.removesuffix("/lora_a"): (x.shape, flat[path.removesuffix("a") + "b"].shape)
+        for path, x in flat.items() if path.endswith("/lora_a")
+    }
+    small = {path: side for path, (a, b) in shapes.items() if (side := smaller_side(a, b)) < a[-1]}
+    for path, side in [*small.items()][:1]:
+        yield (f"the rank is above the smaller side of {len(small)} of {len(shapes)} adapted "
+               f"weights, whose products cannot have it ({path}: rank {shapes[path][0][-1]}, side "
+               f"{side}); lower the rank")
+    if count(trainable) > count(frozen):
+        yield (f"more is trained ({count(trainable):,} parameters) than frozen "
+               f"({count(frozen):,}); lower the rank, or type --config.method=full")
+
+
+def smaller_side(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """Of the weight whose factors are A (*stack, *in, rank) and B (*stack, rank, *out).
+
+    >>> smaller_side((12, 768, 4), (12, 4, 12, 64)), smaller_side((8, 16), (16, 2))
+    (768, 2)
+    """
+    fit = (d for d in range(len(a) - 1) if (*a[:d], a[-1]) == b[: d + 1])
+    depth = max(fit, default=0)
+    return min(math.prod(a[depth:-1]), math.prod(b[depth + 1 :]))
 
 
 def count(tree: Any) -> int:
@@ -205,7 +237,8 @@ def with_new(
     """Description, adapted model, and pretrained parameters with what the method adds to them:
     factors, new or of ``model.adapter``, bottlenecks or prefixes."""
     if config.model.adapter:
-        params, lora = from_adapter(config, problem, params)
+        base, info = continued(problem)
+        params, lora = from_adapter(config, base._replace(params=params), info)
         return lora, rm.adapt(problem.model, lora), params
     lora = methods.description(config)
     adapted = rm.adapt(problem.model, lora)
@@ -214,10 +247,18 @@ def with_new(
     return lora, adapted, rm.attach(key, adapted, params, *problem.example)
 
 
-def adapter_head(config: Run, problem: Problem) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-    """`hub.class_order` of ``model.adapter``, whether it holds a head or factors of the base's."""
-    folder, base, info = Path(config.model.adapter).expanduser(), problem.pretrained, problem.info
+def continued(problem: Problem) -> tuple[hub.Pretrained, hub.Info]:
+    """The base and the use of a problem that goes on from an adapter."""
+    base, info = problem.pretrained, problem.info
     assert base is not None and info is not None  # the task's check refuses model.adapter otherwise
+    return base, info
+
+
+def adapter_head(
+    config: Run, base: hub.Pretrained, info: hub.Info
+) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
+    """`hub.class_order` of ``model.adapter``, whether it holds a head or factors of the base's."""
+    folder = Path(config.model.adapter).expanduser()
     stored, own = hub.stored_labels(folder), hub.read_info(folder)
     # PEFT writes no names: as in transformers, the base's then stand for the adapter's.
     names = own.labels if own else label_names(read_object(base.folder / CONFIG), stored or 0)
@@ -229,15 +270,15 @@ def adapter_head(config: Run, problem: Problem) -> tuple[tuple[int, ...] | None,
     return order, () if stored is None else notes
 
 
-def from_adapter(config: Run, problem: Problem, params: dict) -> tuple[dict, rm.LoRA]:
-    """The factors of ``model.adapter``, and its head where that is for the same classes.
+def from_adapter(config: Run, base: hub.Pretrained, info: hub.Info) -> tuple[dict, rm.LoRA]:
+    """The parameters of ``base`` with the factors of ``model.adapter``, and with its head where
+    that is for the same classes.
 
     Raises:
       UserError: the method cannot go on from factors of that kind.
     """
-    folder, base = Path(config.model.adapter).expanduser(), problem.pretrained
-    assert base is not None
-    order, _ = adapter_head(config, problem)
+    folder, params = Path(config.model.adapter).expanduser(), base.params
+    order, _ = adapter_head(config, base, info)
     whole = order is not None and hub.stored_labels(folder) is not None
     if order is not None:  # factors of the head have the adapter's order
         params = hub.with_head_order(params, np.argsort(order).tolist())

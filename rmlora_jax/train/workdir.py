@@ -31,7 +31,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import read_object
 from rmlora_jax.report.records import read_metrics
-from rmlora_jax.train.config import changes
+from rmlora_jax.train.config import changes, ways_on
 
 # Errors that only a writer can get.
 ADVICE = {
@@ -42,6 +42,8 @@ ADVICE = {
 }
 
 FILE = ".lock"
+RECORD = "data.json"  # what the run read, see `train.record`
+LENGTHS = ("steps:", "epochs:")  # changes that make a run longer
 PATIENCE = 1.0  # seconds in which the holder has written who it is
 
 
@@ -66,8 +68,9 @@ def opened(workdir: Path, *, alone: bool = False) -> Iterator[None]:
         with in_plain_words(workdir), held(workdir, alone=alone):
             yield
     except UserError:
-        with contextlib.suppress(OSError):
-            workdir.rmdir()  # which only an empty folder can be
+        for folder in (workdir / "checkpoints", workdir):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # which only an empty folder can be
         raise
 
 
@@ -88,17 +91,34 @@ def check_workdir(config: Run, workdir: Path) -> bool:
             )
         return False
     try:
-        refused, free = changes(read_object(file), config)
+        recorded = (workdir / RECORD).exists()
+        refused, free = changes(read_object(file), config, recorded=recorded)
     except (ValueError, OSError, RecursionError) as e:
         raise UserError(f"{file} is not a config ({e}); give another --workdir") from e
     if refused:
+        advice = "Give its config to continue that run, or another --workdir to start a new one"
+        if all(change.startswith(LENGTHS) for change in refused):
+            advice = ways_on(config, workdir)
         raise UserError(
-            f"{workdir} holds a run with another config: {'; '.join(refused)}\n"
-            "Give the same config to continue that run, or another --workdir to start a new one"
+            f"{workdir} holds a run with another config: {'; '.join(refused)}\n{advice}"
         )
     if free and jax.process_index() == 0:
         print(f"continues with {'; '.join(free)}", flush=True)
-    return any(change.startswith(("steps:", "epochs:")) for change in free)
+    return any(change.startswith(LENGTHS) for change in free)
+
+
+def forget(workdir: Path) -> None:
+    """Frees the folder of a run or a sweep without a checkpoint for another config."""
+    if not has_checkpoints(workdir):
+        for folder in (workdir, *workdir.glob("*/")):
+            for name in ("config.json", RECORD):
+                (folder / name).unlink(missing_ok=True)
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether anything of a run, or of a run of a sweep, was saved."""
+    saved = (*workdir.glob("checkpoints/*"), *workdir.glob("*/checkpoints/*"))
+    return any(p.name.isdigit() for p in saved)
 
 
 def as_begun(config: Run, workdir: Path) -> Run:

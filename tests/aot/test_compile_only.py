@@ -19,7 +19,6 @@ from rmlora_jax.aot.compile_only import (
     compile_only,
     open_shapes,
     refused,
-    smaller,
 )
 from rmlora_jax.aot.counts import Collective
 from rmlora_jax.aot.topology import CHIPS, chip_of, tpu_devices
@@ -33,6 +32,7 @@ from rmlora_jax.sweep import many
 from rmlora_jax.sweep.grid import runs
 from rmlora_jax.train import setup
 from rmlora_jax.train.config import default_config, resolve, use_glue
+from rmlora_jax.train.shortage import smaller
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -285,7 +285,8 @@ def test_what_a_sweep_leaves(whole):
     workdir, summary = whole
     assert summary["sweep"] == SEEDS and list(summary["runs"]) == names(workdir)
     assert {p.name for p in workdir.iterdir()} == {
-        *names(workdir), "config.json", "summary.json", "sweep.md", "sweep.png"}
+        *names(workdir), "config.json", "data.json", "summary.json", "sweep.md",
+        "sweep.png"}
     table = (workdir / "sweep.md").read_text()
     lines = table.splitlines()[6:]
     assert all(line.startswith(f"|    {i} |") for i, line in enumerate(lines[:SEEDS]))
