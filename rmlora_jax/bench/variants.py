@@ -24,6 +24,7 @@ from rmlora_jax.bench.models import (
     random_params,
     tokens,
 )
+from rmlora_jax.optim.factors import ADAPTED
 from rmlora_jax.optim.precision import clip_by_norm
 from rmlora_jax.parallel import memory
 
@@ -100,7 +101,9 @@ def _method(name: str, rank: int, target: str, execution: str):
         return rm.LoRA(rank, **fields), clipped
     if name in HALVES:
         penalty, keep = HALVES[name]
-        return rm.LoRA(rank, **fields), rm.rm_lora(LEARNING_RATE, penalty=penalty, keep=keep)
+        return rm.LoRA(rank, **fields), rm.rm_lora(
+            LEARNING_RATE, penalty=penalty, keep=keep, factors=ADAPTED
+        )
     if name == "adalora":
         plan = {"total_steps": 1000, "initial_steps": 0, "final_steps": 100, "every": 10}
         return rm.AdaLoRA(rank, **fields), rm.adalora(LEARNING_RATE, target=rank / 2, **plan)

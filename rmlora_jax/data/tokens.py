@@ -96,7 +96,7 @@ def check_tables(tokens: Tokens, tokenizer, model: Any, name: Callable[[int], st
         token = tokenizer.convert_ids_to_tokens(number)
         raise UserError(f"{example(wrong[0])}: token {token!r} has number {number}, but the "
                         f"model's vocab_size is {rows}; {fit}, or leave such words out")
-    rows = model.type_vocab_size
+    rows = getattr(model, "type_vocab_size", 0)
     if rows and (wrong := np.flatnonzero(tokens.types >= rows)).size:
         raise UserError(f"{example(wrong[0])}: the tokenizer gives token type "
                         f"{tokens.types[wrong[0]]}, but the model's type_vocab_size is {rows}; "

@@ -154,7 +154,7 @@ def figures(config: Run, trainable: Any, state: Any) -> dict[str, jax.Array]:
     if adapts or masks(config):
         found["kept_fraction"] = rm.kept_fraction(state)
     if adapts:
-        found["penalty"] = rm.orthogonality(trainable, kind=config.own(Rm).kind)
+        found["penalty"] = rm.orthogonality(trainable, kind=config.own(Rm).kind, factors=ADAPTED)
     if of(config).gated:
         found["open_directions"] = surviving(trainable)["surviving_directions"]
     return found

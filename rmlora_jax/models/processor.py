@@ -62,7 +62,7 @@ class Resize(NamedTuple):
             )
 
     def image(self, image: Image.Image) -> Image.Image:
-        """The square of an image in gray or RGB. Raises a ValueError as `check` does."""
+        """The square of an image in gray or RGB. Raises a ValueError as ``check`` does."""
         self.check(image.height, image.width)
         height, width = self.resized(image.height, image.width)
         image = image.resize((width, height), self.resample)

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmlora_jax.optim.factors import Diagonal, find_diagonals, flatten, is_absent, map_leaves
+from rmlora_jax.optim.factors import (
+    ADAPTED,
+    Diagonal,
+    find_diagonals,
+    flatten,
+    is_absent,
+    map_leaves,
+)
 from rmlora_jax.optim.orthogonality import add_orthogonality
 from rmlora_jax.optim.precision import (
     check_integer,
@@ -110,7 +117,8 @@ def adalora(
         beta1=beta1,
         beta2=beta2,
     )
-    return in_float32(optax.chain(add_orthogonality(orthogonal), clip_by_norm(clip), allocated))
+    penalty = add_orthogonality(orthogonal, factors=ADAPTED)
+    return in_float32(optax.chain(penalty, clip_by_norm(clip), allocated))
 
 
 def allocate_rank(

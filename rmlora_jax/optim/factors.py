@@ -17,8 +17,9 @@ import optax
 # What ends the path of A and of B: Linen and nnx.LoRA siblings, Qwix's suffixes, Gemma's scope.
 DEFAULT_FACTORS = (r"lora_a|lora/a", r"lora_b|lora/b")
 
-# The factors that ``adapt`` makes: their axes are known, whatever their sizes.
-ADAPTED = (*DEFAULT_FACTORS, "...ir,...ro")
+# The factors that ``adapt`` makes: their axes stand in the usual order, whatever their sizes.
+USUAL = "...ir", "...ro"
+ADAPTED = (*DEFAULT_FACTORS, ",".join(USUAL))
 
 FactorNames = str | tuple[str, str] | tuple[str, str, int | str] | None
 
@@ -126,9 +127,10 @@ def find_factors(tree: Any, factors: FactorNames = None) -> list[Factor]:
         the start of a component or from behind an underscore; A and B must have the same path
         before the match. A triple ``(a, b, k)`` also states the number k of leading stack axes,
         or ``(a, b, axes)`` all axes, one letter each: r is the rank, other letters in both are
-        stack axes, ``...`` at the front any number of them. ``"ri,or"`` is PyTorch's and Equinox's
-        order, ``"ilr,rlo"`` has layers l on axis 1. One regular expression names leaves that stand
-        alone and is matched against the whole path.
+        stack axes, ``...`` at the front any number of them. ``"...ir,...ro"`` is the usual order,
+        whatever the sizes, ``"ri,or"`` that of PyTorch and Equinox, ``"ilr,rlo"`` has layers l on
+        axis 1. One regular expression names leaves that stand alone and is matched against the
+        whole path.
 
     Returns:
       A list of :class:`Factor`, empty where the tree has no arrays (optax initialises
@@ -171,7 +173,7 @@ def find_factors(tree: Any, factors: FactorNames = None) -> list[Factor]:
     if present and not found:
         raise ValueError(_nothing_found(factors, [paths[i] for i in present]))
     _check(found)
-    if isinstance(stated, tuple):
+    if isinstance(stated, tuple) and stated != USUAL:
         found = [_in_order(factor, *stated) for factor in found]
     return _with_depths(found, stated)
 
@@ -308,12 +310,15 @@ def _with_depths(found: list[Factor], stated) -> list[Factor]:
             pairs.setdefault(factor.module, {})[factor.side] = factor
     depths = {}
     for module, pair in pairs.items():
-        known = next(iter(pair.values())).depth if isinstance(stated, tuple) else stated
+        known = stated
+        if isinstance(stated, tuple) and stated != USUAL:
+            known = next(iter(pair.values())).depth
         depths[module] = _depth(module, pair, known)
     return [f._replace(depth=depths[f.module]) if f.side is not None else f for f in found]
 
 
-def _depth(module: str, pair: dict[str, Factor], stated: int | None) -> int:
+def _depth(module: str, pair: dict[str, Factor], stated: int | tuple | None) -> int:
+    usual, stated = stated == USUAL, stated if isinstance(stated, int) else None
     if stated is not None:
         for factor in pair.values():
             if len(factor.shape) < stated + 2:
@@ -330,7 +335,9 @@ def _depth(module: str, pair: dict[str, Factor], stated: int | None) -> int:
         fits = [k for k in fits if k == stated]
     elif len(a) == len(b) and len(a) - 2 in fits:
         fits = [len(a) - 2]
-    other = _other_axes(a, b, fits[0]) if stated is None and len(fits) == 1 else None
+    other = None
+    if stated is None and not usual and len(fits) == 1:
+        other = _other_axes(a, b, fits[0])
     if len(fits) == 1 and other is None:
         return fits[0]
     shapes = f"{pair['a'].path!r} has shape {a} and {pair['b'].path!r} {b}"

@@ -40,7 +40,7 @@ def is_short(error: Exception) -> bool:
         return error.errno == errno.ENOMEM
     words = str(error).lower()
     short = "resource_exhausted" in words or "out of memory" in words
-    return short and isinstance(error, jax.errors.JaxRuntimeError)
+    return short and isinstance(error, RuntimeError)  # of XLA or of torch
 
 
 def largest(

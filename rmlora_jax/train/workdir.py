@@ -31,6 +31,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import read_object
 from rmlora_jax.report.records import read_metrics
+from rmlora_jax.tasks import SECTIONS, TASKS
 from rmlora_jax.train.config import changes, ways_on
 
 # Errors that only a writer can get.
@@ -133,9 +134,11 @@ def as_begun(config: Run, workdir: Path) -> Run:
         for path, leaf in known.items()
         if now[path] == leaf.default != leaf.before == was.get(path, leaf.before)
     }
-    if kept and jax.process_index() == 0:
-        fields = "; ".join(f"{path}={value}" for path, value in kept.items())
-        print(f"goes on as it began, with {fields}", flush=True)
+    own = TASKS[config.task].section
+    foreign = tuple(f"{name}." for name, section in SECTIONS.items() if section is not own)
+    words = [f"{path}={value}" for path, value in kept.items() if not path.startswith(foreign)]
+    if words and jax.process_index() == 0:
+        print(f"goes on as it began, with {'; '.join(words)}", flush=True)
     return with_values(config, kept)
 
 

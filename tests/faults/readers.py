@@ -1,6 +1,7 @@
 """The readers of files from outside, each with files to begin with: what fuzz.py damages."""
 
 import csv
+import functools
 import io
 import json
 import os
@@ -225,10 +226,12 @@ def make_image(folder):
 def read_image(folder):
     from rmlora_jax.hub import Info
     from rmlora_jax.inference.inputs import _image_batches
+    from rmlora_jax.inference.inputs import read_image as read_one
 
     (path,) = folder.iterdir()
     info, failures = Info("image_classification", image_size=16), []
-    list(_image_batches([(str(path), str(path))], info, 16, 1, failures.append))
+    named, read = [(str(path), str(path))], functools.partial(read_one, info=info, image_size=16)
+    list(_image_batches(named, read, 1, failures.append))
     if failures:
         raise failures[0]
 

@@ -105,7 +105,7 @@ def test_every_path_of_a_config_may_begin_with_the_home(config, tmp_path, monkey
     for name in ("train", "test", "predict"):
         tiny.write_texts(tmp_path / f"{name}.jsonl", 20, 0)
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     c = tiny.config_of(Path("~"), 2)
     c.text.test_file, c.text.predict_file = "~/test.jsonl", "~/predict.jsonl"
     c.model.adapter = "~/adapter"

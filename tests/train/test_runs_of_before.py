@@ -21,7 +21,7 @@ from marks import slow_but
 from rmlora_jax.config import flatten
 from rmlora_jax.files import read_object
 from rmlora_jax.train.config import changes, default_config, read_config, resolve
-from rmlora_jax.train.loop import write_config
+from rmlora_jax.train.loop import write_beginning
 from rmlora_jax.train.workdir import as_begun
 
 ROOT = Path(__file__).parents[2]
@@ -209,8 +209,10 @@ def test_a_run_goes_on_with_the_default_that_it_began_with(work, capsys):
         begun = as_begun(resolve(config), folder)
         assert begun.optimizer.decay_all and changes(read_object(folder / "config.json"),
                                                      begun) == ([], [])
-        write_config(folder, begun)
-    assert capsys.readouterr().out == "goes on as it began, with optimizer.decay_all=True\n"
+        write_beginning(folder, begun, {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "goes on as it began, with data.resize=square; optimizer.decay_all=True"
+    assert second == "goes on as it began, with data.resize=square"
     assert read_config(copied(work, "image_finished")).optimizer.decay_all
 
 
@@ -218,7 +220,7 @@ def test_a_run_that_began_without_decay_of_biases_stays_without(tmp_path):
     config = default_config()
     for folder in (tmp_path, tmp_path / "new"):
         assert not as_begun(resolve(config), folder).optimizer.decay_all
-        write_config(tmp_path, resolve(config))
+        write_beginning(tmp_path, resolve(config), {})
     config.optimizer.decay_all = True
     assert changes(read_object(tmp_path / "config.json"), config)[0] == [
         "optimizer.decay_all: False -> True"]

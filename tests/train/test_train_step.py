@@ -14,8 +14,7 @@ from rmlora_jax.hub import load_vit
 from rmlora_jax.models import ViT
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.sweep.grid import check_config
-from rmlora_jax.tasks import images
-from rmlora_jax.tasks.task import measured
+from rmlora_jax.tasks.task import check_labels, measured
 from rmlora_jax.train import evaluate, loop, setup
 from rmlora_jax.train.config import changes, resolve
 
@@ -221,7 +220,7 @@ def test_differences_name_what_matters(config):
 
 def test_labels_out_of_range_are_named():
     with pytest.raises(UserError, match=r"digits, split train: example 2 has label 9.* 8 classes"):
-        images.check_labels(np.array([0, 1, 9]), 8, "digits, split train")
+        check_labels(np.array([0, 1, 9]), [*"abcdefgh"], "digits, split train")
 
 
 def test_mean_of_metrics():
