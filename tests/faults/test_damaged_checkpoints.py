@@ -148,7 +148,7 @@ def test_the_best_one_is_damaged(tiny_vit, tmp_path, monkeypatch, capsys):
     config, evaluate = config_of(tiny_vit), []
     from rmlora_jax.train import loop
 
-    def falling(outputs, metrics):  # the first evaluation is the best, the last the worst
+    def falling(*_):  # the first evaluation is the best, the last the worst
         evaluate.append(None)
         return {"accuracy": 1 / len(evaluate), "loss": 1.0}
 

@@ -96,7 +96,10 @@ def check_arrays(folder, name):
             if ":opt_state/" in path:
                 np.testing.assert_array_equal(x, y, err_msg=path)
             else:
-                np.testing.assert_allclose(x, y, rtol=0, atol=ATOL, err_msg=path)
+                # Attention does not depend on the bias of its keys: its gradient is rounding, of
+                # which Adam makes steps that differ from one processor to another.
+                atol = 5e-3 if path.endswith("attention/key/bias") else ATOL
+                np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=path)
 
 
 def check_used(work, name):
