@@ -45,9 +45,10 @@ def _adapter(folder: str) -> dict[str, str]:
 
 
 def _samples(params: Mapping[str, Any], new: tuple[str, ...]) -> Iterator[np.ndarray]:
-    """Some numbers of each parameter that was read from a file."""
+    """Some numbers of each parameter that was read from a file, but the head: its rows depend on
+    the classes, which are recorded."""
     for path, x in sorted(flat_params(params).items()):
-        if path not in new:
+        if path not in new and not path.startswith("head/"):
             flat = np.asarray(x).ravel()
             yield flat[:: max(1, flat.size // SAMPLED)]
 
