@@ -152,8 +152,10 @@ def train():
     from rmlora_jax.sweep import train as sweep
     from rmlora_jax.train import loop
 
-    config = grid.check_config(CONFIG.value, there=True)
-    if DISTRIBUTED.value or COORDINATOR.value:
+    joins = bool(DISTRIBUTED.value or COORDINATOR.value)
+    # Looking for files may ask jax which process this is, which it knows once they have joined.
+    config = grid.check_config(CONFIG.value, there=not joins)
+    if joins:
         join_processes()
     (sweep.train if config.is_sweep else loop.train)(config, workdir())
 

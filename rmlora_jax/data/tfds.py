@@ -17,6 +17,7 @@ from rmlora_jax.data.dataset import (
     TextSplit,
     shown,
 )
+from rmlora_jax.data.folder import why_unreadable
 from rmlora_jax.data.splits import FileImages, check_image_key, labelled_splits, text_columns
 from rmlora_jax.data.subsets import usable_texts
 from rmlora_jax.data.tfds_folder import (
@@ -88,7 +89,8 @@ class TfdsImages(FileImages):
             if shape is None or (height, width) == shape[:2]:
                 return pixels(image, channels, size), label
         except Exception as error:  # pillow raises many kinds for a damaged file
-            raise self._bad(index, f"it cannot be decoded: {first_line(error)[:300]}") from error
+            why = why_unreadable(error)[:300]
+            raise self._bad(index, f"it cannot be decoded: {why}") from error
         declared = f"{shape[0]} x {shape[1]}"
         raise self._bad(index, f"it is {height} x {width}, where {declared} is declared")
 
