@@ -311,7 +311,6 @@ def is_pair(value: Any, *, whole: bool = False) -> bool:
 
 
 NAMES = Elements("names", is_name)
-NUMBERS = Elements("numbers", is_number)
 WHOLE = Elements("whole numbers", functools.partial(is_number, whole=True))
 RANKS = Elements("pairs (regex, rank), with ranks above 0", functools.partial(is_pair, whole=True))
 ALPHAS = Elements("pairs (regex, alpha), with numbers above 0", is_pair)

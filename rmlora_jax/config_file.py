@@ -28,7 +28,7 @@ def find(text: str) -> Path:
     """The file of ``FILE`` or ``FILE:ARGUMENT``, looked for here and then beside the package.
 
     Raises:
-      UserError: there is no such file, or it is no Python.
+      UserError: the file is missing, or is not Python.
     """
     name = text.partition(":")[0]
     places = (Path(name).expanduser(), ROOT / name)
@@ -52,7 +52,7 @@ def load(text: str) -> ConfigDict:
     """What ``get_config()`` of ``FILE``, or ``get_config(ARGUMENT)`` of ``FILE:ARGUMENT``, returns.
 
     Raises:
-      UserError: there is no such file, or the file and the line at which it is wrong.
+      UserError: the file is missing; or it is wrong, and the error names the line.
     """
     file, (name, _, argument) = find(text), text.partition(":")
     if str(ROOT) not in sys.path:

@@ -74,7 +74,7 @@ def placed(path: str | os.PathLike) -> pathlib.Path:
     """The absolute path that a person means: ``~`` is the home folder.
 
     Raises:
-      UserError: it begins with ``~`` and there is no such home folder.
+      UserError: it begins with ``~``, and that home folder is unknown.
     """
     try:
         return pathlib.Path(path).expanduser().absolute()

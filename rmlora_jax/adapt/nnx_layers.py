@@ -127,12 +127,12 @@ def targeted(modules, lora: LoRA) -> dict[str, tuple[Rule, tuple[int, ...]]]:
     instead = ' (or use execution="merged" without dropout)'
     values = [value for node in modules.values() for value in vars(node).values()]
     uses = Counter(id(value) for value in values if is_variable(value))
-    chosen = set(filter(lora.targets, stacks))
+    chosen, held = set(filter(lora.targets, stacks)), wrappers(modules)
     for path in sorted(filter(lora.targets, {*stacks, *unknown})):
         layer, rule = modules[path], rules[path]
-        if rule is None and any(is_below(other, path) for other in chosen):
-            continue  # it holds the layers that are meant; ``unadapted`` lists what it has itself
         if rule is None:
+            if any(is_below(other, path) for other in chosen):
+                continue  # it holds the layers that are meant; ``unadapted`` lists its own weights
             name = _matrices(layer, stacks)[0]
             raise ValueError(
                 f"the targeted module {path!r}, a {type(layer).__name__}, has a weight {name!r} of "
@@ -144,7 +144,7 @@ def targeted(modules, lora: LoRA) -> dict[str, tuple[Rule, tuple[int, ...]]]:
         what = None
         if not is_variable(weight) or not hasattr(weight, "shape"):
             what = f"has no nnx.Param {rule.weight!r} that holds one array"
-        elif beside and any(is_below(path, wrapper) for wrapper in wrappers(modules)):
+        elif beside and any(is_below(path, wrapper) for wrapper in held):
             what = f"has its weight transformed by nnx.WeightNorm or nnx.SpectralNorm{instead}"
         elif rewritten and not jnp.issubdtype(weight.dtype, jnp.inexact):
             what = f'has a weight of dtype {weight.dtype}, which "pissa" and "merged" would rewrite'

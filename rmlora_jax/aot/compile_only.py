@@ -21,13 +21,19 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.models.attention import blaming
 from rmlora_jax.parallel import memory
-from rmlora_jax.parallel.mesh import Devices, all_devices, base_sharding, spread
+from rmlora_jax.parallel.mesh import (
+    Devices,
+    all_devices,
+    base_sharding,
+    spread,
+    use_compilation_cache,
+)
 from rmlora_jax.report.records import amount
 from rmlora_jax.sweep import many
 from rmlora_jax.sweep.grid import runs
 from rmlora_jax.tasks import TASKS
 from rmlora_jax.tasks.task import Feed, Shapes, fields
-from rmlora_jax.train import loop, setup, terminal
+from rmlora_jax.train import setup, terminal
 from rmlora_jax.train.shortage import too_large
 from rmlora_jax.train.step import Constants
 
@@ -49,7 +55,7 @@ def compile_only(config: Run, topology: str | None = None) -> None:
         devices, limit = tpu_devices(topology, config.fsdp), chip_of(topology).memory
         jax.config.update("jax_enable_compilation_cache", False)  # it asks the devices
     else:
-        loop.use_compilation_cache(config.compilation_cache)
+        use_compilation_cache(config.compilation_cache)
         devices, limit = all_devices(config.parallel, fsdp=config.fsdp), memory.available()
     run = open_shapes(config, devices)
     where = topology or "this machine"

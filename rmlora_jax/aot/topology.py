@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from rmlora_jax.errors import UserError, did_you_mean
+from rmlora_jax.errors import UserError, did_you_mean, first_line
 from rmlora_jax.parallel.mesh import Devices, all_devices
 
 EXAMPLES = "v5e:4x4, v6e:8x8, v4:2x2x2 or v5p:2x2x2"
@@ -90,7 +90,7 @@ def tpu_devices(topology: str, fsdp: int = 1) -> Devices:
         ).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as e:
         raise UserError(
-            f"--topology={topology}: libtpu does not know it ({str(e).splitlines()[0]}); "
+            f"--topology={topology}: libtpu does not know it ({first_line(e)}); "
             f"type one as {EXAMPLES}"
         ) from e
     chips = math.prod(map(int, topology.partition(":")[2].split("x")))

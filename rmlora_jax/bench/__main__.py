@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from rmlora_jax.bench import models, torch_peft
 from rmlora_jax.bench.measure import (
     Program,
-    is_short,
     measure,
     product_program,
     profile,
@@ -31,8 +30,9 @@ from rmlora_jax.bench.options import Options, check_folder, parse
 from rmlora_jax.bench.picture import bench_figure, sweep_figure
 from rmlora_jax.bench.table import cells, footer, markdown, table_rows, what
 from rmlora_jax.bench.variants import compile_variant, make_variant, step_flops
-from rmlora_jax.errors import UserError
+from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import write_bytes_atomic, write_text_atomic
+from rmlora_jax.parallel import memory
 from rmlora_jax.report.records import amount
 from rmlora_jax.report.style import markdown_table, png, text_table
 
@@ -168,7 +168,7 @@ def _data(options: Options, entry: models.Entry):
             batches = models.random_batches(entry, options.batch, BATCHES, jnp.dtype(options.dtype))
             return jax.block_until_ready((base, batches))
         except Exception as error:
-            if not is_short(error):
+            if not memory.is_short(error):
                 raise
             raise UserError(
                 f"{options.model} and {BATCHES} batches of {options.batch} do not fit into the "
@@ -197,12 +197,11 @@ def _refusals(options: Options) -> Iterator[None]:
     except UserError:
         raise
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-        if is_short(error):
+        if memory.is_short(error):
             raise
         if options.attention == "cudnn":
-            first = str(error).partition("\n")[0]
             raise UserError(
-                f"--attention=cudnn does not run here: {first}\nType --attention=xla"
+                f"--attention=cudnn does not run here: {first_line(error)}\nType --attention=xla"
             ) from error
         if isinstance(error, ValueError):
             raise UserError(str(error)) from error

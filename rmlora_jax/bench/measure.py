@@ -80,16 +80,11 @@ def with_memory(row: dict, action: Callable, *arguments: Any) -> None:
     try:
         action(*arguments)
     except Exception as error:
-        if not is_short(error):
+        if not memory.is_short(error):
             raise
         row.update(ms=[], error="out of memory")
     if row["error"]:
         gc.collect()  # the frames of the error held what did not fit
-
-
-def is_short(error: Exception) -> bool:
-    """Whether an error of XLA or of torch says that memory is exhausted."""
-    return memory.is_short(error) or "CUDA out of memory" in str(error)
 
 
 def product_program(dtype: Any) -> tuple[Program, int]:

@@ -11,6 +11,7 @@ Texts: ``tokenise`` turns them into numbers, once, and ``text_batches`` and ``ev
 pad them.
 """
 
+from rmlora_jax.data.content import content_of, hash_of
 from rmlora_jax.data.dataset import (
     ArraySource,
     Dataset,
@@ -41,7 +42,7 @@ from rmlora_jax.data.sources import (
     open_texts,
     open_utterances,
 )
-from rmlora_jax.data.subsets import Subset, content_of, hash_of, labels_of
+from rmlora_jax.data.subsets import Subset, labels_of
 from rmlora_jax.data.tokens import Tokens, eval_text_batches, text_batches, tokenise
 from rmlora_jax.data.vision import augment
 

@@ -156,7 +156,7 @@ class ImageSource(Protocol):
     raises `BadRecord` for an example that cannot be used; and ``identity()``, words that name the
     data and change when it changes, or None. Decoded images are cached under ``identity()``. And
     ``content(i)``, the bytes of an example as they are stored, with its label, for
-    `subsets.content_of`.
+    `content.content_of`.
     """
 
     def __len__(self) -> int: ...
@@ -188,9 +188,6 @@ class ArraySource(ImageSource):
         if size is not None and image.shape[:2] != (size, size):
             image = resize_square(image, size)
         return image, int(self.labels[index])
-
-    def content(self, index: int) -> bytes:
-        return b"%d " % self.labels[index] + self.images[index].tobytes()
 
 
 class FoundImages(NamedTuple):

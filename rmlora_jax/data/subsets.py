@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import PIL
 
+from rmlora_jax.data.content import stored
 from rmlora_jax.data.dataset import (
     ArraySource,
     BadRecord,
@@ -34,7 +34,6 @@ from rmlora_jax.models.processor import Resize
 SEED = 0  # of the classes and of each class's images: never a run's seed
 CHUNK = 256  # images that a thread takes at a time
 FORMAT = "1"  # of what is cached
-READ = 64 << 20  # bytes of a split of images that its content is known by
 
 T = TypeVar("T")
 
@@ -62,7 +61,7 @@ class Subset(ImageSource):
         return image, label if self.labels is None else int(self.labels[label])
 
     def content(self, index: int) -> bytes:
-        return _content(self.source, int(self.ids[index]))
+        return stored(self.source, int(self.ids[index]))
 
     def identity(self) -> str | None:
         if (own := identity_of(self.source)) is None:
@@ -86,50 +85,6 @@ def fingerprint(source: ImageSource, size: int | Resize | None) -> str | None:
         return None
     decoder = f"{DECODER} {PIL.__version__}"
     return hashlib.sha256(f"{FORMAT} {decoder} {size} {identity}".encode()).hexdigest()
-
-
-def content_of(split: ImageSource | TextSplit) -> str:
-    """Hexadecimal SHA-256 of a split's examples and labels, wherever its files lie.
-
-    Texts are read whole. Images are read as they are stored, in a fixed random order, until they
-    make `READ` bytes: of a larger split this is a sample.
-    """
-    if isinstance(split, TextSplit):
-        digest = hashlib.sha256(split.labels.tobytes())
-        for text in itertools.chain.from_iterable(split.texts):
-            _add(digest, text.encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
-    digest, left = hashlib.sha256(), READ
-    for index in np.random.RandomState(SEED).permutation(len(split)).tolist():
-        try:
-            data = _content(split, index)
-        except (OSError, UserError):  # a bad record, which is reported where it is needed
-            data = b""
-        _add(digest, data)
-        left -= len(data)
-        if left <= 0:
-            break
-    return digest.hexdigest()
-
-
-def hash_of(*arrays: np.ndarray) -> str:
-    """Hexadecimal SHA-256 of the bytes of arrays."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        _add(digest, np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def _add(digest: Any, data: bytes) -> None:
-    digest.update(len(data).to_bytes(8, "little") + data)
-
-
-def _content(source: ImageSource, index: int) -> bytes:
-    own = getattr(source, "content", None)
-    if own is not None:
-        return own(index)
-    image, label = source.load(index)
-    return b"%d " % label + np.asarray(image).tobytes()
 
 
 def labels_of(source: ImageSource) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rmlora_jax.data.content import add_texts
 from rmlora_jax.data.pipeline import batch_ids, local_size
 from rmlora_jax.errors import UserError, progress
 from rmlora_jax.files import read_arrays, write_arrays
@@ -142,11 +143,7 @@ def fingerprint(texts: Sequence[Sequence[str]], tokenizer, max_length: int) -> s
     backend |= {"truncation": None, "padding": None}
     digest.update(json.dumps(backend, sort_keys=True).encode())
     digest.update(f"{type(tokenizer).__name__} {tokenizer.truncation_side}".encode())
-    for column in texts:
-        for text in column:
-            data = text.encode("utf-8", "surrogatepass")
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
+    add_texts(digest, texts)
     return digest.hexdigest()
 
 

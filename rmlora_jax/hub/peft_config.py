@@ -129,9 +129,13 @@ class PeftConfig(NamedTuple):
     alpha_pattern: Mapping[str, float]
     description: type[LoRA]  # the class that describes the adapter's form
 
+    def keeps(self, module: str) -> bool:
+        """Whether a module is kept as a whole, or lies inside one that is."""
+        return any(f".{root}." in f".{module}." for root in self.saved)
+
     def adapts(self, module: str) -> bool:
         """Whether PEFT gives factors to the linear layer, convolution or embedding of this name."""
-        whole = any(f".{root}." in f".{module}." for root in self.saved)
+        whole = self.keeps(module)
         if whole or _names(self.excluded, module) or not _names(self.targets or (), module):
             return False
         if not self.layers or isinstance(self.targets, str) or module in (self.targets or ()):

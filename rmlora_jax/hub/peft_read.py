@@ -171,7 +171,7 @@ def _check_complete(file: Path, config: PeftConfig, base, entries, factors, have
         for layer in layers_of(entry, shapes):
             place, name = (entry.path, layer), spelling(entry, layer)
             modules = [name.format(layer).rpartition(".")[0] for name in entry.names]
-            inside = any(f".{root}." in f".{one}." for one in modules for root in config.saved)
+            inside = any(map(config.keeps, modules))
             named = adaptable and config.adapts(name)
             if (named or inside) and place not in have:
                 missing.append(entry.names[-1].format(layer))

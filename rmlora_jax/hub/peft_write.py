@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from rmlora_jax.adapt.forms import Form, is_factor
 from rmlora_jax.adapt.lora import LoRA
@@ -27,7 +26,7 @@ from rmlora_jax.hub.peft_config import CONFIG_FILE, PREFIX, Names, endings
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import split_revision
 from rmlora_jax.hub.weights import some, stored_tensors, to_stored
-from rmlora_jax.models.family import Entry
+from rmlora_jax.models.family import Entry, flat_params
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 TASK_TYPES = {"SequenceClassification": "SEQ_CLS"}  # PEFT has none for images
@@ -69,8 +68,8 @@ def save_peft(
     if lora.form.peft is None:
         params, lora = to_lora(params, lora)
     names = Names(base, old_names)
-    flat = {path: np.asarray(x) for path, x in flatten_dict(params, sep="/").items()}
-    untouched = flatten_dict(base.params, sep="/")
+    flat = {path: np.asarray(x) for path, x in flat_params(params).items()}
+    untouched = flat_params(base.params)
     saved = _saved_modules(names, flat, lora, base)
     kept = {path: flat[path] for root in saved for path in names.below(root)}
     modules, scales = {}, {}

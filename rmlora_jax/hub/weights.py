@@ -130,12 +130,12 @@ def read_params(
             missing += [entry.names[0].format(i) for i in layers if (entry.path, i) not in found]
     if missing or unexpected:
         raise UserError(f"{tensors.folder}: {differences(missing, unexpected)}. {MISMATCH}")
-    flat = {e.path: _read(tensors, e, found, shapes[e.path], kind) for e, kind in read.items()}
+    flat = {e.path: _read(tensors, e, found, shapes, kind) for e, kind in read.items()}
     return flat, tuple(dropped)
 
 
-def _read(tensors: Tensors, entry: Entry, found, shape, dtype) -> np.ndarray:
-    layers = range(shape[0] if entry.stacked else 1)
+def _read(tensors: Tensors, entry: Entry, found, shapes, dtype) -> np.ndarray:
+    shape, layers = shapes[entry.path], layers_of(entry, shapes)
     expected = stored_shape(shape[entry.stacked :], entry.axes)
     for layer in layers:  # before memory is allocated for any of them
         name = found[entry.path, layer]

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from rmlora_jax.data.folder import is_image
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import is_writable, write_bytes_atomic
 from rmlora_jax.inference.classifier import Classifier, NotFinite, Prediction, load
+from rmlora_jax.parallel.mesh import use_compilation_cache
 
 FILE = "predictions.csv"
 CACHE = "~/.cache/rmlora_jax/xla"  # of compiled programs; the trainer's, unless it was told another
@@ -48,10 +48,8 @@ def predict(
         raise UserError("whose predictions? Type python run.py --workdir=DIR --predict ...")
     if not values:
         raise UserError(f"nothing to predict: type python run.py --workdir={workdir} --predict ...")
-    cache = Path(os.path.expanduser(CACHE))
-    if jax.config.jax_compilation_cache_dir is None and is_writable(cache):
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if jax.config.jax_compilation_cache_dir is None:
+        use_compilation_cache(CACHE)
     model = find(workdir)
     file = _writable(Path(out).expanduser() if out else Path(workdir).expanduser() / FILE)
     inputs = model.read.from_arguments(values)

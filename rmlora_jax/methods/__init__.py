@@ -22,7 +22,8 @@ from rmlora_jax.config import flatten as flat_values
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run, under
 from rmlora_jax.methods.fields import UNITS, AdaLora, Bottleneck, Prefix, Rm, Sora
-from rmlora_jax.optim.factors import ADAPTED, FactorNames, find_diagonals, find_factors, flatten
+from rmlora_jax.optim.diagonals import find_diagonals
+from rmlora_jax.optim.factors import ADAPTED, FactorNames, find_factors, flatten
 from rmlora_jax.optim.precision import clip_by_norm
 from rmlora_jax.optim.sora import surviving, surviving_parameters
 

@@ -151,7 +151,7 @@ def _whole(sums: str, weights: np.ndarray, x: jax.Array) -> jax.Array:
 
 
 class Processor(NamedTuple):
-    """What preprocessor_config.json asks for; ``resize`` is None where there is no such file.
+    """What preprocessor_config.json asks for; ``resize`` is None if that file is missing.
 
     x = (pixel - mean) / std for pixels in [0, 1], with a mean and a std for each channel.
     """

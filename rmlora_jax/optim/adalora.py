@@ -7,14 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmlora_jax.optim.factors import (
-    ADAPTED,
-    Diagonal,
-    find_diagonals,
-    flatten,
-    is_absent,
-    map_leaves,
-)
+from rmlora_jax.optim.diagonals import Diagonal, find_diagonals
+from rmlora_jax.optim.factors import ADAPTED, flatten, is_absent, map_leaves
 from rmlora_jax.optim.orthogonality import add_orthogonality
 from rmlora_jax.optim.precision import (
     check_integer,
@@ -361,8 +355,8 @@ def _scores(found: list[Diagonal], sensitivity: Any, uncertainty: Any) -> list[j
     leaves, _, _ = flatten(jax.tree.map(jnp.multiply, sensitivity, uncertainty))
     return [
         leaves[d.e]
-        + jnp.mean(leaves[d.a.index].reshape(d.a.matrix), -2)
-        + jnp.mean(leaves[d.b.index].reshape(d.b.matrix), -1)
+        + jnp.mean(d.a.matrices(leaves[d.a.index]), -2)
+        + jnp.mean(d.b.matrices(leaves[d.b.index]), -1)
         for d in found
     ]
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmlora_jax.optim.factors import find_diagonals, flatten, map_leaves
+from rmlora_jax.optim.diagonals import find_diagonals
+from rmlora_jax.optim.factors import flatten, map_leaves
 from rmlora_jax.optim.precision import (
     CountState,
     check_one_of,
@@ -116,7 +117,7 @@ def surviving(params: Any) -> dict[str, jax.Array]:
 
     ``{"gate_sparsity": the fraction of all gates that are 0, "surviving_directions": the number of
     gates that are not}``, float32 scalars. Works under ``jax.jit`` and ``jax.vmap``. Raises
-    ValueError as :func:`rmlora_jax.optim.factors.find_diagonals`.
+    ValueError as :func:`rmlora_jax.optim.diagonals.find_diagonals`.
 
     Example:
       >>> params = {"lora_a": jnp.ones((3, 4)), "lora_b": jnp.ones((4, 2))}
@@ -137,7 +138,7 @@ def surviving_parameters(params: Any) -> int:
     """How many parameters the factors have once directions with a zero gate are cut off.
 
     A direction costs in + out; its gate is folded into B and costs nothing. For the host, not for
-    ``jax.jit``. Raises ValueError as :func:`rmlora_jax.optim.factors.find_diagonals`.
+    ``jax.jit``. Raises ValueError as :func:`rmlora_jax.optim.diagonals.find_diagonals`.
 
     >>> params = {"lora_a": jnp.ones((3, 4)), "lora_b": jnp.ones((4, 2))}
     >>> surviving_parameters({**params, "lora_e": jnp.array([0.0, 0.5, 0.0, 2.0])})

@@ -10,8 +10,10 @@ weights of a layer before it runs, and adds up.
 
 import dataclasses
 import math
+import os
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.files import is_writable
 
 AXIS = "data"
 GROUP = "model"  # the devices that share a copy of the base
@@ -183,3 +186,11 @@ def spread(fn: Callable, devices: Devices, *, donate: bool = False) -> Any:
     # Otherwise the compiler may leave a result split over a group.
     whole = NamedSharding(devices.mesh, replicated)
     return jax.jit(mapped, donate_argnums=donated, out_shardings=whole)
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs on disk, so that the next start of the same run is quick."""
+    place = Path(os.path.expanduser(folder))
+    if folder and is_writable(place):
+        jax.config.update("jax_compilation_cache_dir", str(place))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -23,7 +23,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run as Config
 from rmlora_jax.files import placed, read_json, write_json
 from rmlora_jax.parallel import memory
-from rmlora_jax.parallel.mesh import all_devices, shard
+from rmlora_jax.parallel.mesh import all_devices, shard, use_compilation_cache
 from rmlora_jax.report.records import amount
 from rmlora_jax.report.sweep import write_sweep_report
 from rmlora_jax.sweep import many
@@ -31,7 +31,7 @@ from rmlora_jax.sweep.grid import Run, check_config, runs
 from rmlora_jax.train import checkpoint, finished, loop, record, setup, shortage, terminal
 from rmlora_jax.train.evaluate import Steps, compile_steps
 from rmlora_jax.train.step import State
-from rmlora_jax.train.workdir import as_begun, check_workdir, opened
+from rmlora_jax.train.workdir import as_begun, check_workdir, opened, saved_steps
 
 SAMPLED = 64  # batches among which the longest is looked for
 
@@ -64,7 +64,7 @@ def _train(config: Config, workdir: Path) -> dict:
         print("this sweep is finished; another --workdir starts a new one")
         print(ending(summary, workdir), flush=True)
         return summary
-    loop.use_compilation_cache(config.compilation_cache)
+    use_compilation_cache(config.compilation_cache)
     every = runs(config)
     devices = all_devices(config.parallel, fsdp=config.fsdp)
     with shortage.in_two_lines(config, devices, workdir):
@@ -147,9 +147,8 @@ class Programs:
             if memory.is_short(e):
                 return None
             raise
-        found = [p for step in steps for p in step.programs.values()]
         # The best state of each run is kept as well, in two copies while it is chosen.
-        return max(map(memory.needed, found)) + 2 * size_of(job.state)
+        return steps.need + 2 * size_of(job.state)
 
 
 def size_of(tree) -> int:
@@ -192,8 +191,8 @@ def plan(every: Sequence[Run], workdir: Path, programs: Programs) -> list[list[R
 def recorded(workdir: Path) -> list[str]:
     """The names of the runs in the checkpoint in ``program/``; [] without one."""
     folder = workdir / "program"
-    steps = [p for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]
-    return read_json(folder / "runs.json") if steps and (folder / "runs.json").exists() else []
+    there = saved_steps(folder) and (folder / "runs.json").exists()
+    return read_json(folder / "runs.json") if there else []
 
 
 def train_chunk(chunk: Sequence[Run], programs: Programs, workdir: Path, began: float) -> None:

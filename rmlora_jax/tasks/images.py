@@ -20,7 +20,7 @@ from rmlora_jax.models import ViT
 from rmlora_jax.models.family import IMAGES
 from rmlora_jax.models.processor import Resize
 from rmlora_jax.parallel.mesh import Devices, replicate
-from rmlora_jax.tasks import task
+from rmlora_jax.tasks import places, task
 
 COUNTED = 20_000  # streamed training examples whose labels are read before a run: seconds
 
@@ -29,7 +29,7 @@ def check(config: Run) -> Iterator[Mistake]:
     """What is wrong with a config for images."""
     if not config.model.source:
         yield "model.source", "a folder, or a model's name"
-    yield from task.unused(config, task.OF_TEXTS, f"for {config.task}")
+    yield from places.unused(config, places.OF_TEXTS, f"for {config.task}")
 
 
 def open_problem(config: Run, opening: task.Opening) -> task.Problem:
@@ -88,7 +88,7 @@ def shapes(config: Run) -> task.Shapes:
     Raises:
       UserError: the model's config or the number of classes is not known on this machine.
     """
-    _, architecture = task.architecture(config, IMAGES)
+    _, architecture = places.architecture(config, IMAGES)
     size, channels = architecture.image_size, architecture.num_channels
     resize = chosen(config, find_resize(config.model.source, config.model.image_size or None))
     classes, storage, examples = known(config, size, resize)

@@ -21,7 +21,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.models.frames import Frames, FramesConfig
 from rmlora_jax.parallel.mesh import Devices, replicate
-from rmlora_jax.tasks import task
+from rmlora_jax.tasks import places, task
 
 NAME = "speech_classification"
 ADVICE = "type: python run.py --config=configs/speech.py:base --workdir=FOLDER"
@@ -56,14 +56,14 @@ def check(config: Run) -> Iterator[Mistake]:
         yield "speech.heads", f"a divisor of speech.width {own.width}"
     if config.model.adapter:
         yield "model.adapter", "empty for speech"
-    yield from task.unused(config, task.OF_TEXTS, f"for {config.task}")
+    yield from places.unused(config, places.OF_TEXTS, f"for {config.task}")
 
 
 def missing_model(config: Run) -> Iterator[str]:
     source = config.model.source
     folder = Path(source).expanduser()
     if source and not folder.is_dir():
-        yield f"config.model.source={source!r}: {task.no_folder(folder)}"
+        yield f"config.model.source={source!r}: {places.no_folder(folder)}"
 
 
 def open_problem(config: Run, opening: task.Opening) -> task.Problem:

@@ -15,7 +15,7 @@ from rmlora_jax.config import FREE, LARGE, PLACE, Mistake, field
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.models.family import TEXTS
-from rmlora_jax.tasks import task
+from rmlora_jax.tasks import places, task
 from rmlora_jax.tasks.scores import names_of
 
 CLASSES, VALUES = "text_classification", "text_regression"
@@ -67,7 +67,7 @@ def check(config: Run) -> Iterator[Mistake]:
     t = config.own(Text)
     if not config.model.source:
         yield "model.source", "a folder, or a model's name"
-    yield from task.unused(
+    yield from places.unused(
         config, ("model.image_size", "data.classes", "data.per_class"), "for text"
     )
     if config.model.attention not in ("auto", "xla"):
@@ -81,10 +81,10 @@ def check(config: Run) -> Iterator[Mistake]:
                 "--config.text.columns=\"('text',)\""
             )
         splits = ("data.test_split", "data.unlabelled_split")
-        yield from task.unused(config, splits, "with text.train_file")
+        yield from places.unused(config, splits, "with text.train_file")
     else:
         files = ("text.test_file", "text.predict_file")
-        yield from task.unused(config, files, "without text.train_file")
+        yield from places.unused(config, files, "without text.train_file")
     glue = data.glue_task(config.data.name)
     fit = names_of(config.task == CLASSES)
     if any(name not in fit for name in t.metrics):
@@ -150,7 +150,7 @@ def shapes(config: Run) -> task.Shapes:
     Raises:
       UserError: the model's config or the number of classes is not known on this machine.
     """
-    family, architecture = task.architecture(config, TEXTS)
+    family, architecture = places.architecture(config, TEXTS)
     outputs, example = count_labels(config), example_of(config)
     b, length, struct = config.batch_size, config.own(Text).max_length, jax.ShapeDtypeStruct
     batch = {n: struct((b, length), x.dtype) for n, x in zip(INPUTS, example, strict=True)}

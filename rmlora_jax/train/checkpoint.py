@@ -27,11 +27,12 @@ from rmlora_jax.adapt.diagonal import DIAGONAL
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.fields import Run
 from rmlora_jax.files import placed, read_json, write_bytes_atomic
-from rmlora_jax.optim.factors import ADAPTED, find_diagonals, find_factors, flatten
+from rmlora_jax.optim.diagonals import find_diagonals
+from rmlora_jax.optim.factors import ADAPTED, find_factors, flatten
 from rmlora_jax.tasks.scores import higher_is_better
 from rmlora_jax.train.config import read_config
 from rmlora_jax.train.step import State
-from rmlora_jax.train.workdir import is_late, quiet
+from rmlora_jax.train.workdir import is_late, quiet, saved_steps
 
 T = TypeVar("T")  # a NamedTuple of arrays: State, or the states of a sweep
 LATEST = 2  # checkpoints kept beside the best while a run trains
@@ -86,7 +87,7 @@ def _set_aside_without_figures(folder: Path) -> None:
     """Orbax reads the figures of every step when it opens a folder, and fails on a damaged one."""
     lost = None
     if jax.process_index() == 0:
-        steps = [p for p in folder.glob("*") if p.name.isdigit()]
+        steps = saved_steps(folder.parent)
         wrong = {int(step.name): why for step in steps if (why := _wrong_figures(step))}
         if wrong and len(wrong) == len(steps):
             lost = none_left(folder, wrong)
@@ -251,8 +252,8 @@ def best_step(workdir: Path) -> int:
       UserError: there is no checkpoint yet.
     """
     scores = {}
-    for folder in (workdir / "checkpoints").glob("*"):
-        if folder.name.isdigit() and not _wrong_figures(folder):
+    for folder in saved_steps(workdir):
+        if not _wrong_figures(folder):
             with contextlib.suppress(KeyError, TypeError):  # figures of another kind
                 scores[int(folder.name)] = score(read_json(folder / "metrics" / "metrics"))
     if not scores:

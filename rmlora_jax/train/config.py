@@ -23,7 +23,7 @@ from rmlora_jax.config import (
 from rmlora_jax.errors import UserError, did_you_mean, first_line
 from rmlora_jax.fields import Run
 from rmlora_jax.files import placed, plain, read_object
-from rmlora_jax.tasks.task import closed_caches, without_closed
+from rmlora_jax.tasks.places import closed_caches, without_closed
 
 
 def _one_of(registry: Mapping[str, tasks.Task] | Mapping[str, methods.Method]) -> Any:

@@ -17,7 +17,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import placed, plain, write_json
 from rmlora_jax.hub.info import FILE, TASKS, model_card, read_info, write_info
-from rmlora_jax.inference.classifier import Classifier, load
+from rmlora_jax.inference.classifier import ADAPTER, MERGED, Classifier, load
 from rmlora_jax.tasks.task import Outputs, Problem
 from rmlora_jax.train import nonfinite
 from rmlora_jax.train.checkpoint import best_step, best_trainable
@@ -27,7 +27,6 @@ from rmlora_jax.train.setup import Job, from_adapter
 from rmlora_jax.train.step import State, first_keys
 from rmlora_jax.train.workdir import has_checkpoints
 
-ADAPTER, MERGED = "adapter", "merged"
 MATRIX = PAIRS = 20  # classes of which the whole matrix is kept; pairs of classes that are kept
 
 
@@ -77,7 +76,7 @@ def finish(
         }
         if label := job.problem.positive_label:
             summary["positive_label"] = label
-        if confused := confusion(outputs[job.feed.tests[0]][i], names_of(job.problem)):
+        if confused := confusion(outputs[job.feed.tests[0]][i], job.problem.labels):
             summary["confusion"] = confused
         factors = jax.device_get(best_own)
         if jax.process_index() == 0:
@@ -132,11 +131,6 @@ def confusion(outputs: Outputs, names: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
-def names_of(problem: Problem) -> Sequence[str] | None:
-    """The names of a problem's classes; None where they are numbers."""
-    return problem.info.labels if problem.info is not None else None
-
-
 def peak_memory() -> int | None:
     """The most that this process's first device has held; None where it does not count."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -156,13 +150,7 @@ def write_adapter(
     """
     if problem.pretrained is None:
         return
-    about = {
-        "data": config.data.name,
-        "method": config.method,
-        "step": best["step"],
-        "metrics": {k: v for k, v in best.items() if k != "step"},
-        "config": fields.nested(flatten(config)),
-    }
+    about = _about(config, best["step"], metrics={k: v for k, v in best.items() if k != "step"})
     assert problem.info is not None  # as every problem with a pretrained model has
     info = dataclasses.replace(problem.info, about=about)
     write_info(folder, info)
@@ -197,7 +185,8 @@ def export_merged(workdir: Path) -> Path:
         base, params, lora, info = found
         params = params if lora is None else rm.merge(params, lora)
     else:
-        config, info = read_config(workdir), _info(workdir)
+        config = read_config(workdir)
+        info = _info(workdir, config)
         if methods.of(config).adapts:
             outputs, size = hub.stored_labels(workdir / ADAPTER), info.image_size
             base = hub.load_pretrained(config.model.source, num_labels=outputs, image_size=size)
@@ -228,22 +217,26 @@ def unfinished(workdir: Path) -> tuple[hub.Pretrained, dict, rm.LoRA | None, hub
     config = read_config(workdir)
     if config.is_sweep:
         raise UserError(f"{workdir} holds a sweep that is not finished; the same command goes on")
-    info, step = _info(workdir), best_step(workdir)
+    info, step = _info(workdir, config), best_step(workdir)
     params, lora, base = _of_checkpoint(config, info, best_trainable(workdir, step))
     print(f"note: this run is not finished; its model is that of step {step:,}, the best so far",
           flush=True)
-    about = {"data": config.data.name, "method": config.method, "step": step,
-             "config": fields.nested(flatten(config))}
-    return base, params, lora, dataclasses.replace(info, about=about)
+    return base, params, lora, dataclasses.replace(info, about=_about(config, step))
 
 
-def _info(workdir: Path) -> hub.Info:
+def _about(config: Run, step: int, **more: Any) -> dict[str, Any]:
+    """What a card says of the model of a run at a step."""
+    own = {"data": config.data.name, "method": config.method, "step": step}
+    return own | more | {"config": fields.nested(flatten(config))}
+
+
+def _info(workdir: Path, config: Run) -> hub.Info:
     """What the model of a run is for.
 
     Raises:
       UserError: it is not one that transformers has.
     """
-    config, info = read_config(workdir), read_info(workdir)
+    info = read_info(workdir)
     inserted = methods.of(config).insert is not None
     done = (workdir / "summary.json").exists()
     if info is None and not inserted and not done and config.task in TASKS:

@@ -6,7 +6,6 @@ The same folder again continues where it stopped.
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +20,9 @@ from rmlora_jax import methods
 from rmlora_jax.config import ConfigDict
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.files import is_writable, placed, read_json, write_json
+from rmlora_jax.files import placed, read_json, write_json
 from rmlora_jax.hub.info import Info, write_info
-from rmlora_jax.parallel.mesh import all_devices, shard
+from rmlora_jax.parallel.mesh import all_devices, shard, use_compilation_cache
 from rmlora_jax.report.records import read_metrics
 from rmlora_jax.report.run import verdict, write_report
 from rmlora_jax.stopping import Stopped, watch
@@ -303,11 +302,3 @@ def mean_of(metrics: list[dict]) -> dict[str, Any]:
     kept = [m for m in metrics if not m.get("skipped")] or metrics
     names = [k for k in metrics[0] if k != "skipped"]
     return {f"train/{k}": np.mean([m[k] for m in kept], dtype=np.float32) for k in names}
-
-
-def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs on disk, so that the next start of the same run is quick."""
-    place = Path(os.path.expanduser(folder))
-    if folder and is_writable(place):
-        jax.config.update("jax_compilation_cache_dir", str(place))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

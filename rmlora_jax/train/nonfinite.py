@@ -105,6 +105,10 @@ class Spikes:
         )
 
 
+def _listed(ids: np.ndarray) -> str:
+    return ", ".join(map(str, ids[:SHOWN].tolist())) + (", ..." if ids.size > SHOWN else "")
+
+
 def unanswered(outputs: Outputs, split: str) -> str | None:
     """Which examples of an evaluated split have outputs that are not finite, in words, or None."""
     found = outputs.predictions
@@ -112,9 +116,8 @@ def unanswered(outputs: Outputs, split: str) -> str | None:
     if not wrong.any():
         return None
     ids = outputs.ids[wrong]
-    shown = ", ".join(map(str, ids[:SHOWN].tolist())) + (", ..." if ids.size > SHOWN else "")
     return (f"{split}: the outputs of {ids.size:,} of {wrong.size:,} examples are not finite, so "
-            f"they have no prediction: examples {shown}")
+            f"they have no prediction: examples {_listed(ids)}")
 
 
 def ended(job: Any, trainable: Any, watched: Watched, step: int) -> UserError:
@@ -122,10 +125,9 @@ def ended(job: Any, trainable: Any, watched: Watched, step: int) -> UserError:
     batch = next(iter(job.feed.train(watched.first - 1)))
     where = job.look(trainable, job.constants, batch, watched.first - 1)
     ids = np.ravel(batch["id"])
-    shown = ", ".join(map(str, ids[:SHOWN].tolist())) + (", ..." if ids.size > SHOWN else "")
     return UserError(
         f"{watched.length} steps in a row with a loss or gradient that is not finite, the first "
-        f"step {watched.first:,} with the training examples {shown}: {where}\n"
+        f"step {watched.first:,} with the training examples {_listed(ids)}: {where}\n"
         f"What was trained before it is saved as step {step:,}; the same command goes on from "
         f"there. {ADVICE}"
     )

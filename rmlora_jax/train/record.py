@@ -28,9 +28,8 @@ LONGEST = 100  # letters of a value in an error
 def record_of(base: Base) -> dict[str, Any]:
     """The record of a run that has opened its data and its model."""
     learnt = [name for name in base.feed.sizes if name not in base.feed.unlabelled]
-    info = base.problem.info
     return {
-        "classes": [*(info.labels or ())] if info else [],
+        "classes": [*(base.problem.labels or ())],
         "examples": {name: base.feed.sizes[name] for name in learnt},
         "content": dict(base.feed.content),
         "base": hash_of(*_samples(base.problem.params, base.problem.new)),

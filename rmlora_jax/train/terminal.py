@@ -28,19 +28,20 @@ def format_table(title: str, rows: Sequence[tuple[str, Any]]) -> str:
 def closing(summary: Mapping[str, Any], workdir: str | os.PathLike, verdict: str) -> str:
     """The table that a run ends with, from its ``summary.json``."""
     def scores(entry):
+        if not entry:
+            return None
         at = f" (step {entry['step']:,})" if "step" in entry else ""
         keys = [key for key in entry if key != "step" and not key.startswith("loss")]
-        return ", ".join(f"{_name(key)} {number(entry[key])}" for key in [*keys, "loss"]) + at
+        return ", ".join(f"{_name(key)} {number(entry.get(key))}" for key in [*keys, "loss"]) + at
 
     report = os.path.join(workdir, "report.png")
-    rate = summary["examples_per_second"]
-    trained, total = summary["trainable_parameters"], summary["total_parameters"]
+    rate, total = summary.get("examples_per_second"), summary.get("total_parameters")
     return format_table("done", [
-        ("test, last step", scores(summary["eval"])),
-        ("test, best validation", scores(summary["best_eval"])),
-        ("parameters", parameters(trained, total)),
+        ("test, last step", scores(summary.get("eval"))),
+        ("test, best validation", scores(summary.get("best_eval"))),
+        ("parameters", parameters(summary["trainable_parameters"], total) if total else None),
         ("speed", None if rate is None else f"{rate:,.0f} examples/s"),
-        ("time", times(summary)),
+        ("time", times(summary) if "wall_seconds" in summary else None),
         ("verdict", verdict),
         ("report", report if os.path.exists(report) else None),
     ])

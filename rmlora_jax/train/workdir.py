@@ -118,8 +118,13 @@ def forget(workdir: Path) -> None:
 
 def has_checkpoints(workdir: Path) -> bool:
     """Whether anything of a run, or of a run of a sweep, was saved."""
-    saved = (*workdir.glob("checkpoints/*"), *workdir.glob("*/checkpoints/*"))
-    return any(p.name.isdigit() for p in saved)
+    return bool(saved_steps(workdir, *workdir.glob("*/")))
+
+
+def saved_steps(*workdirs: Path) -> list[Path]:
+    """The folders of the checkpoints in these folders of runs, one a step."""
+    found = (path for one in workdirs for path in (one / "checkpoints").glob("*"))
+    return [path for path in found if path.name.isdigit()]
 
 
 def as_begun(config: Run, workdir: Path) -> Run:
@@ -250,8 +255,7 @@ def in_plain_words(workdir: Path) -> Iterator[None]:
         if number is None:
             raise
         refused = True
-        found = [*workdir.glob("checkpoints/*"), *workdir.glob("program/checkpoints/*")]
-        saved = [int(p.name) for p in found if p.name.isdigit()]
+        saved = [int(p.name) for p in saved_steps(workdir, workdir / "program")]
         kept = f"the checkpoint of step {max(saved):,} is whole" if saved else "nothing is lost"
         raise UserError(
             f"cannot write to {workdir}: {os.strerror(number)}; {kept}\n"

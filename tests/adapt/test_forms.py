@@ -7,7 +7,8 @@ import pytest
 from rmlora_jax.adapt import DESCRIPTIONS
 from rmlora_jax.adapt.forms import FACTORS, LEAVES, is_factor
 from rmlora_jax.adapt.geometry import Layout
-from rmlora_jax.optim.factors import find_diagonals, find_factors
+from rmlora_jax.optim.diagonals import find_diagonals
+from rmlora_jax.optim.factors import find_factors
 
 LAYOUT = Layout((), (0,), (1,))
 

@@ -20,10 +20,10 @@ from rmlora_jax.config import PLACE, leaves
 from rmlora_jax.errors import UserError
 from rmlora_jax.models.attention import blaming
 from rmlora_jax.parallel import memory
-from rmlora_jax.parallel.mesh import all_devices
+from rmlora_jax.parallel.mesh import all_devices, use_compilation_cache
 from rmlora_jax.study import run as study
 from rmlora_jax.sweep import train as sweep
-from rmlora_jax.tasks.task import without_closed
+from rmlora_jax.tasks.places import without_closed
 from rmlora_jax.train import checkpoint, finished, loop, setup, shortage
 from rmlora_jax.train.config import RunConfig, resolve
 from rmlora_jax.train.metrics import MetricWriter
@@ -86,7 +86,7 @@ def test_caches_that_cannot_be_written_are_left_out(config, tmp_path, monkeypatc
     assert said.count("\n") == 1 and all(folder in said for folder in default.values())
     assert without_closed(run) == run and not capsys.readouterr().out
     before = jax.config.jax_compilation_cache_dir
-    loop.use_compilation_cache(default["compilation_cache"])
+    use_compilation_cache(default["compilation_cache"])
     assert jax.config.jax_compilation_cache_dir == before
     set_caches(config, str(tmp_path / "file" / "cache"))  # a person's own wish is not dropped
     with pytest.raises(UserError, match=r"config\.data\.cache=.*cannot be written"):

@@ -22,7 +22,7 @@ from rmlora_jax.hub.peft_config import FIELDS, INERT, find_base, read_config
 from rmlora_jax.hub.source import find_folder, split_revision
 from rmlora_jax.hub.weights import to_stored
 from rmlora_jax.models.family import flat_params
-from rmlora_jax.tasks.task import missing_adapter
+from rmlora_jax.tasks.places import missing_adapter
 
 BERT = "base_model.model.bert.encoder.layer"
 
@@ -247,16 +247,6 @@ def test_a_layer_that_adapter_and_base_lack_is_refused(bases, tmp_path):
     stored = load_file(cases.HERE / "bert" / "adapter_model.safetensors")
     np.testing.assert_array_equal(
         whole["pooler"]["kernel"].T, stored["base_model.model.bert.pooler.dense.weight"])
-
-
-def test_several_labels_at_once_are_refused(tmp_path):
-    base = text.write_folder(tmp_path / "base", "bert")
-    raw = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(
-        json.dumps(raw | {"problem_type": "multi_label_classification"}))
-    folder = changed("bert", tmp_path / "a", base_model_name_or_path=str(base))
-    with pytest.raises(UserError, match="several labels at once, which is not supported"):
-        hub.load(folder)
 
 
 def test_a_relative_base_is_looked_for_here_in_the_adapter_and_beside_it(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rmlora_jax.optim.adalora import adalora, allocate_rank, budget
-from rmlora_jax.optim.factors import find_diagonals
+from rmlora_jax.optim.diagonals import find_diagonals
 from rmlora_jax.optim.precision import in_float32
 
 LAYERS, WIDTH, OUT = 3, 6, 5

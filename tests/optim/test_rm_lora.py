@@ -290,7 +290,8 @@ def test_multi_steps_and_vmap_over_seeds():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="placement='during' must be one of 'before', 'after'"):
+    one_of = "placement='during' must be one of 'before', 'after', 'lazy'"
+    with pytest.raises(ValueError, match=one_of):
         rm_lora(1e-3, placement="during")
     with pytest.raises(ValueError, match=r"draw='exact'.*unit='element'"):
         rm_lora(1e-3, keep=2, draw="exact", unit="element")

@@ -277,7 +277,8 @@ def test_figures_of_the_gates():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="proximal='exact' must be one of 'paper'"):
+    one_of = "proximal='exact' must be one of 'paper', 'authors_exact'"
+    with pytest.raises(ValueError, match=one_of):
         sora(0.1, sparsity=0.1, proximal="exact")
     for bad in (-0.1, float("nan")):
         with pytest.raises(ValueError, match=f"sparsity={bad} must be at least 0"):

@@ -385,7 +385,9 @@ def test_closing_table_of_a_summary(tmp_path):
         assert part in text
     assert "report" not in text
     (tmp_path / "report.png").touch()
-    assert str(tmp_path / "report.png") in terminal.closing(summary, tmp_path, "")
+    assert str(tmp_path / "report.png") in terminal.closing({}, tmp_path, "")
+    summary["best_eval"] = {"accuracy": 0.99, "step": 1200}
+    assert "accuracy 0.9900, loss - (step 1,200)" in terminal.closing(summary, tmp_path, "")
     text = terminal.closing(summary | {"examples_per_second": None}, tmp_path, "")
     assert "examples/s" not in text
 

@@ -197,9 +197,9 @@ def test_an_image_replaced_by_one_of_the_same_size_and_time(tmp_path):
 
 
 def test_a_large_split_is_known_by_a_sample(monkeypatch):
-    from rmlora_jax.data import ArraySource, subsets
+    from rmlora_jax.data import ArraySource, content
 
-    monkeypatch.setattr(subsets, "READ", 64 * 10)
+    monkeypatch.setattr(content, "READ", 64 * 10)
     images = np.zeros((100, 8, 8, 1), np.uint8)
     first = np.random.RandomState(0).permutation(100)[:9].tolist()  # 66 bytes or so each
     whole = content_of(ArraySource(images, np.zeros(100, int)))

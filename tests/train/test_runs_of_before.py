@@ -97,8 +97,10 @@ def check_arrays(folder, name):
                 np.testing.assert_array_equal(x, y, err_msg=path)
             else:
                 # Attention does not depend on the bias of its keys: its gradient is rounding, of
-                # which Adam makes steps that differ from one processor to another.
-                atol = 5e-3 if path.endswith("attention/key/bias") else ATOL
+                # which Adam makes steps that differ from one processor to another. (Other runs
+                # have a large eps against it.)
+                noisy = name == "image_decay" and path.endswith("attention/key/bias")
+                atol = 5e-3 if noisy else ATOL
                 np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=path)
 
 
