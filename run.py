@@ -112,8 +112,7 @@ def main(argv):
 
     try:
         code = command(argv[1:])
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done: Python's end may be cut short
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        stopping.done()
         return code
     except UserError as e:
         stop(e)

@@ -45,6 +45,16 @@ def end(number: int) -> None:
     os._exit(128 + number)
 
 
+def done() -> None:
+    """All is done, and the process is about to end: from now on SIGINT ends it at once.
+
+    A signal that is being answered is answered first: the exit code agrees with what was said.
+    """
+    with _lock:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
 def say(words: str) -> None:
     with contextlib.suppress(OSError):  # nobody reads it any more
         os.write(2, f"{words}\n".encode())
