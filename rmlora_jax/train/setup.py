@@ -323,6 +323,7 @@ def train_step(base: Base, traced: methods.Values | None = None, prepare_params=
         base.feed.prepare_train,
         figures=functools.partial(methods.figures, config),
         accumulate=config.accumulate,
+        means=base.objective.means,
     )
 
 
