@@ -32,6 +32,9 @@ Values = Mapping[str, Any]
 
 ALWAYS_SWEPT = ("learning_rate", "weight_decay")
 
+ALL_LINEAR = "all-linear"  # in lora.target: every linear layer of the model's layers, as in PEFT
+LINEAR = r"(?:.*/)?layers/.*"  # what it stands for; neither embedding nor head
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -207,6 +210,7 @@ def factors(kind: type[rm.LoRA] = rm.LoRA, own: type | None = None, **fixed: Any
 
     def describe(config: Run) -> rm.LoRA:
         given = dataclasses.asdict(config.lora)
+        given["target"] = config.lora.target.replace(ALL_LINEAR, f"(?:{LINEAR})")
         if own is not None:
             given["rank"] = config.own(own).initial_rank
         return kind(**given | fixed)

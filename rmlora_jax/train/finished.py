@@ -139,7 +139,7 @@ def confusion(outputs: Outputs, names: Sequence[str] | None) -> dict[str, Any]:
     ([['cat', 'dog', 2, 3]], [[1, 2], [0, 1]])
     """
     labels, taken = outputs.labels, outputs.predictions
-    if labels is None or not (np.issubdtype(labels.dtype, np.integer) and np.issubdtype(taken.dtype, np.integer)):
+    if labels is None or not all(np.issubdtype(x.dtype, np.integer) for x in (labels, taken)):
         return {}
     labels, taken = labels[taken >= 0], taken[taken >= 0]  # -1: no answer, its logits not finite
     count = max(len(names or ()), labels.max(initial=-1) + 1, taken.max(initial=-1) + 1)

@@ -163,4 +163,5 @@ def _parts(shown: Mapping[str, float]) -> list[str]:
              for key in ("train/loss", measured) if key in shown]
     if parts and "train/loss/low" in shown:  # of many runs, whose mean is the loss
         parts[0] += f" ({number(shown['train/loss/low'])} to {number(shown['train/loss/high'])})"
-    return parts + [rate] if (rate := speed(shown)) else parts
+    rate = speed(shown)
+    return [*parts, rate] if rate else parts
