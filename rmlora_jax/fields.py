@@ -147,7 +147,7 @@ class Lora:
         problem=regex_problem,
     )
     train: str = field(
-        r"head", "regex on paths that are trained in full beside the factors",
+        r"head", "regex on paths that are trained in full beside the factors; '': nothing else",
         problem=regex_problem,
     )
     dropout: float = field(0.0, "on the adapters' input, in training", least=0, below=1)

@@ -291,8 +291,8 @@ def from_adapter(config: Run, base: hub.Pretrained, info: hub.Info) -> tuple[dic
             f"which method {config.method} does not continue; "
             + (f"type --config.method={' or '.join(able)}" if able else "no method does")
         )
-    rules = [*map(re.escape, lora.train or ()), config.lora.train]
-    return params, dataclasses.replace(lora, train="|".join(rules), dropout=config.lora.dropout)
+    rules = "|".join(filter(None, [*map(re.escape, lora.train or ()), config.lora.train]))
+    return params, dataclasses.replace(lora, train=rules or None, dropout=config.lora.dropout)
 
 
 def start(config: Run, base: Base, trainable: dict) -> State:
