@@ -108,8 +108,8 @@ def chunked_cross_entropy(
 def weighted_sum(logits, targets, weights):
     """The sum of ``weights * loss`` of logits (..., V), and (loss, correct), each (...,)."""
     z = logits.astype(_finer(logits.dtype))
-    vocabulary = z.shape[-1]
-    index = jax.lax.broadcasted_iota(targets.dtype, z.shape, z.ndim - 1)
+    targets, vocabulary = targets.astype(jnp.int32), z.shape[-1]
+    index = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
     top = jax.lax.stop_gradient(z.max(-1))
     z = z - top[..., None]
     # Comparisons instead of a gather and its scatter, and of argmax: they fuse with the sums.
