@@ -194,16 +194,13 @@ def text_batches(
     lengths = (max_length,) if one_length else buckets(max_length)
     orders = batch_ids(len(labels), global_batch, seed=seed, start_step=start_step)
     if group_by_length:
-        orders = grouped_ids(tokens.lengths, global_batch, seed, start_step)
+        orders = _grouped(tokens.lengths, global_batch, seed, start_step)
     for ids in orders:
         length = _bucket(tokens, ids, lengths)
         yield padded(tokens, ids[mine], length, pad_id) | {"label": labels[ids[mine]]}
 
 
-def grouped_ids(
-    lengths: np.ndarray, global_batch: int, seed: int, step: int
-) -> Iterator[np.ndarray]:
-    """Endless batches of example ids, of similar lengths within a window of 64 batches."""
+def _grouped(lengths: np.ndarray, global_batch: int, seed: int, step: int) -> Iterator[np.ndarray]:
     while True:
         window, first = divmod(step, WINDOW)
         source = batch_ids(len(lengths), global_batch, seed=seed, start_step=window * WINDOW)

@@ -110,7 +110,7 @@ def shown(key: str, value: float) -> str:
     >>> shown("accuracy", 0.7456), shown("matthews", 0.4123)
     ('74.6 %', '0.412')
     """
-    percent = describe(key)[0].short.endswith("accuracy")
+    percent = describe(key)[0].short == "accuracy"
     return f"{100 * value:.1f} %" if percent else f"{value:.3f}"
 
 
@@ -193,7 +193,7 @@ NAMES = tuple(METRICS)
 OF_TARGETS = {
     "loss": Metric(lambda means: means["loss"], "loss", "loss", "loss"),
     "token_accuracy": Metric(
-        lambda means: means["token_accuracy"], "token accuracy", "token accuracy",
+        lambda means: means["token_accuracy"], "accuracy", "token accuracy",
         "fraction of tokens"),
     "perplexity": Metric(
         lambda means: _exp(means["loss"]), "perplexity", "perplexity", "exp(loss)"),

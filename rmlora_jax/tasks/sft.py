@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,30 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmlora_jax import data, hub
+from rmlora_jax import data, hub, methods
 from rmlora_jax.config import FREE, LARGE, PLACE, Elements, Mistake, field, is_name, is_number
-from rmlora_jax.data.rows import Examples, eval_row_batches, row_batches
-from rmlora_jax.data.tokens import buckets
+from rmlora_jax.data.chat_tokens import TOO_LONG
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
+from rmlora_jax.hub import chat_template
+from rmlora_jax.models.family import TOKENS
 from rmlora_jax.tasks import places, targets, task
 
 NAME = "sft"
-
-
-def _is_file(value: Any) -> bool:
-    """A path, or a path and how often a pass has each of its examples."""
-    if isinstance(value, tuple | list) and len(value) == 2:
-        return is_name(value[0]) and is_number(value[1]) and 0 < value[1] <= 1000
-    return is_name(value)
 
 
 def _is_named_file(value: Any) -> bool:
     return isinstance(value, tuple | list) and len(value) == 2 and all(map(is_name, value))
 
 
-FILES = Elements("paths, or pairs (path, weight) with weights above 0", _is_file)
 NAMED_FILES = Elements("pairs (name, path)", _is_named_file)
+WEIGHTS = Elements("numbers above 0", lambda value: is_number(value) and value > 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,36 +36,42 @@ class Sft:
     """The fields of the task sft."""
 
     files: tuple = field(
-        (),
-        "JSON lines or parquet for training, in place of data.name. (path, 2) has each example "
-        "twice in a pass, (path, 0.5) half of them",
-        elements=FILES,
+        (), "for training, .jsonl, .json or .parquet, in place of data.name", resume=FREE
+    )
+    weights: tuple = field(
+        (), "how often a pass has the rows of each file, such as (1, 0.5); (): once",
+        elements=WEIGHTS,
+    )
+    validation_file: str | None = field(
+        None, "None: a part of the training files is held out", resume=PLACE
     )
     test_file: str | None = field(
-        None, "None: a part of the files is held out", resume=PLACE
+        None, "None: a part of the training files is held out", resume=PLACE
     )
     evaluate: tuple = field(
         (), "((name, path), ...): measured with each validation and reported as loss_NAME, so that "
-        "forgetting can be watched", elements=NAMED_FILES,
+        "forgetting can be watched", elements=NAMED_FILES, resume=FREE,
     )
-    columns: tuple = field(
-        (), "one name (of messages or of a text) or two (of prompt and completion); (): messages, "
-        "prompt and completion, or text, whichever there is"
+    messages: str = field("", "column with conversations; '': the usual names of columns")
+    prompt: str = field("", "column, or several joined by commas, with what is asked")
+    completion: str = field("", "column with what is answered")
+    text: str = field("", "column with texts that are learnt whole")
+    template: str = field(
+        "",
+        f"chat template: {', '.join(chat_template.KNOWN)}, {chat_template.NONE}, or a file with "
+        "Jinja; '': the tokenizer's own",
+    )
+    system: str = field("", "first message of conversations that have no system message")
+    loss: str = field(
+        "assistant", "over the tokens of all answers with their ends, of the last one, or over all",
+        choices=chat_template.LOSSES,
     )
     length: int = field(1024, "tokens of a row", least=2, most=LARGE)
     pack: bool = field(True, "examples share a row and do not see each other; False: one a row")
     too_long: str = field(
-        "cut", "an example of more tokens is cut from the left, left out, or an error",
-        choices=("cut", "skip", "refuse"),
+        "cut", "an example of more than length tokens is cut from the left, left out, or an error",
+        choices=TOO_LONG,
     )
-    loss: str = field(
-        "assistant", "over the tokens of answers with their end, or over all tokens",
-        choices=("assistant", "all"),
-    )
-    template: str | None = field(
-        None, "file of a Jinja chat template; None: the tokenizer's own", resume=PLACE
-    )
-    system: str = field("", "first message of a conversation that has none with role system")
     cache: str = field(
         "~/.cache/rmlora_jax/tokens", "folder for tokenised splits; '': no cache",
         resume=FREE, cache=True,
@@ -82,7 +83,7 @@ def use_sft(c: Any) -> None:
     layer of the model's layers."""
     c.task, c.method = NAME, "lora"
     c.data.name = "chats"  # a word for the run's files
-    c.lora.target, c.lora.train = "all-linear", ""
+    c.lora.target, c.lora.train = methods.ALL_LINEAR, ""
     c.batch_size = c.eval_batch_size = 16
 
 
@@ -98,27 +99,46 @@ def check(config: Run) -> Iterator[Mistake]:
         yield "optimizer.label_smoothing", "0 for sft"
     if config.lora.train == "head":
         yield "lora.train", "'' for sft, or 'head/.*' to train the whole head beside the factors"
-    if config.lora.target == r"encoder/layers/.*":
+    if methods.of(config).adapts and config.lora.target.startswith("encoder/"):
         yield "lora.target", "all-linear for sft, or another regex on the model's paths"
-    if len(t.columns) > 2:
-        yield "sft.columns", "at most two names"
-    names = [name for name, _ in t.evaluate] if all(map(_is_named_file, t.evaluate)) else []
-    if len(set(names)) < len(names):
-        yield "sft.evaluate", "pairs with different names"
-    if any(not name.isidentifier() for name in names):
-        yield "sft.evaluate", "names of letters, digits and _ alone"
+    if methods.of(config).insert is not None:
+        yield "method", f"another than {config.method} for sft, such as lora"
+    named = [pair[0] for pair in t.evaluate if _is_named_file(pair)]
+    if len(set(named)) < len(named) or not all(name.isidentifier() for name in named):
+        yield "sft.evaluate", "pairs whose names differ and have letters, digits and _ alone"
     if t.files:
         yield from places.unused(
             config, ("data.test_split", "data.unlabelled_split"), "with sft.files"
         )
-    elif t.test_file:
-        yield "sft.test_file", "None without sft.files"
-    if methods.of(config).insert is not None:
-        yield "method", f"another than {config.method} for sft, such as lora"
+    else:
+        files = ("sft.validation_file", "sft.test_file", "sft.evaluate", "sft.weights")
+        yield from places.unused(config, files, "without sft.files")
+
+
+def request(config: Run, **options: Any) -> data.Request:
+    """The chats that the config names."""
+    t = config.own(Sft)
+    files = {"test": t.test_file} if t.test_file else {}
+    files |= {f"test_{name}": file for name, file in t.evaluate}
+    prompt = tuple(name.strip() for name in t.prompt.split(","))
+    return task.request(
+        config,
+        files=t.files,
+        weights=t.weights,
+        validation_file=t.validation_file,
+        test_files=files,
+        names={
+            "messages": t.messages,
+            "prompt": prompt if prompt[1:] else t.prompt,
+            "completion": t.completion,
+            "text": t.text,
+        },
+        **options,
+    )
 
 
 def open_problem(config: Run, opening: task.Opening) -> task.Problem:
-    """The conversations and the language model that the config names.
+    """The chats and the language model that the config names.
 
     Raises:
       UserError: one of them cannot be had.
@@ -126,27 +146,27 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     t = config.own(Sft)
     folder = hub.find_folder(config.model.source)  # a mistyped name fails before data is fetched
     tokenizer = hub.load_tokenizer(folder)
-    template = template_of(config, tokenizer)
-    chats = open_chats(config)
-    pretrained = hub.load_decoder(config.model.source)
+    template = chat_template.find_template(tokenizer, t.template)
+    chats = data.open_chats(request(config))
+    pretrained = hub.load_pretrained(config.model.source, inputs=TOKENS)
     check_model(config, tokenizer, pretrained.config)
-    kind, vocabulary = pretrained.family.model, pretrained.config.vocab_size
     return task.of_pretrained(
         pretrained,
         chats.notes,
-        model=task.build_model(config, kind, pretrained.config, vocabulary),
+        model=build(config, pretrained.family, pretrained.config),
         example=example_of(config),
         open_feed=lambda: open_feed(config, chats, tokenizer, template),
         metrics=targets.METRICS,
-        info=hub.Info(
-            task=NAME,
-            max_length=t.length,
-            dtype=config.model.dtype,
-            template=template,
-            system=t.system,
-        ),
-        skipped=chats.skipped,
+        info=hub.Info(task=NAME, max_length=t.length, dtype=config.model.dtype),
+        skipped=chats.skipped.records,  # tokenising adds to them
     )
+
+
+def build(config: Run, family: Any, architecture: Any) -> Any:
+    """The model of a run."""
+    attention = config.model.attention
+    outputs = architecture.vocab_size
+    return task.build_model(config, family.model, architecture, outputs, attention=attention)
 
 
 def check_model(config: Run, tokenizer: Any, architecture: Any) -> None:
@@ -179,95 +199,179 @@ def shapes(config: Run) -> task.Shapes:
       UserError: the model's config is not known on this machine.
     """
     t, b = config.own(Sft), config.batch_size
-    family, architecture = places.architecture(config, PROMPTS)
+    family, architecture = places.architecture(config, TOKENS)
     row = functools.partial(jax.ShapeDtypeStruct, (b, t.length))
     kinds = {"tokens": jnp.int32, "wanted": jnp.bool_, "segments": jnp.int32,
-             "positions": jnp.int32}
+             "positions": jnp.int32}  # fmt: skip
     return task.Shapes(
-        model=task.build_model(config, family.model, architecture, architecture.vocab_size),
+        model=build(config, family, architecture),
         example=example_of(config),
         outputs=architecture.vocab_size,
         prepare_train=lambda key, positions, resident, batch: targets.shifted(batch, t.pack),
         resident={},
-        batch={name: row(dtype) for name, dtype in kinds.items()}
-        | {"id": jax.ShapeDtypeStruct((b,), jnp.int32)},
-        words=f" rows of {t.length} tokens",
+        batch={"id": jax.ShapeDtypeStruct((b,), jnp.int32)}
+        | {name: row(dtype) for name, dtype in kinds.items()},
+        words=f" rows of {t.length:,} tokens",
     )
 
 
-def open_feed(config: Run, chats: Any, tokenizer: Any, template: str) -> task.Feed:
+class Split(NamedTuple):
+    """A split in tokens.
+
+    Attributes:
+      tokens: of each example, once; ``types`` is 1 for a token that the loss is over.
+      order: int64 (n,), the examples of a pass.
+      rows: which of them share a row; None where each has one of its own.
+    """
+
+    tokens: data.Tokens
+    order: np.ndarray
+    rows: data.Rows | None
+
+
+def open_feed(
+    config: Run, chats: data.ChatDataset, tokenizer: Any, template: hub.Template
+) -> task.Feed:
     """Tokenises each split, or reads its tokens from the cache, and packs them into rows."""
     t = config.own(Sft)
-    splits, notes = {}, []
-    for name, split in chats.splits.items():
-        found, told = open_split(config, name, split, tokenizer, template)
-        splits[name], notes = found, [*notes, *told]
-    train = splits["train"]
-    lengths = (t.length,) if t.pack else buckets(t.length)
-    options = {"pad_id": tokenizer.pad_token_id, **task.process()}
-    notes += [f"first example, with the loss over what is between {OPEN} and {CLOSE}:\n"
-              + marked(tokenizer, *first_of(train))]
+    notes: list[str] = []
+    splits = {
+        name: open_split(config, name, split, chats.skipped, tokenizer, template, notes)
+        for name, split in {
+            "train": chats.train, "validation": chats.validation, **chats.tests
+        }.items()
+    }
+    notes.append(first_example(tokenizer, splits["train"]))
+    train, watched = splits["train"], {f"test_{name}" for name, _ in t.evaluate}
 
     def prepare(resident, batch):
         return targets.shifted(batch, t.pack)
 
     return task.Feed(
-        sizes={name: len(split.examples.lengths) for name, split in splits.items()},
-        train=lambda step: row_batches(
-            train.examples, train.rows, config.batch_size, lengths, seed=config.data_seed,
-            start_step=step, group_by_length=not t.pack, **options,
-        ),
-        evaluate=lambda name: eval_row_batches(
-            splits[name].examples, splits[name].rows, config.eval_batch_size, lengths, **options
-        ),
+        sizes={name: len(split.order) for name, split in splits.items()},
+        train=lambda step: batches(config, train, tokenizer, step),
+        evaluate=lambda name: eval_batches(config, splits[name], tokenizer),
         resident={},
         prepare_train=lambda key, positions, *given: prepare(*given),
         prepare_eval=prepare,
-        tests=tuple(name for name in splits if name.startswith("test")),
-        watched=tuple(name for name in splits if name.startswith("test_")),
+        tests=tuple(chats.tests),
+        watched=tuple(name for name in chats.tests if name in watched),
         varies=not t.pack,
-        epoch=len(train.rows),
-        examples=lambda name, ids: np.concatenate(
-            [splits[name].numbers[splits[name].rows[i]] for i in ids]
-        ),
-        content={name: data.hash_of(*split.examples) for name, split in splits.items()},
+        epoch=len(train.order) if train.rows is None else len(train.rows),
+        examples=lambda name, ids: examples_in(splits[name], ids),
+        content={name: data.hash_of(*split.tokens, split.order) for name, split in splits.items()},
         notes=tuple(notes),
     )
 
 
-class Split(NamedTuple):
-    """A split as rows of tokens.
+def open_split(
+    config: Run,
+    name: str,
+    chats: data.Chats,
+    skipped: Any,
+    tokenizer: Any,
+    template: hub.Template,
+    notes: list[str],
+) -> Split:
+    """A split in tokens; what a person should know is added to ``notes``."""
+    t = config.own(Sft)
+    how = {"loss": t.loss, "system": t.system or None}
+    fitting = {"length": t.length, "too_long": t.too_long, "bos": tokenizer.bos_token_id}
 
-    Attributes:
-      examples: those that fit and have a target.
-      numbers: int64 (n,), their numbers in the files.
-      rows: the examples in each row.
-    """
+    def encode(example):
+        return hub.encode(tokenizer, example, template, **how)
 
-    examples: Examples
-    numbers: np.ndarray
-    rows: list[np.ndarray]
+    cache = None
+    if t.cache:
+        key = chat_template.fingerprint(tokenizer, template, **how)
+        cache = data.cache_file(Path(t.cache).expanduser(), chats, key, **fitting)
+    read = data.chat_reader(chats, encode, **fitting)
+    encoded = data.encode_chats(chats, read, skipped, cache=cache, desc=f"tokenising {name}")
+    tokens, order, counts = encoded
+    notes += counted(name, counts)
+    if not t.pack:
+        return Split(tokens, order, None)
+    lengths = tokens.lengths[order]
+    rows = data.pack(lengths, t.length, seed=config.data_seed)
+    notes.append(
+        f"{name}: {len(order):,} examples in {len(rows):,} rows of {t.length:,} tokens, of which "
+        f"{100 * rows.padding(lengths, t.length):.1f} % are padding"
+    )
+    return Split(tokens, order, data.Rows(order[rows.examples], rows.starts))
 
 
-OPEN, CLOSE = "\u27e6", "\u27e7"  # white square brackets: no text of ours has them
-LONGEST = 1500  # letters of the first example that are shown
+def counted(name: str, counts: Any) -> Iterator[str]:
+    """What became of examples that are too long."""
+    if counts.cut:
+        targets_too = f" ({counts.cut_targets:,} of them also tokens of the loss)"
+        yield (f"{name}: {counts.cut:,} of {counts.examples:,} examples are longer than "
+               f"sft.length and lost their first tokens" + targets_too * bool(counts.cut_targets))
+    if counts.skipped:
+        yield f"{name}: {counts.skipped:,} examples are longer than sft.length and were left out"
 
 
-def first_of(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of the first example, and which of them are wanted."""
-    first = slice(*split.examples.offsets[:2])
-    return split.examples.tokens[first], split.examples.wanted[first]
+def first_example(tokenizer: Any, split: Split) -> str:
+    """The first training example, with what the loss covers marked."""
+    first = int(split.order[0])
+    own = slice(*split.tokens.offsets[first : first + 2])
+    wanted = split.tokens.types[own] > 0
+    wanted[0] = False  # nothing predicts the first token
+    text = hub.describe(split.tokens.ids[own], wanted, tokenizer)
+    return "the first example, with what the loss covers marked:\n" + textwrap.indent(text, "  ")
 
 
-def marked(tokenizer: Any, tokens: np.ndarray, wanted: np.ndarray) -> str:
-    """The text of an example, with what the loss covers between marks."""
-    wanted = np.concatenate([[False], wanted[1:]])  # nothing predicts the first token
-    edges = np.flatnonzero(np.diff(wanted, prepend=wanted[:1])).tolist()
-    parts = []
-    for start, end in zip([0, *edges], [*edges, len(tokens)], strict=True):
-        text = tokenizer.decode(tokens[start:end].tolist(), skip_special_tokens=False)
-        parts.append(f"{OPEN}{text}{CLOSE}" if wanted[start] else text)
-    text = "".join(parts)
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
-    return "\n".join(f"  {line}" for line in text.splitlines())
+def batches(config: Run, split: Split, tokenizer: Any, step: int) -> Iterator[dict]:
+    """The training batches from a step on."""
+    t = config.own(Sft)
+    own = {"seed": config.data_seed, "start_step": step, "pad_id": tokenizer.pad_token_id}
+    if split.rows is None:
+        return data.single_batches(
+            split.tokens, split.order, config.batch_size, max_length=t.length, **own,
+            **task.process(),
+        )
+    return data.packed_batches(
+        split.tokens, split.rows, config.batch_size, length=t.length, **own, **task.process()
+    )
+
+
+def eval_batches(config: Run, split: Split, tokenizer: Any) -> Iterator[dict]:
+    """The batches of an evaluated split."""
+    t = config.own(Sft)
+    own = {"pad_id": tokenizer.pad_token_id, **task.process()}
+    if split.rows is None:
+        return data.eval_single_batches(
+            split.tokens, config.eval_batch_size, max_length=t.length, **own
+        )
+    return data.eval_packed_batches(
+        split.tokens, split.rows, config.eval_batch_size, length=t.length, **own
+    )
+
+
+def examples_in(split: Split, ids: np.ndarray) -> np.ndarray:
+    """The numbers of the examples in rows."""
+    if split.rows is None:
+        return split.order[ids]
+    return np.concatenate([split.rows[i] for i in ids])
+
+
+def facts(config: Mapping[str, Any]) -> dict[str, str]:
+    own = config.get("sft", {})
+    if "length" not in own:
+        return {}
+    return {"rows": f"{own['length']:,} tokens" + ", packed" * bool(own.get("pack"))}
+
+
+TASK = task.Task(
+    NAME,
+    "to continue text: chats, prompts with completions, or plain text",
+    "chats",
+    request,
+    check,
+    open_problem,
+    shapes,
+    lambda config: len(data.open_chats(request(config, download=False)).train),
+    Sft,
+    objective=lambda config: targets.objective(),
+    unit="nats per token",
+    facts=facts,
+)

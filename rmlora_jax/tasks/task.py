@@ -87,6 +87,7 @@ class Feed(NamedTuple):
     # (split, ids of rows (n,)) -> the numbers of the examples in them
     examples: Callable[[str, np.ndarray], np.ndarray] = lambda split, ids: ids
     content: Mapping[str, str] = {}  # what was read -> its hash, see `train.record`
+    notes: tuple[str, ...] = ()  # what a person should know of the batches
 
     @property
     def train_size(self) -> int:
@@ -109,7 +110,7 @@ class Problem(NamedTuple):
     write_predictions: Callable[..., Any] | None = None  # (folder, split, ids, predictions)
     pretrained: Pretrained | None = None  # None: a model that only this package knows
     info: Info | None = None  # what else a user of the trained model must know
-    skipped: tuple[str, ...] = ()  # records that were left out of the data, and why
+    skipped: Sequence[str] = ()  # records that were left out of the data, and why
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -348,10 +349,10 @@ def absent_classes(labels: np.ndarray, names: tuple[str, ...]) -> tuple[str, ...
 
 def data_notes(problem: Problem, feed: Feed, batch_size: int) -> tuple[str, ...]:
     """What a person should know about the data before training."""
-    notes, n = [], feed.train_size
+    notes, n = [*feed.notes], feed.train_size
     if problem.skipped:
         count = f"{len(problem.skipped)} record{'s' * (len(problem.skipped) > 1)}"
-        notes.append(f"left out {count} that cannot be used: {data.listed(problem.skipped)}")
+        notes.append(f"left out {count} that cannot be used: {data.listed([*problem.skipped])}")
     if feed.absent:
         notes.append(f"no training example of {len(feed.absent)} of the classes, which cannot be "
                      f"learnt: {', '.join(feed.absent[:10])}{', ...' * (len(feed.absent) > 10)}")

@@ -102,12 +102,14 @@ def reported(compiled: Steps, trainable, job: Job) -> list[dict[str, float]]:
 
 
 def figures_of(splits: dict[str, list[Outputs]], job: Job) -> list[dict[str, float]]:
-    """`reported`, of outputs that are at hand."""
+    """`reported`, of outputs that are at hand; of watched splits the loss alone."""
     figures: list[dict[str, float]] = [{} for _ in job.runs]
     for split, outputs in splits.items():
         suffix = split.removeprefix("test")
         for own, found in zip(figures, outputs, strict=True):
             values = measured(found, job.problem.metrics, job.problem.positive)
+            if split in job.feed.watched:
+                values = {"loss": values["loss"]}
             own |= {name + suffix: value for name, value in values.items()}
     return figures
 
