@@ -18,6 +18,7 @@ from rmlora_jax.data.dataset import BadRecord, Request, Skipped, Source
 from rmlora_jax.data.subsets import held_out_count, hold_out
 from rmlora_jax.errors import UserError, progress
 
+NAME = "chats"  # what a config calls files of chats
 SEED = 0  # of the rows that a weight with a fraction takes
 
 
@@ -196,6 +197,9 @@ def names_of(request: Request) -> Names:
 
 def _missing(request: Request) -> list[str]:
     names_of(request)
+    if not request.files:
+        return ["config.sft.files=(): name the files with chats, "
+                "--config.sft.files=\"('chats.jsonl',)\", or a data set with --config.data.name"]
     wrong = []
     if request.weights and len(request.weights) != len(request.files):
         wrong.append(f"config.sft.weights={tuple(request.weights)}: give one for each of the "
@@ -222,4 +226,8 @@ def _chats(request: Request) -> FoundChats:
     )
 
 
-SOURCE = Source(handles=lambda request: bool(request.files), missing=_missing, chats=_chats)
+SOURCE = Source(
+    handles=lambda request: bool(request.files) or request.name == NAME,
+    missing=_missing,
+    chats=_chats,
+)
