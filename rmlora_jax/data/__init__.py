@@ -9,8 +9,15 @@ crops, flips, resizes and normalises inside jit.
 
 Texts: ``tokenise`` turns them into numbers, once, and ``text_batches`` and ``eval_text_batches``
 pad them.
+
+Chats: ``open_chats`` finds examples, ``chat_reader`` and ``encode_chats`` turn them into tokens and
+targets, ``pack`` puts several into a row, and ``packed_batches``, ``single_batches`` and
+``streamed_batches`` give the training batches.
 """
 
+from rmlora_jax.data.chat import ChatDataset, Chats
+from rmlora_jax.data.chat_tokens import EncodedChats, cache_file, encode_chats
+from rmlora_jax.data.chat_tokens import reader as chat_reader
 from rmlora_jax.data.content import content_of, hash_of
 from rmlora_jax.data.dataset import (
     ArraySource,
@@ -22,6 +29,14 @@ from rmlora_jax.data.dataset import (
     listed,
 )
 from rmlora_jax.data.glue import GlueTask, glue_task, write_predictions
+from rmlora_jax.data.packing import (
+    Rows,
+    eval_packed_batches,
+    eval_single_batches,
+    pack,
+    packed_batches,
+    single_batches,
+)
 from rmlora_jax.data.pipeline import (
     Storage,
     batch_ids,
@@ -35,23 +50,30 @@ from rmlora_jax.data.pipeline import (
 )
 from rmlora_jax.data.sources import (
     known,
+    load_chats,
     load_images,
     load_texts,
     missing,
+    open_chats,
     open_images,
     open_texts,
     open_utterances,
 )
+from rmlora_jax.data.streaming import streamed_batches
 from rmlora_jax.data.subsets import Subset, labels_of
 from rmlora_jax.data.tokens import Tokens, eval_text_batches, text_batches, tokenise
 from rmlora_jax.data.vision import augment
 
 __all__ = [
     "ArraySource",
+    "ChatDataset",
+    "Chats",
     "Dataset",
+    "EncodedChats",
     "GlueTask",
     "ImageSource",
     "Request",
+    "Rows",
     "Storage",
     "Subset",
     "TextDataset",
@@ -59,26 +81,37 @@ __all__ = [
     "Tokens",
     "augment",
     "batch_ids",
+    "cache_file",
     "cached",
+    "chat_reader",
     "content_of",
+    "encode_chats",
     "eval_batches",
+    "eval_packed_batches",
+    "eval_single_batches",
     "eval_text_batches",
     "glue_task",
     "hash_of",
     "known",
     "labels_of",
     "listed",
+    "load_chats",
     "load_images",
     "load_resident",
     "load_texts",
     "missing",
+    "open_chats",
     "open_images",
     "open_texts",
     "open_utterances",
+    "pack",
+    "packed_batches",
     "plan_storage",
+    "single_batches",
     "storage_of",
     "stored_as",
     "stream_batches",
+    "streamed_batches",
     "text_batches",
     "tokenise",
     "write_predictions",

@@ -18,7 +18,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.models.processor import Resize
 
 # The kinds of data; each is the name of the function of a `Source` that opens it.
-Kind = Literal["images", "texts", "utterances"]
+Kind = Literal["images", "texts", "utterances", "chats"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Request:
       train_file, test_file, predict_file: texts in files .csv or .tsv with a heading, or .jsonl
         with an object a line, in UTF-8. Without ``test_file``, as many rows as for validation are
         held out once more. Labels of classes may be words or whole numbers.
+      files: of training chats, ``.jsonl``, ``.json`` or ``.parquet``, the first two also with
+        ``.gz``. ``weights``: how often a pass has the rows of each file; () for once.
+      validation_file, test_files: files of held-out chats; split -> file. Without the first a part
+        of the training chats is held out.
+      names: of the columns of chats, see `chat.Names`.
       speakers: of the Japanese vowels, numbers from 1 to 9; () for all.
       clusters: 0: the labels of utterances are the speakers. Above 0: an example is an utterance
         with one frame hidden, and its label is the cluster of that frame.
@@ -79,6 +84,11 @@ class Request:
     train_file: str | os.PathLike | None = None
     test_file: str | os.PathLike | None = None
     predict_file: str | os.PathLike | None = None
+    files: Sequence[str | os.PathLike] = ()
+    weights: Sequence[float] = ()
+    validation_file: str | os.PathLike | None = None
+    test_files: Mapping[str, str | os.PathLike] | None = None
+    names: Mapping[str, Any] | None = None
     speakers: Sequence[int] = ()
     clusters: int = 0
     download: bool = True
@@ -104,12 +114,13 @@ class Source(NamedTuple):
       images: opens the images of a request. None: the source has no images.
       texts: opens the texts of a request. It gives the records that cannot be used to `Skipped`.
       utterances: opens the speech of a request, a `packaged.SpeechDataset`.
+      chats: opens the chats of a request, a `chat.FoundChats`.
       known: what is known without the data, for ``--compile_only``.
       prepare: fetches the data and prepares its folder; ``python -m rmlora_jax.data.prepare``.
       takes_file: whether ``data.data_dir`` may be a file.
 
     Raises:
-      UserError: ``images``, ``texts``, ``utterances`` and ``prepare``, with what to type.
+      UserError: the functions that open data, and ``prepare``, with what to type.
     """
 
     handles: Callable[[Request], bool]
@@ -117,6 +128,7 @@ class Source(NamedTuple):
     images: Callable[[Request], "FoundImages"] | None = None
     texts: Callable[[Request, "Skipped"], "FoundTexts"] | None = None
     utterances: Callable[[Request], Any] | None = None
+    chats: Callable[[Request], Any] | None = None
     known: Callable[[Request], "Known | None"] = lambda request: None
     prepare: Callable[[Request], Path] | None = None
     takes_file: bool = False

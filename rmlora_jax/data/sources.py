@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from rmlora_jax.data import cifar, folder, glue, hf_datasets, packaged, text_files, tfds
+from rmlora_jax.data import chat, cifar, folder, glue, hf_datasets, packaged, text_files, tfds
 from rmlora_jax.data.dataset import (
     Dataset,
     FoundImages,
@@ -37,6 +37,7 @@ from rmlora_jax.errors import UserError
 # The first source that handles a request serves it; the last one handles every name.
 SOURCES = (
     text_files.SOURCE,
+    chat.SOURCE,
     packaged.DIGITS,
     packaged.VOWELS,
     folder.SOURCE,
@@ -162,6 +163,12 @@ def open_utterances(request: Request) -> Any:
     return _found("utterances", request)
 
 
+def open_chats(request: Request) -> chat.ChatDataset:
+    """The chats of a request; see `load_chats`."""
+    found: chat.FoundChats = _found("chats", request)
+    return chat.split_chats(found, chat.names_of(request), request)
+
+
 def _found(kind: Kind, request: Request, *more) -> Any:
     return getattr(find_source(kind, request), kind)(request, *more)
 
@@ -196,3 +203,24 @@ def load_texts(name: str, *, columns: Sequence[str], **fields) -> TextDataset:
       UserError: with what is wrong: the name, a file and its line, the features or the network.
     """
     return open_texts(Request(name, columns=columns, **fields))
+
+
+def load_chats(*files: str, **fields) -> chat.ChatDataset:
+    """Conversations, prompts with completions, or texts, from files.
+
+    Args:
+      files: ``.jsonl``, ``.json`` or ``.parquet``, the first two also with ``.gz``.
+      **fields: of a :class:`Request`, such as ``names`` and ``validation``.
+
+    Raises:
+      UserError: with what is wrong: the file, its line and the column.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+    ...     _ = file.writelines(f'{{"q": "{n} + 1?", "a": "{n + 1}"}}\\n' for n in range(9))
+    ...     _ = file.seek(0)
+    ...     data = load_chats(file.name, names={"prompt": "q", "completion": "a"})
+    ...     len(data.train), len(data.validation), data.train[0]
+    (8, 1, {'prompt': '0 + 1?', 'completion': '1'})
+    """
+    return open_chats(Request("files", files=files, **fields))

