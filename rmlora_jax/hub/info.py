@@ -13,7 +13,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object, write_json
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import CONFIG, PACKAGED, bundled, split_revision
-from rmlora_jax.models.family import IMAGES, TEXTS, Inputs
+from rmlora_jax.models.family import IMAGES, TEXTS, TOKENS, Inputs
 
 FILE = "rmlora.json"
 # What a model of each task is called with, and what a hub calls the task.
@@ -21,6 +21,7 @@ TASKS = {
     "image_classification": (IMAGES, "image-classification"),
     "text_classification": (TEXTS, "text-classification"),
     "text_regression": (TEXTS, "text-classification"),
+    "sft": (TOKENS, "text-generation"),
 }
 
 
