@@ -1,7 +1,7 @@
 """A trained language model, ready for use: prompts in, answers out."""
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError, did_you_mean, progress
 from rmlora_jax.files import read_object
+from rmlora_jax.hub.chat_template import Template, end_tokens, find_template
 from rmlora_jax.hub.info import Info, check_fits
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import CONFIG
@@ -26,16 +27,10 @@ from rmlora_jax.inference.generate import (
     with_adapters,
 )
 from rmlora_jax.inference.pieces import Text
-from rmlora_jax.inference.prompts import (
-    Prompt,
-    as_prompt,
-    encode_prompt,
-    end_tokens,
-    is_conversation,
-    prompts_of,
-)
+from rmlora_jax.inference.prompts import Prompt, as_prompt, is_conversation, prompts_of, tokens_of
 from rmlora_jax.inference.sampling import Sampling, check_sampling, row_keys
 from rmlora_jax.models.attention import blaming
+from rmlora_jax.models.config import LARGEST
 from rmlora_jax.models.decoder import new_cache
 
 GENERATION = "generation_config.json"
@@ -47,7 +42,24 @@ NO_TOKEN = -2  # is never written, not even where a row has ended
 
 def info_of(base: Pretrained) -> Info:
     """What a whole model's own files say about its use."""
-    return Info("sft", dtype=base.dtype)
+    return Info("sft")
+
+
+def template_of(tokenizer: Any, info: Info) -> Template:
+    """The chat template that a model was trained with, or else its tokenizer's own."""
+    if info.template is None:
+        return find_template(tokenizer)
+    return Template("of the model", info.template or None)
+
+
+def stored_ends(folder: Path) -> set[int]:
+    """The tokens that end an answer by a model's files: ``eos_token_id``, one number or several."""
+    found = set()
+    for name in (GENERATION, CONFIG):
+        ends = read_object(folder / name).get("eos_token_id") if (folder / name).exists() else None
+        found |= {end for end in (ends if isinstance(ends, list) else [ends])
+                  if type(end) is int and 0 <= end < LARGEST}
+    return found
 
 
 class Answer(NamedTuple):
@@ -115,6 +127,7 @@ class Generator:
     Attributes:
       model: the Linen module, adapted; ``params``, on the device, are its parameters.
       tokenizer: of transformers.
+      template: the chat template.
       ends: the tokens that end an answer.
 
     Raises:
@@ -139,9 +152,8 @@ class Generator:
         check_fits(base, info)
         self.base, self.info = base, info
         self.tokenizer = load_tokenizer(base.folder)
-        stored = [read_object(base.folder / name) for name in (GENERATION, CONFIG)
-                  if (base.folder / name).exists()]
-        self.ends = end_tokens(self.tokenizer, stored)
+        self.template = template_of(self.tokenizer, info)
+        self.ends = stored_ends(base.folder) | {*end_tokens(self.tokenizer, self.template)}
         dtype = jnp.dtype(info.dtype)
         config = base.config
         model = base.family.model(config, base.num_labels, dtype=dtype)
@@ -256,7 +268,7 @@ class Generator:
             where = f"prompt {i}"
             prompt = prompt if isinstance(prompt, Prompt) else as_prompt(prompt, where)
             prompt = prompt._replace(adapter=self._adapter(prompt.adapter or name, where))
-            tokens = encode_prompt(self.tokenizer, prompt, where)
+            tokens = tokens_of(prompt, self.tokenizer, self.template, self.info.system, where)
             longest = self.base.config.max_position_embeddings
             if len(tokens) >= longest:
                 raise UserError(f"{where} has {len(tokens):,} tokens, and {self.base.source} takes "
