@@ -32,15 +32,25 @@ new_vit_head = new_text_head = new_head
 
 def __getattr__(name):
     # A trained model in use is in a room above this one; it is imported when somebody asks for it.
-    if name in ("Classifier", "Prediction", "load"):
+    if name in ("Classifier", "Prediction"):
         from rmlora_jax.inference import classifier
 
         return getattr(classifier, name)
+    if name in ("Answer", "Generator"):
+        from rmlora_jax.inference import generator
+
+        return getattr(generator, name)
+    if name == "load":
+        from rmlora_jax.inference import loading
+
+        return loading.load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [
+    "Answer",
     "Classifier",
+    "Generator",
     "Info",
     "Prediction",
     "Pretrained",

@@ -157,7 +157,13 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
         example=example_of(config),
         open_feed=lambda: open_feed(config, chats, tokenizer, template),
         metrics=targets.METRICS,
-        info=hub.Info(task=NAME, max_length=t.length, dtype=config.model.dtype),
+        info=hub.Info(
+            task=NAME,
+            max_length=t.length,
+            dtype=config.model.dtype,
+            template=(template.text or "") if t.template else None,
+            system=t.system or "",
+        ),
         skipped=chats.skipped.records,  # tokenising adds to them
     )
 

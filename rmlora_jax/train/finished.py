@@ -17,7 +17,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import placed, plain, write_json
 from rmlora_jax.hub.info import FILE, TASKS, model_card, read_info, write_info
-from rmlora_jax.inference.classifier import ADAPTER, MERGED, Classifier, load
+from rmlora_jax.inference.loading import ADAPTER, MERGED, Model, load, use
 from rmlora_jax.tasks.task import Outputs, Problem
 from rmlora_jax.train import nonfinite
 from rmlora_jax.train.checkpoint import best_step, best_trainable
@@ -223,10 +223,10 @@ def export_merged(workdir: Path) -> Path:
     return hub.save_model(workdir / MERGED, params, base, info=info, overwrite=True)
 
 
-def model_of(folder: str | Path) -> Classifier:
+def model_of(folder: str | Path) -> Model:
     """The model of a run, finished or not, or of what else `hub.load` takes."""
     found = unfinished(Path(folder))
-    return Classifier(*found) if found else load(folder)
+    return use(*found) if found else load(folder)
 
 
 def unfinished(workdir: Path) -> tuple[hub.Pretrained, dict, rm.LoRA | None, hub.Info] | None:
