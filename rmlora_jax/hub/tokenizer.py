@@ -21,11 +21,15 @@ FILES = (
 PROBE = "It reads: 7 ü Ж 字 ✓ \U0001f600"
 
 
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path, *, padding: bool = True):
     """The fast tokenizer of a model's folder or GGUF file.
 
     Reads ``tokenizer.json``, or converts ``vocab.txt``, ``vocab.json`` with ``merges.txt``, or a
     SentencePiece model; or builds it from the tokens in a GGUF file.
+
+    Args:
+      folder: of the model.
+      padding: whether there must be a token for padding, which many language models lack.
 
     Raises:
       UserError: the folder has no tokenizer, or one that needs code of its own.
@@ -52,7 +56,7 @@ def load_tokenizer(folder: Path):
             f"tokenizer's files ({', '.join(FILES)}) beside config.json"
         ) from None
     lacks = "fast version" if not fast else "token for padding"
-    if not fast or tokenizer.pad_token_id is None:
+    if not fast or (padding and tokenizer.pad_token_id is None):
         raise UserError(f"{folder}: its tokenizer has no {lacks}; choose another model")
     return tokenizer
 

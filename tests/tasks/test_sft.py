@@ -255,3 +255,30 @@ def test_one_example_a_row_has_the_figures_of_packed_rows(root):
     assert sorted(numbers) == list(range(18))
     words = "".join(job.problem.notes)
     assert "rows of 64 tokens" in words and "[[ is a" in words
+
+
+@pytest.mark.slow
+def test_the_trained_model_is_asked(root, tmp_path, monkeypatch):
+    on_one_device(monkeypatch)
+    fields = {"sft.samples": 2, "sft.answer": r"is (a\d+)", "sft.asked": 10,
+              "sft.longest_answer": 6, "steps": 10}  # fmt: skip
+    summary = loop.train(config_of(root, 10, **fields), tmp_path)
+    text = (tmp_path / "samples.md").read_text()
+    assert text.count("**before**") == text.count("**after**") == 2
+    after = [part.split("\n\n")[1] for part in text.split("**after**")[1:]]
+    assert all("is a" in words for words in after)  # the form is learnt at once
+    fraction = summary["best_eval"]["exact_match"] * 10
+    assert abs(fraction - round(fraction)) < 1e-9
+    model = hub.load(tmp_path)
+    assert [f"> {a.text}" for a in model.generate(
+        [row["messages"][:1] for row in first_of_test(root)], max_new_tokens=6
+    )] == after
+
+
+def first_of_test(root):
+    """The first two chats of the test split."""
+    from rmlora_jax import data
+    from rmlora_jax.tasks.sft import request
+
+    chats = data.open_chats(request(resolve(config_of(root, 10)))).tests["test"]
+    return [chats[0], chats[1]]
