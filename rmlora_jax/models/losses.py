@@ -171,7 +171,9 @@ def _summed(of_chunk: Callable, shared, x, rest):
         scale, _ = cotangents
         of_shared, of_x = jax.tree.map(
             lambda d, dtype: None if d is None else (d * scale).astype(dtype),
-            kept, dtypes, is_leaf=lambda d: d is None,
+            kept,
+            dtypes,
+            is_leaf=lambda d: d is None,
         )
         return of_shared, of_x, None
 

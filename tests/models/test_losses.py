@@ -294,8 +294,10 @@ def test_products_with_the_weight_of_the_head(of, products):
 def test_logits_of_all_tokens_never_exist(of):
     """The largest array of the program has the logits of a chunk, and few of them exist at once."""
     _, compiled = costly(of)
-    sizes = [np.prod([int(n) for n in dims.split(",")])
-             for dims in re.findall(r"\b(?:f32|pred|s32)\[([\d,]+)\]", compiled.as_text())]
+    sizes = [
+        np.prod([int(n) for n in dims.split(",")])
+        for dims in re.findall(r"\b(?:f32|pred|s32)\[([\d,]+)\]", compiled.as_text())
+    ]
     assert max(sizes) == 64 * BIG["vocabulary"]
     whole = BIG["rows"] * BIG["length"] * BIG["vocabulary"] * 4
     assert compiled.memory_analysis().temp_size_in_bytes < whole / 3  # a chunk has a sixteenth
