@@ -5,6 +5,8 @@
 
 from rmlora_jax.models.bert import BERT, CAMEMBERT, ROBERTA, XLM_ROBERTA, Bert, BertConfig
 from rmlora_jax.models.deberta import DEBERTA, Deberta, DebertaConfig
+from rmlora_jax.models.decoder import Decoder, DecoderConfig, new_cache
+from rmlora_jax.models.decoder_families import DECODERS
 from rmlora_jax.models.family import Family
 from rmlora_jax.models.vit import VIT, ViT, ViTConfig
 
@@ -15,6 +17,7 @@ FAMILIES: dict[str, Family] = {
     "xlm-roberta": XLM_ROBERTA,
     "camembert": CAMEMBERT,
     "deberta-v2": DEBERTA,  # v3 too
+    **DECODERS,
 }
 
 __all__ = [
@@ -23,7 +26,10 @@ __all__ = [
     "BertConfig",
     "Deberta",
     "DebertaConfig",
+    "Decoder",
+    "DecoderConfig",
     "Family",
     "ViT",
     "ViTConfig",
+    "new_cache",
 ]

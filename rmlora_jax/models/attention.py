@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,105 @@ def weighted(scores, value, drop: Callable, pairs: jax.Array | None = None):
         scores = jnp.where(pairs, scores, jnp.finfo(scores.dtype).min / 2)
     weights = jax.nn.softmax(scores).astype(value.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", drop(weights), value)
+
+
+class Reach(NamedTuple):
+    """Which earlier keys a query attends to, and how their scores become weights.
+
+    Attributes:
+      scale: factor of the scores.
+      softcap: c: a score s becomes c tanh(s / c); 0: it stays.
+      window: how many keys a query sees, its own among them; None: all. An int, or a traced scalar.
+      segments: int (B, N): a query attends to keys of its own segment only; None: to all.
+      places: order of queries (B, n) and keys (B, N), -1 for a key that is empty; None: both are
+        the tokens of one row, in their order.
+    """
+
+    scale: float
+    softcap: float = 0.0
+    window: int | jax.Array | None = None
+    segments: jax.Array | None = None
+    places: tuple[jax.Array, jax.Array] | None = None
+
+    @property
+    def fits_cudnn(self) -> bool:
+        """Whether cuDNN's kernel can compute it."""
+        static = self.window is None or isinstance(self.window, int)
+        return static and self.places is None and not self.softcap
+
+    def pairs(self, length: int) -> jax.Array:
+        """Which keys each query attends to, bool (1 or B, n, N)."""
+        if self.places is None:
+            own = other = jnp.arange(length)[None]
+        else:
+            own, other = self.places
+        own, other = own[:, :, None], other[:, None, :]
+        seen = (other <= own) & (other >= 0)
+        if self.window is not None:
+            seen &= other > own - self.window
+        if self.segments is not None:
+            seen &= self.segments[:, :, None] == self.segments[:, None, :]
+        return seen
+
+
+def attend_back(query, key, value, reach: Reach, implementation: str = "auto"):
+    """Causal attention with groups of query heads: softmax(cap(scale Q K^T)) V, as ``reach`` says.
+
+    Args:
+      query: (B, n, H, head_dim), any floating dtype.
+      key, value: (B, N, K, head_dim); K divides H, and H / K query heads share a key.
+      implementation: as in ``attend``; cuDNN runs where it can compute ``reach``.
+
+    Returns:
+      (B, n, H, head_dim) in the dtype of ``query``. A query without a key gets equal weights.
+
+    Source: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245, section 2.2.
+
+    >>> query, key = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 5, 2, 8))
+    >>> attend_back(query, key, key, Reach(scale=0.5, window=2)).shape
+    (2, 5, 4, 8)
+    """
+    kernel = chosen(implementation, query.dtype, query.shape[-1]) if reach.fits_cudnn else "xla"
+    if kernel == "cudnn":
+        return _cudnn_back(query, key, value, reach)
+    pairs = reach.pairs(key.shape[1])[:, None]
+    if not reach.softcap:
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=pairs, scale=reach.scale, implementation="xla"
+        )
+    groups = (*query.shape[:2], key.shape[2], -1, query.shape[-1])
+    scores = jnp.einsum(
+        "bqkgd,bskd->bkgqs", query.reshape(groups), key, preferred_element_type=jnp.float32
+    )
+    scores = reach.softcap * jnp.tanh(scores * (reach.scale / reach.softcap))
+    scores = jnp.where(pairs[:, None], scores, jnp.finfo(jnp.float32).min / 2)
+    weights = jax.nn.softmax(scores).astype(value.dtype)
+    return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(query.shape)
+
+
+def _cudnn_back(query, key, value, reach: Reach):
+    """`attend_back` by cuDNN; the lengths are filled up at the end, where no query looks."""
+    query, key, value, _ = batched_alike(query, key, value)
+    length = query.shape[1]
+    fill = -length % CUDNN_MULTIPLE
+    query, key, value = (
+        jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (query, key, value)
+    )
+    mask = None
+    if reach.segments is not None:
+        filled = jnp.pad(reach.segments, ((0, 0), (0, fill)))
+        mask = reach._replace(segments=filled).pairs(length + fill)[:, None]
+    out = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        scale=reach.scale,
+        is_causal=True,
+        local_window_size=None if reach.window is None else (int(reach.window) - 1, 0),
+        implementation="cudnn",
+    )
+    return out[:, :length]
 
 
 def padded_attention(query, key, value, implementation: Kernel, keys: int | None = None):

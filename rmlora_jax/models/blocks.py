@@ -89,16 +89,25 @@ class Parts:
         return nn.Dropout(default if rate is None else rate, deterministic=not self.train)
 
     def layers(self, layer: type["Layer"], x, *inputs, in_axes: Any = nn.broadcast):
-        """All layers, scanned, with parameters stacked on axis 0 under the name ``layers``.
-
-        Args:
-          layer: the class of a layer.
-          x: (B, N, D).
-          inputs: the arguments of every layer beside ``x``.
-          in_axes: 0 for ``inputs`` with a layer axis, ``nn.broadcast`` for the others.
+        """`Parts.scan` of ``x`` (B, N, D).
 
         Returns:
           (B, N, D), and with ``collect`` all hidden states (L + 1, B, N, D), else None.
+        """
+        out, after = self.scan(layer, x, *inputs, in_axes=in_axes)
+        return out, None if after is None else jnp.concatenate([x[None], after])
+
+    def scan(self, layer: type[nn.Module], carry, *inputs, in_axes: Any = nn.broadcast):
+        """All layers, scanned, with parameters stacked on axis 0 under the name ``layers``.
+
+        Args:
+          layer: the class of a layer: (carry, *inputs) -> (carry, output).
+          carry: what goes from layer to layer.
+          inputs: the arguments of every layer beside ``carry``.
+          in_axes: 0 for ``inputs`` with a layer axis, ``nn.broadcast`` for the others.
+
+        Returns:
+          The last carry, and the outputs stacked over the layers.
         """
         length = self.config.num_hidden_layers
         if self.remat != "none":
@@ -112,8 +121,7 @@ class Parts:
             length=length,
             unroll=self.unroll,
         )
-        out, after = scanned(self, name="layers")(x, *inputs)
-        return out, None if after is None else jnp.concatenate([x[None], after])
+        return scanned(self, name="layers")(carry, *inputs)
 
 
 class MLP(nn.Module):
@@ -275,7 +283,7 @@ def with_inserts(key, model: nn.Module, params: dict, *example) -> dict:
 
 # Fields of models.
 CHOICES = {"remat": tuple(REMAT), "attention": IMPLEMENTATIONS}
-COUNTS = ("num_labels", "num_classes", "unroll")
+COUNTS = ("num_labels", "num_classes", "outputs", "unroll")
 
 
 def parts_of(model: nn.Module, train: bool, collect: bool = False) -> Parts:

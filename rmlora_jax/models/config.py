@@ -152,6 +152,12 @@ class EncoderConfig(ModelConfig):
     qkv_bias = True  # whether query, key and value have biases
     norm_first = False  # whether the norms are before attention and MLP, not after
 
+    def __post_init__(self):
+        super().__post_init__()
+        heads = self.num_attention_heads
+        if self.hidden_size % heads:
+            refuse("num_attention_heads", heads, f"a divisor of hidden_size = {self.hidden_size}")
+
     @property
     def kernel_init(self) -> nn.initializers.Initializer:
         """The initialiser of new kernels: N(0, ``initializer_range``^2)."""
@@ -163,8 +169,7 @@ def check_fields(config: Any) -> None:
 
     int: a whole number from ``least[name]`` (1 by default) to 2**24; layers: to 1000. float: finite
     and at least 0, below 1 where the name ends in ``_prob`` or ``dropout``. float or None: a
-    dropout. A name that ends in ``act``: an activation. ``num_attention_heads`` must divide
-    ``hidden_size``.
+    dropout. A name that ends in ``act``: an activation.
     """
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
@@ -186,12 +191,6 @@ def check_fields(config: Any) -> None:
             refuse(name, value, f"one of {', '.join(config.model_types)}")
         if name.endswith("act") and value not in ACTIVATIONS:
             refuse(name, value, f"one of {', '.join(ACTIVATIONS)}")
-    if config.hidden_size % config.num_attention_heads:
-        refuse(
-            "num_attention_heads",
-            config.num_attention_heads,
-            f"a divisor of hidden_size = {config.hidden_size}",
-        )
 
 
 def refuse(name: str, value: Any, allowed: str) -> NoReturn:

@@ -121,6 +121,7 @@ def _with_image_size(config, image_size: int):
 
 IMAGES = Inputs("images", _image, _with_image_size, read_processor)
 TEXTS = Inputs("texts", lambda config: (jax.ShapeDtypeStruct((1, 2), jnp.int32),))
+TOKENS = Inputs("text that it continues", TEXTS.example)
 
 def normal_kernel(config, key: jax.Array, number: int, shape: tuple[int, ...]) -> np.ndarray:
     """N(0, ``initializer_range``^2), drawn from ``key`` folded with ``number``."""
@@ -135,9 +136,11 @@ class Family(NamedTuple):
     Attributes:
       config: the class of its configs.
       model: Linen module ``model(config, num_labels, dtype=..., unroll=..., remat=...)`` that is
-        called with images, or with ``(input_ids, attention_mask, token_type_ids)``.
-      inputs: `IMAGES` or `TEXTS`.
-      classifier: transformers' class of the same model with a classification head.
+        called with images, with ``(input_ids, attention_mask, token_type_ids)``, or with
+        ``(input_ids, positions, segments)``.
+      inputs: `IMAGES`, `TEXTS` or `TOKENS`.
+      classifier: transformers' class of the same model with a classification head, or of the
+        language model.
       prefix: the part of the names that a file of the bare encoder leaves out, such as ``"bert."``.
       table: one entry for each parameter.
       leftovers: regular expressions (full match) of tensors that belong to pre-training.
@@ -146,6 +149,7 @@ class Family(NamedTuple):
       draw: (config, key, number, shape) -> the new kernel of this number, float32.
       resized: (params, config) -> the parameters for the image size of ``config``; None where
         there is no image size.
+      outputs: config -> outputs of a language model's head; None where the task says how many.
     """
 
     config: type[ModelConfig]
@@ -158,6 +162,7 @@ class Family(NamedTuple):
     new: tuple[str, ...] = (r"pooler/.*", r"head/.*")
     draw: Callable[[Any, jax.Array, int, tuple[int, ...]], np.ndarray] = normal_kernel
     resized: Callable[[dict, Any], dict] | None = None
+    outputs: Callable[[Any], int] | None = None
 
     @property
     def purpose(self) -> str:
