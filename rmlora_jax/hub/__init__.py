@@ -7,6 +7,7 @@ from rmlora_jax.hub.chat_template import (
     encode_prompt,
     end_tokens,
     find_template,
+    fingerprint,
 )
 from rmlora_jax.hub.export import save_model
 from rmlora_jax.hub.info import Info, read_info, write_info
@@ -23,7 +24,7 @@ from rmlora_jax.hub.pretrained import (
     with_head_order,
 )
 from rmlora_jax.hub.source import bundled, find_folder
-from rmlora_jax.hub.tokenizer import load_tokenizer
+from rmlora_jax.hub.tokenizer import load_tokenizer, padding_id
 
 # Older names.
 PretrainedText = Pretrained
@@ -55,6 +56,7 @@ __all__ = [
     "find_architecture",
     "find_folder",
     "find_template",
+    "fingerprint",
     "load",
     "load_peft",
     "load_pretrained",
@@ -64,6 +66,7 @@ __all__ = [
     "new_head",
     "new_text_head",
     "new_vit_head",
+    "padding_id",
     "read_info",
     "save_model",
     "save_peft",

@@ -21,11 +21,14 @@ FILES = (
 PROBE = "It reads: 7 ü Ж 字 ✓ \U0001f600"
 
 
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path, *, padding: bool = True):
     """The fast tokenizer of a model's folder or GGUF file.
 
     Reads ``tokenizer.json``, or converts ``vocab.txt``, ``vocab.json`` with ``merges.txt``, or a
     SentencePiece model; or builds it from the tokens in a GGUF file.
+
+    Args:
+      padding: whether it must have a token for padding. Many decoders have none and need none.
 
     Raises:
       UserError: the folder has no tokenizer, or one that needs code of its own.
@@ -52,9 +55,18 @@ def load_tokenizer(folder: Path):
             f"tokenizer's files ({', '.join(FILES)}) beside config.json"
         ) from None
     lacks = "fast version" if not fast else "token for padding"
-    if not fast or tokenizer.pad_token_id is None:
+    if not fast or (padding and tokenizer.pad_token_id is None):
         raise UserError(f"{folder}: its tokenizer has no {lacks}; choose another model")
     return tokenizer
+
+
+def padding_id(tokenizer) -> int:
+    """The token that fills a row: that for padding, or else the end token, or else 0.
+
+    No result depends on it, since nothing attends to padding.
+    """
+    found = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(number for number in found if number is not None)
 
 
 def _converted(folder: Path) -> Any:
