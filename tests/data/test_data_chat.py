@@ -324,12 +324,12 @@ def test_held_out_by_content(tmp_path):
 def test_weights_of_files(tmp_path):
     files = [str(lines(tmp_path / f"{n}.jsonl", [row | {"q": f"{n} {row['q']}"} for row in ROWS]))
              for n in "abc"]
-    data = load_chats(*files, names=NAMES, weights=(2, 0.5, 1), validation=6)
+    data = load_chats(*files, names=NAMES, weights=(2, 0.75, 1), validation=6)
     kept = [sum(one.startswith(n) for one in map(data.train.where, range(len(data.train))))
             for n in map(str, (tmp_path / "a", tmp_path / "b", tmp_path / "c"))]
     rows = [sum(data.validation.where(i).startswith(str(tmp_path / n)) for i in range(6))
             for n in "abc"]
-    assert kept == [2 * (20 - rows[0]), round(0.5 * (20 - rows[1])), 20 - rows[2]]
+    assert kept == [2 * (20 - rows[0]), round(0.75 * (20 - rows[1])), 20 - rows[2]]
     assert len(np.unique(data.train.ids)) == kept[0] // 2 + kept[1] + kept[2]
     for weights, why in (((1, 2), "give one for each of the 3"), ((1, 0, 1), "above 0")):
         with pytest.raises(UserError, match=why):
