@@ -2,7 +2,8 @@
 
 A config with a field ``study`` describes many runs; ``rmlora_jax.study`` trains them.
 
-Use a trained model: ``python run.py --workdir=DIR --predict photos/``.
+Use a trained model: ``python run.py --workdir=DIR --predict photos/``, or ``--predict "a prompt"``
+and ``--chat`` for a language model.
 """
 
 # ruff: noqa: E402 (Ctrl-C is heard before the imports that take seconds)
@@ -68,15 +69,29 @@ PRINT_CONFIG = flags.DEFINE_bool(
 PREDICT = flags.DEFINE_multi_string(
     "predict",
     None,
-    "classify with the model in --workdir (a run, an adapter or a model). Inputs are images, "
-    "folders or patterns, separated by commas; or a text, @FILE for a file (.csv, .tsv and .jsonl "
-    "by the model's columns, others with one text on each line), - for stdin. Words without a flag "
-    "are further inputs",
+    "classify, or answer, with the model in --workdir (a run, an adapter or a model). Inputs are "
+    "images, folders or patterns, separated by commas; or a text, @FILE for a file (.csv, .tsv and "
+    ".jsonl by the model's columns, others with one text on each line), - for stdin. A language "
+    "model reads prompt, messages or text in a .jsonl. Words without a flag are further inputs",
 )
+CHAT = flags.DEFINE_bool("chat", False, "talk with the language model in --workdir")
 TOP = flags.DEFINE_integer("top", 1, "with --predict: classes shown for each input", lower_bound=1)
 OUT = flags.DEFINE_string(
-    "out", None, "with --predict: CSV file (default: predictions.csv in --workdir)"
+    "out", None, "with --predict: file to write (default: predictions.csv in --workdir, or "
+    "answers.jsonl of a language model)"
 )
+# Of --predict and --chat with a language model; `rmlora_jax.inference` checks their ranges.
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "the most tokens of an answer")
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "of the draws of tokens; 0: always the most probable token"
+)
+TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
+TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "draw from the most probable tokens that have this much of the probability"
+)
+SEED = flags.DEFINE_integer("seed", 0, "of the draws of tokens")
+STOP = flags.DEFINE_multi_string("stop", [], "a text that ends an answer; may be given repeatedly")
+USES = (TOP, MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, SEED, STOP)
 EXPORT = flags.DEFINE_enum(
     "export",
     None,
@@ -131,7 +146,14 @@ def command(words):
         from rmlora_jax.train.finished import model_of
 
         values = [*PREDICT.value, *words]
-        return predict(WORKDIR.value, values, top=TOP.value, out=OUT.value, find=model_of)
+        return predict(WORKDIR.value, values, out=OUT.value, find=model_of, **given_uses())
+    if CHAT.value:
+        from rmlora_jax.inference.chat import chat
+        from rmlora_jax.train.finished import model_of
+
+        return chat(WORKDIR.value, find=model_of, **given_uses())
+    if named := list(given_uses()):
+        raise UserError(f"--{named[0]} is for a trained model; add --predict or --chat")
     if EXPORT.value is not None:
         return export()
     if words:
@@ -144,6 +166,11 @@ def command(words):
     if COMPILE_ONLY.value or TOPOLOGY.value:
         return compile_only()
     train()
+
+
+def given_uses() -> dict[str, Any]:
+    """The flags on how a trained model is used, as far as they are given."""
+    return {flag.name: flag.value for flag in USES if flag.present}
 
 
 def train():
@@ -251,7 +278,7 @@ def parse(argv):
         stop(e)
     given = [a.lstrip("-") for a in argv]
     predicting = any(a.partition("=")[0] == "predict" for a in given)
-    using = predicting or any(a.partition("=")[0] == "export" for a in given)
+    using = predicting or any(a.partition("=")[0] in ("export", "chat") for a in given)
     flags.FLAGS.set_gnu_getopt(predicting)  # flags may follow the inputs
     if not using and not any(a.partition("=")[0] == "config" for a in given):
         # Not the flag's default: absl would apply the overrides to it even where another is named.

@@ -141,11 +141,13 @@ class Lora:
     rank: int = field(4, "rank directions of a layer", least=1, most=LARGE)
     alpha: float = field(16.0, "the product A B is scaled by alpha / rank", above=0, sweep="alpha")
     target: str = field(
-        r"encoder/layers/.*", "regex on module paths: every linear layer inside",
+        r"encoder/layers/.*",
+        "regex on module paths: every linear layer inside. The word all-linear in it stands for "
+        "all those in the model's layers, as in 'all-linear|embed|head'",
         problem=regex_problem,
     )
     train: str = field(
-        r"head", "regex on paths that are trained in full beside the factors",
+        r"head", "regex on paths that are trained in full beside the factors; '': nothing else",
         problem=regex_problem,
     )
     dropout: float = field(0.0, "on the adapters' input, in training", least=0, below=1)

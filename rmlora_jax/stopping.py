@@ -27,7 +27,12 @@ _lock = threading.RLock()  # reentrant: a handler interrupts the main thread any
 
 
 class Stopped(Exception):
-    """A run was asked to stop, and all that it had is saved."""
+    """A run was asked to stop, and all that it had is saved.
+
+    ``number`` is that of the signal.
+    """
+
+    number: int = signal.SIGINT
 
 
 def ask(number: int) -> None:
@@ -109,9 +114,12 @@ def watch(words: str, *, alone: bool = False) -> Iterator[Callable[[int], bool]]
             signal.signal(number, handler)
         with _lock:
             _waits.remove(words)
-            came, _asked[:] = bool(_asked), []
+            came, _asked[:] = _asked[:1], []
     if came:
-        raise Stopped("what was under way is done and saved; the same command goes on from there")
+        stopped = Stopped("what was under way is done and saved; the same command goes on from "
+                          "there")
+        stopped.number = came[0]
+        raise stopped
 
 
 @contextlib.contextmanager

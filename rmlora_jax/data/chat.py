@@ -4,10 +4,11 @@ Rows come from files (`chat_files`) or from TFDS, and `chat_examples` makes an e
 are read when they are asked for, so that a data set may be larger than memory.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from rmlora_jax.data.dataset import BadRecord, Request, Skipped, Source
 from rmlora_jax.data.subsets import held_out_count, hold_out
 from rmlora_jax.errors import UserError, progress
 
+NAME = "chats"  # what a config calls files of chats
 SEED = 0  # of the rows that a weight with a fraction takes
 
 
@@ -106,8 +108,13 @@ class ChatDataset:
     notes: tuple[str, ...] = ()
 
 
+def digest_of(chats: Chats, index: int) -> bytes:
+    """A hash of an example: equal ones have the same."""
+    return hashlib.blake2b(chats.content(index), digest_size=16).digest()
+
+
 def usable_chats(chats: Chats, skipped: Skipped) -> tuple[Chats, list[bytes]]:
-    """The examples that can be read, and a hash of each: equal ones have the same.
+    """The examples that can be read, and `digest_of` each.
 
     Raises:
       UserError: more cannot be read than may be left out.
@@ -116,7 +123,7 @@ def usable_chats(chats: Chats, skipped: Skipped) -> tuple[Chats, list[bytes]]:
     with progress(len(chats), "reading chats", " rows", disable=len(chats) < 50_000) as bar:
         for i in range(len(chats)):
             try:
-                hashes.append(hashlib.blake2b(chats.content(i), digest_size=16).digest())
+                hashes.append(digest_of(chats, i))
                 kept.append(i)
             except BadRecord as error:
                 skipped.add(error)
@@ -141,6 +148,7 @@ def weighted(chats: Chats, weights: Sequence[float]) -> Chats:
 def split_chats(found: FoundChats, names: Names, request: Request) -> ChatDataset:
     """The splits of a request; a part of the training chats is held out where none are given.
 
+    A "test" that ``request.test_splits`` asks for and no file gives is as large as the validation.
     Equal examples stay together, whatever their other columns hold. With ``request.apart`` False no
     row is read before it is needed.
 
@@ -149,28 +157,53 @@ def split_chats(found: FoundChats, names: Names, request: Request) -> ChatDatase
     """
     skipped = Skipped(request.bad_records)
     train = chats_of([rows for rows, _ in found.train], names)
-    groups, notes = None, []
+    groups, hashes = None, []
     if request.apart:
         train, hashes = usable_chats(train, skipped)
         numbers: dict[bytes, int] = {}
         groups = np.array([numbers.setdefault(one, len(numbers)) for one in hashes], np.int64)
+
+    def held_out(seed: int, why: str, field: str) -> Chats:
+        nonlocal train, groups
+        count = held_out_count(len(train), request.validation, found.place)
+        if not count:
+            raise UserError(f"validation={request.validation!r}: must be above 0, to {why}, or "
+                            f"name a file with --config.sft.{field}")
+        kept, held = hold_out(len(train), count, seed=seed, groups=groups)
+        held, train = train.at(held), train.at(kept)
+        groups = None if groups is None else groups[kept]
+        return held
+
+    tests = {name: chats_of([rows], names) for name, rows in found.tests.items()}
+    if "test" in (request.test_splits or {}) and "test" not in tests:
+        tests = {"test": held_out(request.seed + 1, "report figures of", "test_file"), **tests}
     if found.validation is not None:
         validation = chats_of([found.validation], names)
     else:
-        count = held_out_count(len(train), request.validation, found.place)
-        if not count:
-            raise UserError(f"validation={request.validation!r}: must be above 0, to choose the "
-                            "best step on, or name a file with --config.sft.validation_file")
-        kept, held = hold_out(len(train), count, seed=request.seed, groups=groups)
-        train, validation = train.at(kept), train.at(held)
-        groups = None if groups is None else groups[kept]
+        validation = held_out(request.seed, "choose the best step on", "validation_file")
     if request.limit and request.limit < len(train):
         train = train.at(range(request.limit))
     train = weighted(train, [weight for _, weight in found.train])
     if not len(train):
         raise UserError(f"{found.place}: no example is left to train on")
-    tests = {name: chats_of([rows], names) for name, rows in found.tests.items()}
-    return ChatDataset(request.name, train, validation, tests, skipped, tuple(notes))
+    given = ({} if found.validation is None else {"validation": validation}) | {
+        name: tests[name] for name in found.tests
+    }
+    return ChatDataset(request.name, train, validation, tests, skipped, seen(given, set(hashes)))
+
+
+def seen(splits: Mapping[str, Chats], train: set[bytes]) -> tuple[str, ...]:
+    """A line for each split with examples whose `digest_of` is among those of ``train``."""
+    notes = []
+    for name, chats in splits.items() if train else ():
+        same = 0
+        for i in range(len(chats)):
+            with contextlib.suppress(BadRecord):  # encoding tells of it
+                same += digest_of(chats, i) in train
+        if same:
+            notes.append(f"{same:,} of {len(chats):,} examples of {name!r} are training examples, "
+                         "too")  # fmt: skip
+    return tuple(notes)
 
 
 # The source of files
@@ -187,6 +220,9 @@ def names_of(request: Request) -> Names:
 
 def _missing(request: Request) -> list[str]:
     names_of(request)
+    if not request.files:
+        return ["config.sft.files=(): name the files with chats, "
+                "--config.sft.files=\"('chats.jsonl',)\", or a data set with --config.data.name"]
     wrong = []
     if request.weights and len(request.weights) != len(request.files):
         wrong.append(f"config.sft.weights={tuple(request.weights)}: give one for each of the "
@@ -195,7 +231,8 @@ def _missing(request: Request) -> list[str]:
         wrong.append(f"config.sft.weights={tuple(request.weights)}: above 0 and below 1000")
     files = [("files", file) for file in request.files]
     files += [("validation_file", request.validation_file)] if request.validation_file else []
-    files += [("test_files", file) for file in (request.test_files or {}).values()]
+    files += [("test_file" if name == "test" else "evaluate", file)
+              for name, file in (request.test_files or {}).items()]
     return wrong + [f"config.sft.{field}: {str(file)!r}: {why}"
                     for field, file in files if (why := missing_file(file))]
 
@@ -213,4 +250,8 @@ def _chats(request: Request) -> FoundChats:
     )
 
 
-SOURCE = Source(handles=lambda request: bool(request.files), missing=_missing, chats=_chats)
+SOURCE = Source(
+    handles=lambda request: bool(request.files) or request.name == NAME,
+    missing=_missing,
+    chats=_chats,
+)

@@ -24,7 +24,7 @@ from rmlora_jax.hub.pretrained import (
     with_head_order,
 )
 from rmlora_jax.hub.source import bundled, find_folder
-from rmlora_jax.hub.tokenizer import load_tokenizer, padding_id
+from rmlora_jax.hub.tokenizer import load_tokenizer
 
 # Older names.
 PretrainedText = Pretrained
@@ -33,15 +33,25 @@ new_vit_head = new_text_head = new_head
 
 def __getattr__(name):
     # A trained model in use is in a room above this one; it is imported when somebody asks for it.
-    if name in ("Classifier", "Prediction", "load"):
+    if name in ("Classifier", "Prediction"):
         from rmlora_jax.inference import classifier
 
         return getattr(classifier, name)
+    if name in ("Answer", "Generator"):
+        from rmlora_jax.inference import generator
+
+        return getattr(generator, name)
+    if name == "load":
+        from rmlora_jax.inference import loading
+
+        return loading.load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [
+    "Answer",
     "Classifier",
+    "Generator",
     "Info",
     "Prediction",
     "Pretrained",
@@ -66,7 +76,6 @@ __all__ = [
     "new_head",
     "new_text_head",
     "new_vit_head",
-    "padding_id",
     "read_info",
     "save_model",
     "save_peft",

@@ -13,7 +13,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object, write_json
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import PACKAGED, bundled, read_model_config, split_revision
-from rmlora_jax.models.family import IMAGES, TEXTS, Inputs
+from rmlora_jax.models.family import IMAGES, TEXTS, TOKENS, Inputs
 
 FILE = "rmlora.json"
 # What a model of each task is called with, and what a hub calls the task.
@@ -21,6 +21,7 @@ TASKS = {
     "image_classification": (IMAGES, "image-classification"),
     "text_classification": (TEXTS, "text-classification"),
     "text_regression": (TEXTS, "text-classification"),
+    "sft": (TOKENS, "text-generation"),
 }
 
 
@@ -29,7 +30,7 @@ class Info:
     """What PEFT's own files do not say about a trained model.
 
     Attributes:
-      task: "image_classification", "text_classification" or "text_regression".
+      task: a key of `TASKS`.
       labels: names of the classes; None where they are numbers, or for regression.
       image_size: side of the images in pixels; None is the base's own.
       stored_size: the middle square of an image is first resized to this side; None skips this.
@@ -40,6 +41,9 @@ class Info:
       dtype: the compute dtype of the model: "float32", "bfloat16" or "float16".
       resize: "processor": images are resized and cropped as the base's preprocessor_config.json
         says; "square": as ``stored_size`` and ``center`` say.
+      template: of a language model, the chat template (Jinja) that it was trained with; "": none;
+        None: the tokenizer's own.
+      system: the first message of conversations without one of role system; "": none.
       about: what else a model card says: data, method, metrics, config. Any JSON.
     """
 
@@ -53,6 +57,8 @@ class Info:
     columns: tuple[str, ...] = ("text",)
     dtype: str = "float32"
     resize: str = "square"
+    template: str | None = None
+    system: str = ""
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -79,8 +85,9 @@ class Info:
 def write_info(folder: Path, info: Info) -> Path:
     """Writes ``rmlora.json`` into a folder."""
     fields = dataclasses.asdict(info)
-    if info.resize == "square":  # as in the files of earlier versions, which read this one, too
-        del fields["resize"]
+    for name, usual in (("resize", "square"), ("template", None), ("system", "")):
+        if fields[name] == usual:  # as in the files of earlier versions, which read this one, too
+            del fields[name]
     return write_json(folder / FILE, fields)
 
 
@@ -105,6 +112,8 @@ def read_info(folder: Path) -> Info | None:
         "max_length": _count,
         "columns": lambda x: _strings(x, 1, 2),
         "dtype": lambda x: x in ("float32", "bfloat16", "float16"),
+        "template": lambda x: x is None or isinstance(x, str),
+        "system": lambda x: isinstance(x, str),
         "about": lambda x: isinstance(x, dict),
     }
     wrong = [name for name in raw if name not in checks or not checks[name](raw[name])]

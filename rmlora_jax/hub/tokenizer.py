@@ -28,7 +28,8 @@ def load_tokenizer(folder: Path, *, padding: bool = True):
     SentencePiece model; or builds it from the tokens in a GGUF file.
 
     Args:
-      padding: whether it must have a token for padding. Many decoders have none and need none.
+      folder: of the model.
+      padding: whether there must be a token for padding, which many language models lack.
 
     Raises:
       UserError: the folder has no tokenizer, or one that needs code of its own.
@@ -58,15 +59,6 @@ def load_tokenizer(folder: Path, *, padding: bool = True):
     if not fast or (padding and tokenizer.pad_token_id is None):
         raise UserError(f"{folder}: its tokenizer has no {lacks}; choose another model")
     return tokenizer
-
-
-def padding_id(tokenizer) -> int:
-    """The token that fills a row: that for padding, or else the end token, or else 0.
-
-    No result depends on it, since nothing attends to padding.
-    """
-    found = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(number for number in found if number is not None)
 
 
 def _converted(folder: Path) -> Any:

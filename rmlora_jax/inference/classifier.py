@@ -1,7 +1,6 @@
 """A trained model, ready for use: files, images or texts in, labels and probabilities out."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,52 +11,13 @@ from scipy.special import softmax
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError, progress
 from rmlora_jax.files import read_object
-from rmlora_jax.hub.info import FILE, Info, check_fits, read_info
-from rmlora_jax.hub.peft_config import CONFIG_FILE, find_base, read_config
-from rmlora_jax.hub.peft_read import load_peft, stored_labels
-from rmlora_jax.hub.pretrained import Pretrained, load_pretrained
+from rmlora_jax.hub.info import FILE, Info, check_fits
+from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import CONFIG
 from rmlora_jax.hub.weights import some
 from rmlora_jax.inference.inputs import READERS
 from rmlora_jax.models.attention import blaming
 from rmlora_jax.models.family import IMAGES
-
-ADAPTER, MERGED = "adapter", "merged"  # folders of a run
-
-
-def load(folder: str | Path) -> "Classifier":
-    """The model in a folder, with its base.
-
-    Args:
-      folder: a run's, which gives its ``adapter`` or else its ``merged`` model; an adapter's in
-        PEFT's layout, whose base `find_base` finds; or a whole model's in Hugging Face's layout.
-        Without ``rmlora.json`` the model's own files decide: images of its own size, or single
-        texts of up to 512 tokens; a text model with one output is a regression.
-
-    Raises:
-      UserError: there is no model, a part of it is missing or damaged, or its base is not found.
-
-    ::
-
-        model = rmlora_jax.hub.load("runs/c100")
-        model(["cat.png", "photos/"])  # [Prediction(input='cat.png', label='cat', ...), ...]
-        model.logits(batch)            # float32 numpy (n, classes)
-    """
-    where = find_model(Path(folder).expanduser())
-    info = read_info(where)
-    if not (where / CONFIG_FILE).exists():
-        base = load_pretrained(where)
-        if base.new:
-            raise UserError(f"{where} has no trained {', '.join(base.new)}; train it first")
-        return Classifier(base, base.params, None, info or info_of(base))
-    outputs = stored_labels(where)
-    if outputs is None and info is not None:
-        outputs = info.outputs
-    config = read_config(where)
-    size = info and info.image_size
-    base = load_pretrained(find_base(where, config), num_labels=outputs, image_size=size)
-    params, lora = load_peft(where, base)
-    return Classifier(base, params, lora, info or info_of(base))
 
 
 def check_problem(base: Pretrained) -> None:
@@ -69,27 +29,6 @@ def check_problem(base: Pretrained) -> None:
         raise UserError(f"{base.folder / CONFIG}: problem_type is {kind!r}, several "
                         f"{several[kind]} at once, which is not supported; train a classifier from "
                         "it")
-
-
-def find_model(folder: Path) -> Path:
-    """The folder with an adapter or a model: ``folder`` itself, or one inside it."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {str(folder)!r}; give that of a run, or of a model")
-    for place in (folder, folder / ADAPTER):
-        if (place / CONFIG_FILE).exists():
-            return place
-    for place in (folder / MERGED, folder):
-        if (place / CONFIG).exists() and "model_type" in read_object(place / CONFIG):
-            return place
-    if (folder / CONFIG).exists() or (folder / "checkpoints").exists():
-        raise UserError(
-            f"the run in {folder} has neither {ADAPTER}/ nor {MERGED}/; type\n"
-            f"python run.py --workdir={folder} --export=merged"
-        )
-    raise UserError(
-        f"{folder} holds neither a run nor a model: it has no {CONFIG_FILE} and no {CONFIG}; "
-        "give the --workdir of a run, or the folder of an adapter or a model"
-    )
 
 
 def info_of(base: Pretrained) -> Info:

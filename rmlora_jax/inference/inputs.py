@@ -292,7 +292,7 @@ def texts_of(values: Sequence[str], columns: Sequence[str]) -> list[str | tuple[
     """
     texts = []
     for value in values:
-        file = _file_of(value)
+        file = file_of(value)
         if file is not None and _is_table(file, columns):
             rows, _ = read_rows(file, columns, None, Skipped(), NAME_COLUMNS)
             texts += zip(*rows.texts, strict=True) if len(columns) > 1 else rows.texts[0]
@@ -303,7 +303,7 @@ def texts_of(values: Sequence[str], columns: Sequence[str]) -> list[str | tuple[
     return texts
 
 
-def _file_of(value: str) -> Path | None:
+def file_of(value: str) -> Path | None:
     if value.startswith("@"):
         return given_path(value.removeprefix("@"))
     return Path(value) if os.path.isfile(value) else None
@@ -328,7 +328,7 @@ def _is_table(file: Path, columns: Sequence[str]) -> bool:
 def _texts_on_lines(
     value: str, file: Path | None, columns: Sequence[str]
 ) -> Iterator[str | tuple[str, ...]]:
-    where, lines = _lines_of(value, file)
+    where, lines = lines_of(value, file)
     for number, line in lines:
         parts = tuple(line.split("\t")) if len(columns) > 1 else (line,)
         if len(parts) != len(columns):
@@ -339,7 +339,7 @@ def _texts_on_lines(
         yield parts if len(columns) > 1 else line
 
 
-def _lines_of(value: str, file: Path | None) -> tuple[str, list[tuple[int, str]]]:
+def lines_of(value: str, file: Path | None) -> tuple[str, list[tuple[int, str]]]:
     """Where the texts of an argument are, and its lines that are not empty, with their numbers."""
     if value == "-":
         where, data = "standard input", sys.stdin.buffer.read()

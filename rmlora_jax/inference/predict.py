@@ -1,11 +1,12 @@
-"""``python run.py --workdir=DIR --predict ...``: a table on the terminal, and a CSV file."""
+"""``python run.py --workdir=DIR --predict ...``: answers on the terminal and in a file."""
 
 import csv
 import io
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -13,7 +14,10 @@ from tqdm import tqdm
 from rmlora_jax.data.folder import is_image
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import is_writable, write_bytes_atomic
-from rmlora_jax.inference.classifier import Classifier, NotFinite, Prediction, load
+from rmlora_jax.inference import written
+from rmlora_jax.inference.classifier import Classifier, NotFinite, Prediction
+from rmlora_jax.inference.generator import Generator
+from rmlora_jax.inference.loading import load
 from rmlora_jax.parallel.mesh import use_compilation_cache
 
 FILE = "predictions.csv"
@@ -26,19 +30,22 @@ def predict(
     workdir: str | None,
     values: Sequence[str],
     *,
-    top: int = 1,
     out: str | None = None,
-    find: Callable[[str], Classifier] = load,
+    find: Callable[[str], Any] = load,
+    **options: Any,
 ) -> int:
     """Predicts, prints and writes; returns the exit status, 1 if an input has no prediction.
 
     Args:
       workdir: what `load` accepts.
-      values: as given to ``--predict``, see `inputs.images_of` and `inputs.texts_of`.
-      top: classes of each input.
-      out: CSV file with the columns input, label and probability, or input and value; a pair of
-        texts is joined by a tab. Default: ``predictions.csv`` in ``workdir``.
+      values: as given to ``--predict``, see `inputs.images_of`, `inputs.texts_of` and
+        `prompts.prompts_of`.
+      out: file to write: by default ``predictions.csv`` in ``workdir``, with the columns input,
+        label and probability, or input and value (a pair of texts is joined by a tab); of a
+        language model ``answers.jsonl``, see `written.to_lines`.
       find: workdir -> the model.
+      options: ``top``, classes of each input; of a language model those of
+        `generator.Options`.
 
     Raises:
       UserError: nothing can be predicted, in words for the terminal.
@@ -51,29 +58,53 @@ def predict(
     if jax.config.jax_compilation_cache_dir is None:
         use_compilation_cache(CACHE)
     model = find(workdir)
-    file = _writable(Path(out).expanduser() if out else Path(workdir).expanduser() / FILE)
-    inputs = model.read.from_arguments(values)
-
+    name, known, rows_of = WAYS[type(model)]
+    if unknown := [option for option in options if option not in known]:
+        raise UserError(f"--{unknown[0]} does not go with the model in {workdir}; it takes "
+                        f"{', '.join(f'--{option}' for option in known)}")
+    file = _writable(Path(out).expanduser() if out else _inside(workdir) / name)
     failures = []
 
     def failed(error: UserError) -> None:
         failures.append(error)
         tqdm.write(f"error: {error}", file=sys.stderr)  # print would tear the progress bar
 
+    content, shown, number = rows_of(model, values, failed, options)
+    if content:
+        # A file's name need not be text.
+        write_bytes_atomic(file, content.encode("utf-8", "surrogateescape"))
+        print(shown)
+        print(f"predictions: {file}", flush=True)
+    unread = sum(not isinstance(error, NotFinite) for error in failures)
+    if unread:
+        print(f"error: {unread} of {number} images cannot be read", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _inside(workdir: str) -> Path:
+    """The folder for a file beside a model, which may be a file itself."""
+    place = Path(workdir).expanduser()
+    return place.parent if place.is_file() else place
+
+
+def _classified(
+    model: Classifier, values: Sequence[str], failed: Callable, options: Mapping[str, Any]
+) -> tuple[str, str, int]:
+    """The predictions as CSV and as a table, and how many inputs there are."""
+    inputs = model.read.from_arguments(values)
     with warnings.catch_warnings():
         # On palettes with alpha, and on large images that it reads all the same.
         warnings.filterwarnings("ignore", module="PIL")
-        rows = model(inputs, top=top, failed=failed)
-    if rows:
-        # A file's name need not be text.
-        write_bytes_atomic(file, to_csv(rows).encode("utf-8", "surrogateescape"))
-        print(table(rows))
-        print(f"predictions: {file}", flush=True)
-    if failures:
-        unread = sum(not isinstance(error, NotFinite) for error in failures)
-        if unread:
-            print(f"error: {unread} of {len(inputs)} images cannot be read", file=sys.stderr)
-    return 1 if failures else 0
+        rows = model(inputs, failed=failed, **options)
+    return (to_csv(rows), table(rows), len(inputs)) if rows else ("", "", len(inputs))
+
+
+# Of each kind of model: its file, its options, and what reads, answers and formats:
+# (model, values, failed, options) -> (content of the file, text for the terminal, inputs).
+WAYS: dict[type, tuple[str, tuple[str, ...], Callable[..., tuple[str, str, int]]]] = {
+    Classifier: (FILE, ("top",), _classified),
+    Generator: (written.FILE, written.OPTIONS, written.answered),
+}
 
 
 def to_csv(rows: Sequence[Prediction]) -> str:

@@ -32,6 +32,9 @@ Values = Mapping[str, Any]
 
 ALWAYS_SWEPT = ("learning_rate", "weight_decay")
 
+ALL_LINEAR = "all-linear"  # in lora.target: every linear layer of the model's layers, as in PEFT
+LINEAR = r"(?:.*/)?layers/.*"  # what it stands for; neither embedding nor head
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -168,9 +171,9 @@ def left(config: Run, trainable: Any) -> dict[str, Any]:
     {module: open directions of each layer}}``. Only methods with a diagonal have ``"ranks"``.
     """
     leaves, _, paths = flatten(trainable)
-    trained = head_alone(config)
+    trains = head_alone(config).trains if config.lora.train else lambda path: False
     sizes = {path: math.prod(leaf.shape) for path, leaf in zip(paths, leaves, strict=True)}
-    head = {p: n for p, n in sizes.items() if trained.trains(p) and not is_factor(p.split("/"))}
+    head = {p: n for p, n in sizes.items() if trains(p) and not is_factor(p.split("/"))}
     found: dict[str, Any] = {
         "factors": sum(sizes.values()) - sum(head.values()), "head": sum(head.values())
     }
@@ -207,6 +210,8 @@ def factors(kind: type[rm.LoRA] = rm.LoRA, own: type | None = None, **fixed: Any
 
     def describe(config: Run) -> rm.LoRA:
         given = dataclasses.asdict(config.lora)
+        given["target"] = config.lora.target.replace(ALL_LINEAR, f"(?:{LINEAR})")
+        given["train"] = config.lora.train or None
         if own is not None:
             given["rank"] = config.own(own).initial_rank
         return kind(**given | fixed)
@@ -304,6 +309,11 @@ def check_adalora(config: Run) -> Iterator[Mistake]:
         yield "adalora.initial_rank", f"above adalora.target or lora.rank, {end}, the final rank"
 
 
+def check_head(config: Run) -> Iterator[Mistake]:
+    if not config.lora.train:
+        yield "lora.train", "a regex for head, which trains nothing else"
+
+
 def check_init(config: Run) -> Iterator[Mistake]:
     if config.lora.init == "pissa":
         yield "lora.init", f"another than pissa for {config.method}"
@@ -365,7 +375,7 @@ METHODS: dict[str, Method] = {
         insert=with_prefixes, section=Prefix, units=("element", "matrix"),
         maskable=lambda config: under(config.lora.train, PREFIXES),
     ),
-    "head": Method("what lora.train matches", head_alone, plain),
+    "head": Method("what lora.train matches", head_alone, plain, check=check_head),
     "full": Method(
         "all parameters", lambda config: rm.LoRA(rank=1, target=None, train=".*"), plain
     ),

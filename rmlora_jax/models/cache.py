@@ -71,6 +71,17 @@ def new_cache(config, batch: int, length: int, dtype: Any = jnp.float32) -> Cach
     )
 
 
+def batch_axes(cache: Cache) -> Any:
+    """The axis of the rows in each array of a cache, as ``in_axes`` of vmap; None: they share it.
+
+    >>> from rmlora_jax.models.decoder_config import DecoderConfig
+    >>> batch_axes(new_cache(DecoderConfig(), batch=2, length=4))
+    Cache(full=Slots(key=1, value=1, position=0), ring=None, written=None)
+    """
+    axes = Slots(key=1, value=1, position=0)
+    return Cache(cache.full and axes, cache.ring and axes, None)
+
+
 def ring_layers(config, length: int) -> tuple[bool, ...]:
     """Which layers keep a ring, in a cache for ``length`` tokens."""
     return tuple(slides and config.sliding_window < length for slides in config.sliding)

@@ -244,13 +244,16 @@ class Decoder(nn.Module):
 
         return self.run(parts, input_ids, shared, None, use)[0]
 
-    def decode(self, input_ids: jax.Array, positions: jax.Array, cache: Cache):
+    def decode(
+        self, input_ids: jax.Array, positions: jax.Array, cache: Cache, *, last: bool = False
+    ):
         """Logits of the token after each of some new tokens, and the cache with them.
 
         Args:
           input_ids: int (B, n).
           positions: int (B, n), counted in each text; -1 for padding, which is on the left.
           cache: of the tokens before, see `new_cache`.
+          last: logits of the last token alone, (B, 1, V).
 
         Returns:
           ((B, n, V) float32 logits, cache).
@@ -258,7 +261,11 @@ class Decoder(nn.Module):
         parts = parts_of(self, False)
         tables = self.tables(positions, segment_lengths(positions, None))
         shared = Shared(tables, positions)
-        logits, _, after = self.run(parts, input_ids, shared, cache, lambda head, x: head(x))
+
+        def use(head, x):
+            return head(x[:, -1:] if last else x)
+
+        logits, _, after = self.run(parts, input_ids, shared, cache, use)
         return logits, advanced(after, positions)
 
     @nn.compact

@@ -159,6 +159,19 @@ def amount(size: int) -> str:
     return f"{size} bytes"
 
 
+def speed(figures: Mapping[str, Any]) -> str | None:
+    """Tokens a second where they are counted, else examples a second; None where neither is known.
+
+    >>> speed({"examples_per_second": 812.3}), speed({"tokens_per_second": 14460})
+    ('812 examples/s', '14,460 tokens/s')
+    """
+    for name in ("tokens", "examples"):
+        rate = figures.get(f"{name}_per_second")
+        if rate is not None:
+            return f"{rate:,.0f} {name}/s"
+    return None
+
+
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss, m:ss, or s with one decimal below ten.
 

@@ -25,6 +25,7 @@ from rmlora_jax.report.records import (
     read_metrics,
     series,
     smooth,
+    speed,
 )
 from rmlora_jax.report.verdict import first_broken, verdict
 from rmlora_jax.tasks import TASKS
@@ -85,7 +86,7 @@ def draw(history, config: Mapping[str, Any], summary: Mapping[str, Any], intrins
         hspace=GAP * len(rows) / sum(rows), wspace=0.2, width_ratios=(1, 1, 0.9),
         height_ratios=rows)
     loss_panel(figure.add_subplot(grid[0, 0]), history, summary, task(config, summary).unit)
-    metric_panel(figure.add_subplot(grid[0, 1]), history, summary, chosen(history, summary))
+    metric_panel(figure.add_subplot(grid[0, 1]), history, summary, beside_loss(history, summary))
     facts_panel(figure.add_subplot(grid[0, 2]), headline(history, summary),
                 facts(history, config, summary))
     if kinds:
@@ -103,9 +104,18 @@ def task(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Task:
 
 def chosen(history, summary: Mapping[str, Any]) -> str:
     """The metric that picks the best step: the summary's, else the first that was evaluated."""
+    return summary.get("metric") or beside_loss(history)
+
+
+def beside_loss(history, summary: Mapping[str, Any] | None = None) -> str:
+    """The metric of the panel beside the loss: `chosen`, or the first evaluated one that is not
+    the loss."""
+    metric = (summary or {}).get("metric")
+    if metric and metric != "loss":
+        return metric
     evaluated = (key.removeprefix("eval/") for row in history for key in row
                  if key.startswith("eval/") and key != "eval/loss")
-    return summary.get("metric") or next(evaluated, "accuracy")
+    return next(evaluated, "accuracy")
 
 
 def headline(history, summary: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -129,7 +139,8 @@ def other_figures(last: Mapping[str, float], key: str) -> list[tuple[str, str]]:
     rows = []
     for other, value in last.items():
         metric, part = describe(other)
-        if other == key or other.startswith("loss") or value is None:
+        loss = other.startswith("loss") and (key != "loss" or not part)
+        if other == key or loss or value is None:
             continue
         text = shown(other, value)
         rows.append((part, f"{text} {metric.short}") if part else (f"test {metric.short}", text))
@@ -151,13 +162,13 @@ def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> lis
     trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
     best, last = summary.get("best_eval") or {}, summary.get("eval") or {}
     key = chosen(history, summary)
-    rate, wall = summary.get("examples_per_second"), summary.get("wall_seconds")
+    wall = summary.get("wall_seconds")
     rows = [
         ("best step", best.get(key) is not None and
          f"{shown(key, best[key])} test" + _say(" at step {:,}", best.get("step"))),
         *other_figures(last, key),
         ("F1 is of", _say("class {}", summary.get("positive_label"))),
-        ("test loss", last.get("loss") is not None and number(last["loss"])),
+        ("test loss", key != "loss" and last.get("loss") is not None and number(last["loss"])),
         ("method", method),
         ("adapters", adapted and ", ".join(filter(None, adapters))),
         ("RM-LoRA", ", ".join(filter(None, parts))),
@@ -166,7 +177,7 @@ def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> lis
         ("trained", _say("{:,}", trained)
          + _say(" ({:.2f} %)", 100 * trained / total if trained and total else None)),
         ("steps", f"{summary.get('steps') or history[-1]['step']:,}"),
-        ("speed", _say("{:,.0f} examples/s", rate)),
+        ("speed", speed(summary)),
         ("time", wall is not None and duration(wall)),
     ]
     return [(name, str(value)) for name, value in rows if value]

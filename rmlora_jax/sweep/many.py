@@ -26,7 +26,7 @@ from rmlora_jax.train.setup import pick
 from rmlora_jax.train.step import Constants, State
 
 MAPPED = State(step=None, trainable=0, opt_state=0)  # the axis of the runs in a state of many
-OF_A_RUN = ("prediction", "loss")  # outputs of an evaluation that differ between runs
+SHARED = ("id", "mask", "label")  # outputs of an evaluation that all runs have in common
 
 
 class ManyConstants(NamedTuple):
@@ -95,7 +95,7 @@ def eval_step(base: setup.Base) -> Callable:
             return setup.eval_step(base, prepare)(trainable, constants.shared, batch)
 
         rows = jax.lax.map(one, (trainable, constants.values))
-        return {name: row if name in OF_A_RUN else row[0] for name, row in rows.items()}
+        return {name: row[0] if name in SHARED else row for name, row in rows.items()}
 
     return step
 

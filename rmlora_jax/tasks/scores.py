@@ -1,6 +1,6 @@
 """The metrics of a split, computed by scikit-learn and scipy, and their names."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,8 @@ from rmlora_jax.errors import UserError
 class Metric(NamedTuple):
     """A metric and its names: beside a progress bar, in a sentence, along an axis."""
 
-    value: Callable[..., Any] | None  # (predictions, labels) -> float; None for a loss
+    # (predictions, labels) -> float, or of `OF_TARGETS` means -> float; None for a loss
+    value: Callable[..., Any] | None
     short: str
     long: str
     axis: str
@@ -60,9 +61,33 @@ def score(
     }
 
 
+def score_sums(
+    sums: Mapping[str, np.ndarray], weights: np.ndarray, names: Iterable[str]
+) -> dict[str, float]:
+    """The metrics ``names`` of `OF_TARGETS`, in their order, of rows with several targets each.
+
+    ``sums`` are a row's sums (n,) over its targets: ``loss`` in nats, ``token_accuracy`` the
+    number of targets whose most probable token is right. ``weights`` (n,) are the numbers of
+    targets. A mean is over all targets, so that it does not depend on which of them share a row.
+
+    >>> found = score_sums({"loss": np.array([2.0, 1.0])}, np.array([3, 1]), ("loss", "perplexity"))
+    >>> {name: round(value, 4) for name, value in found.items()}
+    {'loss': 0.75, 'perplexity': 2.117}
+
+    Raises:
+      ValueError: there are no targets.
+    """
+    total = float(np.sum(weights, dtype=np.float64))
+    if total <= 0:
+        raise ValueError("there is no target to score")
+    means = {name: float(np.sum(own, dtype=np.float64)) / total for name, own in sums.items()}
+    own = {name: OF_TARGETS[name].value for name in names}
+    return {name: float(value(means)) for name, value in own.items() if value}
+
+
 def higher_is_better(name: str) -> bool:
-    """False for ``mse`` and ``loss``: the best step has the smallest."""
-    return name not in ("mse", "loss")
+    """False for ``mse``, ``loss`` and ``perplexity``: the best step has the smallest."""
+    return name not in ("mse", "loss", "perplexity")
 
 
 def describe(key: str) -> tuple[Metric, str]:
@@ -72,19 +97,21 @@ def describe(key: str) -> tuple[Metric, str]:
     >>> metric.short, part
     ('accuracy', 'mismatched')
     """
-    for name in sorted(METRICS, key=len, reverse=True):  # f1_macro before f1
+    every = METRICS | OF_TARGETS
+    for name in sorted(every, key=len, reverse=True):  # f1_macro before f1
         if key == name or key.startswith(f"{name}_"):
-            return METRICS[name], key[len(name) + 1:]
+            return every[name], key[len(name) + 1:]
     return Metric(None, key, key, key), ""
 
 
 def shown(key: str, value: float) -> str:
-    """A value in words: accuracy in percent, other metrics with three decimals.
+    """A value in words: an accuracy in percent, other metrics with three decimals.
 
     >>> shown("accuracy", 0.7456), shown("matthews", 0.4123)
     ('74.6 %', '0.412')
     """
-    return f"{100 * value:.1f} %" if describe(key)[0].short == "accuracy" else f"{value:.3f}"
+    percent = describe(key)[0].short == "accuracy"
+    return f"{100 * value:.1f} %" if percent else f"{value:.3f}"
 
 
 def _accuracy(predictions, labels):
@@ -136,6 +163,10 @@ def _constant(predictions, labels):
     return np.ptp(predictions) == 0 or np.ptp(labels) == 0
 
 
+def _exp(value: float) -> float:
+    return float(np.exp(min(value, 700.0)))  # larger ones have no float
+
+
 def _mse(predictions, labels):
     if not np.isfinite(predictions).all():
         return np.nan
@@ -157,6 +188,18 @@ METRICS = {
     "mse": Metric(_mse, "MSE", "mean squared error", "squared error", False),
 }
 NAMES = tuple(METRICS)
+
+# Metrics of rows with several targets each, such as the tokens of a text: see `score_sums`.
+OF_TARGETS = {
+    "loss": Metric(lambda means: means["loss"], "loss", "loss", "loss"),
+    "token_accuracy": Metric(
+        lambda means: means["token_accuracy"], "accuracy", "token accuracy",
+        "fraction of tokens"),
+    "perplexity": Metric(
+        lambda means: _exp(means["loss"]), "perplexity", "perplexity", "exp(loss)"),
+    # Of answers that the trained model writes, see `rmlora_jax.train.answers`.
+    "exact_match": Metric(None, "exact match", "exact match of answers", "fraction right"),
+}
 
 
 def names_of(classes: bool) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from rmlora_jax.fields import Run
 from rmlora_jax.hub import Info, Pretrained, new_head
 from rmlora_jax.parallel.mesh import Devices
 from rmlora_jax.tasks.places import missing_adapter, missing_model
-from rmlora_jax.tasks.scores import score
+from rmlora_jax.tasks.scores import score, score_sums
 
 
 class Opening(NamedTuple):
@@ -32,6 +32,11 @@ class Opening(NamedTuple):
     key: jax.Array  # for the parameters that the pretrained model lacks, such as the head
     # (folder, task, advice) -> the config and the parameters of a finished run of method full
     read_run: Callable[[Path, str, str], tuple[Run, dict]]
+
+
+def divided(sums: dict[str, jax.Array], weight: Any) -> dict[str, jax.Array]:
+    """The metrics of a step from sums over its global batch: each divided by the weight."""
+    return {name: x / weight for name, x in sums.items()}
 
 
 class Objective(NamedTuple):
@@ -45,11 +50,16 @@ class Objective(NamedTuple):
       loss: -> (sum of losses, weight, {name: sum}). The step adds these up over micro-batches and
         devices in float32, and divides by the weight once. None stands for a weight of 1 for each
         example, which is known before tracing.
-      predict: -> {"prediction": (B,), "loss": (B,) float32}, for evaluation.
+      predict: -> a row of figures for each example, for evaluation. Either ``{"prediction": (B,),
+        "loss": (B,) float32, "label": (B,)}``; or, of examples with several targets each,
+        ``{"loss": (B,) float32, "weight": (B,) float32}`` and more sums over the targets.
+      means: (sums over the global batch, its weight) -> the metrics that a step logs. Those named
+        "tokens" make the speed in tokens per second.
     """
 
     loss: Callable[[Callable, Any], tuple[jax.Array, jax.Array | None, dict[str, jax.Array]]]
     predict: Callable[[Callable, Any], dict[str, jax.Array]]
+    means: Callable[[dict[str, jax.Array], Any], dict[str, jax.Array]] = divided
 
 
 class Feed(NamedTuple):
@@ -69,14 +79,43 @@ class Feed(NamedTuple):
     prepare_train: Callable  # (key, positions, resident, batch)
     prepare_eval: Callable  # (resident, batch)
     tests: tuple[str, ...] = ("test",)  # splits that are reported; the first without a suffix
+    watched: tuple[str, ...] = ()  # those of ``tests`` that are measured with each validation
     unlabelled: tuple[str, ...] = ()  # splits that are predicted only
     absent: tuple[str, ...] = ()  # classes without a training example
     varies: bool = False  # whether batches differ in shape
+    epoch: int = 0  # rows of one pass, where several examples share a row; 0: an example is a row
+    # (split, ids of rows (n,)) -> the numbers of the examples in them
+    examples: Callable[[str, np.ndarray], np.ndarray] = lambda split, ids: ids
     content: Mapping[str, str] = {}  # what was read -> its hash, see `train.record`
+    notes: tuple[str, ...] = ()  # what a person should know of the batches
 
     @property
     def train_size(self) -> int:
-        return self.sizes["train"]
+        """How many rows a pass over the training examples has."""
+        return self.epoch or self.sizes["train"]
+
+
+class Question(NamedTuple):
+    """What a language model is asked, in a form of `inference.prompts`, and the right answer."""
+
+    prompt: Mapping[str, Any]
+    answer: str
+
+
+class Questions(NamedTuple):
+    """What a trained language model is asked at the end of a run.
+
+    Attributes:
+      samples: are answered before and after training, for a person to read.
+      exam: are answered after training. The answer is right where ``pattern``, a regular expression
+        with one group, finds the same in it as in the right one.
+      longest: tokens of an answer.
+    """
+
+    samples: tuple[Question, ...] = ()
+    exam: tuple[Question, ...] = ()
+    pattern: str = ""
+    longest: int = 256
 
 
 class Problem(NamedTuple):
@@ -94,7 +133,8 @@ class Problem(NamedTuple):
     write_predictions: Callable[..., Any] | None = None  # (folder, split, ids, predictions)
     pretrained: Pretrained | None = None  # None: a model that only this package knows
     info: Info | None = None  # what else a user of the trained model must know
-    skipped: tuple[str, ...] = ()  # records that were left out of the data, and why
+    skipped: Sequence[str] = ()  # records that were left out of the data, and why
+    questions: Questions | None = None
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -217,7 +257,8 @@ def classification(label_smoothing: float = 0.0) -> Objective:
     def predict(call, labels):
         logits = call()
         chosen = jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), -1)
-        return {"prediction": chosen.astype(jnp.int32), "loss": losses(logits, labels)}
+        rows = {"prediction": chosen.astype(jnp.int32), "loss": losses(logits, labels)}
+        return rows | {"label": labels}
 
     return Objective(loss, predict)
 
@@ -235,24 +276,41 @@ def regression() -> Objective:
 
     def predict(call, labels):
         values, found = run(call, labels)
-        return {"prediction": values, "loss": found}
+        return {"prediction": values, "loss": found, "label": labels}
 
     return Objective(loss, predict)
 
 
 class Outputs(NamedTuple):
-    """An evaluated split: arrays (n,) on the host."""
+    """An evaluated split: arrays (n,) on the host, an entry for each row.
+
+    ``weights`` are None where a row is one example with one label. Otherwise a row has several
+    targets: ``losses`` and ``sums`` are sums over them, ``weights`` their numbers, and there are no
+    predictions and labels.
+    """
 
     ids: np.ndarray
-    predictions: np.ndarray
-    labels: np.ndarray
+    predictions: Any  # np.ndarray, or None
+    labels: Any  # np.ndarray, or None
     losses: np.ndarray
+    weights: np.ndarray | None = None
+    sums: Mapping[str, np.ndarray] = {}
+
+    @property
+    def finite(self) -> np.ndarray:
+        """Which rows have finite outputs, bool (n,)."""
+        if self.weights is not None:
+            return np.isfinite(self.losses)
+        classes = np.issubdtype(self.predictions.dtype, np.integer)
+        return self.predictions >= 0 if classes else np.isfinite(self.predictions)
 
 
 def measured(
     outputs: Outputs, metrics: tuple[str, ...], positive: int = 1
 ) -> dict[str, float]:
     """The metrics of a whole split, in their order, and the mean loss."""
+    if outputs.weights is not None:
+        return score_sums({"loss": outputs.losses} | dict(outputs.sums), outputs.weights, metrics)
     found = score(outputs.predictions, outputs.labels, metrics, positive)
     return found | {"loss": float(outputs.losses.mean(dtype=np.float64))}
 
@@ -315,10 +373,10 @@ def absent_classes(labels: np.ndarray, names: tuple[str, ...]) -> tuple[str, ...
 
 def data_notes(problem: Problem, feed: Feed, batch_size: int) -> tuple[str, ...]:
     """What a person should know about the data before training."""
-    notes, n = [], feed.train_size
+    notes, n = [*feed.notes], feed.train_size
     if problem.skipped:
         count = f"{len(problem.skipped)} record{'s' * (len(problem.skipped) > 1)}"
-        notes.append(f"left out {count} that cannot be used: {data.listed(problem.skipped)}")
+        notes.append(f"left out {count} that cannot be used: {data.listed([*problem.skipped])}")
     if feed.absent:
         notes.append(f"no training example of {len(feed.absent)} of the classes, which cannot be "
                      f"learnt: {', '.join(feed.absent[:10])}{', ...' * (len(feed.absent) > 10)}")

@@ -75,13 +75,20 @@ def evaluate(compiled: Steps, trainable, job: Job, split: str) -> list[Outputs]:
         ]
     )
     rows = {k: np.concatenate([b[k] for b in batches], axis=-1) for k in batches[0]}
-    order = np.argsort(rows["id"], kind="stable")
-    order = order[rows["mask"][order]]
-    predictions, losses = (
-        rows[k][..., order].reshape(len(job.runs), -1) for k in ("prediction", "loss")
-    )
-    ids, labels = rows["id"][order], rows["label"][order]
-    return [Outputs(ids, p, labels, x) for p, x in zip(predictions, losses, strict=True)]
+    ids, mask, labels = rows.pop("id"), rows.pop("mask"), rows.pop("label", None)
+    order = np.argsort(ids, kind="stable")
+    order = order[mask[order]]
+    labels = labels if labels is None else labels[order]
+    found = {k: x[..., order].reshape(len(job.runs), -1) for k, x in rows.items()}
+    return [outputs_of(ids[order], labels, {k: x[i] for k, x in found.items()})
+            for i in range(len(job.runs))]
+
+
+def outputs_of(ids: np.ndarray, labels: Any, rows: dict[str, np.ndarray]) -> Outputs:
+    """The outputs of one run from the rows that the objective's ``predict`` gave."""
+    losses, weights = rows.pop("loss"), rows.pop("weight", None)
+    predictions = rows.pop("prediction", None)
+    return Outputs(ids, predictions, labels, losses, weights, rows)
 
 
 def tested(compiled: Steps, trainable, job: Job) -> dict[str, list[Outputs]]:
@@ -95,12 +102,14 @@ def reported(compiled: Steps, trainable, job: Job) -> list[dict[str, float]]:
 
 
 def figures_of(splits: dict[str, list[Outputs]], job: Job) -> list[dict[str, float]]:
-    """`reported`, of outputs that are at hand."""
+    """`reported`, of outputs that are at hand; of watched splits the loss alone."""
     figures: list[dict[str, float]] = [{} for _ in job.runs]
     for split, outputs in splits.items():
         suffix = split.removeprefix("test")
         for own, found in zip(figures, outputs, strict=True):
             values = measured(found, job.problem.metrics, job.problem.positive)
+            if split in job.feed.watched:
+                values = {"loss": values["loss"]}
             own |= {name + suffix: value for name, value in values.items()}
     return figures
 

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,9 +17,9 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import placed, plain, write_json
 from rmlora_jax.hub.info import FILE, TASKS, model_card, read_info, write_info
-from rmlora_jax.inference.classifier import ADAPTER, MERGED, Classifier, load
+from rmlora_jax.inference.loading import ADAPTER, MERGED, Model, load, use
 from rmlora_jax.tasks.task import Outputs, Problem
-from rmlora_jax.train import nonfinite
+from rmlora_jax.train import answers, nonfinite
 from rmlora_jax.train.checkpoint import best_step, best_trainable
 from rmlora_jax.train.config import flatten, read_config
 from rmlora_jax.train.evaluate import figures_of, final, reported, spectrum, tested
@@ -30,13 +30,39 @@ from rmlora_jax.train.workdir import has_checkpoints
 MATRIX = PAIRS = 20  # classes of which the whole matrix is kept; pairs of classes that are kept
 
 
+class Speed(NamedTuple):
+    """What training steps took; of a sweep those of one run."""
+
+    seconds: float = 0.0
+    steps: int = 0
+    tokens: float | None = None  # None where they are not counted
+
+    def after(self, seconds: float, metrics: Sequence[Mapping[str, Any]]) -> "Speed":
+        """With more steps, of which these are the metrics."""
+        tokens = self.tokens
+        if metrics and "tokens" in metrics[0]:
+            tokens = (tokens or 0.0) + float(sum(m["tokens"] for m in metrics))
+        return Speed(self.seconds + seconds, self.steps + len(metrics), tokens)
+
+    def rates(self, batch_size: int) -> dict[str, float]:
+        """``examples_per_second`` and, where they are counted, ``tokens_per_second``.
+
+        >>> Speed(2.0, 10, 5000.0).rates(8)
+        {'examples_per_second': 40.0, 'tokens_per_second': 2500.0}
+        """
+        found = {"examples_per_second": self.steps * batch_size / self.seconds}
+        if self.tokens is not None:
+            found["tokens_per_second"] = self.tokens / self.seconds
+        return found
+
+
 def finish(
-    job: Job, state: State, keeper, compiled, folders, began, seconds: float, trained: int
+    job: Job, state: State, keeper, compiled, folders, began, speed: Speed
 ) -> list[dict]:
     """Evaluates the runs on test, and writes what is left to write into their folders.
 
-    ``seconds`` are those of the ``trained`` training steps of this start. Returns the summaries of
-    the runs that had none.
+    ``speed`` is that of the training steps of this start. Returns the summaries of the runs that
+    had none.
     """
     # Asked before the evaluations, which all processes wait for: no summary is written until then.
     left = [i for i, folder in enumerate(folders) if not (folder / "summary.json").exists()]
@@ -68,7 +94,7 @@ def finish(
             "final_parameters": plain(methods.left(run, jax.device_get(own))),
             "total_parameters": job.base.total_parameters,
             "skipped_records": list(job.problem.skipped),
-            "examples_per_second": trained * run.batch_size / seconds if seconds else None,
+            **(speed.rates(run.batch_size) if speed.seconds else {"examples_per_second": None}),
             "compile_seconds": compiled.seconds,
             "wall_seconds": time.monotonic() - began,
             "peak_memory_bytes": peak_memory(),
@@ -92,10 +118,15 @@ def finish(
             if job.stacked:
                 summary |= {
                     "sweep": len(job.runs),
-                    "train_seconds": seconds / len(job.runs),
-                    "program_train_seconds": seconds,
+                    "train_seconds": speed.seconds / len(job.runs),
+                    "program_train_seconds": speed.seconds,
                 }
             write_json(folder / "summary.json", summary)
+            params = joined(job.problem.params, factors)
+            lora = job.lora[i] if methods.of(run).adapts else None
+            if found := answers.asked(folder, run, job.problem, lora, params):
+                summary["best_eval"] |= found
+                write_json(folder / "summary.json", summary)
         summaries.append(summary)
     return summaries
 
@@ -113,7 +144,7 @@ def confusion(outputs: Outputs, names: Sequence[str] | None) -> dict[str, Any]:
     ([['cat', 'dog', 2, 3]], [[1, 2], [0, 1]])
     """
     labels, taken = outputs.labels, outputs.predictions
-    if not (np.issubdtype(labels.dtype, np.integer) and np.issubdtype(taken.dtype, np.integer)):
+    if labels is None or not all(np.issubdtype(x.dtype, np.integer) for x in (labels, taken)):
         return {}
     labels, taken = labels[taken >= 0], taken[taken >= 0]  # -1: no answer, its logits not finite
     count = max(len(names or ()), labels.max(initial=-1) + 1, taken.max(initial=-1) + 1)
@@ -197,10 +228,10 @@ def export_merged(workdir: Path) -> Path:
     return hub.save_model(workdir / MERGED, params, base, info=info, overwrite=True)
 
 
-def model_of(folder: str | Path) -> Classifier:
+def model_of(folder: str | Path) -> Model:
     """The model of a run, finished or not, or of what else `hub.load` takes."""
     found = unfinished(Path(folder))
-    return Classifier(*found) if found else load(folder)
+    return use(*found) if found else load(folder)
 
 
 def unfinished(workdir: Path) -> tuple[hub.Pretrained, dict, rm.LoRA | None, hub.Info] | None:

@@ -29,7 +29,14 @@ from rmlora_jax.stopping import Stopped, watch
 from rmlora_jax.tasks.task import measured
 from rmlora_jax.train import checkpoint, finished, nonfinite, record, setup, shortage, terminal
 from rmlora_jax.train.config import flatten, resolve, ways_on
-from rmlora_jax.train.evaluate import Steps, compile_steps, evaluate, spectrum, unanswered
+from rmlora_jax.train.evaluate import (
+    Steps,
+    compile_steps,
+    evaluate,
+    figures_of,
+    spectrum,
+    unanswered,
+)
 from rmlora_jax.train.metrics import MetricWriter
 from rmlora_jax.train.step import State, updates_done
 from rmlora_jax.train.workdir import RECORD, as_begun, check_nothing_lost, check_workdir, opened
@@ -123,10 +130,9 @@ def train_program(
         options = {"start_step": start, "enabled": leader, "tensorboard": not job.stacked}
         writers = [stack.enter_context(MetricWriter(folder, **options)) for folder in folders]
         progress = stack.enter_context(contextlib.closing(terminal.Progress(job.steps)))
-        state, seconds = fit(job, state, compiled, keeper, writers, progress, asked)
+        state, speed = fit(job, state, compiled, keeper, writers, progress, asked)
         keeper.wait()
-    trained = job.steps - start
-    return finished.finish(job, state, keeper, compiled, folders, began, seconds, trained)
+    return finished.finish(job, state, keeper, compiled, folders, began, speed)
 
 
 def header(base: setup.Base, workdir: Path, *, start=0, runs: str | None = None) -> str:
@@ -162,19 +168,20 @@ def fit(
     writers: Sequence[MetricWriter],
     progress: terminal.Progress,
     asked: Callable[[int], bool],
-) -> tuple[State, float]:
-    """Trains to the last step; returns the state and the seconds of the training steps alone.
+) -> tuple[State, finished.Speed]:
+    """Trains to the last step; returns the state and what the training steps alone took.
 
     Raises:
       Stopped: ``asked(step)`` said that the run should save and stop.
     """
-    seconds, shown, leader = 0.0, {}, jax.process_index() == 0
+    speed, shown, leader = finished.Speed(), {}, jax.process_index() == 0
     config = job.base.config
     watched = [nonfinite.Watched(config.nonfinite_limit) for _ in job.runs]
     schedules = [methods.learning_rate(run, job.steps) for run in job.runs]
     for done in stretches(job, state, compiled, asked):
-        state, seconds = done.state, seconds + done.seconds
+        state = done.state
         metrics = [list(of_run) for of_run in zip(*map(job.apart, done.metrics), strict=True)]
+        speed = speed.after(done.seconds, metrics[0])
         rows = [
             row_of(done, own, schedule, config, skipped)
             for own, schedule, skipped in zip(
@@ -191,6 +198,10 @@ def fit(
             unanswered(job, "validation", outputs, progress.print)
             problem = job.problem
             validation = [measured(own, problem.metrics, problem.positive) for own in outputs]
+            beside = {split: evaluate(compiled, state.trainable, job, split)
+                      for split in job.feed.watched}
+            others = figures_of(beside, job)
+            validation = [own | other for own, other in zip(validation, others, strict=True)]
             for row, found in zip(rows, validation, strict=True):
                 row |= {f"eval/{name}": value for name, value in found.items()}
             keeper.wait()  # see check_nothing_lost
@@ -218,7 +229,7 @@ def fit(
                 f"saved after step {done.step:,} of {job.steps:,}; the same command goes on from "
                 "there"
             )
-    return state, seconds
+    return state, speed
 
 
 def summed_up(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -229,8 +240,7 @@ def summed_up(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {k: float(np.mean([row[k] for row in rows])) for k in rows[0]} | {
         "train/loss/low": float(np.min(losses)),
         "train/loss/high": float(np.max(losses)),
-        "examples_per_second": sum(row["examples_per_second"] for row in rows),
-    }
+    } | {k: sum(row[k] for row in rows) for k in rows[0] if k.endswith("_per_second")}
 
 
 def keep_factors(job: setup.Job, i: int, writer: MetricWriter, step: int, trainable) -> None:
@@ -290,11 +300,11 @@ def row_of(
     """A line of metrics.jsonl from the metrics of each step of one run."""
     skipped = [int(m["skipped"]) for m in metrics]
     updates = done.step - 1 - int(skipped_so_far) + skipped[-1]  # before the last step
+    speed = finished.Speed().after(done.seconds, metrics)
     return mean_of(metrics) | {
         "learning_rate": float(np.asarray(schedule(updates))),
         "skipped": sum(skipped),
-        "examples_per_second": len(metrics) * config.batch_size / done.seconds,
-    }
+    } | speed.rates(config.batch_size)
 
 
 def mean_of(metrics: list[dict]) -> dict[str, Any]:

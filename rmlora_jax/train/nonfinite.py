@@ -111,11 +111,13 @@ def _listed(ids: np.ndarray) -> str:
 
 def unanswered(outputs: Outputs, split: str) -> str | None:
     """Which examples of an evaluated split have outputs that are not finite, in words, or None."""
-    found = outputs.predictions
-    wrong = found < 0 if np.issubdtype(found.dtype, np.integer) else ~np.isfinite(found)
+    wrong = ~outputs.finite
     if not wrong.any():
         return None
     ids = outputs.ids[wrong]
+    if outputs.weights is not None:
+        return (f"{split}: the losses of {ids.size:,} of {wrong.size:,} rows of examples are not "
+                f"finite: rows {_listed(ids)}")
     return (f"{split}: the outputs of {ids.size:,} of {wrong.size:,} examples are not finite, so "
             f"they have no prediction: examples {_listed(ids)}")
 
@@ -124,7 +126,7 @@ def ended(job: Any, trainable: Any, watched: Watched, step: int) -> UserError:
     """The error of a run that ends after ``step``: which examples, and which layer."""
     batch = next(iter(job.feed.train(watched.first - 1)))
     where = job.look(trainable, job.constants, batch, watched.first - 1)
-    ids = np.ravel(batch["id"])
+    ids = job.feed.examples("train", np.ravel(batch["id"]))
     return UserError(
         f"{watched.length} steps in a row with a loss or gradient that is not finite, the first "
         f"step {watched.first:,} with the training examples {_listed(ids)}: {where}\n"

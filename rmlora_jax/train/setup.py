@@ -291,8 +291,8 @@ def from_adapter(config: Run, base: hub.Pretrained, info: hub.Info) -> tuple[dic
             f"which method {config.method} does not continue; "
             + (f"type --config.method={' or '.join(able)}" if able else "no method does")
         )
-    rules = [*map(re.escape, lora.train or ()), config.lora.train]
-    return params, dataclasses.replace(lora, train="|".join(rules), dropout=config.lora.dropout)
+    rules = "|".join(filter(None, [*map(re.escape, lora.train or ()), config.lora.train]))
+    return params, dataclasses.replace(lora, train=rules or None, dropout=config.lora.dropout)
 
 
 def start(config: Run, base: Base, trainable: dict) -> State:
@@ -323,6 +323,7 @@ def train_step(base: Base, traced: methods.Values | None = None, prepare_params=
         base.feed.prepare_train,
         figures=functools.partial(methods.figures, config),
         accumulate=config.accumulate,
+        means=base.objective.means,
     )
 
 

@@ -15,6 +15,7 @@ import optax
 
 import rmlora_jax as rm
 from rmlora_jax.parallel.mesh import AXIS
+from rmlora_jax.tasks.task import divided
 
 
 class State(NamedTuple):
@@ -43,6 +44,7 @@ def make_train_step(
     *,
     figures: Callable | None = None,
     accumulate: int = 1,
+    means: Callable = divided,
 ) -> Callable:
     """Builds ``step(state, constants, batch) -> (state, metrics)``, to be mapped over devices.
 
@@ -56,6 +58,7 @@ def make_train_step(
       figures: ``(trainable before the update, optimizer state after it) -> {name: scalar}``, more
         metrics.
       accumulate: micro-batches, run one after another; gradients are added in float32.
+      means: `tasks.task.Objective.means`: ``(sums of the task, weight) -> {name: scalar}``.
 
     Metrics (float32 scalars, equal on all devices): loss and the counts of the task, such as
     accuracy, sums over the global batch divided by its weight once (the loss without the penalty);
@@ -84,7 +87,7 @@ def make_train_step(
                 state.trainable, constants, batch, keys, positions
             )
             grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-            return (grads, {"loss": total} | counts), weight
+            return (grads, total, counts), weight
 
         if accumulate == 1:
             sums, weight = gradients((batch, positions))
@@ -106,18 +109,20 @@ def make_train_step(
         # The only reduction between devices in the step.
         sums, weight = jax.lax.psum((sums, weight), AXIS)
         weight = local * jax.lax.axis_size(AXIS) if weight is None else weight
-        grads, means = jax.tree.map(lambda x: x / weight, sums)
+        grads, total, counts = sums
+        grads, mean_loss = jax.tree.map(lambda x: x / weight, (grads, total))
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         # Of sums over all devices, so that all of them come to the same answer.
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm)
         trainable, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (trainable, opt_state),
             (state.trainable, state.opt_state),
         )
-        metrics = means | {"grad_norm": grad_norm, "skipped": 1.0 - finite}
+        metrics = {"loss": mean_loss} | means(counts, weight)
+        metrics |= {"grad_norm": grad_norm, "skipped": 1.0 - finite}
         if figures is not None:
             metrics |= figures(state.trainable, opt_state)
         return State(state.step + 1, trainable, opt_state), metrics
@@ -154,7 +159,7 @@ def make_eval_step(apply: Callable, predict: Callable, prepare: Callable) -> Cal
 
     ``predict`` is `tasks.task.Objective.predict`. ``batch["mask"]`` (bool) is False for the rows
     that pad the last batch. The outputs are those of the global batch, each (B,) and the same on
-    every device: what ``predict`` gives, label, id, mask.
+    every device: what ``predict`` gives, id, mask.
     """
 
     def step(trainable, constants: Constants, batch):
@@ -162,7 +167,7 @@ def make_eval_step(apply: Callable, predict: Callable, prepare: Callable) -> Cal
         rows = {"mask": batch.pop("mask"), "id": batch["id"]}
         inputs, labels = prepare(constants.data, batch)
         params = rm.join(trainable, constants.frozen)
-        rows |= predict(functools.partial(apply, params, inputs), labels) | {"label": labels}
+        rows |= predict(functools.partial(apply, params, inputs), labels)
         return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True), rows)
 
     return step

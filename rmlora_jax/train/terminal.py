@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
-from rmlora_jax.report.records import duration, number
+from rmlora_jax.report.records import duration, number, speed
 from rmlora_jax.tasks.scores import describe
 
 
@@ -32,15 +32,17 @@ def closing(summary: Mapping[str, Any], workdir: str | os.PathLike, verdict: str
             return None
         at = f" (step {entry['step']:,})" if "step" in entry else ""
         keys = [key for key in entry if key != "step" and not key.startswith("loss")]
+        if summary.get("metric") == "loss":
+            keys += [key for key in entry if key.startswith("loss_")]
         return ", ".join(f"{_name(key)} {number(entry.get(key))}" for key in [*keys, "loss"]) + at
 
     report = os.path.join(workdir, "report.png")
-    rate, total = summary.get("examples_per_second"), summary.get("total_parameters")
+    total = summary.get("total_parameters")
     return format_table("done", [
         ("test, last step", scores(summary.get("eval"))),
         ("test, best validation", scores(summary.get("best_eval"))),
         ("parameters", parameters(summary["trainable_parameters"], total) if total else None),
-        ("speed", None if rate is None else f"{rate:,.0f} examples/s"),
+        ("speed", speed(summary)),
         ("time", times(summary) if "wall_seconds" in summary else None),
         ("verdict", verdict),
         ("report", report if os.path.exists(report) else None),
@@ -150,16 +152,16 @@ def _name(key: str) -> str:
 
 
 def _parts(shown: Mapping[str, float]) -> list[str]:
-    """The loss and accuracy of training; instead of accuracy the metric that picks the best step.
-
-    That is the first that was evaluated; other than accuracy it is not measured in training.
+    """The loss and accuracy of training; instead of accuracy the metric that was evaluated first,
+    in training where it is measured there.
     """
-    chosen = next((k for k in shown if k.startswith("eval/") and k != "eval/loss"), None)
-    measured = "train/accuracy" if chosen in (None, "eval/accuracy") else chosen
+    evaluated = (k for k in shown if k.startswith("eval/") and k != "eval/loss")
+    chosen = next(evaluated, "eval/accuracy")
+    measured = chosen.replace("eval/", "train/", 1)
+    measured = measured if measured in shown or chosen == "eval/accuracy" else chosen
     parts = [f"{_name(key.partition('/')[2])} {number(shown[key])}"
              for key in ("train/loss", measured) if key in shown]
     if parts and "train/loss/low" in shown:  # of many runs, whose mean is the loss
         parts[0] += f" ({number(shown['train/loss/low'])} to {number(shown['train/loss/high'])})"
-    if "examples_per_second" in shown:
-        parts.append(f"{shown['examples_per_second']:,.0f} examples/s")
-    return parts
+    rate = speed(shown)
+    return [*parts, rate] if rate else parts

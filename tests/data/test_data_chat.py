@@ -319,6 +319,23 @@ def test_held_out_by_content(tmp_path):
         load_chats(str(path), names=NAMES, validation=0)
     given = load_chats(str(path), names=NAMES, validation_file=path, test_files={"old": path})
     assert (len(given.train), len(given.validation), len(given.tests["old"])) == (40, 40, 40)
+    assert given.notes[1] == "40 of 40 examples of 'old' are training examples, too"
+    other = lines(tmp_path / "b.jsonl", [*ROWS[:2], {"q": "a", "a": "b"}, {"q": "c", "a": "d"}])
+    mixed = load_chats(str(path), names=NAMES, validation_file=other, test_files={"new": other})
+    assert mixed.notes[0] == "2 of 4 examples of 'validation' are training examples, too"
+    assert not load_chats(str(path), names=NAMES).notes
+    # A test split that is asked for and not given is held out, too.
+    data = load_chats(str(path), names=NAMES, validation=10, test_splits={"test": None})
+    assert [len(part) for part in (data.train, data.validation, data.tests["test"])] == [20, 10, 10]
+    prompts = [{part[i]["prompt"] for i in range(len(part))}
+               for part in (data.train, data.validation, data.tests["test"])]
+    assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])
+    for field, options in (("validation_file", {}), ("test_file", {"test_splits": {"test": None}})):
+        with pytest.raises(UserError, match=f"validation=0(.|\\n)*sft.{field}"):
+            load_chats(str(path), names=NAMES, validation=0, **options)
+    for name, field in (("test", "test_file"), ("mine", "evaluate")):
+        with pytest.raises(UserError, match=f"config.sft.{field}: 'no.jsonl': there is no such"):
+            load_chats(str(path), names=NAMES, test_files={name: "no.jsonl"})
 
 
 def test_weights_of_files(tmp_path):

@@ -1,0 +1,114 @@
+"""``python run.py --workdir=DIR --chat``: a conversation with a language model on the terminal.
+
+Ctrl-C stops an answer, and between answers it ends the program. Ctrl-D leaves.
+"""
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, TextIO
+
+import jax
+
+from rmlora_jax import stopping
+from rmlora_jax.errors import UserError
+from rmlora_jax.inference.generator import Generator, Options
+from rmlora_jax.inference.loading import load
+from rmlora_jax.inference.predict import CACHE
+from rmlora_jax.inference.written import printable
+from rmlora_jax.parallel.mesh import use_compilation_cache
+
+RESET, EXIT = "/reset", "/exit"
+PROMPT = "> "
+
+
+def chat(
+    workdir: str | None,
+    *,
+    find: Callable[[str], Any] = load,
+    source: TextIO | None = None,
+    out: TextIO | None = None,
+    adapter: str | None = None,
+    **options: Any,
+) -> None:
+    """Talks until there is nothing more to read, or ``/exit``; ``/reset`` forgets what was said.
+
+    Args:
+      workdir: what `load` accepts; the folder of a language model with a chat template.
+      find: workdir -> the model.
+      source, out: where messages come from, a line each, and answers go; the terminal.
+      adapter: where there are several, the one that answers.
+      options: of `generator.Options`.
+
+    Raises:
+      UserError: there is no such model.
+    """
+    source, out = source or sys.stdin, out or sys.stdout
+    if not workdir:
+        raise UserError("chat with which model? Type python run.py --workdir=DIR --chat")
+    if jax.config.jax_compilation_cache_dir is None:
+        use_compilation_cache(CACHE)
+    model = find(workdir)
+    if not isinstance(model, Generator):
+        raise UserError(f"the model in {workdir} does not write text; type\npython run.py "
+                        f"--workdir={workdir} --predict ...")
+    if model.template.text is None:
+        raise UserError(f"the model in {workdir} has no chat template, so it continues texts and "
+                        f"does not talk; type\npython run.py --workdir={workdir} --predict \"a "
+                        'text"')
+    asked = Options(**options).checked()
+    print(f"{RESET} begins anew, {EXIT} or Ctrl-D leaves, Ctrl-C stops an answer", file=out)
+    messages: list[dict[str, str]] = []
+    while (line := _read(source, out)) is not None:
+        if line == EXIT:
+            return
+        if line == RESET:
+            messages = []
+        elif line.startswith("/") and line[1:].isalpha():
+            print(f"there is no command {line}; {RESET}, {EXIT}", file=out)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            answer = _answer(model, messages, asked, adapter, out)
+            if answer is None:
+                messages.pop()
+            else:
+                messages.append({"role": "assistant", "content": answer})
+
+
+def _read(source: TextIO, out: TextIO) -> str | None:
+    """The next line; None at the end. Not input(), whose line editor leaves a terminal without an
+    echo when a signal ends the process."""
+    out.write(PROMPT)
+    out.flush()
+    try:
+        line = source.readline()
+    except UnicodeDecodeError:
+        print("this line is not UTF-8; type it again", file=out)
+        return ""
+    if line:
+        return line.strip()
+    print(file=out)
+    return None
+
+
+def _answer(
+    model: Generator, messages: list, options: Options, adapter: str | None, out: TextIO
+) -> str | None:
+    """Prints the answer as it comes, and returns it; None where there is none."""
+    said = ""
+    try:
+        with stopping.watch("the answer stops", alone=True) as stop:
+            for piece in model.stream(messages, adapter=adapter, **options._asdict()):
+                said += piece
+                out.write(printable(piece))
+                out.flush()
+                if stop(len(messages)):
+                    break
+    except stopping.Stopped as stopped:
+        if stopped.number != signal.SIGINT:
+            stopping.end(stopped.number)
+    except UserError as error:
+        print(f"error: {error}; {RESET} begins anew", file=out)
+        return None
+    print(file=out, flush=True)
+    return said
