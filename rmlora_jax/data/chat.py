@@ -18,6 +18,7 @@ from rmlora_jax.data.dataset import BadRecord, Request, Skipped, Source
 from rmlora_jax.data.subsets import held_out_count, hold_out
 from rmlora_jax.errors import UserError, progress
 
+NAME = "chats"  # what a config calls files of chats
 SEED = 0  # of the rows that a weight with a fraction takes
 
 
@@ -141,6 +142,7 @@ def weighted(chats: Chats, weights: Sequence[float]) -> Chats:
 def split_chats(found: FoundChats, names: Names, request: Request) -> ChatDataset:
     """The splits of a request; a part of the training chats is held out where none are given.
 
+    A "test" that ``request.test_splits`` asks for and no file gives is as large as the validation.
     Equal examples stay together, whatever their other columns hold. With ``request.apart`` False no
     row is read before it is needed.
 
@@ -154,22 +156,30 @@ def split_chats(found: FoundChats, names: Names, request: Request) -> ChatDatase
         train, hashes = usable_chats(train, skipped)
         numbers: dict[bytes, int] = {}
         groups = np.array([numbers.setdefault(one, len(numbers)) for one in hashes], np.int64)
+
+    def held_out(seed: int, why: str, field: str) -> Chats:
+        nonlocal train, groups
+        count = held_out_count(len(train), request.validation, found.place)
+        if not count:
+            raise UserError(f"validation={request.validation!r}: must be above 0, to {why}, or "
+                            f"name a file with --config.sft.{field}")
+        kept, held = hold_out(len(train), count, seed=seed, groups=groups)
+        held, train = train.at(held), train.at(kept)
+        groups = None if groups is None else groups[kept]
+        return held
+
+    tests = {name: chats_of([rows], names) for name, rows in found.tests.items()}
+    if "test" in (request.test_splits or {}) and "test" not in tests:
+        tests = {"test": held_out(request.seed + 1, "report figures of", "test_file"), **tests}
     if found.validation is not None:
         validation = chats_of([found.validation], names)
     else:
-        count = held_out_count(len(train), request.validation, found.place)
-        if not count:
-            raise UserError(f"validation={request.validation!r}: must be above 0, to choose the "
-                            "best step on, or name a file with --config.sft.validation_file")
-        kept, held = hold_out(len(train), count, seed=request.seed, groups=groups)
-        train, validation = train.at(kept), train.at(held)
-        groups = None if groups is None else groups[kept]
+        validation = held_out(request.seed, "choose the best step on", "validation_file")
     if request.limit and request.limit < len(train):
         train = train.at(range(request.limit))
     train = weighted(train, [weight for _, weight in found.train])
     if not len(train):
         raise UserError(f"{found.place}: no example is left to train on")
-    tests = {name: chats_of([rows], names) for name, rows in found.tests.items()}
     return ChatDataset(request.name, train, validation, tests, skipped, tuple(notes))
 
 
@@ -187,6 +197,9 @@ def names_of(request: Request) -> Names:
 
 def _missing(request: Request) -> list[str]:
     names_of(request)
+    if not request.files:
+        return ["config.sft.files=(): name the files with chats, "
+                "--config.sft.files=\"('chats.jsonl',)\", or a data set with --config.data.name"]
     wrong = []
     if request.weights and len(request.weights) != len(request.files):
         wrong.append(f"config.sft.weights={tuple(request.weights)}: give one for each of the "
@@ -213,4 +226,8 @@ def _chats(request: Request) -> FoundChats:
     )
 
 
-SOURCE = Source(handles=lambda request: bool(request.files), missing=_missing, chats=_chats)
+SOURCE = Source(
+    handles=lambda request: bool(request.files) or request.name == NAME,
+    missing=_missing,
+    chats=_chats,
+)

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -94,6 +95,7 @@ class JsonLines(RowSource):
 
     def __init__(self, path: Path, file: BinaryIO):
         self._path, self._file = path, file
+        weakref.finalize(self, file.close)
         ends, at = [], 0
         file.seek(0)
         while block := file.read(BLOCK):

@@ -158,12 +158,12 @@ def encode(
         before = len(write(messages[:given])[0]) if "given" in example else 0
         spans = [span for span in marked if span[0] >= before]
         spans = spans[-1:] if loss == "last" else spans
-    wanted = np.zeros(len(ids), bool)
+    cuts = []
     for start, end in spans:
-        end = start + len(_trimmed(tokenizer, text[start:end]))
-        first, last = (_count(tokenizer, text, ids, at) for at in (start, end))
-        wanted[first:last] = True
-    return np.array(ids, np.int32), wanted
+        cuts += [start, start + len(_trimmed(tokenizer, text[start:end]))]
+    parts = _parts(tokenizer, text, ids, cuts)
+    tokens = np.array([token for part in parts for token in part], np.int32)
+    return tokens, np.repeat(np.arange(len(parts)) % 2 == 1, [len(part) for part in parts])
 
 
 def encode_prompt(
@@ -323,19 +323,28 @@ def _added(tokenizer, size: int) -> tuple[str, ...]:
     return tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
 
 
-def _count(tokenizer, text: str, ids: list[int], at: int) -> int:
-    """How many of ``ids``, the tokens of ``text``, are those of ``text[:at]``."""
-    if at == len(text):
-        return len(ids)
-    head = _tokens(tokenizer, text[:at])
-    if ids[: len(head)] != head:
-        around = text[max(0, at - 12) : at], text[at : at + 12]
+def _parts(tokenizer, text: str, ids: list[int], cuts: list[int]) -> list[list[int]]:
+    """``ids``, the tokens of ``text``, in parts that begin at these places of the text.
+
+    Where a token of the whole text would cross a cut, each part has its own tokens instead: what
+    comes before an answer then is what generation goes on from.
+    """
+    heads = [ids if cut == len(text) else _tokens(tokenizer, text[:cut]) for cut in cuts]
+    if all(ids[: len(head)] == head for head in heads):
+        edges = [0, *map(len, heads), len(ids)]
+        return [ids[first:last] for first, last in itertools.pairwise(edges)]
+    edges = [0, *cuts, len(text)]
+    parts = [_tokens(tokenizer, text[first:last]) for first, last in itertools.pairwise(edges)]
+    if tokenizer.decode([token for part in parts for token in part]) != tokenizer.decode(ids):
+        wrong = next(cut for cut, head in zip(cuts, heads, strict=True)
+                     if ids[: len(head)] != head)
+        around = text[max(0, wrong - 12) : wrong], text[wrong : wrong + 12]
         raise UserError(
-            f"a token holds the end of {around[0]!r} and the beginning of {around[1]!r}, one of "
-            "them the assistant's: begin its message with no white space, or learn from all "
-            f"tokens, {LOSS_FIELD}=all"
+            f"a token holds the end of {around[0]!r} and the beginning of {around[1]!r}, only one "
+            "of them the assistant's\nCorrect the white space there, or learn from all tokens, "
+            f"{LOSS_FIELD}=all"
         )
-    return len(head)
+    return parts
 
 
 # For the terminal

@@ -29,7 +29,8 @@ from rmlora_jax.hub.weights import some, stored_tensors, to_stored
 from rmlora_jax.models.family import Entry, flat_params
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-TASK_TYPES = {"SequenceClassification": "SEQ_CLS"}  # PEFT has none for images
+# What PEFT calls a model's use; it has no name for that of images.
+TASK_TYPES = {"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM"}
 
 
 def save_peft(

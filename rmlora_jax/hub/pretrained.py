@@ -18,11 +18,11 @@ from flax.traverse_util import unflatten_dict
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import read_object
 from rmlora_jax.hub.source import (
-    CONFIG,
     PREPROCESSOR,
     find_config,
     find_folder,
     join_revision,
+    read_model_config,
 )
 from rmlora_jax.hub.weights import Tensors, read_params
 from rmlora_jax.models import FAMILIES
@@ -113,7 +113,7 @@ def load_pretrained(
     (192, 64, ('head/kernel', 'head/bias'))
     """
     folder = find_folder(source, revision)
-    where, raw = folder / CONFIG, read_object(folder / CONFIG)
+    where, raw = read_model_config(folder)
     if inputs is IMAGES:
         raw = {"model_type": "vit"} | raw
     family, config = _architecture(where, raw, inputs)

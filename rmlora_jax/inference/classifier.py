@@ -19,6 +19,7 @@ from rmlora_jax.inference.inputs import READERS
 from rmlora_jax.models.attention import blaming
 from rmlora_jax.models.family import IMAGES
 
+
 def check_problem(base: Pretrained) -> None:
     """Raises a UserError where config.json asks for more than one label or number at once."""
     kind = str(read_object(base.folder / CONFIG).get("problem_type"))

@@ -170,7 +170,7 @@ class Generator:
     ):
         check_fits(base, info)
         self.base, self.info = base, info
-        self.tokenizer = load_tokenizer(base.folder)
+        self.tokenizer = load_tokenizer(base.folder, padding=False)
         self.template = template_of(self.tokenizer, info)
         self.ends = stored_ends(base.folder) | written_ends(self.tokenizer, self.template)
         dtype = jnp.dtype(info.dtype)

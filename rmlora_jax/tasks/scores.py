@@ -197,6 +197,8 @@ OF_TARGETS = {
         "fraction of tokens"),
     "perplexity": Metric(
         lambda means: _exp(means["loss"]), "perplexity", "perplexity", "exp(loss)"),
+    # Of answers that the trained model writes, see `rmlora_jax.train.answers`.
+    "exact_match": Metric(None, "exact match", "exact match of answers", "fraction right"),
 }
 
 

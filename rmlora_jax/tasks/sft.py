@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,8 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmlora_jax import data, hub, methods
-from rmlora_jax.config import FREE, LARGE, PLACE, Elements, Mistake, field, is_name, is_number
+from rmlora_jax.config import (
+    FREE,
+    LARGE,
+    PLACE,
+    Elements,
+    Mistake,
+    field,
+    is_name,
+    is_number,
+    regex_problem,
+)
 from rmlora_jax.data.chat_tokens import TOO_LONG
+from rmlora_jax.data.dataset import BadRecord
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.hub import chat_template
@@ -72,6 +85,21 @@ class Sft:
         "cut", "an example of more than length tokens is cut from the left, left out, or an error",
         choices=TOO_LONG,
     )
+    samples: int = field(
+        3, "test questions answered before and after training, in samples.md", least=0, most=LARGE,
+        resume=FREE,
+    )
+    answer: str = field(
+        "",
+        "regular expression with one group, such as '#### (.*)': the best model answers test "
+        "questions, and is right where the last match is that of the right answer. '': it is not "
+        "asked",
+        problem=regex_problem, resume=FREE,
+    )
+    asked: int = field(
+        256, "how many test questions sft.answer is measured on; 0: all", least=0, resume=FREE
+    )
+    longest_answer: int = field(256, "tokens of an answer", least=1, most=LARGE, resume=FREE)
     cache: str = field(
         "~/.cache/rmlora_jax/tokens", "folder for tokenised splits; '': no cache",
         resume=FREE, cache=True,
@@ -106,6 +134,8 @@ def check(config: Run) -> Iterator[Mistake]:
     named = [pair[0] for pair in t.evaluate if _is_named_file(pair)]
     if len(set(named)) < len(named) or not all(name.isidentifier() for name in named):
         yield "sft.evaluate", "pairs whose names differ and have letters, digits and _ alone"
+    if t.answer and not regex_problem(t.answer) and re.compile(t.answer).groups != 1:
+        yield "sft.answer", "a regular expression with one group, such as '#### (.*)'"
     if t.files:
         yield from places.unused(
             config, ("data.test_split", "data.unlabelled_split"), "with sft.files"
@@ -145,7 +175,7 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     """
     t = config.own(Sft)
     folder = hub.find_folder(config.model.source)  # a mistyped name fails before data is fetched
-    tokenizer = hub.load_tokenizer(folder)
+    tokenizer = hub.load_tokenizer(folder, padding=False)
     template = chat_template.find_template(tokenizer, t.template)
     chats = data.open_chats(request(config))
     pretrained = hub.load_pretrained(config.model.source, inputs=TOKENS)
@@ -159,11 +189,11 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
         metrics=targets.METRICS,
         info=hub.Info(
             task=NAME,
-            max_length=t.length,
             dtype=config.model.dtype,
             template=(template.text or "") if t.template else None,
-            system=t.system or "",
+            system=t.system,
         ),
+        questions=questions_of(config, chats.tests),
         skipped=chats.skipped.records,  # tokenising adds to them
     )
 
@@ -217,7 +247,7 @@ def shapes(config: Run) -> task.Shapes:
         resident={},
         batch={"id": jax.ShapeDtypeStruct((b,), jnp.int32)}
         | {name: row(dtype) for name, dtype in kinds.items()},
-        words=f" rows of {t.length:,} tokens",
+        words=f", rows of {t.length:,} tokens",
     )
 
 
@@ -329,7 +359,7 @@ def first_example(tokenizer: Any, split: Split) -> str:
 def batches(config: Run, split: Split, tokenizer: Any, step: int) -> Iterator[dict]:
     """The training batches from a step on."""
     t = config.own(Sft)
-    own = {"seed": config.data_seed, "start_step": step, "pad_id": tokenizer.pad_token_id}
+    own = {"seed": config.data_seed, "start_step": step, "pad_id": filler(tokenizer)}
     if split.rows is None:
         return data.single_batches(
             split.tokens, split.order, config.batch_size, max_length=t.length, **own,
@@ -343,7 +373,7 @@ def batches(config: Run, split: Split, tokenizer: Any, step: int) -> Iterator[di
 def eval_batches(config: Run, split: Split, tokenizer: Any) -> Iterator[dict]:
     """The batches of an evaluated split."""
     t = config.own(Sft)
-    own = {"pad_id": tokenizer.pad_token_id, **task.process()}
+    own = {"pad_id": filler(tokenizer), **task.process()}
     if split.rows is None:
         return data.eval_single_batches(
             split.tokens, config.eval_batch_size, max_length=t.length, **own
@@ -353,11 +383,42 @@ def eval_batches(config: Run, split: Split, tokenizer: Any) -> Iterator[dict]:
     )
 
 
+def filler(tokenizer: Any) -> int:
+    """The token that fills rows up. Nothing attends to it or predicts it: any will do."""
+    return tokenizer.pad_token_id or 0
+
+
 def examples_in(split: Split, ids: np.ndarray) -> np.ndarray:
     """The numbers of the examples in rows."""
     if split.rows is None:
         return split.order[ids]
     return np.concatenate([split.rows[i] for i in ids])
+
+
+def questions_of(config: Run, tests: Mapping[str, data.Chats]) -> task.Questions | None:
+    """What the trained model is asked: the first questions of the test split."""
+    t, chats = config.own(Sft), tests["test"]
+    exam = (t.asked or len(chats)) if t.answer else 0
+    found = tuple(itertools.islice(asked(chats), max(t.samples, exam)))
+    if not found:
+        return None
+    return task.Questions(found[: t.samples], found[:exam], t.answer, t.longest_answer)
+
+
+def asked(chats: data.Chats) -> Iterator[task.Question]:
+    """The examples that ask something, with the right answer."""
+    for i in range(len(chats)):
+        try:
+            example = chats[i]
+        except BadRecord:  # tokenising tells of it
+            continue
+        if "completion" in example:
+            yield task.Question({"prompt": example["prompt"]}, example["completion"])
+        elif "messages" in example:
+            *before, last = example["messages"]
+            if before and last["role"] == "assistant":
+                given = {"messages": before} | {k: example[k] for k in ("tools",) if k in example}
+                yield task.Question(given, str(last.get("content") or ""))
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, str]:

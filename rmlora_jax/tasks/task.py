@@ -95,6 +95,29 @@ class Feed(NamedTuple):
         return self.epoch or self.sizes["train"]
 
 
+class Question(NamedTuple):
+    """What a language model is asked, in a form of `inference.prompts`, and the right answer."""
+
+    prompt: Mapping[str, Any]
+    answer: str
+
+
+class Questions(NamedTuple):
+    """What a trained language model is asked at the end of a run.
+
+    Attributes:
+      samples: are answered before and after training, for a person to read.
+      exam: are answered after training. The answer is right where ``pattern``, a regular expression
+        with one group, finds the same in it as in the right one.
+      longest: tokens of an answer.
+    """
+
+    samples: tuple[Question, ...] = ()
+    exam: tuple[Question, ...] = ()
+    pattern: str = ""
+    longest: int = 256
+
+
 class Problem(NamedTuple):
     """Data, model and measure, before anything is adapted."""
 
@@ -111,6 +134,7 @@ class Problem(NamedTuple):
     pretrained: Pretrained | None = None  # None: a model that only this package knows
     info: Info | None = None  # what else a user of the trained model must know
     skipped: Sequence[str] = ()  # records that were left out of the data, and why
+    questions: Questions | None = None
 
     @property
     def labels(self) -> tuple[str, ...] | None:

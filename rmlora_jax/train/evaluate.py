@@ -85,7 +85,7 @@ def evaluate(compiled: Steps, trainable, job: Job, split: str) -> list[Outputs]:
 
 
 def outputs_of(ids: np.ndarray, labels: Any, rows: dict[str, np.ndarray]) -> Outputs:
-    """The outputs of one run from the rows that `Objective.predict` gave."""
+    """The outputs of one run from the rows that the objective's ``predict`` gave."""
     losses, weights = rows.pop("loss"), rows.pop("weight", None)
     predictions = rows.pop("prediction", None)
     return Outputs(ids, predictions, labels, losses, weights, rows)

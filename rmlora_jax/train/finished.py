@@ -19,7 +19,7 @@ from rmlora_jax.files import placed, plain, write_json
 from rmlora_jax.hub.info import FILE, TASKS, model_card, read_info, write_info
 from rmlora_jax.inference.loading import ADAPTER, MERGED, Model, load, use
 from rmlora_jax.tasks.task import Outputs, Problem
-from rmlora_jax.train import nonfinite
+from rmlora_jax.train import answers, nonfinite
 from rmlora_jax.train.checkpoint import best_step, best_trainable
 from rmlora_jax.train.config import flatten, read_config
 from rmlora_jax.train.evaluate import figures_of, final, reported, spectrum, tested
@@ -122,6 +122,11 @@ def finish(
                     "program_train_seconds": speed.seconds,
                 }
             write_json(folder / "summary.json", summary)
+            params = joined(job.problem.params, factors)
+            lora = job.lora[i] if methods.of(run).adapts else None
+            if found := answers.asked(folder, run, job.problem, lora, params):
+                summary["best_eval"] |= found
+                write_json(folder / "summary.json", summary)
         summaries.append(summary)
     return summaries
 

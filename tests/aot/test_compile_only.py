@@ -30,6 +30,7 @@ from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.report.records import amount
 from rmlora_jax.sweep import many
 from rmlora_jax.sweep.grid import runs
+from rmlora_jax.tasks.sft import use_sft
 from rmlora_jax.train import setup
 from rmlora_jax.train.config import default_config, resolve, use_glue
 from rmlora_jax.train.shortage import smaller
@@ -99,7 +100,9 @@ def test_the_step_of_a_sweep_is_that_of_all_its_runs(config):
 
 def published(name, task=None, **changes):
     c = default_config()
-    if task:
+    if task == "sft":
+        use_sft(c)
+    elif task:
         use_glue(c, task)
     c.model.source, c.model.attention = name, "auto"
     c.method = "full"
@@ -116,6 +119,12 @@ def published(name, task=None, **changes):
         ("microsoft/deberta-v3-base", "cola", {}, 184_423_682),
         ("microsoft/deberta-v3-base", "mnli", {}, 184_423_682 + 769),
         ("FacebookAI/roberta-base", "stsb", {}, 124_647_170 - 769),
+        # As their model cards and transformers have them.
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "sft", {}, 134_515_008),
+        ("meta-llama/Llama-3.1-8B-Instruct", "sft", {}, 8_030_261_248),
+        ("Qwen/Qwen3-8B", "sft", {}, 8_190_735_360),
+        ("google/gemma-3-1b-it", "sft", {}, 999_885_952),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "sft", {}, 7_248_023_552),
     ],
 )
 def test_published_architectures_have_their_parameters(name, task, changes, parameters):
@@ -168,8 +177,10 @@ def test_a_folder_needs_its_config_alone(tiny_vit, tmp_path):
     (tmp_path / "config.json").write_text((tiny_vit / "config.json").read_text())
     _, found = find_architecture(str(tmp_path), image_size=32)
     assert (found.hidden_size, found.image_size) == (32, 32)
-    assert set(PUBLISHED) == {default_config().model.source, "microsoft/deberta-v3-base",
-                              "FacebookAI/roberta-base"}
+    language = {"HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-3.1-8B-Instruct",
+                "Qwen/Qwen3-8B", "google/gemma-3-1b-it", "mistralai/Mistral-7B-Instruct-v0.3"}
+    assert set(PUBLISHED) == language | {default_config().model.source, "microsoft/deberta-v3-base",
+                                         "FacebookAI/roberta-base"}
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def without_home(monkeypatch):
 
 
 def set_caches(config, folder):
-    config.compilation_cache = config.data.cache = config.text.cache = folder
+    config.compilation_cache = config.data.cache = config.text.cache = config.sft.cache = folder
 
 
 @pytest.mark.parametrize("where", ["no home", "a home that is a file"])
@@ -99,7 +99,8 @@ PLACES = [path for path, leaf in leaves(RunConfig).items() if leaf.spec.resume =
 
 def test_every_path_of_a_config_may_begin_with_the_home(config, tmp_path, monkeypatch):
     assert {*PLACES} == {
-        "model.source", "model.adapter", "text.train_file", "text.test_file", "text.predict_file"}
+        "model.source", "model.adapter", "text.train_file", "text.test_file", "text.predict_file",
+        "sft.validation_file", "sft.test_file"}
     monkeypatch.setenv("HOME", str(tmp_path))
     tiny.write_model(tmp_path / "model")
     for name in ("train", "test", "predict"):

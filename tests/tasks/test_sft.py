@@ -15,9 +15,10 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.sweep import many
 from rmlora_jax.sweep.grid import runs
-from rmlora_jax.tasks import sft
+from rmlora_jax.tasks.task import measured
 from rmlora_jax.train import loop, setup
 from rmlora_jax.train.config import resolve
+from rmlora_jax.train.evaluate import Compiled, Steps, evaluate
 
 STEPS = 30
 
@@ -119,3 +120,165 @@ def test_the_mean_is_over_the_targets_of_the_global_batch(plain, root, devices, 
     assert metrics["tokens"] == plain[0]["tokens"]
     for a, b in zip(*map(jax.tree.leaves, (trainable, plain[1])), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", slow_but(
+    ["rm_lora", "lora", "dora", "adalora", "sora", "reg_only", "mask_only", "bitfit", "full"],
+    "rm_lora",
+))  # fmt: skip
+@pytest.mark.parametrize("model", ["model", slow("tied")])
+def test_methods_on_every_layer_and_on_embedding_and_head(root, method, model):
+    target = "all-linear|embed" + "|head" * (model == "model")
+    config = resolve(config_of(root, 5, **{
+        "method": method, "model.source": str(root / model), "lora.target": target, "lora.rs": True,
+        "optimizer.lora_plus": 4.0 if method not in ("bitfit", "full") else 1.0,
+    }))  # fmt: skip
+    if method == "bitfit":  # a Llama has no biases
+        with pytest.raises(UserError, match="train"):
+            setup.build(config, all_devices(limit=1))
+        return
+    where = all_devices(limit=1)
+    job = setup.build(config, where)
+    paths = {jax.tree_util.keystr(k, simple=True, separator="/")
+             for k, _ in jax.tree.leaves_with_path(job.state.trainable)}  # fmt: skip
+    wanted = {"layers/mlp/gate", "embed"} | ({"head"} if model == "model" else set())
+    leaf = {"full": "kernel"}.get(method, "lora_b")
+    for module in wanted:
+        own = "embedding" if (method, module) == ("full", "embed") else leaf
+        assert f"{module}/{own}" in paths
+    state, losses = job.state, []
+    batch = shard(next(iter(job.feed.train(0))), where)
+    for _ in range(4):
+        state, metrics = job.train_step(state, job.constants, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_a_sweep_has_the_numbers_of_its_single_runs(root):
+    where = all_devices(limit=1)
+    config = config_of(root, 5, **{"method": "rm_lora", "sweep.seeds": 2})
+    config.sweep.grid = "{'learning_rate': (1e-2, 1e-3)}"
+    config = resolve(config)
+    every, base = runs(config), setup.open_base(config, where)
+    job = many.build(every, base)
+    state, batches = many.first_state(every, base), base.feed.train(0)
+    first = [shard(next(batches), where) for _ in range(3)]
+    seen = []
+    for batch in first:
+        state, metrics = job.train_step(state, job.constants, batch)
+        seen.append(jax.device_get(metrics))
+    split = shard(next(iter(base.feed.evaluate("validation"))), where)
+    outputs = jax.device_get(job.eval_step(state.trainable, job.constants, split))
+    for i, run in enumerate(every):
+        alone = setup.build(run.config, where)
+        own = alone.state
+        for batch, metrics in zip(first, seen, strict=True):
+            own, found = alone.train_step(own, alone.constants, batch)
+            for name in ("loss", "token_accuracy", "kept_fraction", "tokens"):
+                np.testing.assert_allclose(metrics[name][i], found[name], rtol=2e-5, err_msg=name)
+        theirs = jax.device_get(alone.eval_step(own.trainable, alone.constants, split))
+        for name in ("loss", "weight", "token_accuracy"):
+            np.testing.assert_allclose(outputs[name][i], theirs[name], rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_groups_of_devices_share_the_base(root, monkeypatch):
+    from rmlora_jax.parallel import mesh
+
+    monkeypatch.setattr(mesh, "SMALL", 64)
+    config = resolve(config_of(root, 5, fsdp=4))
+    where = all_devices(fsdp=4)
+    job = setup.build(config, where)
+    split = [x for x in jax.tree.leaves(job.constants.frozen) if not x.is_fully_replicated]
+    assert len(split) > 5
+    _state, metrics = job.train_step(
+        job.state, job.constants, shard(next(iter(job.feed.train(0))), where)
+    )
+    alone = setup.build(resolve(config_of(root, 5)), one := all_devices(limit=1))
+    _, theirs = alone.train_step(
+        alone.state, alone.constants, shard(next(iter(alone.feed.train(0))), one)
+    )
+    for name in ("loss", "grad_norm", "tokens"):
+        np.testing.assert_allclose(metrics[name], theirs[name], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"sft.files": ()}, "test_file|evaluate"),
+    ({"optimizer.label_smoothing": 0.1}, "label_smoothing"),
+    ({"lora.train": "head"}, "head/"),
+    ({"lora.target": "encoder/layers/.*"}, "all-linear"),
+    ({"method": "prefix"}, "such as lora"),
+    ({"method": "head", "lora.train": ""}, "regex for head"),
+    ({"sft.evaluate": (("a b", "x.jsonl"),)}, "letters"),
+    ({"sft.evaluate": ("x.jsonl",)}, "pairs"),
+])  # fmt: skip
+def test_configs_that_do_not_go_together_are_refused(root, fields, words):
+    with pytest.raises(UserError, match=words):
+        resolve(config_of(root, 5, **{"sft.test_file": str(root / "other.jsonl")} | fields))
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"sft.length": 256}, r"sft.length=256.*128.*--config.sft.length=128"),
+    ({"sft.template": "chatml_"}, r"sft.template='chatml_'"),
+    ({"sft.length": 4, "sft.too_long": "refuse"}, r"train.jsonl, line \d+: \d+ tokens.*length=4"),
+    ({"sft.length": 4, "sft.too_long": "skip"}, "no example is left"),
+    ({"sft.prompt": "q", "sft.completion": "a"}, "no 'q'; it has 'messages'"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_before_anything_is_compiled(root, fields, words, tmp_path):
+    with pytest.raises(UserError, match=f"(?s){words}"):
+        loop.train(config_of(root, 5, **fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(root, tmp_path):
+    write_model(tmp_path / "model", vocab_size=40)
+    config = config_of(root, 5, **{"model.source": str(tmp_path / "model")})
+    with pytest.raises(UserError, match=r"'a\d+' of number \d+, but the model's vocab_size is 40"):
+        setup.build(resolve(config), all_devices(limit=1))
+
+
+@pytest.mark.slow
+def test_one_example_a_row_has_the_figures_of_packed_rows(root):
+    where, found = all_devices(limit=1), []
+    for pack in (True, False):
+        job = setup.build(resolve(config_of(root, 5, **{"sft.pack": pack})), where)
+        steps = Steps(Compiled(job.train_step), Compiled(job.eval_step))
+        (outputs,) = evaluate(steps, job.state.trainable, job, "validation")
+        found.append((measured(outputs, ("loss", "token_accuracy")), job, outputs))
+    (packed, job, rows), (single, other, examples) = found
+    assert packed == pytest.approx(single, rel=1e-6)
+    assert rows.weights.sum() == examples.weights.sum() == 3 * 18
+    assert len(examples.ids) == 18 > len(rows.ids) and other.feed.varies and not job.feed.varies
+    assert job.feed.sizes == other.feed.sizes and job.feed.train_size < other.feed.train_size == 162
+    numbers = job.feed.examples("validation", np.arange(len(rows.ids)))
+    assert sorted(numbers) == list(range(18))
+    words = "".join(job.problem.notes)
+    assert "rows of 64 tokens" in words and "[[ is a" in words
+
+
+@pytest.mark.slow
+def test_the_trained_model_is_asked(root, tmp_path, monkeypatch):
+    on_one_device(monkeypatch)
+    fields = {"sft.samples": 2, "sft.answer": r"is (a\d+)", "sft.asked": 10,
+              "sft.longest_answer": 6, "steps": 10}  # fmt: skip
+    summary = loop.train(config_of(root, 10, **fields), tmp_path)
+    text = (tmp_path / "samples.md").read_text()
+    assert text.count("**before**") == text.count("**after**") == 2
+    after = [part.split("\n\n")[1] for part in text.split("**after**")[1:]]
+    assert all("is a" in words for words in after)  # the form is learnt at once
+    fraction = summary["best_eval"]["exact_match"] * 10
+    assert abs(fraction - round(fraction)) < 1e-9
+    model = hub.load(tmp_path)
+    assert [f"> {a.text}" for a in model.generate(
+        [row["messages"][:1] for row in first_of_test(root)], max_new_tokens=6
+    )] == after
+
+
+def first_of_test(root):
+    """The first two chats of the test split."""
+    from rmlora_jax import data
+    from rmlora_jax.tasks.sft import request
+
+    chats = data.open_chats(request(resolve(config_of(root, 10)))).tests["test"]
+    return [chats[0], chats[1]]

@@ -40,7 +40,8 @@ def model():
     tokens = jnp.zeros((1, 4), jnp.int32)
     params = base.init(jax.random.key(0), tokens)["params"]
     params = rm.attach(jax.random.key(1), adapted, params, tokens)
-    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), params)
+    noise = jax.random.key(2)
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(noise, x.shape), params)
     return adapted, *rm.split(params, lora)
 
 
@@ -132,7 +133,7 @@ def test_nothing_is_predicted_across_examples_or_from_padding():
         "segments": jnp.array([[1, 1, 2, 2, 0, 0]]),
         "positions": jnp.array([[0, 1, 0, 1, 0, 0]]),
     }
-    (tokens, following, weights, *more), (labels, lengths) = targets.shifted(batch)
+    (_, following, weights, *more), (labels, lengths) = targets.shifted(batch)
     assert weights.tolist() == [[1, 0, 1, 0, 0, 0]] and following[0, 0] == 4
     assert lengths.tolist() == [4] and labels is weights and len(more) == 2
     assert len(targets.shifted(batch, packed=False)[0]) == 3

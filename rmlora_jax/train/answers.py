@@ -1,0 +1,101 @@
+"""What a trained language model says: answers before and after training, and how many are right."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+import rmlora_jax as rm
+from rmlora_jax.errors import UserError
+from rmlora_jax.fields import Run
+from rmlora_jax.files import write_text_atomic
+from rmlora_jax.inference.loading import use
+from rmlora_jax.parallel import memory
+from rmlora_jax.tasks.task import Problem, Question
+from rmlora_jax.train.setup import cast
+
+FILE = "samples.md"
+
+
+def asked(
+    folder: Path, config: Run, problem: Problem, lora: rm.LoRA | None, params: dict
+) -> dict[str, float]:
+    """Asks a trained model what `Problem.questions` want to know, and writes ``samples.md``.
+
+    A device without room for the model beside the run is reported, and the model is not asked: what
+    was trained is more than its answers.
+
+    Args:
+      params: of the trained model, on the host; with factors where ``lora`` is given.
+
+    Returns:
+      ``{"exact_match": fraction}`` where answers are compared, else {}.
+    """
+    questions, base = problem.questions, problem.pretrained
+    if questions is None or base is None:
+        return {}
+
+    def answers(params: dict, lora: rm.LoRA | None, of: Sequence[Question]) -> list[str]:
+        params = cast(params, jnp.dtype(config.model.base_dtype))
+        prompts = [question.prompt for question in of]
+        model = use(base, params, lora, problem.info)
+        return [a.text for a in model.generate(prompts, max_new_tokens=questions.longest)]
+
+    samples, exam = questions.samples, questions.exam
+    try:
+        after = answers(params, lora, [*samples, *exam])
+        if samples:
+            before = answers(base.params, None, samples)
+            write_text_atomic(folder / FILE, table(samples, before, after[: len(samples)]))
+    except Exception as error:
+        if not (memory.is_short(error) or isinstance(error, UserError)):
+            raise
+        why = "it needs more memory" if memory.is_short(error) else str(error)
+        print(f"note: the trained model was not asked anything: {why}", flush=True)
+        return {}
+    if not exam:
+        return {}
+    right = [question.answer for question in exam]
+    return {"exact_match": exact_match(questions.pattern, right, after[len(samples) :])}
+
+
+def exact_match(pattern: str, right: Sequence[str], given: Sequence[str]) -> float:
+    """The fraction of answers in which ``pattern`` finds what it finds in the right ones.
+
+    The pattern has one group; of several places in a text the last counts.
+
+    >>> exact_match(r"= (\\d+)", ["2 + 3 = 5", "= 7"], ["it is = 5", "I do not know"])
+    0.5
+    """
+
+    def found(text: str) -> str | None:
+        places = re.findall(pattern, text)
+        return places[-1].strip() if places else None
+
+    same = [found(a) is not None and found(a) == found(b)
+            for a, b in zip(right, given, strict=True)]
+    return sum(same) / len(same)
+
+
+def table(samples: Sequence[Question], before: Sequence[str], after: Sequence[str]) -> str:
+    """Markdown with the answers to each question before and after training."""
+    parts = ["# Answers before and after training"]
+    for number, (question, old, new) in enumerate(zip(samples, before, after, strict=True), 1):
+        parts.append(f"## {number}")
+        rows = {"asked": words_of(question.prompt), "before": old, "after": new}
+        parts += [f"**{name}**\n\n{_quoted(text)}" for name, text in
+                  (rows | {"right": question.answer}).items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def words_of(prompt: Mapping[str, Any]) -> str:
+    """What is asked, as a person reads it."""
+    if "messages" in prompt:
+        return "\n".join(f"{one['role']}: {one.get('content')}" for one in prompt["messages"])
+    return str(prompt["prompt"])
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in text.splitlines()) or ">"
