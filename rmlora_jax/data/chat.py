@@ -4,10 +4,11 @@ Rows come from files (`chat_files`) or from TFDS, and `chat_examples` makes an e
 are read when they are asked for, so that a data set may be larger than memory.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,8 +108,13 @@ class ChatDataset:
     notes: tuple[str, ...] = ()
 
 
+def digest_of(chats: Chats, index: int) -> bytes:
+    """A hash of an example: equal ones have the same."""
+    return hashlib.blake2b(chats.content(index), digest_size=16).digest()
+
+
 def usable_chats(chats: Chats, skipped: Skipped) -> tuple[Chats, list[bytes]]:
-    """The examples that can be read, and a hash of each: equal ones have the same.
+    """The examples that can be read, and `digest_of` each.
 
     Raises:
       UserError: more cannot be read than may be left out.
@@ -117,7 +123,7 @@ def usable_chats(chats: Chats, skipped: Skipped) -> tuple[Chats, list[bytes]]:
     with progress(len(chats), "reading chats", " rows", disable=len(chats) < 50_000) as bar:
         for i in range(len(chats)):
             try:
-                hashes.append(hashlib.blake2b(chats.content(i), digest_size=16).digest())
+                hashes.append(digest_of(chats, i))
                 kept.append(i)
             except BadRecord as error:
                 skipped.add(error)
@@ -151,7 +157,7 @@ def split_chats(found: FoundChats, names: Names, request: Request) -> ChatDatase
     """
     skipped = Skipped(request.bad_records)
     train = chats_of([rows for rows, _ in found.train], names)
-    groups, notes = None, []
+    groups, hashes = None, []
     if request.apart:
         train, hashes = usable_chats(train, skipped)
         numbers: dict[bytes, int] = {}
@@ -180,7 +186,24 @@ def split_chats(found: FoundChats, names: Names, request: Request) -> ChatDatase
     train = weighted(train, [weight for _, weight in found.train])
     if not len(train):
         raise UserError(f"{found.place}: no example is left to train on")
-    return ChatDataset(request.name, train, validation, tests, skipped, tuple(notes))
+    given = ({} if found.validation is None else {"validation": validation}) | {
+        name: tests[name] for name in found.tests
+    }
+    return ChatDataset(request.name, train, validation, tests, skipped, seen(given, set(hashes)))
+
+
+def seen(splits: Mapping[str, Chats], train: set[bytes]) -> tuple[str, ...]:
+    """A line for each split with examples whose `digest_of` is among those of ``train``."""
+    notes = []
+    for name, chats in splits.items() if train else ():
+        same = 0
+        for i in range(len(chats)):
+            with contextlib.suppress(BadRecord):  # encoding tells of it
+                same += digest_of(chats, i) in train
+        if same:
+            notes.append(f"{same:,} of {len(chats):,} examples of {name!r} are training examples, "
+                         "too")  # fmt: skip
+    return tuple(notes)
 
 
 # The source of files
@@ -208,7 +231,8 @@ def _missing(request: Request) -> list[str]:
         wrong.append(f"config.sft.weights={tuple(request.weights)}: above 0 and below 1000")
     files = [("files", file) for file in request.files]
     files += [("validation_file", request.validation_file)] if request.validation_file else []
-    files += [("test_files", file) for file in (request.test_files or {}).values()]
+    files += [("test_file" if name == "test" else "evaluate", file)
+              for name, file in (request.test_files or {}).items()]
     return wrong + [f"config.sft.{field}: {str(file)!r}: {why}"
                     for field, file in files if (why := missing_file(file))]
 

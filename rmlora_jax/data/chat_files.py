@@ -5,6 +5,7 @@ places where they begin are kept, a parquet file is converted once to one that n
 a compressed file is unpacked to a temporary one.
 """
 
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -78,9 +79,7 @@ def _json_rows(path: Path) -> RowSource:
     file: BinaryIO = open(path, "rb")  # noqa: SIM115  the rows keep it
     name = path.name.lower()
     if name.endswith(ZIPPED):
-        with file, gzip.open(file) as packed:
-            file = tempfile.TemporaryFile()  # noqa: SIM115
-            shutil.copyfileobj(packed, file)
+        file = _unpacked(file)
         name = name.removesuffix(ZIPPED)
     if name.endswith(".json"):
         file.seek(0)
@@ -88,6 +87,14 @@ def _json_rows(path: Path) -> RowSource:
             with file:
                 return JsonArray(path, file)
     return JsonLines(path, file)
+
+
+def _unpacked(file: BinaryIO) -> BinaryIO:
+    with file, gzip.open(file) as packed, contextlib.ExitStack() as stack:
+        whole = stack.enter_context(tempfile.TemporaryFile())
+        shutil.copyfileobj(packed, whole)
+        stack.pop_all()  # it stays open
+    return whole
 
 
 class JsonLines(RowSource):

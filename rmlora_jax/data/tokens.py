@@ -85,7 +85,7 @@ def check_tables(tokens: Tokens, tokenizer, model: Any, name: Callable[[int], st
       name: what the message calls an example, from its number.
     """
     rows, fit = model.vocab_size, "use the tokenizer that was trained with this model"
-    if tokenizer.pad_token_id >= rows:
+    if (tokenizer.pad_token_id or 0) >= rows:
         raise UserError(f"the tokenizer's padding {tokenizer.pad_token!r} has number "
                         f"{tokenizer.pad_token_id}, but the model's vocab_size is {rows}; {fit}")
 

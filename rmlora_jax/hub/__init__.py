@@ -7,6 +7,7 @@ from rmlora_jax.hub.chat_template import (
     encode_prompt,
     end_tokens,
     find_template,
+    fingerprint,
 )
 from rmlora_jax.hub.export import save_model
 from rmlora_jax.hub.info import Info, read_info, write_info
@@ -66,6 +67,7 @@ __all__ = [
     "find_architecture",
     "find_folder",
     "find_template",
+    "fingerprint",
     "load",
     "load_decoder",
     "load_peft",

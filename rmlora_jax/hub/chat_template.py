@@ -148,8 +148,8 @@ def encode(
     given = int(example.get("given", 0)) + len(messages) - len(example.get("messages", messages))
     write = functools.partial(_render, tokenizer, template, example.get("tools"))
     text, marked = write(messages)
-    ids = _tokens(tokenizer, text)
     if loss == "all":
+        ids = _tokens(tokenizer, text)
         return np.array(ids, np.int32), np.ones(len(ids), bool)
     if marked is None:
         turns = [i for i, one in enumerate(messages) if one["role"] == "assistant" and i >= given]
@@ -161,7 +161,7 @@ def encode(
     cuts = []
     for start, end in spans:
         cuts += [start, start + len(_trimmed(tokenizer, text[start:end]))]
-    parts = _parts(tokenizer, text, ids, cuts)
+    parts = _parts(tokenizer, text, cuts)
     tokens = np.array([token for part in parts for token in part], np.int32)
     return tokens, np.repeat(np.arange(len(parts)) % 2 == 1, [len(part) for part in parts])
 
@@ -323,21 +323,26 @@ def _added(tokenizer, size: int) -> tuple[str, ...]:
     return tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
 
 
-def _parts(tokenizer, text: str, ids: list[int], cuts: list[int]) -> list[list[int]]:
-    """``ids``, the tokens of ``text``, in parts that begin at these places of the text.
+def _parts(tokenizer, text: str, cuts: list[int]) -> list[list[int]]:
+    """The tokens of a text, in parts that begin at these places of it.
 
     Where a token of the whole text would cross a cut, each part has its own tokens instead: what
     comes before an answer then is what generation goes on from.
     """
-    heads = [ids if cut == len(text) else _tokens(tokenizer, text[:cut]) for cut in cuts]
+    texts = [text[first:last] for first, last in itertools.pairwise([0, *cuts, len(text)])]
+    ids, *parts = tokenizer([text, *texts], add_special_tokens=False, verbose=False)["input_ids"]
+    together = list(itertools.chain.from_iterable(parts))
+    if together == ids:
+        return parts
+    # Some tokenizers begin every text with a space: only the beginnings of the whole agree.
+    heads = tokenizer([text[:cut] for cut in cuts], add_special_tokens=False, verbose=False)
+    heads = heads["input_ids"]
     if all(ids[: len(head)] == head for head in heads):
-        edges = [0, *map(len, heads), len(ids)]
-        return [ids[first:last] for first, last in itertools.pairwise(edges)]
-    edges = [0, *cuts, len(text)]
-    parts = [_tokens(tokenizer, text[first:last]) for first, last in itertools.pairwise(edges)]
-    if tokenizer.decode([token for part in parts for token in part]) != tokenizer.decode(ids):
+        return [ids[first:last] for first, last in
+                itertools.pairwise([0, *map(len, heads), len(ids)])]  # fmt: skip
+    if tokenizer.decode(together) != tokenizer.decode(ids):
         wrong = next(cut for cut, head in zip(cuts, heads, strict=True)
-                     if ids[: len(head)] != head)
+                     if ids[: len(head)] != head)  # fmt: skip
         around = text[max(0, wrong - 12) : wrong], text[wrong : wrong + 12]
         raise UserError(
             f"a token holds the end of {around[0]!r} and the beginning of {around[1]!r}, only one "

@@ -319,17 +319,34 @@ def test_held_out_by_content(tmp_path):
         load_chats(str(path), names=NAMES, validation=0)
     given = load_chats(str(path), names=NAMES, validation_file=path, test_files={"old": path})
     assert (len(given.train), len(given.validation), len(given.tests["old"])) == (40, 40, 40)
+    assert given.notes[1] == "40 of 40 examples of 'old' are training examples, too"
+    other = lines(tmp_path / "b.jsonl", [*ROWS[:2], {"q": "a", "a": "b"}, {"q": "c", "a": "d"}])
+    mixed = load_chats(str(path), names=NAMES, validation_file=other, test_files={"new": other})
+    assert mixed.notes[0] == "2 of 4 examples of 'validation' are training examples, too"
+    assert not load_chats(str(path), names=NAMES).notes
+    # A test split that is asked for and not given is held out, too.
+    data = load_chats(str(path), names=NAMES, validation=10, test_splits={"test": None})
+    assert [len(part) for part in (data.train, data.validation, data.tests["test"])] == [20, 10, 10]
+    prompts = [{part[i]["prompt"] for i in range(len(part))}
+               for part in (data.train, data.validation, data.tests["test"])]
+    assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])
+    for field, options in (("validation_file", {}), ("test_file", {"test_splits": {"test": None}})):
+        with pytest.raises(UserError, match=f"validation=0(.|\\n)*sft.{field}"):
+            load_chats(str(path), names=NAMES, validation=0, **options)
+    for name, field in (("test", "test_file"), ("mine", "evaluate")):
+        with pytest.raises(UserError, match=f"config.sft.{field}: 'no.jsonl': there is no such"):
+            load_chats(str(path), names=NAMES, test_files={name: "no.jsonl"})
 
 
 def test_weights_of_files(tmp_path):
     files = [str(lines(tmp_path / f"{n}.jsonl", [row | {"q": f"{n} {row['q']}"} for row in ROWS]))
              for n in "abc"]
-    data = load_chats(*files, names=NAMES, weights=(2, 0.5, 1), validation=6)
+    data = load_chats(*files, names=NAMES, weights=(2, 0.75, 1), validation=6)
     kept = [sum(one.startswith(n) for one in map(data.train.where, range(len(data.train))))
             for n in map(str, (tmp_path / "a", tmp_path / "b", tmp_path / "c"))]
     rows = [sum(data.validation.where(i).startswith(str(tmp_path / n)) for i in range(6))
             for n in "abc"]
-    assert kept == [2 * (20 - rows[0]), round(0.5 * (20 - rows[1])), 20 - rows[2]]
+    assert kept == [2 * (20 - rows[0]), round(0.75 * (20 - rows[1])), 20 - rows[2]]
     assert len(np.unique(data.train.ids)) == kept[0] // 2 + kept[1] + kept[2]
     for weights, why in (((1, 2), "give one for each of the 3"), ((1, 0, 1), "above 0")):
         with pytest.raises(UserError, match=why):

@@ -5,6 +5,8 @@ import re
 import numpy as np
 import pytest
 from fixtures.chat.tiny import CHATML, FORMATS, LLAMA3, QWEN3, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub import (
@@ -176,6 +178,32 @@ def test_a_token_across_the_border_is_split():
         assert tokens[~wanted].tolist()[: len(prompt)] == prompt
         assert encode_prompt(tokenizer, {"messages": [CHAT[0]]}, template).tolist() == prompt
         assert tokenizer.decode(tokens) == text
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_space():
+    """As Llama 2's: parts of a text by themselves have other tokens than within it."""
+    words = ["▁", *"abc", "▁a", "▁b", "bc", "<s>", "</s>", "<unk>"]
+    merges = [("▁", "a"), ("b", "c"), ("▁", "b")]
+    model = models.BPE({word: n for n, word in enumerate(words)}, merges, unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content + ('</s>' if m.role == 'assistant' else '') }}"
+        "{% endfor %}"
+    )
+    tokens, wanted = encoded(tokenizer, {"prompt": "ab", "completion": " bc"})
+    assert tokenizer.convert_ids_to_tokens(tokens) == ["▁a", "b", "▁", "bc", "</s>"]
+    assert wanted == [False, False, True, True, True]
+    with pytest.raises(UserError, match=r"a token holds the end of 'ab' and the beginning of 'c"):
+        encode(tokenizer, {"prompt": "ab", "completion": "c"}, find_template(tokenizer))
 
 
 @pytest.mark.parametrize("kind", ["gemma", "mistral"])
