@@ -76,6 +76,12 @@ PREDICT = flags.DEFINE_multi_string(
 )
 CHAT = flags.DEFINE_bool("chat", False, "talk with the language model in --workdir")
 TOP = flags.DEFINE_integer("top", 1, "with --predict: classes shown for each input", lower_bound=1)
+AT_ONCE = flags.DEFINE_integer(
+    "at_once",
+    None,
+    "with --predict: inputs in one batch; fewer need less memory (default: 64, or 16 prompts)",
+    lower_bound=1,
+)
 OUT = flags.DEFINE_string(
     "out", None, "with --predict: file to write (default: predictions.csv in --workdir, or "
     "answers.jsonl of a language model)"
@@ -146,7 +152,8 @@ def command(words):
         from rmlora_jax.train.finished import model_of
 
         values = [*PREDICT.value, *words]
-        return predict(WORKDIR.value, values, out=OUT.value, find=model_of, **given_uses())
+        shared = {"at_once": AT_ONCE.value, "out": OUT.value, "find": model_of}
+        return predict(WORKDIR.value, values, **shared, **given_uses())
     if CHAT.value:
         from rmlora_jax.inference.chat import chat
         from rmlora_jax.train.finished import model_of

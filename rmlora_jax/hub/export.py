@@ -59,8 +59,8 @@ def save_model(
 
     Raises:
       UserError: factors in ``params``, or parameters that are missing, unexpected or misshapen;
-        ``info`` of another task, number of classes or image size than ``base``; a ``folder`` that
-        exists. Nothing is written then.
+        values that are not finite; ``info`` of another task, number of classes or image size than
+        ``base``; a ``folder`` that exists. Nothing is written then.
       OSError: the folder cannot be written; nothing is left of it.
 
     >>> import tempfile
@@ -191,4 +191,7 @@ def _checked(params: Any, base: Pretrained) -> dict[str, np.ndarray]:
         if np.shape(flat[path]) != shape:
             raise UserError(f"params: {path!r} has shape {np.shape(flat[path])}, but "
                             f"{base.source} asks for {shape}; give the base that was trained")
+    if lost := [path for path in shapes if not np.isfinite(np.asarray(flat[path])).all()]:
+        raise UserError(f"params: {some(lost)} have values that are not finite; such a model gives "
+                        "no answers, so it is not written")
     return flat

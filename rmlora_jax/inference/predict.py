@@ -18,6 +18,7 @@ from rmlora_jax.inference import written
 from rmlora_jax.inference.classifier import Classifier, NotFinite, Prediction
 from rmlora_jax.inference.generator import Generator
 from rmlora_jax.inference.loading import load
+from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.mesh import use_compilation_cache
 
 FILE = "predictions.csv"
@@ -30,6 +31,7 @@ def predict(
     workdir: str | None,
     values: Sequence[str],
     *,
+    at_once: int | None = None,
     out: str | None = None,
     find: Callable[[str], Any] = load,
     **options: Any,
@@ -40,6 +42,7 @@ def predict(
       workdir: what `load` accepts.
       values: as given to ``--predict``, see `inputs.images_of`, `inputs.texts_of` and
         `prompts.prompts_of`.
+      at_once: inputs in one batch; None: 64, or 16 prompts of a language model.
       out: file to write: by default ``predictions.csv`` in ``workdir``, with the columns input,
         label and probability, or input and value (a pair of texts is joined by a tab); of a
         language model ``answers.jsonl``, see `written.to_lines`.
@@ -57,6 +60,13 @@ def predict(
         raise UserError(f"nothing to predict: type python run.py --workdir={workdir} --predict ...")
     if jax.config.jax_compilation_cache_dir is None:
         use_compilation_cache(CACHE)
+    fewer = (at_once or 64) // 8
+    advice = [f"--at_once={fewer}"] if fewer else []
+    with memory.told(lambda: memory.of_a_model(f"the model in {workdir}", advice)):
+        return _predict(workdir, values, at_once, out, find, options)
+
+
+def _predict(workdir: str, values, at_once: int | None, out: str | None, find, options) -> int:
     model = find(workdir)
     name, known, rows_of = WAYS[type(model)]
     if unknown := [option for option in options if option not in known]:
@@ -69,6 +79,8 @@ def predict(
         failures.append(error)
         tqdm.write(f"error: {error}", file=sys.stderr)  # print would tear the progress bar
 
+    if at_once:
+        options = {"batch_size": at_once} | options
     content, shown, number = rows_of(model, values, failed, options)
     if content:
         # A file's name need not be text.
