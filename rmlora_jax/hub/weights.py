@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.hub.gguf_file import SUFFIX
+from rmlora_jax.hub.gguf_tensors import open_gguf
 from rmlora_jax.hub.pickled import PickledTensors
+from rmlora_jax.hub.placing import placed
 from rmlora_jax.hub.safetensors_file import SafetensorsFile
 from rmlora_jax.hub.source import KINDS, weight_files
-from rmlora_jax.models.family import Entry, Family
+from rmlora_jax.models.family import AS_IS, Entry, Family
 
 LFS_POINTER = b"version https://git-lfs"
 
@@ -25,15 +28,16 @@ class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a folder by name, sharded or not; each is read when it is asked for.
 
     The first of these is taken: ``model.safetensors``, its shards, ``pytorch_model.bin``, its
-    shards. Files are memory-mapped. Values keep their stored dtype (bfloat16 and the 8-bit floats
-    through ml_dtypes). A file that is missing, damaged or holds anything else is a UserError.
+    shards, a GGUF model. Files are memory-mapped. Values keep their stored dtype (bfloat16 and the
+    8-bit floats through ml_dtypes); those of GGUF are dequantised to float32. A file that is
+    missing, damaged or holds anything else is a UserError.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._files = {}
-        for path in whole_files(folder):
-            file = PickledTensors(path) if path.suffix == ".bin" else SafetensorsFile(path)
+        paths = whole_files(folder)
+        for file in [open_gguf(paths)] if paths[0].suffix == SUFFIX else map(_tensors, paths):
             if twice := sorted(self._files.keys() & file.keys()):
                 raise UserError(f"{folder}: {some(twice)} is in two shards; copy them again")
             self._files.update(dict.fromkeys(file, file))
@@ -50,6 +54,15 @@ class Tensors(Mapping[str, np.ndarray]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without its values."""
         return self._files[name].shape(name)
+
+    def forget(self, name: str) -> None:
+        """Gives the memory of a mapped tensor back to the system."""
+        if isinstance(file := self._files[name], SafetensorsFile):
+            file.forget(name)
+
+
+def _tensors(path: Path) -> Mapping[str, np.ndarray]:
+    return PickledTensors(path) if path.suffix == ".bin" else SafetensorsFile(path)
 
 
 def whole_files(folder: Path) -> list[Path]:
@@ -107,8 +120,8 @@ def read_params(
       shapes: path -> shape of every parameter to read; stacked ones start with L.
       leftovers: regular expressions (full match) of tensors to leave out.
       dtype: of the parameters but those in ``family.new``, which are float32.
-      sharding: shape -> where a parameter lies. The parameters then are `jax.Array`, read one at a
-        time and from the file only what the devices of this process hold. None: numpy arrays.
+      sharding: shape -> where a parameter lies. The parameters then are `jax.Array`, see `placed`.
+        None: numpy arrays.
 
     Raises:
       UserError: a tensor is missing, unexpected, stored twice, of another shape, or not floating.
@@ -139,23 +152,20 @@ def read_params(
     for entry in read:  # before memory is allocated for any of them
         _check_shapes(tensors, entry, found, shapes)
 
-    def whole(entry: Entry, kind):
-        shape = shapes[entry.path]
+    def stored(entry: Entry, layer: int) -> np.ndarray:
+        return from_stored(tensors, found[entry.path, layer], AS_IS, tensors.folder)
 
-        @functools.cache  # several devices may hold the same part
-        def part(*bounds: tuple[int, int]):
-            return _read(tensors, entry, found, kind, bounds)
-
+    flat = {}
+    for entry, kind in read.items():
+        own, shape = functools.partial(stored, entry), shapes[entry.path]
         if sharding is None:
-            return part(*((0, size) for size in shape))
-
-        def of_device(index):
-            return part(*(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)))
-
-        placed = jax.make_array_from_callback(shape, sharding(shape), of_device)
-        return placed.block_until_ready()  # so that its copy on the host can go
-
-    return {entry.path: whole(entry, kind) for entry, kind in read.items()}, tuple(dropped)
+            flat[entry.path] = _read(own, entry, shape, kind)
+        else:
+            where = sharding(shape)
+            flat[entry.path] = placed(shape, kind, where, own, entry.axes, entry.stacked)
+            for layer in layers_of(entry, shapes):
+                tensors.forget(found[entry.path, layer])
+    return flat, tuple(dropped)
 
 
 def _check_shapes(tensors: Tensors, entry: Entry, found, shapes) -> None:
@@ -169,15 +179,12 @@ def _check_shapes(tensors: Tensors, entry: Entry, found, shapes) -> None:
             )
 
 
-def _read(tensors: Tensors, entry: Entry, found, dtype, bounds) -> np.ndarray:
-    """A part of a parameter, from the first to before the second of ``bounds`` of each axis."""
-    index = tuple(slice(*bound) for bound in bounds)
-    layers, inside = range(*bounds[0]) if entry.stacked else [0], index[entry.stacked :]
-    out = np.empty([end - start for start, end in bounds], dtype)
-    for row, layer in enumerate(layers):
-        target = out[row] if entry.stacked else out
-        value = from_stored(tensors, found[entry.path, layer], entry.axes, tensors.folder)
-        target[...] = value[inside]
+def _read(stored: Callable[[int], np.ndarray], entry: Entry, shape, dtype) -> np.ndarray:
+    out = np.empty(shape, dtype)
+    for layer in range(len(out) if entry.stacked else 1):
+        own = stored(layer)
+        own = own if entry.axes is None else own.transpose(entry.axes)
+        out[layer if entry.stacked else ...] = own
     return out
 
 
