@@ -134,10 +134,9 @@ def test_tokens_equal(both):
     assert len(rows) > 250
     for row, ids in zip(rows, expected, strict=True):
         assert tokenizer(row)["input_ids"] == ids, row
-    same = [a == b for a, b in zip(expected, theirs["ids"], strict=True)]
-    assert sum(same) > 0.6 * len(rows)
-    for row, ids, text in zip(rows, theirs["ids"], theirs["texts"], strict=True):
-        assert tokenizer.decode(ids) == text, row
+    for row, ids, plain, text in zip(rows, expected, theirs["ids"], theirs["texts"], strict=True):
+        assert ids == plain or any(map(str.isnumeric, row)), row
+        assert tokenizer.decode(plain) == text, row
 
 
 def params_of(path):
