@@ -43,7 +43,6 @@ def chat(
     Raises:
       UserError: there is no such model.
     """
-    source, out = source or sys.stdin, out or sys.stdout
     if not workdir:
         raise UserError("chat with which model? Type python run.py --workdir=DIR --chat")
     if jax.config.jax_compilation_cache_dir is None:
@@ -57,6 +56,13 @@ def chat(
                         f"does not talk; type\npython run.py --workdir={workdir} --predict \"a "
                         'text"')
     asked = Options(**options).checked()
+    source, out = source or sys.stdin, out or sys.stdout
+    _talk(model, asked, adapter, source, out)
+
+
+def _talk(
+    model: Generator, asked: Options, adapter: str | None, source: TextIO, out: TextIO
+) -> None:
     print(f"{RESET} begins anew, {EXIT} or Ctrl-D leaves, Ctrl-C stops an answer", file=out)
     messages: list[dict[str, str]] = []
     while (line := _read(source, out)) is not None:
