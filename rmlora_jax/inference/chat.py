@@ -56,13 +56,14 @@ def chat(
                         f"does not talk; type\npython run.py --workdir={workdir} --predict \"a "
                         'text"')
     asked = Options(**options).checked()
-    source, out = source or sys.stdin, out or sys.stdout
-    _talk(model, asked, adapter, source, out)
+    assert sys.stdin is not None and sys.stdout is not None
+    _talk(model, asked, adapter, source or sys.stdin, out or sys.stdout)
 
 
 def _talk(
-    model: Generator, asked: Options, adapter: str | None, source: TextIO, out: TextIO
+    model: Generator, options: Options, adapter: str | None, source: TextIO, out: TextIO
 ) -> None:
+    """Reads lines and answers them."""
     print(f"{RESET} begins anew, {EXIT} or Ctrl-D leaves, Ctrl-C stops an answer", file=out)
     messages: list[dict[str, str]] = []
     while (line := _read(source, out)) is not None:
@@ -74,7 +75,7 @@ def _talk(
             print(f"there is no command {line}; {RESET}, {EXIT}", file=out)
         elif line:
             messages.append({"role": "user", "content": line})
-            answer = _answer(model, messages, asked, adapter, out)
+            answer = _answer(model, messages, options, adapter, out)
             if answer is None:
                 messages.pop()
             else:
