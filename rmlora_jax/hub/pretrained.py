@@ -17,13 +17,7 @@ from flax.traverse_util import unflatten_dict
 
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import read_object
-from rmlora_jax.hub.source import (
-    PREPROCESSOR,
-    find_config,
-    find_folder,
-    join_revision,
-    read_model_config,
-)
+from rmlora_jax.hub.source import PREPROCESSOR, find_config, find_folder, join_revision, raw_config
 from rmlora_jax.hub.weights import Tensors, read_params
 from rmlora_jax.models import FAMILIES
 from rmlora_jax.models.decoder_files import check_supported
@@ -122,7 +116,7 @@ def load_pretrained(
     (192, 64, ('head/kernel', 'head/bias'))
     """
     folder = find_folder(source, revision)
-    where, raw = read_model_config(folder)
+    where, raw = raw_config(folder)
     if inputs is IMAGES:
         raw = {"model_type": "vit"} | raw
     family, config = _architecture(where, raw, inputs)
@@ -196,7 +190,7 @@ def load_decoder(
 ) -> Pretrained:
     """Loads a language model.
 
-    Reads safetensors or ``pytorch_model.bin``, sharded or not, in any floating type.
+    Reads safetensors, ``pytorch_model.bin`` or GGUF, sharded or not, in any floating type.
 
     Args:
       source, revision: as for `load_pretrained`.
@@ -210,13 +204,12 @@ def load_decoder(
         not supported: a mixture of experts, a model of more than text, quantised weights.
     """
     folder = find_folder(source, revision)
-    where, raw = read_model_config(folder)
+    where, raw = raw_config(folder)
     family, config = _architecture(where, raw, TOKENS)
     assert family.outputs is not None
-    outputs = family.outputs(config)
+    outputs, leftovers = family.outputs(config), family.leftovers
     with _naming(where):  # sizes may not go together
         shapes = param_shapes(family, config, outputs)
-    leftovers = family.leftovers
     found, dropped = read_params(Tensors(folder), family, shapes, leftovers, dtype, sharding)
     return Pretrained(
         family=family,
