@@ -135,6 +135,16 @@ def encode(
     Raises:
       UserError: the template refuses the conversation, or it writes earlier messages differently
         in a longer conversation, so that they cannot be told apart.
+
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"<eos>": 0, "?": 1, "7": 2, "8": 3}, unk_token="?"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    >>> encode(tokenizer, {"prompt": "7 7", "completion": "8"}, find_template(tokenizer))
+    (array([2, 2, 3, 0], dtype=int32), array([False, False,  True,  True]))
+
+    Source: https://huggingface.co/docs/transformers/chat_templating
     """
     if "text" in example:
         tokens = _ended(tokenizer, example["text"], _whole(tokenizer, example["text"]))
