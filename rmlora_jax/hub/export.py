@@ -12,7 +12,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.files import new_folder, read_object, write_json, write_text_atomic
 from rmlora_jax.hub.info import Info, check_fits, write_info
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.source import CONFIG, EXTRAS, KINDS, PREPROCESSOR, read_model_config
+from rmlora_jax.hub.source import CONFIG, EXTRAS, KINDS, PREPROCESSOR, raw_config
 from rmlora_jax.hub.tokenizer import FILES
 from rmlora_jax.hub.weights import differences, some, stored_tensors
 from rmlora_jax.models.family import flat_params, param_shapes
@@ -98,7 +98,7 @@ def hf_config(base: Pretrained, info: Info) -> dict[str, Any]:
     Left out are fields that would run code and private ones, such as the writer's paths. The dtype
     is float32: transformers 5 would otherwise compute in the dtype of the published base.
     """
-    raw = _without_code(read_model_config(base.folder)[1])
+    raw = _without_code(raw_config(base.folder)[1])
     # The older spelling of "dtype", and what transformers takes from other fields.
     left_out = ("torch_dtype", "num_labels", "problem_type")
     raw = {k: v for k, v in raw.items() if not k.startswith("_") and k not in left_out}

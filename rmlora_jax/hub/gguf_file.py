@@ -29,6 +29,7 @@ MOST_AXES = 4
 LONGEST_HEAD = 100_000_000  # bytes of metadata and table; those of Gemma 3, a large one, are 7 MB
 MOST_VALUES = 2**24  # in a list of the metadata
 MOST_SHARDS = 1000
+CHUNK = 2**20  # values that are dequantised at once: the package needs a multiple of their memory
 
 # The types of values in the metadata, by their numbers.
 SCALARS = {
@@ -86,9 +87,14 @@ class GGUFFile:
         shape = self._gguf.quant_shape_to_byte_shape(packed.shape, kind)
         data = np.frombuffer(self._data[packed.shard], np.uint8, math.prod(shape), packed.start)
         part = data.reshape(shape)[rows]
+        flat, width = part.reshape(-1, part.shape[-1]), packed.shape[-1]
         if packed.kind in ("F32", "F16"):
-            part = np.ascontiguousarray(part).view(np.float32 if packed.kind == "F32" else "<f2")
-        return self._gguf.dequantize(part, kind)
+            flat = np.ascontiguousarray(flat).view(np.float32 if packed.kind == "F32" else "<f2")
+        out = np.empty((len(flat), width), np.float32)
+        step = max(1, CHUNK // width)
+        for start in range(0, len(flat), step):
+            out[start : start + step] = self._gguf.dequantize(flat[start : start + step], kind)
+        return out.reshape(*part.shape[:-1], width)
 
     def _read(self, path: Path, number: int, count: int) -> None:
         """Adds the metadata and the table of one file."""

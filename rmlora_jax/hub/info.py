@@ -12,7 +12,7 @@ from typing import Any
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object, write_json
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.source import PACKAGED, bundled, read_model_config, split_revision
+from rmlora_jax.hub.source import PACKAGED, bundled, raw_config, split_revision
 from rmlora_jax.models.family import IMAGES, TEXTS, TOKENS, Inputs
 
 FILE = "rmlora.json"
@@ -176,7 +176,7 @@ model = PeftModel.from_pretrained(base, "FOLDER").eval()"""
         which = "up to 5.8" if old_names else "5.9 or later"
         use.append(f"The names in it are those of transformers {which}; other releases may find "
                    "no layer of that name. `save_peft(..., old_names=...)` writes either.")
-    if base.family.config.from_hf(read_model_config(base.folder)[1]) != base.config:
+    if base.family.config.from_hf(raw_config(base.folder)[1]) != base.config:
         use.append(f"It was trained on images of {base.image_size} pixels: call the model with "
                    "`interpolate_pos_encoding=True`.")
     return _card("peft", f"Adapter of {base.source}", base, info, [facts], use)
@@ -218,8 +218,11 @@ def _in_jax(info: Info | None) -> list[str]:
     example = '"photo.jpg"'
     if info is not None and info.inputs is TEXTS:
         example = '"a text"' if len(info.columns) == 1 else '("a text", "another")'
+    use = f"model([{example}])"
+    if info is not None and info.inputs is TOKENS:
+        use = 'model.generate(["a prompt"])[0].text'
     code = "import rmlora_jax.hub\n\nmodel = rmlora_jax.hub.load(\"FOLDER\")\n"
-    return ["In JAX, with `rmlora_jax`:", _code(f"{code}print(model([{example}]))")]
+    return ["In JAX, with `rmlora_jax`:", _code(f"{code}print({use})")]
 
 
 def _code(text: str, language: str = "python") -> str:

@@ -230,7 +230,7 @@ def find_config(source: str) -> tuple[str, dict[str, Any]]:
       UserError: this machine does not have it.
     """
     if folder := _local(source):
-        return read_model_config(folder)
+        return raw_config(folder)
     if where := _cached_config(*split_revision(source)):
         return str(where), read_object(where)
     if source in PUBLISHED:
@@ -242,7 +242,7 @@ def find_config(source: str) -> tuple[str, dict[str, Any]]:
     )
 
 
-def read_model_config(folder: Path) -> tuple[str, dict[str, Any]]:
+def raw_config(folder: Path) -> tuple[str, dict[str, Any]]:
     """The place and the content of the config.json in a model's folder, or made from its GGUF file.
 
     Raises:

@@ -1,5 +1,6 @@
 """A trained language model, ready for use: prompts in, answers out."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError, did_you_mean, progress
@@ -28,10 +30,11 @@ from rmlora_jax.inference.generate import (
 )
 from rmlora_jax.inference.pieces import Text
 from rmlora_jax.inference.prompts import Prompt, as_prompt, is_conversation, prompts_of, tokens_of
-from rmlora_jax.inference.sampling import Sampling, check_sampling, row_keys
+from rmlora_jax.inference.sampling import Sampling, as_arguments, check_sampling, row_keys
 from rmlora_jax.models.attention import blaming
 from rmlora_jax.models.config import LARGEST
 from rmlora_jax.models.decoder import new_cache
+from rmlora_jax.models.family import flat_params
 
 GENERATION = "generation_config.json"
 LONGEST = 2**20  # tokens of an answer
@@ -43,6 +46,14 @@ NO_TOKEN = -2  # is never written, not even where a row has ended
 def info_of(base: Pretrained) -> Info:
     """What a whole model's own files say about its use."""
     return Info("sft")
+
+
+def narrowed(params: dict, dtype) -> dict:
+    """Kernels and embeddings in the dtype that the model multiplies them in; the rest as it is."""
+    multiplied = ("kernel", "embedding")
+    flat = {path: leaf.astype(dtype) if path.rpartition("/")[2] in multiplied else leaf
+            for path, leaf in flat_params(params).items()}
+    return unflatten_dict(flat, sep="/")
 
 
 def template_of(tokenizer: Any, info: Info) -> Template:
@@ -60,6 +71,14 @@ def stored_ends(folder: Path) -> set[int]:
         found |= {end for end in (ends if isinstance(ends, list) else [ends])
                   if type(end) is int and 0 <= end < LARGEST}
     return found
+
+
+def written_ends(tokenizer: Any, template: Template) -> set[int]:
+    """The tokenizer's end token, and the one that the chat template writes after an answer."""
+    try:
+        return set(end_tokens(tokenizer, template))
+    except UserError:  # it refuses so short a conversation, or does not mark where its answer is
+        return {tokenizer.eos_token_id} - {None}
 
 
 class Answer(NamedTuple):
@@ -153,11 +172,13 @@ class Generator:
         self.base, self.info = base, info
         self.tokenizer = load_tokenizer(base.folder, padding=False)
         self.template = template_of(self.tokenizer, info)
-        self.ends = stored_ends(base.folder) | {*end_tokens(self.tokenizer, self.template)}
+        self.ends = stored_ends(base.folder) | written_ends(self.tokenizer, self.template)
         dtype = jnp.dtype(info.dtype)
         config = base.config
         model = base.family.model(config, base.num_labels, dtype=dtype)
-        self.model = model = model if lora is None else rm.adapt(model, lora)
+        if lora is not None:  # W + s A B anew for each token would take longer than the token
+            model = rm.adapt(model, dataclasses.replace(lora, execution="factored"))
+        self.model = model
 
         decode = decoder(model)
         self.names = tuple(adapters or ())
@@ -166,7 +187,7 @@ class Generator:
             self.adapters = jax.device_put(stack)
             decode = with_adapters(decode)
         self.programs = compiled(decode, lambda rows, slots: new_cache(config, rows, slots, dtype))
-        self.params = jax.device_put(params)
+        self.params = jax.device_put(narrowed(params, dtype))
 
     def generate(
         self,
@@ -314,8 +335,7 @@ class _Writing:
         numbers[: len(self.rows)] = self.rows
         stops = np.full(bucket(len(self.ends), 4), NO_TOKEN, np.int32)
         stops[: len(self.ends)] = sorted(self.ends)
-        sampling = Sampling(np.float32(options.temperature), np.int32(options.top_k),
-                            np.float32(options.top_p))
+        sampling = as_arguments(options.sampling)
         params = self._params(size)
         with blaming(generator.info.dtype, "the model's dtype"):
             state = programs.start(params, tokens, positions, left, slots=slots)

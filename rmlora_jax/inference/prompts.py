@@ -1,5 +1,6 @@
 """What a language model is asked: texts, questions and conversations, in memory and in files."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -92,7 +93,7 @@ def tokens_of(
         raise UserError(f"{where}: the model has no chat template, so it takes no messages; give "
                         "a text")
     try:
-        str(example).encode()
+        json.dumps(example, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UserError(f"{where} is not UTF-8; convert it") from None
     try:

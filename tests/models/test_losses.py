@@ -294,8 +294,10 @@ def test_products_with_the_weight_of_the_head(of, products):
 def test_logits_of_all_tokens_never_exist(of):
     """The largest array of the program has the logits of a chunk, and few of them exist at once."""
     _, compiled = costly(of)
-    sizes = [np.prod([int(n) for n in dims.split(",")])
-             for dims in re.findall(r"\b(?:f32|pred|s32)\[([\d,]+)\]", compiled.as_text())]
+    sizes = [
+        np.prod([int(n) for n in dims.split(",")])
+        for dims in re.findall(r"\b(?:f32|pred|s32)\[([\d,]+)\]", compiled.as_text())
+    ]
     assert max(sizes) == 64 * BIG["vocabulary"]
     whole = BIG["rows"] * BIG["length"] * BIG["vocabulary"] * 4
     assert compiled.memory_analysis().temp_size_in_bytes < whole / 3  # a chunk has a sixteenth
@@ -311,7 +313,7 @@ def test_a_chunk_has_as_many_tokens_as_fill_its_logits():
 
 
 def at(value, place, weight=1.0, target=0):
-    """Total, losses and the gradient of z where the logits z of token 1 have ``value``."""
+    """Total, losses, hits and the gradient of z, whose token 1 has the logit ``value``."""
     z = np.zeros((1, 3, 5), np.float32)
     z[0, 1, place] = value
     targets, weights = np.array([[0, target, 1]]), np.array([[1, weight, 1]], np.float32)
@@ -324,31 +326,33 @@ def at(value, place, weight=1.0, target=0):
 
     run = jax.jit(jax.value_and_grad(lambda z: Given().apply({"params": {}}, z), has_aux=True))
     (total, found), gradient = run(z)
-    return float(total), np.asarray(found["loss"][0]), np.asarray(gradient[0])
+    loss, correct = np.asarray(found["loss"][0]), np.asarray(found["correct"][0])
+    return float(total), loss, correct, np.asarray(gradient[0])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_logits_that_are_not_finite_give_such_losses(value):
     for place in (0, 3):
-        total, losses, gradient = at(value, place)
-        assert not np.isfinite(total)
+        total, losses, correct, gradient = at(value, place)
+        assert not np.isfinite(total) and not correct[1]
         np.testing.assert_array_equal(np.isfinite(losses), [True, False, True])
         assert np.isnan(gradient[1]).any() and np.isfinite(gradient[[0, 2]]).all()
 
 
 def test_an_impossible_target_has_an_infinite_loss_and_an_impossible_other_none():
-    total, losses, _ = at(-np.inf, 0)
+    total, losses, *_ = at(-np.inf, 0)
     assert total == losses[1] == np.inf
-    total, losses, gradient = at(-np.inf, 3)
+    _, losses, _, gradient = at(-np.inf, 3)
     np.testing.assert_allclose(losses, np.log([5, 4, 5]), rtol=1e-6)
     assert np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("target", [-1, 5, -100, 2**31 - 1])
 def test_a_target_outside_of_the_vocabulary_counts_as_nan_or_not_at_all(target):
-    total, losses, gradient = at(0, 0, target=target)
+    total, losses, _, gradient = at(0, 0, target=target)
     assert np.isnan(total) and np.isnan(losses[1]) and np.isnan(gradient[1]).all()
-    total, losses, gradient = at(0, 0, target=target, weight=0.0)
+    total, losses, correct, gradient = at(0, 0, target=target, weight=0.0)
+    np.testing.assert_array_equal(correct, [True, False, False])  # the first of equals is 0
     np.testing.assert_allclose(losses, [np.log(5), 0, np.log(5)], rtol=1e-6)
     assert total == losses.sum() and (gradient[1] == 0).all()
 
