@@ -43,7 +43,6 @@ def chat(
     Raises:
       UserError: there is no such model.
     """
-    source, out = source or sys.stdin, out or sys.stdout
     if not workdir:
         raise UserError("chat with which model? Type python run.py --workdir=DIR --chat")
     if jax.config.jax_compilation_cache_dir is None:
@@ -57,6 +56,14 @@ def chat(
                         f"does not talk; type\npython run.py --workdir={workdir} --predict \"a "
                         'text"')
     asked = Options(**options).checked()
+    assert sys.stdin is not None and sys.stdout is not None
+    _talk(model, asked, adapter, source or sys.stdin, out or sys.stdout)
+
+
+def _talk(
+    model: Generator, options: Options, adapter: str | None, source: TextIO, out: TextIO
+) -> None:
+    """Reads lines and answers them."""
     print(f"{RESET} begins anew, {EXIT} or Ctrl-D leaves, Ctrl-C stops an answer", file=out)
     messages: list[dict[str, str]] = []
     while (line := _read(source, out)) is not None:
@@ -68,7 +75,7 @@ def chat(
             print(f"there is no command {line}; {RESET}, {EXIT}", file=out)
         elif line:
             messages.append({"role": "user", "content": line})
-            answer = _answer(model, messages, asked, adapter, out)
+            answer = _answer(model, messages, options, adapter, out)
             if answer is None:
                 messages.pop()
             else:

@@ -13,7 +13,7 @@ Weights, temperature, stop tokens and the number of tokens to write are argument
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -41,9 +41,10 @@ def decoder(model: nn.Module) -> Decode:
     """
 
     def decode(params, tokens, positions, cache):
-        logits, cache = model.apply(
+        found: Any = model.apply(
             {"params": params}, tokens, positions, cache, last=True, method="decode"
         )
+        logits, cache = found
         return logits[:, -1], cache
 
     return decode

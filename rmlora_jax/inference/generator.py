@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError, did_you_mean, progress
@@ -30,10 +30,11 @@ from rmlora_jax.inference.generate import (
 )
 from rmlora_jax.inference.pieces import Text
 from rmlora_jax.inference.prompts import Prompt, as_prompt, is_conversation, prompts_of, tokens_of
-from rmlora_jax.inference.sampling import Sampling, check_sampling, row_keys
+from rmlora_jax.inference.sampling import Sampling, as_arguments, check_sampling, row_keys
 from rmlora_jax.models.attention import blaming
 from rmlora_jax.models.config import LARGEST
 from rmlora_jax.models.decoder import new_cache
+from rmlora_jax.models.family import flat_params
 
 GENERATION = "generation_config.json"
 LONGEST = 2**20  # tokens of an answer
@@ -49,11 +50,10 @@ def info_of(base: Pretrained) -> Info:
 
 def narrowed(params: dict, dtype) -> dict:
     """Kernels and embeddings in the dtype that the model multiplies them in; the rest as it is."""
-    flat = flatten_dict(params)
-    for path, leaf in flat.items():
-        if path[-1] in ("kernel", "embedding"):
-            flat[path] = leaf.astype(dtype)
-    return unflatten_dict(flat)
+    multiplied = ("kernel", "embedding")
+    flat = {path: leaf.astype(dtype) if path.rpartition("/")[2] in multiplied else leaf
+            for path, leaf in flat_params(params).items()}
+    return unflatten_dict(flat, sep="/")
 
 
 def template_of(tokenizer: Any, info: Info) -> Template:
@@ -335,8 +335,7 @@ class _Writing:
         numbers[: len(self.rows)] = self.rows
         stops = np.full(bucket(len(self.ends), 4), NO_TOKEN, np.int32)
         stops[: len(self.ends)] = sorted(self.ends)
-        sampling = Sampling(np.float32(options.temperature), np.int32(options.top_k),
-                            np.float32(options.top_p))
+        sampling = as_arguments(options.sampling)
         params = self._params(size)
         with blaming(generator.info.dtype, "the model's dtype"):
             state = programs.start(params, tokens, positions, left, slots=slots)

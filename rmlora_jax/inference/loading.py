@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object
+from rmlora_jax.hub.gguf_file import SUFFIX
 from rmlora_jax.hub.info import Info, read_info
 from rmlora_jax.hub.peft_config import CONFIG_FILE, find_base, read_config
 from rmlora_jax.hub.peft_read import load_peft, stored_labels
 from rmlora_jax.hub.pretrained import Pretrained, load_pretrained
-from rmlora_jax.hub.source import CONFIG
+from rmlora_jax.hub.source import CONFIG, gguf_files
 from rmlora_jax.inference import classifier, generator
 from rmlora_jax.inference.classifier import Classifier
 from rmlora_jax.inference.generator import Generator
@@ -43,10 +44,10 @@ def load(folder: str | Path) -> Any:
 
     Args:
       folder: a run's, which gives its ``adapter`` or else its ``merged`` model; an adapter's in
-        PEFT's layout, whose base `find_base` finds; a whole model's in Hugging Face's layout; or
-        one with a folder for each of several adapters of one language model, of which each prompt
-        names one. Without ``rmlora.json`` the model's own files decide: images of its own size, or
-        single texts of up to 512 tokens; a text model with one output is a regression.
+        PEFT's layout, whose base `find_base` finds; a whole model's in Hugging Face's layout, or a
+        GGUF file; or one with a folder for each of several adapters of one language model, of which
+        each prompt names one. Without ``rmlora.json`` the model's own files decide: images of its
+        own size, or single texts of up to 512 tokens; a text model with one output is a regression.
 
     Raises:
       UserError: there is no model, a part of it is missing or damaged, or its base is not found.
@@ -131,7 +132,9 @@ def adapters_of(folder: Path) -> dict[str, Path]:
 
 
 def find_model(folder: Path) -> Path:
-    """The folder with an adapter or a model: ``folder`` itself, or one inside it."""
+    """The folder with an adapter or a model: ``folder`` itself, or one in it; or a GGUF file."""
+    if folder.suffix == SUFFIX and folder.is_file():
+        return folder
     if not folder.is_dir():
         raise UserError(f"there is no folder {str(folder)!r}; give that of a run, or of a model")
     for place in (folder, folder / ADAPTER):
@@ -140,6 +143,8 @@ def find_model(folder: Path) -> Path:
     for place in (folder / MERGED, folder):
         if (place / CONFIG).exists() and "model_type" in read_object(place / CONFIG):
             return place
+    if gguf_files(folder):
+        return folder
     if (folder / CONFIG).exists() or (folder / "checkpoints").exists():
         raise UserError(
             f"the run in {folder} has neither {ADAPTER}/ nor {MERGED}/; type\n"

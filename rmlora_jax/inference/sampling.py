@@ -6,11 +6,13 @@ another temperature compiles nothing.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from rmlora_jax.errors import UserError
 
@@ -73,8 +75,9 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
       float32 (B, V): ``logits / temperature``, and -inf for each token that is left out. Of tokens
       with equal logits at the border of ``top_p`` those with the larger numbers stay.
 
-    >>> filtered(jnp.log(jnp.array([[0.1, 0.6, 0.3]])), Sampling(1.0, 0, 0.8)).round(2).tolist()
-    [[-inf, -0.51, -1.2]]
+    >>> logits = jnp.log(jnp.array([[0.1, 0.6, 0.3]]))
+    >>> jnp.exp(filtered(logits, Sampling(1.0, 0, 0.8))).round(3)
+    Array([[0. , 0.6, 0.3]], dtype=float32)
     """
     scaled = logits.astype(jnp.float32) / sampling.temperature
     size = scaled.shape[-1]
@@ -97,7 +100,14 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return lax.cond(some, kept, lambda scaled: scaled, scaled)  # sorting is what takes long
 
 
-def row_keys(seed, rows: jax.Array) -> jax.Array:
+def as_arguments(sampling: Sampling) -> Sampling:
+    """The same as scalar arrays, so that a program that takes them is compiled once."""
+    kinds = np.float32, np.int32, np.float32
+    values: Any = [kind(value) for kind, value in zip(kinds, sampling, strict=True)]
+    return Sampling(*values)
+
+
+def row_keys(seed, rows: ArrayLike) -> jax.Array:
     """A key (B,) for each row, from ``seed`` and the number of the row's prompt (B,) alone."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
 

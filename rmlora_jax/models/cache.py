@@ -78,8 +78,10 @@ def batch_axes(cache: Cache) -> Any:
     >>> batch_axes(new_cache(DecoderConfig(), batch=2, length=4))
     Cache(full=Slots(key=1, value=1, position=0), ring=None, written=None)
     """
-    axes = Slots(key=1, value=1, position=0)
-    return Cache(cache.full and axes, cache.ring and axes, None)
+    axes: Any = (1, 1, 0)
+    axes = Slots(*axes)
+    shared: Any = None
+    return Cache(cache.full and axes, cache.ring and axes, shared)
 
 
 def ring_layers(config, length: int) -> tuple[bool, ...]:

@@ -340,6 +340,25 @@ def test_on_a_tpu_that_is_not_there(name, file, gradients):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "flags", "trained"),
+    [
+        # Rank 16 on seven layers of every block. The package of SmolLM2 may be missing.
+        ("smollm2", ["--config.model.source=HuggingFaceTB/SmolLM2-135M-Instruct"], 4_884_480),
+        ("gemma3", ["--config.fsdp=16"], 13_045_760),
+        ("llama3", ["--config.fsdp=16"], 41_943_040),
+        ("qwen3", ["--config.fsdp=16"], 43_646_976),
+        ("mistral", ["--config.fsdp=16"], 41_943_040),
+    ],
+)
+def test_language_models_on_a_tpu_that_is_not_there(file, flags, trained):
+    done = tpu(f"--config=configs/{file}_sft.py", "--topology=v5e:4x4", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "16 x TPU v5 lite" in done.stdout and f"{trained:,} trained" in done.stdout
+    assert "1 a device, rows of" in done.stdout
+
+
+@pytest.mark.slow
 def test_what_does_not_fit_on_a_tpu():
     done = tpu("--config=configs/vit_cifar100.py", "--topology=v5e:2x2", "--config.batch_size=4096",
                "--config.model.unroll=1")

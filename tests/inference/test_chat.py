@@ -14,7 +14,6 @@ from fixtures.sft.tiny import write_model
 
 from rmlora_jax import hub, stopping
 from rmlora_jax.errors import UserError
-from rmlora_jax.inference import chat as talk
 from rmlora_jax.inference.chat import chat
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +80,6 @@ def test_ctrl_c_stops_an_answer(model, monkeypatch):
     assert found[1] == f"> {model.generate([messages], **options)[0].text}"
     ended = []
     monkeypatch.setattr(stopping, "end", ended.append)
-    monkeypatch.setattr(talk.stopping, "ask", None)
     monkeypatch.setattr(model, "stream", lambda messages, **options: _terminated(pieces, messages))
     said(model, "q1 q2")
     assert ended == [signal.SIGTERM]
@@ -96,7 +94,7 @@ def _terminated(pieces, messages):
 def test_who_does_not_talk(model, folder, tiny_vit, monkeypatch):
     with pytest.raises(UserError, match="chat with which model"):
         chat(None)
-    with pytest.raises(UserError, match="does not write text; type\npython run.py --workdir"):
+    with pytest.raises(UserError, match=r"does not write text; type\npython run\.py --workdir"):
         chat(str(tiny_vit))
     monkeypatch.setattr(model, "template", model.template._replace(text=None))
     with pytest.raises(UserError, match=r"has no chat template.*; type\npython run.py"):
@@ -105,6 +103,7 @@ def test_who_does_not_talk(model, folder, tiny_vit, monkeypatch):
         chat(str(folder), top_p=2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_the_command(folder):
     process = subprocess.Popen(

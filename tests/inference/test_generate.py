@@ -8,7 +8,7 @@ import pytest
 import rmlora_jax as rm
 from rmlora_jax.inference import generate
 from rmlora_jax.inference.generate import NOTHING, STEPS, bucket, compiled, decoder, padded
-from rmlora_jax.inference.sampling import Sampling, row_keys
+from rmlora_jax.inference.sampling import Sampling, as_arguments, row_keys
 from rmlora_jax.models.decoder import Decoder, DecoderConfig, new_cache
 
 SIZES = {
@@ -24,6 +24,7 @@ CONFIGS = {
 }  # fmt: skip
 PROMPTS = [np.random.RandomState(i).randint(0, 41, n).tolist() for i, n in
            enumerate((3, 21, 1, 9, 16))]  # fmt: skip
+GREEDY = Sampling()
 LONGER = 19  # than the window
 
 
@@ -45,7 +46,7 @@ class Model:
         self.forward = jax.jit(lambda params, x: model.apply({"params": params}, x))
 
     def write(self, prompts, number=LONGER, *, params=None, rows=None, stops=(), slots=None,
-              sampling=Sampling(), count=STEPS):
+              sampling=GREEDY, count=STEPS):
         """The tokens of each row, and the last state."""
         params = self.params if params is None else params
         tokens, positions = padded(prompts)
@@ -56,8 +57,7 @@ class Model:
         numbers = np.zeros(len(tokens), np.uint32)
         numbers[: len(prompts)] = range(len(prompts)) if rows is None else rows
         ends = np.array([*stops, *[-2] * (4 - len(stops))], np.int32)
-        sampling = Sampling(*map(np.asarray, (np.float32(sampling[0]), np.int32(sampling[1]),
-                                              np.float32(sampling[2]))))
+        sampling = as_arguments(sampling)
         found = [[] for _ in prompts]
         while True:
             state, written = self.programs.write(
@@ -146,7 +146,7 @@ def test_the_cache_is_given_on(plain):
     state = plain.programs.start(plain.params, tokens, positions, np.ones(8, np.int32), slots=64)
     after, _ = plain.programs.write(
         plain.params, state, row_keys(np.uint32(0), np.arange(8)), np.full(4, -2, np.int32),
-        Sampling(np.float32(0), np.int32(0), np.float32(1)), np.int32(1),
+        as_arguments(Sampling()), np.int32(1),
     )  # fmt: skip
     assert state.cache.full.key.is_deleted() and not after.cache.full.key.is_deleted()
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(plain.params))

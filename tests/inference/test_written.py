@@ -72,8 +72,9 @@ def test_one_prompt_from_the_command_line(folder):
     (["--seed=3"], "--seed is for a trained model; add --predict or --chat"),
 ])
 def test_flags_that_are_refused(folder, flags, words, monkeypatch):
-    import run
     from absl import flags as absl_flags
+
+    import run
 
     values = absl_flags.FLAGS
     names = [flag.lstrip("-").partition("=")[0] for flag in flags]

@@ -261,7 +261,7 @@ def test_one_example_a_row_has_the_figures_of_packed_rows(root):
 def test_the_trained_model_is_asked(root, tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     fields = {"sft.samples": 2, "sft.answer": r"is (a\d+)", "sft.asked": 10,
-              "sft.longest_answer": 6, "steps": 10}  # fmt: skip
+              "sft.longest_answer": 6}  # fmt: skip
     summary = loop.train(config_of(root, 10, **fields), tmp_path)
     text = (tmp_path / "samples.md").read_text()
     assert text.count("**before**") == text.count("**after**") == 2
