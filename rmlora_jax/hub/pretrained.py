@@ -6,7 +6,7 @@ trained model.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +17,19 @@ from flax.traverse_util import unflatten_dict
 
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import read_object
-from rmlora_jax.hub.source import (
-    CONFIG,
-    PREPROCESSOR,
-    find_config,
-    find_folder,
-    join_revision,
-)
+from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_config, find_folder, join_revision
 from rmlora_jax.hub.weights import Tensors, read_params
 from rmlora_jax.models import FAMILIES
-from rmlora_jax.models.family import IMAGES, TEXTS, Family, Inputs, flat_params, param_shapes
+from rmlora_jax.models.decoder_files import check_supported
+from rmlora_jax.models.family import (
+    IMAGES,
+    TEXTS,
+    TOKENS,
+    Family,
+    Inputs,
+    flat_params,
+    param_shapes,
+)
 from rmlora_jax.models.processor import Resize
 
 
@@ -117,6 +120,11 @@ def load_pretrained(
     if inputs is IMAGES:
         raw = {"model_type": "vit"} | raw
     family, config = _architecture(where, raw, inputs)
+    if family.outputs is not None:
+        asked = {"num_labels": num_labels, "labels": labels, "image_size": image_size}
+        if given := [name for name, value in asked.items() if value is not None]:
+            raise UserError(f"{source} is a language model; leave out {', '.join(given)}")
+        return load_decoder(source, dtype=dtype, revision=revision)
     resized = config if image_size is None else _resized(source, family, config, image_size)
     tensors = Tensors(folder)
 
@@ -171,6 +179,49 @@ def load_pretrained(
         **image,
     )
     return new_head(pretrained, jax.random.key(0) if key is None else key)
+
+
+def load_decoder(
+    source: str | Path,
+    *,
+    dtype=jnp.float32,
+    sharding: Callable[[tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    revision: str | None = None,
+) -> Pretrained:
+    """Loads a language model.
+
+    Reads safetensors or ``pytorch_model.bin``, sharded or not, in any floating type.
+
+    Args:
+      source, revision: as for `load_pretrained`.
+      dtype: of all parameters; they are cast while they are read.
+      sharding: shape -> where a parameter lies, such as ``lambda shape: base_sharding(shape,
+        devices)``. The parameters then are `jax.Array`. At any time the host has a copy of one of
+        them at most, and of that what the devices of this process hold. None: numpy arrays.
+
+    Raises:
+      UserError: as `load_pretrained`; also for another kind of model, and for one that is known but
+        not supported: a mixture of experts, a model of more than text, quantised weights.
+    """
+    folder = find_folder(source, revision)
+    family, config = _architecture(folder / CONFIG, read_object(folder / CONFIG), TOKENS)
+    assert family.outputs is not None
+    outputs = family.outputs(config)
+    with _naming(folder / CONFIG):  # sizes may not go together
+        shapes = param_shapes(family, config, outputs)
+    leftovers = family.leftovers
+    found, dropped = read_params(Tensors(folder), family, shapes, leftovers, dtype, sharding)
+    return Pretrained(
+        family=family,
+        config=config,
+        params=unflatten_dict(found, sep="/"),
+        num_labels=outputs,
+        labels=None,
+        dropped=dropped,
+        new=(),
+        folder=folder,
+        source=join_revision(str(source), revision),
+    )
 
 
 def load_vit(source: str | Path, *, num_classes: int | None = None, **options) -> Pretrained:
@@ -243,6 +294,8 @@ def _architecture(
     """The family and the config that a config.json asks for, among models with these inputs."""
     known = {kind: f for kind, f in FAMILIES.items() if inputs in (None, f.inputs)}
     kind = raw.get("model_type")
+    with _naming(where):
+        check_supported(raw)
     if not isinstance(kind, str) or kind not in known:
         raise UserError(f"{where}: model_type is {repr(kind)[:80]}; known are {', '.join(known)}")
     with _naming(where):

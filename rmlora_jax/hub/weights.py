@@ -1,9 +1,12 @@
 """Tensors of Hugging Face checkpoints as parameter trees, through the table of a model family."""
 
+import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -91,7 +94,8 @@ def read_params(
     shapes: Mapping[str, tuple[int, ...]],
     leftovers: Iterable[str],
     dtype,
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    sharding: Callable[[tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """('/'-joined path -> parameter, names of the leftovers), read through the family's table.
 
     A module whose parameters are all among ``family.new`` may be missing as a whole. The older
@@ -103,6 +107,8 @@ def read_params(
       shapes: path -> shape of every parameter to read; stacked ones start with L.
       leftovers: regular expressions (full match) of tensors to leave out.
       dtype: of the parameters but those in ``family.new``, which are float32.
+      sharding: shape -> where a parameter lies. The parameters then are `jax.Array`, read one at a
+        time and from the file only what the devices of this process hold. None: numpy arrays.
 
     Raises:
       UserError: a tensor is missing, unexpected, stored twice, of another shape, or not floating.
@@ -130,24 +136,48 @@ def read_params(
             missing += [entry.names[0].format(i) for i in layers if (entry.path, i) not in found]
     if missing or unexpected:
         raise UserError(f"{tensors.folder}: {differences(missing, unexpected)}. {MISMATCH}")
-    flat = {e.path: _read(tensors, e, found, shapes, kind) for e, kind in read.items()}
-    return flat, tuple(dropped)
+    for entry in read:  # before memory is allocated for any of them
+        _check_shapes(tensors, entry, found, shapes)
+
+    def whole(entry: Entry, kind):
+        shape = shapes[entry.path]
+
+        @functools.cache  # several devices may hold the same part
+        def part(*bounds: tuple[int, int]):
+            return _read(tensors, entry, found, kind, bounds)
+
+        if sharding is None:
+            return part(*((0, size) for size in shape))
+
+        def of_device(index):
+            return part(*(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)))
+
+        placed = jax.make_array_from_callback(shape, sharding(shape), of_device)
+        return placed.block_until_ready()  # so that its copy on the host can go
+
+    return {entry.path: whole(entry, kind) for entry, kind in read.items()}, tuple(dropped)
 
 
-def _read(tensors: Tensors, entry: Entry, found, shapes, dtype) -> np.ndarray:
-    shape, layers = shapes[entry.path], layers_of(entry, shapes)
-    expected = stored_shape(shape[entry.stacked :], entry.axes)
-    for layer in layers:  # before memory is allocated for any of them
+def _check_shapes(tensors: Tensors, entry: Entry, found, shapes) -> None:
+    expected = stored_shape(shapes[entry.path][entry.stacked :], entry.axes)
+    for layer in layers_of(entry, shapes):
         name = found[entry.path, layer]
         if tensors.shape(name) != expected:
             raise UserError(
                 f"{tensors.folder}: {name!r} has shape {tensors.shape(name)}, but config.json "
                 f"asks for {expected}. {MISMATCH}"
             )
-    out = np.empty(shape, dtype)
-    for layer in layers:
-        target = out[layer] if entry.stacked else out
-        target[...] = from_stored(tensors, found[entry.path, layer], entry.axes, tensors.folder)
+
+
+def _read(tensors: Tensors, entry: Entry, found, dtype, bounds) -> np.ndarray:
+    """A part of a parameter, from the first to before the second of ``bounds`` of each axis."""
+    index = tuple(slice(*bound) for bound in bounds)
+    layers, inside = range(*bounds[0]) if entry.stacked else [0], index[entry.stacked :]
+    out = np.empty([end - start for start, end in bounds], dtype)
+    for row, layer in enumerate(layers):
+        target = out[row] if entry.stacked else out
+        value = from_stored(tensors, found[entry.path, layer], entry.axes, tensors.folder)
+        target[...] = value[inside]
     return out
 
 

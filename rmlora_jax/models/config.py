@@ -5,7 +5,7 @@ A config is a frozen dataclass whose fields have the names, meanings and default
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, ClassVar, NoReturn, Self
 
 import flax.linen as nn
@@ -106,13 +106,7 @@ class ModelConfig:
         if kind not in cls.model_types:
             refuse("model_type", kind, " or ".join(map(repr, cls.model_types)))
         ours = {field.name for field in dataclasses.fields(cls)}
-        fine = ours | set(BOOKKEEPING) | set(cls.inert)
-        for name, value in config.items():
-            if name not in fine and not name.startswith("_") and value:
-                raise ValueError(
-                    f"config field {_short(name)} = {_short(value)} is not supported by "
-                    f"{cls.__name__}; remove it if it does not change what the model computes"
-                )
+        refuse_unknown(config, ours | set(cls.inert), cls.__name__)
         return {name: config[name] for name in ours & config.keys()}
 
 
@@ -191,6 +185,17 @@ def check_fields(config: Any) -> None:
             refuse(name, value, f"one of {', '.join(config.model_types)}")
         if name.endswith("act") and value not in ACTIVATIONS:
             refuse(name, value, f"one of {', '.join(ACTIVATIONS)}")
+
+
+def refuse_unknown(config: Mapping[str, Any], known: Set[str], who: str) -> None:
+    """Raises a ValueError for a field that is neither known nor book-keeping, and has a value."""
+    for name, value in config.items():
+        fine = name in known or name in BOOKKEEPING or name.startswith("_")
+        if not fine and value:
+            raise ValueError(
+                f"config field {_short(name)} = {_short(value)} is not supported by {who}; "
+                "remove it if it does not change what the model computes"
+            )
 
 
 def refuse(name: str, value: Any, allowed: str) -> NoReturn:

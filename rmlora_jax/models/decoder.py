@@ -13,6 +13,7 @@ from rmlora_jax.models.blocks import ATTENTION, Parts, parts_of
 from rmlora_jax.models.cache import Cache, advanced, attend_cached, new_cache
 from rmlora_jax.models.config import ACTIVATIONS
 from rmlora_jax.models.decoder_config import DecoderConfig
+from rmlora_jax.models.losses import chunked_cross_entropy
 from rmlora_jax.models.rope import rope_table, rotate
 
 __all__ = ["Decoder", "DecoderConfig", "new_cache"]
@@ -45,6 +46,10 @@ class Shared(NamedTuple):
     tables: jax.Array
     positions: jax.Array
     segments: jax.Array | None = None
+
+
+def _all_logits(logits, head, x):
+    return logits(head, x)
 
 
 class RMSNorm(nn.Module):
@@ -212,7 +217,7 @@ class Decoder(nn.Module):
         """
         parts = parts_of(self, train, hidden_states)
         shared = self.shared(input_ids, positions, segments)
-        logits, states, _ = self.run(parts, input_ids, shared, None, lambda head, x: head(x))
+        logits, states, _ = self.run(parts, input_ids, shared, None, _all_logits)
         return (logits, states) if hidden_states else logits
 
     def losses(
@@ -231,16 +236,18 @@ class Decoder(nn.Module):
           input_ids, positions, segments: as in ``__call__``.
           targets: int (B, N), the token that each place is to predict.
           weights: float (B, N), the weight of each target; 0 where there is none.
+          train: as in ``__call__``.
 
         Returns:
           (sum of weights * -log p(target), {"loss": float32 (B, N), -log p(target), "correct": bool
-          (B, N), whether the target is the likeliest token}). Only the sum carries a gradient.
+          (B, N), whether the target is the likeliest token}). Only the sum carries a gradient. The
+          arrays are 0 and False where the weight is 0. Logits of all tokens never exist.
         """
         parts = parts_of(self, train)
         shared = self.shared(input_ids, positions, segments)
 
-        def use(head, x):
-            return cross_entropy(head, x, targets, weights)
+        def use(logits, head, x):
+            return chunked_cross_entropy(logits, head, x, targets, weights)
 
         return self.run(parts, input_ids, shared, None, use)[0]
 
@@ -258,14 +265,15 @@ class Decoder(nn.Module):
         parts = parts_of(self, False)
         tables = self.tables(positions, segment_lengths(positions, None))
         shared = Shared(tables, positions)
-        logits, _, after = self.run(parts, input_ids, shared, cache, lambda head, x: head(x))
+        logits, _, after = self.run(parts, input_ids, shared, cache, _all_logits)
+        assert after is not None
         return logits, advanced(after, positions)
 
     @nn.compact
     def run(self, parts: Parts, input_ids, shared: Shared, cache: Cache | None, use):
-        """(``use(head, x)``, hidden states or None, cache).
+        """(``use(logits, head, x)``, hidden states or None, cache).
 
-        ``x`` (B, N, D) is the normalised last state, and ``head`` makes float32 logits of it.
+        ``x`` (B, N, D) is the normalised last state, and ``logits(head, x)`` are float32.
         """
         c = self.config
         embed = parts.table(c.vocab_size, c.hidden_size, "embed")
@@ -276,16 +284,17 @@ class Decoder(nn.Module):
             Layer, (x, cache), self.own(rings), shared, in_axes=(0, nn.broadcast)
         )
         states = None if after is None else jnp.concatenate([x[None], after])
-        if c.tie_word_embeddings:
-            made = embed.attend
-        else:
-            made = parts.dense(self.outputs, use_bias=False, name="head")
+        x = RMSNorm(parts, name="norm")(last)
+        head = embed
+        if not c.tie_word_embeddings:
+            head = parts.dense(self.outputs, use_bias=False, name="head")
 
-        def head(x):
-            logits, cap = made(x).astype(jnp.float32), c.final_logit_softcapping
-            return cap * jnp.tanh(logits / cap) if cap else logits
+        def logits(head, x):
+            made = head.attend(x) if c.tie_word_embeddings else head(x)
+            made, cap = made.astype(jnp.float32), c.final_logit_softcapping
+            return cap * jnp.tanh(made / cap) if cap else made
 
-        return use(head, RMSNorm(parts, name="norm")(last)), states, cache
+        return use(logits, head, x), states, cache
 
     @nn.nowrap
     def own(self, rings: bool) -> Own:
@@ -347,13 +356,3 @@ def segment_lengths(positions: jax.Array, segments: jax.Array | None) -> jax.Arr
         return 1 + jax.ops.segment_max(places, segments, number)[segments]
 
     return jax.vmap(row)(positions, segments)
-
-
-def cross_entropy(head, x, targets, weights):
-    """See `Decoder.losses`; ``head`` makes logits of ``x`` (B, N, D)."""
-    logits = head(x)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    loss = jax.nn.logsumexp(logits, axis=-1) - chosen
-    total = jnp.sum(jnp.where(weights == 0, 0, weights * loss))
-    correct = jnp.argmax(logits, axis=-1) == targets
-    return total, {"loss": jax.lax.stop_gradient(loss), "correct": correct}

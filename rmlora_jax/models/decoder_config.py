@@ -143,6 +143,4 @@ class DecoderConfig(ModelConfig):
         ...                        "num_attention_heads": 4}).qkv_bias
         True
         """
-        fields, read = read_fields(config)
-        cls.known_fields({name: value for name, value in config.items() if name not in read})
-        return cls(**fields)
+        return cls(**read_fields(config))

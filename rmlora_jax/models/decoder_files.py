@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rmlora_jax.models.config import refuse
+from rmlora_jax.models.config import LARGEST, refuse, refuse_unknown
 from rmlora_jax.models.rope import Rope, read_rope
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -26,6 +26,11 @@ COMMON = {
     "num_attention_heads": 32,
     "max_position_embeddings": 2048,
     "rope_theta": 1e4,
+}
+# What readers compute with, before `DecoderConfig` checks it.
+ARITHMETIC = {
+    *("num_hidden_layers", "hidden_size", "max_position_embeddings", "query_pre_attn_scalar"),
+    *("sliding_window", "max_window_layers", "sliding_window_pattern", "no_rope_layer_interval"),
 }
 # Fields that change the numbers at any other value than this, which published models have.
 NEUTRAL = {
@@ -149,7 +154,10 @@ def _gemma3(raw):
 
 def _smollm3(raw):
     every, layers = raw["no_rope_layer_interval"], range(raw["num_hidden_layers"])
-    rotates = raw.get("no_rope_layers") or [(i + 1) % every != 0 for i in layers]
+    rotates = raw["no_rope_layers"] or [(i + 1) % every != 0 for i in layers]
+    if not isinstance(rotates, list) or len(rotates) < len(layers):
+        refuse("no_rope_layers", rotates, f"a list for {len(layers)} layers")
+    rotates = rotates[: len(layers)]
     window = raw["sliding_window"] if raw["use_sliding_window"] else 0
     kinds = [SLIDING if window and not turns else FULL for turns in rotates]
     return {
@@ -249,8 +257,8 @@ READERS = {
 }
 
 
-def read_fields(config: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """(fields of `DecoderConfig`, names in a config.json that have been read).
+def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `DecoderConfig` that a config.json asks for.
 
     Raises:
       ValueError: a model_type, field or value that is not supported.
@@ -260,15 +268,22 @@ def read_fields(config: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     if kind not in READERS:
         refuse("model_type", kind, " or ".join(map(repr, READERS)))
     reader = READERS[kind]
-    given = {name: value for name, value in config.items() if value is not None}
     for name, value in NEUTRAL.items():
-        if given.get(name, value) != value:
-            refuse(name, given[name], f"{value!r}, or left out")
-    raw = COMMON | reader.defaults | given
+        if config.get(name) not in (None, value):
+            refuse(name, config[name], f"{value!r}, or left out")
+    known = {*SAME, *ROPES, *NEUTRAL, *reader.defaults, *reader.inert}
+    refuse_unknown(config, known, f"a decoder of model_type {kind!r}")
+    raw = COMMON | reader.defaults | config
+    for name in raw.keys() & ARITHMETIC:
+        value, empty = raw[name], name == "sliding_window" and raw[name] is None
+        least = int(name != "max_window_layers")
+        if not empty and (type(value) is not int or not least <= value <= LARGEST):
+            refuse(name, value, f"a whole number of at least {least}")
     same = {name: raw[name] for name in SAME if name in raw}
+    for name in ("num_key_value_heads", "head_dim"):  # null: as the other fields say
+        same[name] = raw.get(name) or 0
     own = reader.read(raw)
-    fields = same | ({} if "rope" in own else {"rope": _rope(raw)}) | own
-    return fields, {*reader.defaults, *NEUTRAL, *reader.inert, *SAME, *ROPES}
+    return same | ({} if "rope" in own else {"rope": _rope(raw)}) | own
 
 
 def check_supported(config: Mapping[str, Any]) -> None:
