@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fixtures.peft_decoders import cases
 from flax.traverse_util import flatten_dict, unflatten_dict
+from marks import slow_but
 from safetensors.numpy import load_file, save_file
 
 import rmlora_jax as rm
@@ -17,7 +18,9 @@ from rmlora_jax.hub import adapter_base, load_peft, load_pretrained, save_peft, 
 from rmlora_jax.hub.vllm import vllm_obstacles
 
 LINEAR = r"layers/(attention|mlp)/.*"
-APART = {"embedding", "head", "both", "whole_embedding", "whole_head", "tokens_apart", "dora_both"}
+APART = {"embedding", "head", "both", "whole_embedding", "whole_head", "tokens_apart", "dora_both",
+         "gemma2"}
+TIED = {"both_tied", "whole_tied", "tokens"}
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +40,23 @@ def logits_of(base, params, lora=None, ids=None):
     return np.asarray(jax.jit(lambda p: model.apply({"params": p}, jnp.asarray(ids)))(params))
 
 
-@pytest.mark.parametrize("name", list(cases.ADAPTERS))
+@pytest.mark.parametrize("name", [
+    *slow_but(cases.ADAPTERS, "embedding", "both_tied", "gemma2")
+])
 def test_an_adapter_of_peft_gives_its_logits(bases, name):
-    """float32 on both sides; the bases' own logits differ by up to 1e-5 of some 2."""
+    """float32 on both sides: the bases' own logits differ by 5e-6 of their root mean square."""
     case, _ = cases.ADAPTERS[name]
     base = adapter_base(cases.HERE / name, bases(case))
     assert (base is not bases(case)) == (name in APART)
     params, lora = load_peft(cases.HERE / name, base)
     ids = cases.inputs_of(case)["input_ids"][:1]
     expected = np.load(cases.HERE / name / "logits.npy")
-    np.testing.assert_allclose(logits_of(base, params, lora, ids)[0], expected, atol=5e-5)
+    size = np.sqrt((expected**2).mean())
+    np.testing.assert_allclose(logits_of(base, params, lora, ids)[0], expected, atol=3e-5 * size)
     assert np.abs(expected - logits_of(base, base.params, ids=ids)[0]).max() > 0.1
 
 
-@pytest.mark.parametrize("name", sorted(APART | {"both_tied", "whole_tied", "tokens", "llama_rows"}))
+@pytest.mark.parametrize("name", sorted(APART | TIED | {"llama_rows"}))
 def test_an_adapter_of_peft_goes_out_as_it_came(bases, name, tmp_path):
     """The same changes of embedding and head, whether PEFT keeps them as factors, whole, or as
     rows; and a description that reads back."""
@@ -71,14 +77,15 @@ def test_an_adapter_of_peft_goes_out_as_it_came(bases, name, tmp_path):
         else:
             np.testing.assert_array_equal(ours.pop(key), value)
     assert not ours
-    assert adapter_base(tmp_path / "again", bases("llama_tied")) is not None
+    apart = adapter_base(tmp_path / "again", bases(cases.ADAPTERS[name][0]))
+    assert apart.config == base.config
     _, again = load_peft(tmp_path / "again", base)
     assert again == lora
 
 
 def test_a_tied_delta_is_two_modules(bases, tmp_path):
     base = bases("llama_tied")
-    lora = rm.LoRA(rank=2, alpha=3, target="embed|layers/mlp/up", rank_pattern=(("embed", 3),))
+    lora = rm.LoRA(rank=2, alpha=3, target="embed|layers/mlp/.*", rank_pattern=(("embed", 3),))
     params = with_factors(base, lora)
     save_peft(tmp_path / "a", params, lora, base)
     found = load_file(tmp_path / "a" / "adapter_model.safetensors")
@@ -90,7 +97,8 @@ def test_a_tied_delta_is_two_modules(bases, tmp_path):
     np.testing.assert_array_equal(found[f"{prefix}lm_head.lora_B.weight"], a)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM" and config["ensure_weight_tying"] is True
-    assert config["target_modules"] == ["embed_tokens", "lm_head", "up_proj"]
+    names = config["target_modules"]
+    assert names == ["down_proj", "embed_tokens", "gate_proj", "lm_head", "up_proj"]
     assert config["rank_pattern"] == {"embed_tokens": 3, "lm_head": 3}
     assert adapter_base(tmp_path / "a", base) is base
     again, _ = load_peft(tmp_path / "a", base)
@@ -201,7 +209,8 @@ def test_what_does_not_fit_is_refused_by_name(bases, name, change, config, words
 def test_the_card_says_what_vllm_cannot_take(bases, case, lora, words, tmp_path):
     base = bases(case)
     save_peft(tmp_path / "a", with_factors(base, lora), lora, base)
-    found, card = vllm_obstacles(tmp_path / "a", base.family), (tmp_path / "a/README.md").read_text()
+    found = vllm_obstacles(tmp_path / "a", base.family)
+    card = (tmp_path / "a" / "README.md").read_text()
     assert len(found) == len(words) and all(w in f for w, f in zip(words, found, strict=True))
     assert all(text in card for text in found)
     assert ("vllm serve" in card) is not bool(found)

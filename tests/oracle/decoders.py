@@ -16,6 +16,7 @@ JOBS is a list of objects; each names a model's folder (``base``) and a file of 
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def made_new(model, fields: dict, out: str, save: dict):
         config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **fields)
         model = get_peft_model(model, config).eval()
         with torch.no_grad():
-            for name, value in model.named_parameters():
+            for value in model.parameters():
                 if value.requires_grad:
                     value.add_(0.1 * torch.randn_like(value))
         model.save_pretrained(out, **save)
@@ -93,5 +94,5 @@ def run(job: dict) -> None:
 
 
 if __name__ == "__main__":
-    for job in json.loads(open(sys.argv[1]).read()):
+    for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)
