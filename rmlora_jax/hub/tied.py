@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from rmlora_jax.files import read_object
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.source import CONFIG
+from rmlora_jax.hub.source import read_model_config
 from rmlora_jax.models.family import Entry, flat_params
 
 EMBEDDING, HEAD = "embed/embedding", "head/kernel"
@@ -37,7 +36,7 @@ def untied(base: Pretrained) -> Pretrained:
 
 def published(base: Pretrained):
     """The config that the files of ``base`` have: without new tokens, tied or not as they are."""
-    return base.family.config.from_hf(read_object(base.folder / CONFIG))
+    return base.family.config.from_hf(read_model_config(base.folder)[1])
 
 
 def grown_from(base: Pretrained) -> int | None:

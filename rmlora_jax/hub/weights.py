@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmlora_jax.errors import UserError
+from rmlora_jax.hub.gguf_file import SUFFIX
+from rmlora_jax.hub.gguf_tensors import open_gguf
 from rmlora_jax.hub.pickled import PickledTensors
 from rmlora_jax.hub.safetensors_file import SafetensorsFile
 from rmlora_jax.hub.source import KINDS, weight_files
@@ -25,15 +27,16 @@ class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a folder by name, sharded or not; each is read when it is asked for.
 
     The first of these is taken: ``model.safetensors``, its shards, ``pytorch_model.bin``, its
-    shards. Files are memory-mapped. Values keep their stored dtype (bfloat16 and the 8-bit floats
-    through ml_dtypes). A file that is missing, damaged or holds anything else is a UserError.
+    shards, a GGUF model. Files are memory-mapped. Values keep their stored dtype (bfloat16 and the
+    8-bit floats through ml_dtypes); those of GGUF are dequantised to float32. A file that is
+    missing, damaged or holds anything else is a UserError.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._files = {}
-        for path in whole_files(folder):
-            file = PickledTensors(path) if path.suffix == ".bin" else SafetensorsFile(path)
+        paths = whole_files(folder)
+        for file in [open_gguf(paths)] if paths[0].suffix == SUFFIX else map(_tensors, paths):
             if twice := sorted(self._files.keys() & file.keys()):
                 raise UserError(f"{folder}: {some(twice)} is in two shards; copy them again")
             self._files.update(dict.fromkeys(file, file))
@@ -50,6 +53,10 @@ class Tensors(Mapping[str, np.ndarray]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without its values."""
         return self._files[name].shape(name)
+
+
+def _tensors(path: Path) -> Mapping[str, np.ndarray]:
+    return PickledTensors(path) if path.suffix == ".bin" else SafetensorsFile(path)
 
 
 def whole_files(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from rmlora_jax.config import Mistake, flatten, leaves, with_values
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import is_writable, near
+from rmlora_jax.hub.gguf_file import SUFFIX
 from rmlora_jax.hub.peft_config import CONFIG_FILE, read_config
 from rmlora_jax.hub.pretrained import find_architecture
 from rmlora_jax.hub.source import (
@@ -22,6 +23,7 @@ from rmlora_jax.hub.source import (
     PACKAGED,
     bundled,
     find_folder,
+    gguf_files,
     join_revision,
     split_revision,
 )
@@ -43,9 +45,14 @@ def missing_model(c: Run) -> Iterator[str]:
     source = c.model.source
     folder, field = Path(source).expanduser(), f"config.model.source={source!r}"
     if folder.is_dir():
-        if not (folder / CONFIG).is_file():
-            yield f"{field}: the folder has no {CONFIG}; give that of a model"
-    elif source not in bundled() and not (HUB_NAME.fullmatch(source) and source not in PACKAGED):
+        try:
+            if not (folder / CONFIG).is_file() and not gguf_files(folder):
+                yield f"{field}: the folder has no {CONFIG}; give that of a model"
+        except UserError as error:
+            yield f"{field}: {error}"
+    elif source not in bundled() and not (
+        HUB_NAME.fullmatch(source) and source not in PACKAGED and folder.suffix != SUFFIX
+    ):
         try:
             find_folder(source)
         except UserError as error:

@@ -22,7 +22,7 @@ def python() -> str:
     return found
 
 
-def run(script: str, *arguments) -> str:
+def run(script: str, *arguments, timeout: float = 300) -> str:
     """Runs a script of this folder with that python, without the network; what it prints.
 
     $RMLORA_PEFT_PYTHONPATH may name a folder with another release of transformers.
@@ -35,7 +35,7 @@ def run(script: str, *arguments) -> str:
         env=environment | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
