@@ -33,12 +33,12 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     values: Iterable[tuple[str, np.ndarray]],
     *,
-    most: int = MOST_BYTES,
+    most: int | None = None,
 ) -> None:
     """Writes ``model.safetensors``, or its shards and their index where it has more bytes.
 
-    A shard ends before the tensor that would make it larger than ``most``. Only one value is in
-    memory at a time.
+    A shard ends before the tensor that would make it larger than ``most`` bytes (None: 5 GB). Only
+    one value is in memory at a time.
 
     Args:
       folder: to write into.
@@ -48,9 +48,9 @@ def write_tensors(
     Raises:
       OSError: the files cannot be written.
     """
-    files: list[dict[str, Tensor]] = []
+    limit, files = most or MOST_BYTES, list[dict[str, Tensor]]()
     for name, tensor in tensors.items():
-        full = files and sum(x.size for x in files[-1].values()) + tensor.size > most
+        full = files and sum(x.size for x in files[-1].values()) + tensor.size > limit
         if full or not files:
             files.append({})
         files[-1][name] = tensor
