@@ -11,7 +11,7 @@ from rmlora_jax.hub.chat_template import (
 )
 from rmlora_jax.hub.export import save_model
 from rmlora_jax.hub.info import Info, read_info, write_info
-from rmlora_jax.hub.peft_read import load_peft, stored_labels
+from rmlora_jax.hub.peft_read import adapter_base, load_peft, stored_labels
 from rmlora_jax.hub.peft_write import save_peft
 from rmlora_jax.hub.pretrained import (
     Pretrained,
@@ -25,7 +25,9 @@ from rmlora_jax.hub.pretrained import (
     with_head_order,
 )
 from rmlora_jax.hub.source import bundled, find_folder
+from rmlora_jax.hub.tied import untied
 from rmlora_jax.hub.tokenizer import load_tokenizer
+from rmlora_jax.hub.vllm import vllm_obstacles
 
 # Older names.
 PretrainedText = Pretrained
@@ -58,6 +60,7 @@ __all__ = [
     "Pretrained",
     "PretrainedText",
     "Template",
+    "adapter_base",
     "bundled",
     "class_order",
     "describe",
@@ -82,6 +85,8 @@ __all__ = [
     "save_model",
     "save_peft",
     "stored_labels",
+    "untied",
+    "vllm_obstacles",
     "with_head_order",
     "write_info",
 ]

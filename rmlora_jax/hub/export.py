@@ -1,27 +1,36 @@
 """A trained model as a folder that Hugging Face's transformers opens, without PyTorch."""
 
+import math
 import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax.core import meta
 
-from rmlora_jax.adapt.lora import is_factor
+from rmlora_jax.adapt.lora import LoRA, is_factor
+from rmlora_jax.adapt.tree import adapted_weights
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import new_folder, read_object, write_json, write_text_atomic
 from rmlora_jax.hub.info import Info, check_fits, write_info
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.source import CONFIG, EXTRAS, KINDS, PREPROCESSOR, raw_config
-from rmlora_jax.hub.tokenizer import FILES
-from rmlora_jax.hub.weights import differences, some, stored_tensors
-from rmlora_jax.models.family import flat_params, param_shapes
+from rmlora_jax.hub.safetensors_write import Tensor, write_tensors
+from rmlora_jax.hub.source import CONFIG, EXTRAS, PREPROCESSOR, gguf_files, raw_config
+from rmlora_jax.hub.tokenizer import FILES, load_tokenizer
+from rmlora_jax.hub.weights import differences, some, stored_shape, to_stored
+from rmlora_jax.models.family import TOKENS, Entry, flat_params, param_shapes
 from rmlora_jax.models.processor import Resize
 
 CARD = "README.md"
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER = tuple(dict.fromkeys(name for name in (*EXTRAS, *FILES) if name != PREPROCESSOR))
+
+GENERATION = "generation_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Fields that make transformers fetch or run code, or read other weights than these.
 CODE = (
@@ -36,23 +45,30 @@ def save_model(
     base: Pretrained,
     *,
     info: Info,
+    lora: LoRA | None = None,
     old_names: bool = True,
     overwrite: bool = False,
 ) -> Path:
     """Writes the whole model as a folder of the Hugging Face layout.
 
-    ``AutoModelForImageClassification`` or ``AutoModelForSequenceClassification`` opens it in
-    PyTorch, `load_pretrained` here, bit for bit. The folder holds config.json, model.safetensors in
-    the dtypes of ``params`` (transformers computes in float32), rmlora.json, a README.md where
-    ``info.about`` has a ``"card"``, the tokenizer's files of ``base`` or preprocessor_config.json.
+    ``AutoModelForImageClassification``, ``AutoModelForSequenceClassification`` or
+    ``AutoModelForCausalLM`` opens it in PyTorch, `load_pretrained` here, bit for bit. The folder
+    holds config.json, model.safetensors in the dtypes of ``params`` (transformers computes
+    classifiers in float32, and language models in the dtype of most parameters), rmlora.json, a
+    README.md where ``info.about`` has a ``"card"``, and preprocessor_config.json or what belongs to
+    the tokenizer of ``base``: its files, chat template and settings of generation. More than 5 GB
+    of weights are split into shards with an index. A head that is the embedding stays so.
+
+    Weights are merged and written one layer at a time, so that no second copy of the model is made.
 
     Args:
       folder: to write; it appears as a whole or not at all.
       params: nested dict, the parameters of the unadapted Linen model
         ``base.family.model(base.config, base.num_labels)``: what ``rm.merge`` returns, or a model
-        that was trained in full.
+        that was trained in full; with ``lora`` those of the adapted model.
       base: what the training began with, as loaded; its files are still in ``base.folder``.
       info: the task, the names of the classes, and how images are made.
+      lora: the description of the factors in ``params``, which are merged, summed in float32.
       old_names: for ViT, the names of transformers up to 5.8, which every later release reads too.
         Those since 5.9 (False) are unknown to older ones, which then draw new layers at random.
       overwrite: replaces a folder that exists.
@@ -73,17 +89,29 @@ def save_model(
     """
     folder = Path(folder).expanduser()
     check_fits(base, info)
-    flat = _checked(params, base)
+    flat, factors = _checked(params, base, lora)
     config = hf_config(base, info)
-    tensors = stored_tensors(flat, base.family.table, old_names=old_names)
+    if base.family.inputs is TOKENS:
+        config["dtype"] = _usual_dtype(flat)
+    spelling = 0 if old_names else -1
+    # Larger numbers first: each value then starts at a multiple of its size.
+    table = sorted((e for e in base.family.table if e.path in flat),
+                   key=lambda entry: -flat[entry.path].dtype.itemsize)
+    tensors = {
+        name: Tensor(np.dtype(flat[e.path].dtype), stored_shape(shape, e.axes))
+        for e in table
+        for name, shape in _names(e, spelling, np.shape(flat[e.path]))
+    }
+    values = (
+        (name, to_stored(value, entry.axes))
+        for entry in table
+        for name, value in _layers(entry, spelling, flat[entry.path], factors.get(entry.path))
+    )
     with new_folder(folder, overwrite=overwrite) as new:
-        from safetensors.numpy import save_file
-
         write_json(new / CONFIG, config)
-        save_file(tensors, new / KINDS[0][0], metadata={"format": "pt"})
-        (new / KINDS[0][0]).chmod(0o644)  # it would be the writer's alone
+        write_tensors(new, tensors, values)
         if base.image_mean is None:
-            copy_tokenizer(base.folder, new)
+            write_tokenizer(base.folder, new)
         else:
             write_json(new / PREPROCESSOR, preprocessor(base, info))
         write_info(new, info)
@@ -92,8 +120,34 @@ def save_model(
     return folder
 
 
+def _names(entry: Entry, spelling: int, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple]]:
+    """(name in the file, shape in the model) of each layer of a parameter."""
+    name = entry.names[spelling]
+    if not entry.stacked:
+        yield name, shape
+    else:
+        yield from ((name.format(layer), shape[1:]) for layer in range(shape[0]))
+
+
+def _layers(entry: Entry, spelling: int, value, merge) -> Iterator[tuple[str, np.ndarray]]:
+    """(name in the file, value) of each layer of a parameter; ``merge(weight, layer)`` adds the
+    factors of a layer, None of a parameter without layers."""
+    for layer, (name, _) in enumerate(_names(entry, spelling, np.shape(value))):
+        which = layer if entry.stacked else None
+        one = value if which is None else value[which]
+        yield name, np.asarray(one if merge is None else merge(one, which))
+
+
+def _usual_dtype(flat: Mapping[str, Any]) -> str:
+    """The dtype that most numbers have."""
+    sizes: Counter[str] = Counter()
+    for x in flat.values():
+        sizes[np.dtype(x.dtype).name] += math.prod(x.shape)
+    return sizes.most_common(1)[0][0]
+
+
 def hf_config(base: Pretrained, info: Info) -> dict[str, Any]:
-    """The base's config.json for the trained classifier.
+    """The base's config.json for the trained model.
 
     Left out are fields that would run code and private ones, such as the writer's paths. The dtype
     is float32: transformers 5 would otherwise compute in the dtype of the published base.
@@ -102,6 +156,14 @@ def hf_config(base: Pretrained, info: Info) -> dict[str, Any]:
     # The older spelling of "dtype", and what transformers takes from other fields.
     left_out = ("torch_dtype", "num_labels", "problem_type")
     raw = {k: v for k, v in raw.items() if not k.startswith("_") and k not in left_out}
+    if base.family.inputs is TOKENS:
+        none = ("id2label", "label2id", "generation_config")
+        raw = {name: value for name, value in raw.items() if name not in none}
+        return raw | {
+            "architectures": [base.family.classifier],
+            "vocab_size": base.config.vocab_size,
+            "tie_word_embeddings": base.config.tie_word_embeddings,
+        }
     labels = info.labels or [f"LABEL_{i}" for i in range(base.num_labels)]
     config = raw | {
         "architectures": [base.family.classifier],
@@ -160,9 +222,15 @@ def preprocessor(base: Pretrained, info: Info) -> dict[str, Any]:
     }
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer's files from one folder to another; never code."""
-    for name in TOKENIZER:
+def write_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer's files from one folder to another, never code; or writes those of the
+    tokenizer in a GGUF model, and which tokens begin and end a text."""
+    if gguf_files(source):
+        load_tokenizer(source).save_pretrained(target)
+        raw = raw_config(source)[1]
+        ids = {name: raw[name] for name in TOKEN_IDS if raw.get(name) is not None}
+        write_json(target / GENERATION, ids)
+    for name in TOKENIZER if source.is_dir() else ():
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if (target / TOKENIZER_CONFIG).exists():
@@ -175,12 +243,19 @@ def _without_code(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in CODE}
 
 
-def _checked(params: Any, base: Pretrained) -> dict[str, np.ndarray]:
-    """'/'-joined path -> value of exactly the parameters that the model's files hold."""
-    flat = flat_params(meta.unbox(params))
-    if factors := [path for path in flat if is_factor(path.split("/"))]:
-        raise UserError(f"params: {some(factors)} are low-rank factors; save what "
-                        "rm.merge(params, lora) returns")
+def _checked(params: Any, base: Pretrained, lora: LoRA | None):
+    """'/'-joined path -> value of exactly the parameters that the model's files hold; and path ->
+    how the factors of a layer are merged into its weight."""
+    whole = flat = flat_params(meta.unbox(params))
+    leaves = [path for path in flat if is_factor(path.split("/"))]
+    if leaves and lora is None:
+        raise UserError(f"params: {some(leaves)} are low-rank factors; save what "
+                        "rm.merge(params, lora) returns, or give their description lora=...")
+    merges = {} if lora is None else {
+        "/".join(path): partial(_merged, lora, lora.scale_of("/".join(path[:-1])), factors)
+        for path, _, factors in adapted_weights(params, lora)
+    }
+    flat = {path: value for path, value in flat.items() if path not in leaves}
     shapes = param_shapes(base.family, base.config, base.num_labels)
     known = {entry.path for entry in base.family.table}
     missing = sorted(shapes.keys() - flat.keys())
@@ -191,7 +266,14 @@ def _checked(params: Any, base: Pretrained) -> dict[str, np.ndarray]:
         if np.shape(flat[path]) != shape:
             raise UserError(f"params: {path!r} has shape {np.shape(flat[path])}, but "
                             f"{base.source} asks for {shape}; give the base that was trained")
-    if lost := [path for path in shapes if not np.isfinite(np.asarray(flat[path])).all()]:
+    written = (*shapes, *leaves)
+    if lost := [path for path in written if not np.isfinite(np.asarray(whole[path])).all()]:
         raise UserError(f"params: {some(lost)} have values that are not finite; such a model gives "
                         "no answers, so it is not written")
-    return flat
+    return flat, merges
+
+
+def _merged(lora: LoRA, scale: float, factors, weight, layer: int | None):
+    """A weight, of one layer, with its factors."""
+    own = factors if layer is None else [x[layer] for x in factors]
+    return lora.form.merged(weight, own, scale)

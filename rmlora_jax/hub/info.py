@@ -5,14 +5,16 @@ Both lie beside its weights.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object, write_json
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.source import PACKAGED, bundled, raw_config, split_revision
+from rmlora_jax.hub.source import PACKAGED, bundled, split_revision
+from rmlora_jax.hub.tied import grown_from, published
+from rmlora_jax.hub.vllm import vllm_rank
 from rmlora_jax.models.family import IMAGES, TEXTS, TOKENS, Inputs
 
 FILE = "rmlora.json"
@@ -149,25 +151,36 @@ def check_fits(base: Pretrained, info: Info) -> None:
 
 
 def adapter_card(
-    config: Mapping[str, Any], base: Pretrained, info: Info | None, old_names: bool
+    config: Mapping[str, Any],
+    base: Pretrained,
+    info: Info | None,
+    old_names: bool,
+    vllm: Sequence[str] = (),
 ) -> str:
-    """The card of an adapter with this adapter_config.json."""
+    """The card of an adapter with this adapter_config.json; ``vllm``: why vLLM cannot load it."""
     auto = f"AutoModelFor{base.family.purpose}"
     name, revision = config["base_model_name_or_path"], config["revision"]
     which = f'"{name}", revision="{revision}"' if revision else f'"{name}"'
+    writes = base.family.inputs is TOKENS
+    new = f"num_labels={base.num_labels}, ignore_mismatched_sizes=True, "
+    grown = f"base.resize_token_embeddings({base.num_labels})\n" * (grown_from(base) is not None)
     torch = f"""from peft import PeftModel
 from transformers import {auto}
 base = {auto}.from_pretrained(
-    {which}, num_labels={base.num_labels}, ignore_mismatched_sizes=True, dtype="float32"
+    {which}, {"" if writes else new}dtype="float32"
 )
-model = PeftModel.from_pretrained(base, "FOLDER").eval()"""
-    whole = ", ".join(config["modules_to_save"] or ())
+{grown}model = PeftModel.from_pretrained(base, "FOLDER").eval()"""
+    tokens = [f"{len(x)} tokens of {name}" for name, x in
+              config.get("trainable_token_indices", {}).items()]
+    whole = ", ".join([*(config["modules_to_save"] or ()), *tokens])
     facts = (
         f"Low-rank factors (rank {config['r']}, alpha {config['lora_alpha']}) for "
         f"{', '.join(config['target_modules'])}"
         + (f"; trained as a whole: {whole}." if whole else ".")
     )
     use = [*_in_jax(info), "In PyTorch, with `peft`:", _code(torch)]
+    if writes:
+        use += _in_vllm(config, which if revision else name, vllm)
     if base.source in (*bundled(), *PACKAGED):
         find = f"from rmlora_jax.hub import find_folder; print(find_folder('{base.source}'))"
         use.append("The hub does not know the base by this name: give the folder that "
@@ -176,7 +189,7 @@ model = PeftModel.from_pretrained(base, "FOLDER").eval()"""
         which = "up to 5.8" if old_names else "5.9 or later"
         use.append(f"The names in it are those of transformers {which}; other releases may find "
                    "no layer of that name. `save_peft(..., old_names=...)` writes either.")
-    if base.family.config.from_hf(raw_config(base.folder)[1]) != base.config:
+    if base.image_size is not None and published(base) != base.config:
         use.append(f"It was trained on images of {base.image_size} pixels: call the model with "
                    "`interpolate_pos_encoding=True`.")
     return _card("peft", f"Adapter of {base.source}", base, info, [facts], use)
@@ -215,6 +228,10 @@ def _card(
 
 
 def _in_jax(info: Info | None) -> list[str]:
+    if info is not None and info.inputs is TOKENS:
+        code = "import rmlora_jax.hub\n\nmodel = rmlora_jax.hub.load(\"FOLDER\")\n"
+        return ["In JAX, with `rmlora_jax`:",
+                _code(f'{code}print(model.generate(["What is 3 + 4?"])[0].text)')]
     example = '"photo.jpg"'
     if info is not None and info.inputs is TEXTS:
         example = '"a text"' if len(info.columns) == 1 else '("a text", "another")'
@@ -223,6 +240,16 @@ def _in_jax(info: Info | None) -> list[str]:
         use = 'model.generate(["a prompt"])[0].text'
     code = "import rmlora_jax.hub\n\nmodel = rmlora_jax.hub.load(\"FOLDER\")\n"
     return ["In JAX, with `rmlora_jax`:", _code(f"{code}print({use})")]
+
+
+def _in_vllm(config: Mapping[str, Any], name: str, obstacles: Sequence[str]) -> list[str]:
+    if obstacles:
+        return [f"vLLM cannot use this adapter as it is: {'; '.join(obstacles)}. Merge it "
+                "(`python run.py --workdir=... --export=merged`) and serve the whole model."]
+    rank = vllm_rank([config["r"], *config["rank_pattern"].values()])
+    command = (f"vllm serve {name} --enable-lora --max-lora-rank {rank} "
+               "--lora-modules tuned=FOLDER")
+    return ["In vLLM:", _code(command, "")]
 
 
 def _code(text: str, language: str = "python") -> str:

@@ -17,6 +17,7 @@ from rmlora_jax.files import read_object
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import CONFIG as MODEL_CONFIG
 from rmlora_jax.hub.source import REVISION, join_revision
+from rmlora_jax.hub.tied import tied_head
 from rmlora_jax.models.family import flat_params
 
 CONFIG_FILE = "adapter_config.json"
@@ -25,7 +26,7 @@ PREFIX = "base_model.model."  # what PEFT puts in front of the names of modules
 # Fields that do not change what a classifier computes: how factors were begun, trained and split
 # over devices. Any other field that is not in `FIELDS` must be null, false or empty.
 INERT = {
-    *("inference_mode", "peft_version", "runtime_config", "ensure_weight_tying"),
+    *("inference_mode", "peft_version", "runtime_config"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of init_lora_weights
     *("megatron_core", "qalora_group_size"),  # of megatron_config, of use_qalora
 }
@@ -42,6 +43,7 @@ TASKS = {
     "SEQ_2_SEQ_LM": "ConditionalGeneration",
 }
 LARGEST_RANK = 2**16
+ALL_LINEAR = "all-linear"  # as target_modules: every linear layer but the head
 
 
 def _is_rank(value: Any) -> bool:
@@ -65,6 +67,17 @@ def _are_layers(value: Any) -> bool:
 
 def _are_modules(value: Any) -> bool:
     return value is None or isinstance(value, str) or is_names(value)
+
+
+def _are_rows(value: Any) -> bool:
+    """Whether a value numbers rows, once each."""
+    return (isinstance(value, list) and all(type(x) is int and 0 <= x < 2**24 for x in value)
+            and len(set(value)) == len(value))
+
+
+def _are_tokens(value: Any) -> bool:
+    by_name = isinstance(value, dict) and all(map(_are_rows, value.values()))
+    return value is None or _are_rows(value) or by_name
 
 
 def _says_nothing(value: Any) -> bool:
@@ -103,6 +116,9 @@ FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "task_type": (None, lambda x: x is None or (isinstance(x, str) and x in TASKS),
                   f"{', '.join(TASKS)} or null"),
     "auto_mapping": ({}, lambda x: isinstance(x, dict), "an object or null"),
+    "ensure_weight_tying": (False, lambda x: isinstance(x, bool), "true or false"),
+    "trainable_token_indices": (
+        None, _are_tokens, "a list of different tokens, or an object of names and such lists"),
 }
 
 
@@ -124,6 +140,9 @@ class PeftConfig(NamedTuple):
     layers: tuple[int, ...] | None  # numbers of the layers that are adapted; None: all
     layers_pattern: tuple[str, ...]  # what stands before such a number
     saved: tuple[str, ...]  # modules that are kept as a whole, or their endings
+    # Module or its ending -> the rows that are trained of its weight. "": of the embedding.
+    tokens: Mapping[str, tuple[int, ...]]
+    tied: bool  # whether the head is to stay the embedding, where it is
     # Regular expression of a module's name or its ending -> value; the first that matches wins.
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
@@ -144,6 +163,11 @@ class PeftConfig(NamedTuple):
         found = (re.match(rf"{start}\.(\d+)\.", module) for start in starts)
         number = next(filter(None, found), None)
         return number is not None and int(number[1]) in self.layers
+
+    def rows_of(self, module: str) -> tuple[int, ...]:
+        """The rows of the weight of the module of this name that are trained."""
+        found = (rows for name, rows in self.tokens.items() if not name or ends_with(module, name))
+        return next(found, ())
 
     def rank_of(self, module: str) -> int:
         """r of the module of this name."""
@@ -190,6 +214,7 @@ def read_config(folder: Path) -> PeftConfig:
     made_for = values["auto_mapping"].get("base_model_class")
     targets, init, layers = (values[x] for x in ("target_modules", "init_lora_weights",
                                                  "layers_to_transform"))
+    tokens = values["trainable_token_indices"] or {}
     return PeftConfig(
         base=values["base_model_name_or_path"] or None,
         revision=values["revision"],
@@ -204,6 +229,9 @@ def read_config(folder: Path) -> PeftConfig:
         layers=(layers,) if isinstance(layers, int) else tuple(layers or ()) or None,
         layers_pattern=_tuple(values["layers_pattern"]),
         saved=tuple(values["modules_to_save"]),
+        tokens={name: tuple(rows) for name, rows in
+                (tokens if isinstance(tokens, dict) else {"": tokens}).items()},
+        tied=values["ensure_weight_tying"],
         rank_pattern=values["rank_pattern"],
         alpha_pattern=values["alpha_pattern"],
         description=description,
@@ -309,11 +337,15 @@ class Names:
         # Path of each parameter that the model has -> its line in the family's table.
         self.entries = {e.path: e for e in base.family.table if e.path in shapes}
         self.layers = max((shapes[p][0] for p, e in self.entries.items() if e.stacked), default=1)
-        # The modules that hold them, and all that those are in.
+        # The module of a head that is the embedding, which is a module of its own in PyTorch.
+        head = tied_head(base)
+        self.tied = head.names[self.which].rpartition(".")[0] if head else None
+        # The modules that hold the parameters, and all that those are in.
+        roots = [*map(self.module, self.entries), *([self.tied] if self.tied else [])]
         self.modules = {
             module
-            for path in self.entries
-            for name in self.of_layers(self.module(path))
+            for root in roots
+            for name in self.of_layers(root)
             for module in itertools.accumulate(name.split("."), "{}.{}".format)
         }
 

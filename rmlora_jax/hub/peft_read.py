@@ -13,15 +13,32 @@ from rmlora_jax.adapt.forms import Form
 from rmlora_jax.adapt.geometry import Layout
 from rmlora_jax.adapt.lora import WEIGHTS, LoRA
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub.peft_config import CONFIG_FILE, PREFIX, PeftConfig, matches, read_config
-from rmlora_jax.hub.peft_write import WEIGHTS_FILE, alpha_of, peft_leaves
-from rmlora_jax.hub.pickled import PickledTensors
+from rmlora_jax.hub.peft_config import (
+    ALL_LINEAR,
+    CONFIG_FILE,
+    PeftConfig,
+    matches,
+    read_config,
+)
+from rmlora_jax.hub.peft_stored import (
+    WEIGHTS_FILE,
+    Stored,
+    is_apart,
+    open_tensors,
+    plain_name,
+    sorted_out,
+)
+from rmlora_jax.hub.peft_write import alpha_of, peft_leaves
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.safetensors_file import SafetensorsFile
-from rmlora_jax.hub.weights import differences, from_stored, layers_of, places, some, stored_shape
+from rmlora_jax.hub.tied import HEAD, tied_head, untied
+from rmlora_jax.hub.weights import (
+    from_stored,
+    layers_of,
+    some,
+    stored_shape,
+    to_stored,
+)
 from rmlora_jax.models.family import Entry, flat_params
-
-OLD_WEIGHTS_FILE = "adapter_model.bin"
 
 
 def load_peft(folder: str | Path, base: Pretrained, *, saved: bool = True) -> tuple[dict, LoRA]:
@@ -57,29 +74,78 @@ def load_peft(folder: str | Path, base: Pretrained, *, saved: bool = True) -> tu
         asks for what cannot be done here; a layer is new in the base and not stored.
     """
     folder = Path(folder)
-    config, tensors, file = read_config(folder), _open(folder), folder / WEIGHTS_FILE
+    config, tensors, file = read_config(folder), open_tensors(folder), folder / WEIGHTS_FILE
+    if config.targets == ALL_LINEAR:
+        config = config._replace(targets=_linear_modules(base))
+    stored = sorted_out(file, config, tensors, base)
+    if not stored.factors:
+        raise UserError(f"{file} has no factors; is it an adapter of LoRA?")
+    _check_patterns(file, config, stored)
+    if tied_head(base) is not None:
+        if is_apart(file, config, tensors, stored):
+            raise UserError(
+                f"{file} changes the embedding or the head of {base.source} alone, but they are "
+                "one there; give load_peft the base that hub.adapter_base(folder, base) returns"
+            )
+        stored = stored.without(HEAD)
     params = flat_params(base.params)
     shapes = {path: np.shape(x) for path, x in params.items()}
     entries = {e.path: e for e in base.family.table if e.path in shapes}
-    factors, whole = _sorted_out(file, config, tensors, base, shapes)
-    have = {*whole, *((path, layer) for path, layers in factors.items() for layer in layers)}
-    if not factors:
-        raise UserError(f"{file} has no factors; is it an adapter of LoRA?")
-    _check_complete(file, config, base, entries, factors, have, shapes)
+    _check_complete(file, config, base, entries, stored, shapes)
     if saved:
-        _check_head(file, config, base, {path for path, _ in whole})
+        _check_head(file, config, base, {path for path, _ in stored.whole})
     described, trained = {}, set()
-    for path, layers in factors.items():
+    for path, layers in stored.factors.items():
         module = path.rpartition("/")[0]
         leaves, scale = _stack(file, config, layers, entries[path], params[path])
         names = config.description.form.leaves
         params |= {f"{module}/{name}": x for name, x in zip(names, leaves, strict=True)}
         rank = leaves[0].shape[-1]
         described[module] = (rank, alpha_of(scale, rank, config.rs))
-    for (path, layer), name in whole.items() if saved else ():
+    whole = stored.whole | {
+        (path, layer): names
+        for (path, layer), names in stored.under.items()
+        if not _is_base(tensors[names[1]], params[path], layer, entries[path])
+    }
+    for (path, layer), (_, name) in whole.items() if saved else ():
         params[path] = _replaced(file, tensors, name, params[path], layer, entries[path])
         trained.add(path.rpartition("/")[0])
+    for (path, _), (module, name) in stored.rows.items() if saved else ():
+        rows = config.rows_of(module)
+        params[path] = _with_rows(file, tensors, name, params[path], rows, entries[path])
+        trained.add(path.rpartition("/")[0])
     return unflatten_dict(params, sep="/"), _description(config, described, trained)
+
+
+def adapter_base(folder: str | Path, base: Pretrained) -> Pretrained:
+    """The base for `load_peft` of an adapter: ``base``, with a head of its own where needed.
+
+    In a language model whose head is its embedding, an adapter of PEFT may change one without the
+    other. The head is then made a parameter of its own. Any other adapter takes ``base`` itself.
+
+    Raises:
+      UserError: the folder is damaged, or holds an adapter of another model.
+    """
+    if tied_head(base) is None:
+        return base
+    folder = Path(folder)
+    config, tensors, file = read_config(folder), open_tensors(folder), folder / WEIGHTS_FILE
+    stored = sorted_out(file, config, tensors, base)
+    return untied(base) if is_apart(file, config, tensors, stored) else base
+
+
+def _linear_modules(base: Pretrained) -> tuple[str, ...]:
+    """PyTorch's names of all linear layers but the head's, with and without the prefix."""
+    shapes = {path: np.shape(x) for path, x in flat_params(base.params).items()}
+    return tuple(
+        name.removeprefix(prefix)
+        for entry in base.family.table
+        if entry.path.endswith("/kernel") and not entry.path.startswith("head/")
+        and len(shapes.get(entry.path, ())) == 2 + entry.stacked
+        for layer in layers_of(entry, shapes)
+        for name in (spelled.format(layer).rpartition(".")[0] for spelled in entry.names)
+        for prefix in ("", base.family.prefix)
+    )
 
 
 def _description(config: PeftConfig, described: dict[str, tuple[int, float]], trained) -> LoRA:
@@ -104,68 +170,32 @@ def stored_labels(folder: str | Path) -> int | None:
     Raises:
       UserError: the folder is damaged.
     """
-    tensors = _open(Path(folder))
-    names = {_plain(key): key for key in tensors}
+    tensors = open_tensors(Path(folder))
+    names = {plain_name(key): key for key in tensors}
     heads = [n for n in ("classifier.out_proj.weight", "classifier.weight") if n in names]
     return tensors.shape(names[heads[0]])[0] if heads else None
 
 
-def _open(folder: Path) -> SafetensorsFile | PickledTensors:
-    if (folder / WEIGHTS_FILE).exists():
-        return SafetensorsFile(folder / WEIGHTS_FILE)
-    if (folder / OLD_WEIGHTS_FILE).exists():
-        return PickledTensors(folder / OLD_WEIGHTS_FILE)
-    raise UserError(f"{folder} has no {WEIGHTS_FILE}; is it an adapter's folder?")
+def _check_patterns(file: Path, config: PeftConfig, stored: Stored) -> None:
+    """Raises a UserError unless each pattern has an adapted module."""
+    names = [name for layers in stored.factors.values() for name, _ in layers.values()]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if not any(matches(key, module) for module in names):
+                raise UserError(f"{file.with_name(CONFIG_FILE)}: {field} has {key[:80]!r}, which "
+                                "matches no adapted layer; correct it, or take it out")
 
 
-def _plain(key: str) -> str:
-    """The name of a tensor without what PEFT, in any of its releases, puts into it."""
-    return key.removeprefix(PREFIX).replace(".modules_to_save.", ".")
-
-
-def _sorted_out(file: Path, config: PeftConfig, tensors, base: Pretrained, shapes):
-    """({path: {layer: (module's name, leaves)}}, {(path, layer): name in the file}) of factors and
-    of whole parameters; one without a stack has layer 0 alone."""
-    spelt = config.description.form.peft
-    assert spelt is not None  # only forms that PEFT has are read
-    slots: dict[str, tuple] = {**places(base.family, shapes)}
-    for name, (path, layer) in tuple(slots.items()):
-        if path.rpartition("/")[2] in WEIGHTS:
-            for side, leaf in enumerate(spelt[path.endswith("/embedding")]):
-                slots[f"{name.rpartition('.')[0]}.{leaf}"] = (path, layer, side)
-    found, modules, unexpected = {}, {}, []
-    for key in tensors:
-        slot = slots.get(_plain(key)) if key.startswith(PREFIX) else None
-        if slot is None:
-            unexpected.append(key)
-        elif found.setdefault(slot, key) != key:
-            raise UserError(f"{file}: {found[slot]!r} and {key!r} are the same tensor")
-        elif len(slot) == 3:
-            leaf = spelt[slot[0].endswith("/embedding")][slot[2]]
-            modules[slot[:2]] = _plain(key).removesuffix(f".{leaf}")
-    lonely = [
-        f"{PREFIX}{module}.{leaf}"
-        for (path, layer), module in modules.items()
-        for side, leaf in enumerate(spelt[path.endswith("/embedding")])
-        if (path, layer, side) not in found
-    ]
-    if wrong := differences(lonely, unexpected):
-        kind = base.family.classifier
-        raise UserError(f"{file} {wrong}. Is it an adapter of {base.source}, a {kind}?")
-    factors: dict[str, dict[int, tuple[str, list[np.ndarray]]]] = {}
-    for (path, layer), module in modules.items():
-        names = (found[path, layer, side] for side in range(len(spelt[0])))
-        leaves = [from_stored(tensors, x, None, file).astype(np.float32) for x in names]
-        factors.setdefault(path, {})[layer] = (module, leaves)
-    return factors, {slot: key for slot, key in found.items() if len(slot) == 2}
-
-
-def _check_complete(file: Path, config: PeftConfig, base, entries, factors, have, shapes) -> None:
+def _check_complete(file: Path, config: PeftConfig, base, entries, stored: Stored, shapes) -> None:
     """Raises a UserError unless the file has what the config says: factors of the modules that it
-    names and of no others, whole the modules to be saved, and a module for each pattern."""
+    names and of no others, whole the modules to be saved, and the rows that are trained."""
+    factors = stored.factors
     found = {(path, i): name for path, one in factors.items() for i, (name, _) in one.items()}
+    have = {*found, *stored.whole}
     spelling = _spelling(entries, base.family.prefix, found)
     missing, extra = [], []
+    if any(config.tokens.values()) and not stored.rows:
+        missing.append("trainable_token_indices")
     for entry in entries.values():
         adaptable = entry.path.rpartition("/")[2] in WEIGHTS
         for layer in layers_of(entry, shapes):
@@ -184,11 +214,6 @@ def _check_complete(file: Path, config: PeftConfig, base, entries, factors, have
     if extra:
         raise UserError(f"{file} has factors of {some(extra)}, which {CONFIG_FILE} does not target "
                         "and PEFT leaves out; correct its target_modules, or copy the folder again")
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field):
-            if not any(matches(key, module) for module in found.values()):
-                raise UserError(f"{file.with_name(CONFIG_FILE)}: {field} has {key[:80]!r}, which "
-                                "matches no adapted layer; correct it, or take it out")
 
 
 def _spelling(entries, prefix: str, found) -> Callable[[Entry, int], str]:
@@ -282,4 +307,25 @@ def _replaced(file: Path, tensors, name: str, old, layer: int, entry: Entry) -> 
         )
     new = np.array(old, np.float32)
     new[layer if entry.stacked else ...] = from_stored(tensors, name, entry.axes, file)
+    return new
+
+
+def _is_base(stored: np.ndarray, weight, layer: int, entry: Entry) -> bool:
+    """Whether a weight in the file is the base's, as far as its dtype can tell."""
+    own = np.asarray(weight[layer] if entry.stacked else weight)
+    return np.array_equal(to_stored(own, entry.axes).astype(stored.dtype), stored)
+
+
+def _with_rows(file: Path, tensors, name: str, old, rows: tuple[int, ...], entry: Entry):
+    """An embedding, or a head's kernel, with these rows of its tokens as the file has them."""
+    tokens = stored_shape(np.shape(old), entry.axes)
+    if entry.stacked or len(tokens) != 2 or tensors.shape(name) != (len(rows), tokens[1]):
+        raise UserError(f"{file}: {name!r} has shape {tensors.shape(name)}; the base, and "
+                        f"trainable_token_indices of {CONFIG_FILE}, ask for {len(rows), tokens[1]}")
+    if rows and max(rows) >= tokens[0]:
+        raise UserError(f"{file}: {name!r} has token {max(rows)}, but the base has {tokens[0]} "
+                        "tokens; load the base with the tokens that were added for the adapter")
+    new = np.array(old, np.float32)
+    table = new if entry.axes is None else new.T
+    table[list(rows)] = from_stored(tensors, name, None, file)
     return new

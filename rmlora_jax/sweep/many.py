@@ -19,6 +19,7 @@ import rmlora_jax as rm
 from rmlora_jax import methods
 from rmlora_jax.adapt.forms import FACTORS
 from rmlora_jax.errors import UserError
+from rmlora_jax.models.attention import under_vmap
 from rmlora_jax.parallel.mesh import replicate, spread
 from rmlora_jax.sweep.grid import Run
 from rmlora_jax.train import setup
@@ -79,7 +80,12 @@ def train_step(base: setup.Base) -> Callable:
         return step(state, shared._replace(seed=values["seed"]), batch)
 
     mapped = jax.vmap(one, in_axes=(MAPPED, 0, None, None), out_axes=(MAPPED, 0))
-    return lambda state, constants, batch: mapped(state, constants.values, constants.shared, batch)
+
+    def step(state, constants, batch):
+        with under_vmap(True):
+            return mapped(state, constants.values, constants.shared, batch)
+
+    return step
 
 
 def eval_step(base: setup.Base) -> Callable:

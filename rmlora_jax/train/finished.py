@@ -188,7 +188,11 @@ def write_adapter(
     write_info(folder, info)
     if methods.of(config).adapts:
         params = joined(problem.pretrained.params, trainable)
-        hub.save_peft(folder / ADAPTER, params, lora, problem.pretrained, info=info, overwrite=True)
+        base, adapter = problem.pretrained, folder / ADAPTER
+        hub.save_peft(adapter, params, lora, base, info=info, overwrite=True)
+        if found := hub.vllm_obstacles(adapter, base.family):
+            print(f"note: vLLM cannot use {adapter} as it is: {'; '.join(found)}; merge it with\n"
+                  f"python run.py --workdir={folder} --export=merged", flush=True)
 
 
 def joined(base: Mapping[str, Any], trainable: Mapping[str, Any]) -> dict:
@@ -220,18 +224,18 @@ def _export_merged(workdir: Path) -> Path:
                 f"--workdir={workdir}"
             )
         base, params, lora, info = found
-        params = params if lora is None else rm.merge(params, lora)
     else:
         config = read_config(workdir)
         info = _info(workdir, config)
         if methods.of(config).adapts:
             outputs, size = hub.stored_labels(workdir / ADAPTER), info.image_size
             base = hub.load_pretrained(config.model.source, num_labels=outputs, image_size=size)
-            params = rm.merge(*hub.load_peft(workdir / ADAPTER, base))
+            base = hub.adapter_base(workdir / ADAPTER, base)
+            params, lora = hub.load_peft(workdir / ADAPTER, base)
         else:
-            params, _, base = _of_checkpoint(config, info, best_trainable(workdir))
+            params, lora, base = _of_checkpoint(config, info, best_trainable(workdir))
     info = dataclasses.replace(info, about=info.about | {"card": model_card(base, info)})
-    return hub.save_model(workdir / MERGED, params, base, info=info, overwrite=True)
+    return hub.save_model(workdir / MERGED, params, base, info=info, lora=lora, overwrite=True)
 
 
 def model_of(folder: str | Path) -> Model:

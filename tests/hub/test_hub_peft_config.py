@@ -120,7 +120,7 @@ def test_the_defaults_of_every_release_are_read(tmp_path):
 @pytest.mark.parametrize(("field", "value"), [
     ("lora_bias", True), ("fan_in_fan_out", True), ("use_qalora", True),
     ("use_bdlora", {"nblocks": 2}), ("layer_replication", [[0, 2]]),
-    ("trainable_token_indices", [1]), ("target_parameters", ["weight"]),
+    ("target_parameters", ["weight"]),
     ("alora_invocation_tokens", [3]), ("arrow_config", {"top_k": 3}), ("kasa_config", {"beta": 1}),
     ("monteclora_config", {"n": 4}), ("velora_config", {"scale": 1.0}),
     ("megatron_config", {"tensor_model_parallel_size": 2}),
@@ -143,7 +143,7 @@ def test_an_unknown_field_that_asks_for_nothing_is_read(value, tmp_path):
     ("init_lora_weights", "orthogonal"), ("init_lora_weights", "mica"), ("init_lora_weights", None),
     ("eva_config", {"rho": 2.0}), ("corda_config", {"x": 1}), ("loftq_config", {"loftq_bits": 4}),
     ("lora_ga_config", {"x": 1}), ("megatron_core", "megatron.core"), ("qalora_group_size", 8),
-    ("peft_version", "0.99"), ("ensure_weight_tying", True), ("runtime_config", {"x": True}),
+    ("peft_version", "0.99"), ("runtime_config", {"x": True}),
 ])
 def test_an_inert_field_changes_nothing(bases, field, value, tmp_path):
     plain, other = (read_config(folder) for folder in (
@@ -194,7 +194,11 @@ PATTERN = r"bert\..*(query|word_embeddings|output\.dense)"
     ({"layers_to_transform": [0, 1]}, None,
      "has factors of .*'bert.encoder.layer.2.* adapter_config.json does not target and PEFT"),
     ({"target_modules": ["qery", *LIST[1:]]}, None, "has factors of 'bert.*0.*query'.* and PEFT"),
-    ({"target_modules": "all-linear"}, None, "has factors of .* does not target and PEFT"),
+    ({"target_modules": "all-linear"}, None, "lacks what .*layer.0.attention.self.key.weight'"),
+    ({"trainable_token_indices": [1]}, None, "lacks what .*'trainable_token_indices'"),
+    ({"trainable_token_indices": [1, 1]}, None, r"indices is \[1, 1\]; it must be a list of diff"),
+    ({"trainable_token_indices": {"x": [-1]}}, None, "indices is .*an object of names and such"),
+    ({"ensure_weight_tying": 1}, None, "ensure_weight_tying is 1; it must be true or false"),
     ({"target_modules": "(a+)+$"}, None, r"target_modules has '\(a\+\)\+\$', which is not a sim"),
     ({"layers_pattern": ["(a|a)*"]}, None, "layers_pattern has .*, which is not a simple"),
     ({"layers_to_transform": "all"}, None, "layers_to_transform is 'all'; it must be a number"),

@@ -1,0 +1,103 @@
+"""Whole language models as folders of the Hugging Face layout."""
+
+import json
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures.peft_decoders import cases
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file
+from test_peft_decoders import LINEAR, with_factors
+
+import rmlora_jax as rm
+from rmlora_jax.errors import UserError
+from rmlora_jax.hub import Info, load_pretrained, safetensors_write, save_model, untied
+
+INFO = Info("sft")
+FILES = {
+    "tokenizer.json": "{}", "generation_config.json": '{"eos_token_id": 2}',
+    "chat_template.jinja": "{{ messages }}", "tokenizer.model": "x", "modeling_own.py": "code",
+    "tokenizer_config.json": '{"auto_map": {}, "eos_token": "</s>"}',
+}  # fmt: skip
+
+
+def base_of(folder, name):
+    cases.write_base(folder, name)
+    for file, text in FILES.items():
+        (folder / file).write_text(text)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {
+        "torch_dtype": "bfloat16", "id2label": {"0": "LABEL_0"}, "_name_or_path": "/home/me"}))
+    return load_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", [rm.LoRA, rm.DoRA])
+@pytest.mark.parametrize("name", ["gemma2", "llama"])
+def test_the_merged_model_is_what_merge_gives(name, kind, tmp_path, monkeypatch):
+    """Bit for bit, in shards; of a tied model the head stays out of the file."""
+    base = base_of(tmp_path / "base", name)
+    lora = kind(rank=2, alpha=6, target=f"{LINEAR}|embed", rank_pattern=((".*/up", 3),))
+    params = with_factors(base, lora)
+    monkeypatch.setattr(safetensors_write, "MOST_BYTES", 30_000)
+    save_model(tmp_path / "merged", params, base, info=INFO, lora=lora)
+    again = load_pretrained(tmp_path / "merged")
+    merged = flatten_dict(rm.merge(params, lora), sep="/")
+    found = flatten_dict(again.params, sep="/")
+    assert found.keys() == merged.keys() and again.config == base.config
+    for path, value in merged.items():
+        np.testing.assert_allclose(found[path], value, rtol=1e-6, atol=1e-7, err_msg=path)
+    files = {path.name for path in (tmp_path / "merged").iterdir()}
+    shards = {file for file in files if file.endswith(".safetensors")}
+    assert len(shards) > 2 and "model.safetensors" not in shards
+    stored = [name for file in shards for name in load_file(tmp_path / "merged" / file)]
+    assert ("lm_head.weight" in stored) is (name == "llama")
+    assert files - shards == {"config.json", "model.safetensors.index.json", "rmlora.json",
+                              *FILES} - {"modeling_own.py"}
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["dtype"] == "float32" and config["architectures"] == [base.family.classifier]
+    assert not config.keys() & {"torch_dtype", "id2label", "label2id", "problem_type",
+                                "_name_or_path"}
+    tokenizer = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())
+    assert tokenizer == {"eos_token": "</s>"}
+
+
+def test_an_untied_head_becomes_one_in_the_files(tmp_path):
+    base = untied(base_of(tmp_path / "base", "llama_tied"))
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base.params)
+    save_model(tmp_path / "whole", half, base, info=INFO)
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False and config["dtype"] == "bfloat16"
+    again = load_pretrained(tmp_path / "whole", dtype=jnp.bfloat16)
+    assert again.params["head"]["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(again.params["head"]["kernel"], half["embed"]["embedding"].T)
+
+
+def test_no_second_copy_is_made(tmp_path):
+    """numpy's peak while 24 matrices are merged and written: less than four of them."""
+    raw = cases.CASES["llama"] | {"num_hidden_layers": 8, "hidden_size": 64,
+                                  "intermediate_size": 8192, "vocab_size": 61}
+    name = "llama_large"
+    cases.CASES[name] = raw
+    try:
+        base = load_pretrained(cases.write_base(tmp_path / "base", name))
+    finally:
+        del cases.CASES[name]
+    lora = rm.LoRA(rank=2, target="layers/mlp/.*")
+    params = with_factors(base, lora)
+    matrix = 64 * 8192 * 4
+    tracemalloc.start()
+    save_model(tmp_path / "merged", params, base, info=INFO, lora=lora)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * matrix
+
+
+def test_factors_without_a_description_are_refused(tmp_path):
+    base = base_of(tmp_path / "base", "llama")
+    params = with_factors(base, rm.LoRA(rank=2, target=LINEAR))
+    with pytest.raises(UserError, match="are low-rank factors; save what"):
+        save_model(tmp_path / "merged", params, base, info=INFO)
+    assert not (tmp_path / "merged").exists()
