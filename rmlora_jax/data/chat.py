@@ -136,13 +136,15 @@ def weighted(chats: Chats, weights: Sequence[float]) -> Chats:
 
     Of a fraction, 0.5 say, that part of the source's rows is drawn, the same for ever.
     """
+    if all(weight == 1 for weight in weights):
+        return chats
     ends = np.cumsum([len(rows) for rows in chats.sources])
     which, parts = np.searchsorted(ends, chats.ids, side="right"), []
     for number, weight in enumerate(weights):
         own = np.flatnonzero(which == number)
         more = np.random.RandomState([SEED, number]).permutation(len(own))
         parts += [own] * int(weight) + [own[np.sort(more[: round(len(own) * (weight % 1))])]]
-    return chats.at(np.concatenate(parts)) if any(w != 1 for w in weights) else chats
+    return chats.at(np.concatenate(parts))
 
 
 def split_chats(found: FoundChats, names: Names, request: Request) -> ChatDataset:

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,11 +14,19 @@ READ = 64 << 20  # bytes of a split of images that its content is known by
 SEED = 0  # of the order in which they are read
 
 
-def content_of(split: ImageSource | TextSplit) -> str:
+class Stored(Protocol):
+    """A split that gives the bytes of an example, such as a `chat.Chats`."""
+
+    def __len__(self) -> int: ...
+
+    def content(self, index: int) -> bytes: ...
+
+
+def content_of(split: ImageSource | TextSplit | Stored) -> str:
     """Hexadecimal SHA-256 of a split's examples and labels, wherever its files lie.
 
-    Texts are read whole. Images are read as they are stored, in a fixed random order, until they
-    make `READ` bytes: of a larger split this is a sample.
+    Texts are read whole. Images and chats are read as they are stored, in a fixed random order,
+    until they make `READ` bytes: of a larger split this is a sample.
     """
     if isinstance(split, TextSplit):
         digest = hashlib.sha256(split.labels.tobytes())
@@ -55,7 +63,7 @@ def _add(digest: Any, data: bytes) -> None:
     digest.update(len(data).to_bytes(8, "little") + data)
 
 
-def stored(source: ImageSource, index: int) -> bytes:
+def stored(source: Any, index: int) -> bytes:
     """The bytes of an example as they are stored, with its label; or else those of its pixels."""
     own = getattr(source, "content", None)
     if own is not None:

@@ -1,5 +1,6 @@
 """Targets of the loss against a search for the assistant's words in the text of the template."""
 
+import random
 import re
 
 import numpy as np
@@ -8,6 +9,7 @@ from fixtures.chat.tiny import CHATML, FORMATS, LLAMA3, QWEN3, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from rmlora_jax.data.chat_examples import ROLES, Names, example_of
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub import (
     Template,
@@ -17,7 +19,7 @@ from rmlora_jax.hub import (
     end_tokens,
     find_template,
 )
-from rmlora_jax.hub.chat_template import KNOWN, fingerprint
+from rmlora_jax.hub.chat_template import KNOWN, LOSSES, _overlap, fingerprint
 
 CHAT = [
     {"role": "user", "content": "What is the capital of France?"},
@@ -143,6 +145,14 @@ def test_earlier_answers_without_their_reasoning():
         "<|im_start|>assistant\n«<think>\n\n</think>\n\n7 is prime. ü 字<|im_end|>»\n"
     )
     assert encoded(tokenizer, {"messages": chat}) == expected(tokenizer, written)
+
+
+def test_overlap_against_trying_all():
+    draw = random.Random(0)
+    for _ in range(2000):
+        after, before = ("".join(draw.choices("ab\n", k=draw.randrange(9))) for _ in "12")
+        sizes = [n for n in range(len(after) + 1) if before.endswith(after[:n])]
+        assert _overlap(after, before) == max(sizes)
 
 
 def test_prefixes_are_checked():
@@ -280,6 +290,43 @@ def test_tools_pass_whole():
         "The capital is Paris.<|im_end|>"
     )
     assert "<|im_start|>tool\n8<|im_end|>" in tokenizer.decode(tokens)
+
+
+def test_fuzzed_examples_are_encoded_or_refused():
+    """Whatever a row may hold that `example_of` lets through."""
+    draw = random.Random(0)
+    words = ["", " ", "a\n", "\n\n", "<|im_end|>", "[INST]", "{{ 1 }}", "\x00", "字", "<think>"]
+    tokenizers = [tiny_tokenizer(kind) for kind in FORMATS] + [tiny_tokenizer("chatml", QWEN3)]
+    pairs = [(one, find_template(one)) for one in tokenizers]
+    pairs += [(tiny_tokenizer(kind), find_template(tiny_tokenizer(kind), kind)) for kind in KNOWN]
+    done = 0
+    for _ in range(400):
+        messages = []
+        for _ in range(draw.randrange(1, 6)):
+            message: dict = {"role": draw.choice(["user", "assistant", draw.choice(ROLES)])}
+            message["content"] = "".join(draw.choices(words, k=3))
+            if draw.random() < 0.1:
+                arguments = draw.choice(["a", "[1]", None, {"a": [None, 1.5]}])
+                message["tool_calls"] = [{"function": {"name": "f", "arguments": arguments}}]
+            if draw.random() < 0.1:
+                message[draw.choice(["name", "x"])] = draw.choice([None, 1, ["a"]])
+            messages.append(message)
+        row = {"messages": messages}
+        if draw.random() < 0.2:
+            row["tools"] = [{"name": draw.choice(words), "parameters": draw.choice([None, 1, {}])}]
+        example = example_of(row, Names(), "line 1")
+        tokenizer, template = draw.choice(pairs)
+        loss = draw.choice(LOSSES)
+        try:
+            tokens, wanted = encode(tokenizer, example, template, loss=loss)
+        except UserError as error:
+            assert str(error).count("\n") <= 1 and len(str(error)) < 800
+            continue
+        done += 1
+        assert tokens.shape == wanted.shape and tokens.dtype == np.int32
+        if any(one["role"] == "assistant" for one in example["messages"]):
+            assert wanted.any()
+    assert done > 100
 
 
 def test_described():
