@@ -106,7 +106,9 @@ class Data:
         least=0, resume=FREE,
     )
     mode: str = field(
-        "auto", "resident: all data on the device; auto: resident if they fit",
+        "auto",
+        "resident: all images on the device; auto: resident if they fit; stream, also for sft: "
+        "read while the run trains",
         choices=("auto", "resident", "stream"),
     )
     cache: str = field(

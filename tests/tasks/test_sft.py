@@ -238,6 +238,21 @@ def test_a_tokenizer_of_another_model_is_refused(root, tmp_path):
         setup.build(resolve(config), all_devices(limit=1))
 
 
+@pytest.mark.parametrize("pack", [True, slow(False)])
+def test_a_stream_goes_on_from_any_step(root, pack):
+    config = config_of(root, 5, **{"data.mode": "stream", "sft.pack": pack})
+    base = setup.open_base(resolve(config), all_devices(limit=1))
+    plain = [batch for _, batch in zip(range(6), base.feed.train(0), strict=False)]
+    later = [batch for _, batch in zip(range(3), base.feed.train(3), strict=False)]
+    for one, other in zip(plain[3:], later, strict=True):
+        for name in ("tokens", "wanted", "segments", "positions"):
+            np.testing.assert_array_equal(one[name], other[name])
+    assert plain[0]["tokens"].shape[0] == 8 and (plain[0]["segments"].max() > 1) == pack
+    assert base.steps == 5 and base.feed.sizes["train"] == 162
+    with pytest.raises(UserError, match=r"config\.steps"):
+        resolve(config_of(root, 0, **{"data.mode": "stream"}))
+
+
 @pytest.mark.slow
 def test_one_example_a_row_has_the_figures_of_packed_rows(root):
     where, found = all_devices(limit=1), []

@@ -57,6 +57,7 @@ def mean_loss(model, batch, packed=True):
     def total(trainable):
         call = functools.partial(adapted.apply, {"params": rm.join(trainable, frozen)}, *inputs)
         total, weight, counts = targets.objective().loss(call, labels)
+        assert weight is not None
         return total / weight, (weight, counts)
 
     return jax.jit(jax.value_and_grad(total, has_aux=True))(trainable)
