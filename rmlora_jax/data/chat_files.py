@@ -27,6 +27,7 @@ from rmlora_jax.files import given_path, near
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 BLOCK = 64 << 20  # bytes of a file that are searched for line breaks at a time
+SHORT = 16  # bytes of the longest line that may be blank
 ZIPPED = ".gz"
 
 
@@ -109,9 +110,10 @@ class JsonLines(RowSource):
             ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + at + 1)
             at += len(block)
         edges = np.unique(np.concatenate([[0], *ends, [at]])).astype(np.int64)
-        # No object is shorter than {} and a line break.
-        kept = np.diff(edges) > 2
-        kept[-1:] |= np.diff(edges)[-1:] == 2
+        sizes = np.diff(edges)
+        kept = sizes > 0
+        for line in np.flatnonzero(sizes <= SHORT).tolist():  # longer ones are not blank
+            kept[line] = bool(os.pread(file.fileno(), int(sizes[line]), int(edges[line])).strip())
         self._numbers = np.flatnonzero(kept)
         self._edges = edges
 

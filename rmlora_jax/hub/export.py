@@ -29,7 +29,7 @@ CARD = "README.md"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER = tuple(dict.fromkeys(name for name in (*EXTRAS, *FILES) if name != PREPROCESSOR))
 
-GENERATION = "generation_config.json"
+GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Fields that make transformers fetch or run code, or read other weights than these.
@@ -112,6 +112,8 @@ def save_model(
         write_tensors(new, tensors, values)
         if base.image_mean is None:
             write_tokenizer(base.folder, new)
+            if info.template:  # before what the tokenizer has of its own
+                write_text_atomic(new / TEMPLATE, info.template)
         else:
             write_json(new / PREPROCESSOR, preprocessor(base, info))
         write_info(new, info)

@@ -10,7 +10,7 @@ from rmlora_jax.files import read_object
 from rmlora_jax.hub.gguf_file import SUFFIX
 from rmlora_jax.hub.info import Info, read_info
 from rmlora_jax.hub.peft_config import CONFIG_FILE, find_base, read_config
-from rmlora_jax.hub.peft_read import load_peft, stored_labels
+from rmlora_jax.hub.peft_read import adapter_base, load_peft, stored_labels
 from rmlora_jax.hub.pretrained import Pretrained, load_pretrained
 from rmlora_jax.hub.source import CONFIG, gguf_files
 from rmlora_jax.inference import classifier, generator
@@ -69,7 +69,7 @@ def load(folder: str | Path) -> Any:
         if base.new:
             raise UserError(f"{where} has no trained {', '.join(base.new)}; train it first")
         return use(base, base.params, None, info)
-    base = _base(where, info)
+    base = adapter_base(where, _base(where, info))
     return use(base, *load_peft(where, base), info)
 
 
@@ -83,7 +83,8 @@ def load_several(folders: dict[str, Path]) -> Any:
     """One model with the adapters in these folders, by name.
 
     Raises:
-      UserError: they have not one base, or not that of a language model.
+      UserError: they have not one base, or not that of a language model; or they were trained with
+        different chat templates or system messages.
     """
     (first, place), *others = folders.items()
     sources = {name: find_base(where, read_config(where)) for name, where in folders.items()}
@@ -91,16 +92,26 @@ def load_several(folders: dict[str, Path]) -> Any:
         if sources[name] != sources[first]:
             raise UserError(f"the adapters {first} and {name} have different bases, "
                             f"{sources[first]} and {sources[name]}; give the folder of one")
-    info = read_info(place)
+    infos = {name: read_info(where) for name, where in folders.items()}
+    info = infos[first]
     base = _base(place, info)
     if USES[base.family.inputs].make is not Generator:
         raise UserError(f"{place.parent} holds {len(folders)} adapters; give the folder of one, "
                         f"such as {place}")
+    for name, _ in others:
+        if _talk(infos[name]) != _talk(info):
+            raise UserError(f"the adapters {first} and {name} were trained with different chat "
+                            "templates or system messages; give the folder of one")
     try:
         trees, lora = rm.align_adapters({k: load_peft(v, base) for k, v in folders.items()})
     except ValueError as error:
         raise UserError(f"the adapters {', '.join(folders)} do not go together: {error}") from None
     return use(base, base.params, lora, info, adapters=trees)
+
+
+def _talk(info: Info | None) -> tuple[str | None, str]:
+    """How a language model's prompts are written: chat template and system message."""
+    return (info.template, info.system) if info else (None, "")
 
 
 def _base(where: Path, info: Info | None) -> Pretrained:

@@ -10,6 +10,7 @@ import numpy as np
 
 from rmlora_jax import data, hub
 from rmlora_jax.data.dataset import BadRecord
+from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.hub import chat_template
 from rmlora_jax.tasks import targets, task
@@ -47,7 +48,7 @@ def open_feed(
     content = {name: data.hash_of(*split.tokens, split.order) for name, split in splits.items()}
     if streams(config):
         read = reader(config, chats.train, tokenizer, template)
-        first, epoch = read(0)[:2], 0
+        first, epoch = first_read(read, len(chats.train)), 0
         content["train"] = data.content_of(chats.train)
 
         def train(step: int) -> Iterator[dict]:
@@ -148,6 +149,23 @@ def first_of(split: Split) -> tuple[np.ndarray, np.ndarray]:
     first = int(split.order[0])
     own = slice(*split.tokens.offsets[first : first + 2])
     return split.tokens.ids[own], split.tokens.types[own]
+
+
+def first_read(read: Any, examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same of examples that are read as they are needed: of the first that can be used.
+
+    What is wrong with those before it is reported when their batch comes.
+    """
+    wrong = None
+    for index in range(examples):
+        try:
+            tokens, wanted, _ = read(index)
+        except BadRecord as error:
+            wrong = wrong or error
+            continue
+        if len(tokens):
+            return tokens, wanted
+    raise wrong or UserError("no example is left to train on: all are too long")
 
 
 def described(tokenizer: Any, tokens: np.ndarray, wanted: np.ndarray) -> str:

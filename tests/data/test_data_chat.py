@@ -78,6 +78,14 @@ def test_each_kind_of_file(tmp_path, own_cache):
     assert len(train) == 7 * 20 - 3
 
 
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\n  \n", "\n{}", " \t\r\n \n\n"])
+def test_blank_lines_are_left_out(tmp_path, end):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\r\n  \n" + lines(tmp_path / "b.jsonl", ROWS).read_bytes()[:-1] + end.encode())
+    rows = open_rows(path)
+    assert [rows[i] for i in range(len(rows))] == ROWS + [{}] * end.endswith("{}")
+
+
 def test_rows_are_read_by_number_from_any_thread(tmp_path):
     big = [{"q": f"{i} " + "x" * (i % 300), "a": "b"} for i in range(3000)]
     path = tmp_path / "a.jsonl"

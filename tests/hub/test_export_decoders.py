@@ -101,3 +101,9 @@ def test_factors_without_a_description_are_refused(tmp_path):
     with pytest.raises(UserError, match="are low-rank factors; save what"):
         save_model(tmp_path / "merged", params, base, info=INFO)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_template_that_a_config_named_goes_along(tmp_path):
+    base = base_of(tmp_path / "base", "llama")
+    save_model(tmp_path / "merged", base.params, base, info=Info("sft", template="{{ 'own' }}"))
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "{{ 'own' }}"

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures.sft.tiny import TEMPLATE, write_model
+from fixtures.peft_decoders import cases
+from fixtures.sft.tiny import TEMPLATE, write_model, write_tokenizer
 
 import rmlora_jax as rm
 from rmlora_jax import hub
@@ -221,6 +222,28 @@ def test_a_folder_with_several_adapters(folder, tmp_path, answers):
         model.generate(["a"])
     with pytest.raises(UserError, match=r"the adapter 'twa'.*; did you mean two"):
         model.generate(["a"], adapters="twa")
+
+
+def test_adapters_of_different_templates_do_not_share_a_model(folder, tmp_path):
+    base = hub.load_pretrained(folder)
+    for number, name in enumerate(("one", "two")):
+        adapter(tmp_path / name, base, number, 2, target="layers/attention/query")
+    write_info(tmp_path / "two", Info("sft", system="be brief"))
+    with pytest.raises(UserError, match="one and two were trained with different chat templates"):
+        hub.load(tmp_path)
+
+
+def test_an_adapter_of_the_embedding_alone_of_a_tied_model(tmp_path):
+    """PEFT leaves the head as it is."""
+    base = shutil.copytree(cases.HERE / "embedding", tmp_path / "adapter").parent / "base"
+    write_tokenizer(cases.write_base(base, "llama_tied"))
+    file = tmp_path / "adapter" / "adapter_config.json"
+    fields = json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}
+    file.write_text(json.dumps(fields))
+    model, ids = hub.load(tmp_path / "adapter"), cases.inputs_of("llama_tied")["input_ids"][:1]
+    logits = jax.jit(model.model.apply)({"params": model.params}, ids)
+    expected = np.load(cases.HERE / "embedding" / "logits.npy")
+    np.testing.assert_allclose(logits[0], expected, atol=3e-5 * np.sqrt((expected**2).mean()))
 
 
 def test_a_batch_that_does_not_fit_in_memory(model, answers, monkeypatch, capsys):

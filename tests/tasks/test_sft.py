@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 from faults.small import check_same_end, column, on_one_device, train
-from fixtures.sft.tiny import config_of, write_chats, write_model
+from fixtures.peft_decoders import cases
+from fixtures.sft.tiny import config_of, write_chats, write_model, write_tokenizer
 from marks import slow, slow_but
 
 import rmlora_jax as rm
 from rmlora_jax import hub
 from rmlora_jax.errors import UserError
+from rmlora_jax.models.family import flat_params
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.sweep import many
 from rmlora_jax.sweep.grid import runs
@@ -251,6 +253,31 @@ def test_a_stream_goes_on_from_any_step(root, pack):
     assert base.steps == 5 and base.feed.sizes["train"] == 162
     with pytest.raises(UserError, match=r"config\.steps"):
         resolve(config_of(root, 0, **{"data.mode": "stream"}))
+
+
+def test_a_stream_whose_first_rows_cannot_be_used(root, tmp_path):
+    rows = '{"messages": []}\n' * 40 + (root / "train.jsonl").read_text()
+    (tmp_path / "train.jsonl").write_text(rows)
+    config = config_of(root, 5, **{"data.mode": "stream", "data.bad_records": 500,
+                                   "sft.files": (str(tmp_path / "train.jsonl"),)})  # fmt: skip
+    base = setup.open_base(resolve(config), all_devices(limit=1))
+    assert next(base.feed.train(0))["wanted"].any() and "[[ is a" in "".join(base.problem.notes)
+
+
+@pytest.mark.parametrize("name", slow_but(["tokens", "whole_tied", "llama_rows"], "tokens"))
+def test_an_adapter_of_peft_continues_with_its_embedding(root, tmp_path, name):
+    """Its trained rows and whole modules are where the run begins, and are trained on."""
+    source = cases.write_base(tmp_path / "base", cases.ADAPTERS[name][0])
+    write_tokenizer(source)
+    fields = {"model.source": str(source), "model.adapter": str(cases.HERE / name)}
+    job = setup.build(resolve(config_of(root, 2, **fields)), all_devices(limit=1))
+    base = hub.load_pretrained(source)
+    expected = flat_params(hub.load_peft(cases.HERE / name, base)[0])
+    found = flat_params(rm.join(job.state.trainable, job.constants.frozen))
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+    assert "embed/embedding" in flat_params(job.state.trainable)
 
 
 @pytest.mark.slow
