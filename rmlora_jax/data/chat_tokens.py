@@ -129,7 +129,7 @@ def encode_chats(
     Raises:
       UserError: too many records cannot be used, or no example is left.
     """
-    first, order = np.unique(chats.ids, return_index=True)[1], None
+    first = np.unique(chats.ids, return_index=True)[1]
     fields = (*Tokens._fields, "kept", "counts")
     if cache and (found := read_arrays(cache, fields)):
         tokens, kept, counts = Tokens(*found[:3]), found[3], Counts(*found[4].tolist())

@@ -235,11 +235,8 @@ def _in_jax(info: Info | None) -> list[str]:
     example = '"photo.jpg"'
     if info is not None and info.inputs is TEXTS:
         example = '"a text"' if len(info.columns) == 1 else '("a text", "another")'
-    use = f"model([{example}])"
-    if info is not None and info.inputs is TOKENS:
-        use = 'model.generate(["a prompt"])[0].text'
     code = "import rmlora_jax.hub\n\nmodel = rmlora_jax.hub.load(\"FOLDER\")\n"
-    return ["In JAX, with `rmlora_jax`:", _code(f"{code}print({use})")]
+    return ["In JAX, with `rmlora_jax`:", _code(f"{code}print(model([{example}]))")]
 
 
 def _in_vllm(config: Mapping[str, Any], name: str, obstacles: Sequence[str]) -> list[str]:
