@@ -237,8 +237,7 @@ def _render(
     messages: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool = False,
 ) -> tuple[str, list[tuple[int, int]] | None]:
-    """The text of messages, and the parts that the template marks as the assistant's, if it does.
-    """
+    """The text of messages, and the assistant's parts where the template marks them."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     if template.text is None:
@@ -282,19 +281,24 @@ def _turn(write: Callable, messages: list[dict], i: int, text: str) -> tuple[int
             return start, len(upto)
         # Some templates write the last message more fully than earlier ones, with its reasoning
         # say. What both have in common is then the longest end of one that begins the other.
-        rest = text[start:]
-        for size in range(min(len(rest), len(upto)), 0, -1):
-            if upto.endswith(rest[:size]):
-                said = str(messages[i].get("content") or "").strip().splitlines()[-1:]
-                if said and said[0].strip() in rest[:size]:
-                    return start, start + size
-                break
+        size = _overlap(text[start:], upto)
+        said = str(messages[i].get("content") or "").strip().splitlines()[-1:]
+        if said and said[0].strip() in text[start : start + size]:
+            return start, start + size
     raise UserError(
         f"message {i + 1}: the chat template writes it, or what comes before it, differently in "
         "the whole conversation, so that its tokens cannot be told apart\n"
         f"Name a template that marks them with {{% generation %}}, such as {FIELD}=chatml, or "
         f"learn from the last message alone, {LOSS_FIELD}=last, or all tokens, {LOSS_FIELD}=all"
     )
+
+
+def _overlap(after: str, before: str) -> int:
+    """The length of the longest beginning of ``after`` with which ``before`` ends."""
+    size = min(len(after), len(before))
+    while size and not before.endswith(after[:size]):
+        size = after.rfind(before[-1], 0, size - 1) + 1
+    return size
 
 
 # From text to tokens
@@ -315,8 +319,7 @@ def _whole(tokenizer, text: str) -> list[int]:
 
 
 def _ended(tokenizer, text: str, ids: list[int]) -> np.ndarray:
-    """The tokens with the tokenizer's end token, where it has one and the text does not end in it.
-    """
+    """The tokens and the tokenizer's end token, unless the text ends in it."""
     end = tokenizer.eos_token
     more = [] if end is None or text.rstrip().endswith(end) else [tokenizer.eos_token_id]
     return np.array(ids + more, np.int32)
@@ -345,11 +348,10 @@ def _parts(tokenizer, text: str, cuts: list[int]) -> list[list[int]]:
     if together == ids:
         return parts
     # Some tokenizers begin every text with a space: only the beginnings of the whole agree.
-    heads = tokenizer([text[:cut] for cut in cuts], add_special_tokens=False, verbose=False)
-    heads = heads["input_ids"]
+    heads = [_tokens(tokenizer, text[:cut]) for cut in cuts]
     if all(ids[: len(head)] == head for head in heads):
-        return [ids[first:last] for first, last in
-                itertools.pairwise([0, *map(len, heads), len(ids)])]  # fmt: skip
+        edges = itertools.pairwise([0, *map(len, heads), len(ids)])
+        return [ids[first:last] for first, last in edges]
     if tokenizer.decode(together) != tokenizer.decode(ids):
         wrong = next(cut for cut, head in zip(cuts, heads, strict=True)
                      if ids[: len(head)] != head)  # fmt: skip

@@ -8,7 +8,7 @@ Source: https://github.com/ggml-org/llama.cpp/tree/master/src/models
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -67,7 +67,7 @@ class Fields:
             self.refuse(name, "not a finite number")
         return float(str(np.float32(value)))
 
-    def refuse(self, name: str, why: str) -> None:
+    def refuse(self, name: str, why: str) -> NoReturn:
         full = f"{self.kind}.{name}"
         value = repr(self.file.fields.get(full))[:80]
         raise UserError(f"{self.file.path}: {full} = {value} is {why}; take another file")

@@ -10,7 +10,7 @@ tokenizer.json of the published models.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from rmlora_jax.errors import UserError, did_you_mean, first_line
 from rmlora_jax.hub.gguf_file import GGUFFile
@@ -70,7 +70,8 @@ CUTS = {
 def load_gguf_tokenizer(file: GGUFFile) -> Any:
     """transformers' fast tokenizer of the model in a GGUF file.
 
-    Special tokens, the tokens at both ends and the chat template are the file's.
+    Special tokens, the tokens at both ends and the chat template are the file's. Of several chat
+    templates it is the one without a name.
 
     Raises:
       UserError: the file has no tokenizer, one of an unknown kind, or a damaged one.
@@ -264,5 +265,5 @@ def _list(file: GGUFFile, name: str, kind: Any, default: list | None = None) -> 
     return values
 
 
-def _refuse(file: GGUFFile, why: str):
+def _refuse(file: GGUFFile, why: str) -> NoReturn:
     raise UserError(f"{file.path} has no tokenizer that can be read ({why}); copy it again")

@@ -196,8 +196,8 @@ def load_decoder(
       source, revision: as for `load_pretrained`.
       dtype: of all parameters; they are cast while they are read.
       sharding: shape -> where a parameter lies, such as ``lambda shape: base_sharding(shape,
-        devices)``. The parameters then are `jax.Array`. At any time the host has a copy of one of
-        them at most, and of that what the devices of this process hold. None: numpy arrays.
+        devices)``. The parameters then are `jax.Array`, and the host never holds more than one
+        layer of one of them. None: numpy arrays.
 
     Raises:
       UserError: as `load_pretrained`; also for another kind of model, and for one that is known but

@@ -57,6 +57,14 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         """Shape of a tensor, without its values."""
         return self._tensors[name][1]
 
+    def forget(self, name: str) -> None:
+        """Gives the memory of a tensor's pages back; they are read again when they are used."""
+        dtype, shape, start = self._tensors[name]
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = start + math.prod(shape) * dtype.itemsize - first
+        if size > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED, first, size)
+
 
 def _parts(path: Path):
     """The mapped file, and name -> (dtype, shape, where its values start)."""

@@ -14,9 +14,10 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.hub.gguf_file import SUFFIX
 from rmlora_jax.hub.gguf_tensors import open_gguf
 from rmlora_jax.hub.pickled import PickledTensors
+from rmlora_jax.hub.placing import placed
 from rmlora_jax.hub.safetensors_file import SafetensorsFile
 from rmlora_jax.hub.source import KINDS, weight_files
-from rmlora_jax.models.family import Entry, Family
+from rmlora_jax.models.family import AS_IS, Entry, Family
 
 LFS_POINTER = b"version https://git-lfs"
 
@@ -53,6 +54,11 @@ class Tensors(Mapping[str, np.ndarray]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without its values."""
         return self._files[name].shape(name)
+
+    def forget(self, name: str) -> None:
+        """Gives the memory of a mapped tensor back to the system."""
+        if isinstance(file := self._files[name], SafetensorsFile):
+            file.forget(name)
 
 
 def _tensors(path: Path) -> Mapping[str, np.ndarray]:
@@ -114,8 +120,8 @@ def read_params(
       shapes: path -> shape of every parameter to read; stacked ones start with L.
       leftovers: regular expressions (full match) of tensors to leave out.
       dtype: of the parameters but those in ``family.new``, which are float32.
-      sharding: shape -> where a parameter lies. The parameters then are `jax.Array`, read one at a
-        time and from the file only what the devices of this process hold. None: numpy arrays.
+      sharding: shape -> where a parameter lies. The parameters then are `jax.Array`, see `placed`.
+        None: numpy arrays.
 
     Raises:
       UserError: a tensor is missing, unexpected, stored twice, of another shape, or not floating.
@@ -146,23 +152,20 @@ def read_params(
     for entry in read:  # before memory is allocated for any of them
         _check_shapes(tensors, entry, found, shapes)
 
-    def whole(entry: Entry, kind):
-        shape = shapes[entry.path]
+    def stored(entry: Entry, layer: int) -> np.ndarray:
+        return from_stored(tensors, found[entry.path, layer], AS_IS, tensors.folder)
 
-        @functools.cache  # several devices may hold the same part
-        def part(*bounds: tuple[int, int]):
-            return _read(tensors, entry, found, kind, bounds)
-
+    flat = {}
+    for entry, kind in read.items():
+        own, shape = functools.partial(stored, entry), shapes[entry.path]
         if sharding is None:
-            return part(*((0, size) for size in shape))
-
-        def of_device(index):
-            return part(*(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)))
-
-        placed = jax.make_array_from_callback(shape, sharding(shape), of_device)
-        return placed.block_until_ready()  # so that its copy on the host can go
-
-    return {entry.path: whole(entry, kind) for entry, kind in read.items()}, tuple(dropped)
+            flat[entry.path] = _read(own, entry, shape, kind)
+        else:
+            where = sharding(shape)
+            flat[entry.path] = placed(shape, kind, where, own, entry.axes, entry.stacked)
+            for layer in layers_of(entry, shapes):
+                tensors.forget(found[entry.path, layer])
+    return flat, tuple(dropped)
 
 
 def _check_shapes(tensors: Tensors, entry: Entry, found, shapes) -> None:
@@ -176,15 +179,12 @@ def _check_shapes(tensors: Tensors, entry: Entry, found, shapes) -> None:
             )
 
 
-def _read(tensors: Tensors, entry: Entry, found, dtype, bounds) -> np.ndarray:
-    """A part of a parameter, from the first to before the second of ``bounds`` of each axis."""
-    index = tuple(slice(*bound) for bound in bounds)
-    layers, inside = range(*bounds[0]) if entry.stacked else [0], index[entry.stacked :]
-    out = np.empty([end - start for start, end in bounds], dtype)
-    for row, layer in enumerate(layers):
-        target = out[row] if entry.stacked else out
-        value = from_stored(tensors, found[entry.path, layer], entry.axes, tensors.folder)
-        target[...] = value[inside]
+def _read(stored: Callable[[int], np.ndarray], entry: Entry, shape, dtype) -> np.ndarray:
+    out = np.empty(shape, dtype)
+    for layer in range(len(out) if entry.stacked else 1):
+        own = stored(layer)
+        own = own if entry.axes is None else own.transpose(entry.axes)
+        out[layer if entry.stacked else ...] = own
     return out
 
 

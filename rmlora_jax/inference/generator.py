@@ -1,6 +1,7 @@
 """A trained language model, ready for use: prompts in, answers out."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from rmlora_jax.models.attention import blaming
 from rmlora_jax.models.config import LARGEST
 from rmlora_jax.models.decoder import new_cache
 from rmlora_jax.models.family import flat_params
+from rmlora_jax.parallel import memory
 
 GENERATION = "generation_config.json"
 LONGEST = 2**20  # tokens of an answer
@@ -214,7 +216,8 @@ class Generator:
             them. The tokens in ``ends`` always end an answer.
           seed: of the draws. The answer to prompt number i depends on ``seed`` and i, not on the
             batch that it is in.
-          batch_size: prompts that are answered together; prompts of like length are.
+          batch_size: prompts that are answered together, those of like length; fewer, which is
+            told, where they do not fit in memory.
           adapters: where there are several: the name for all prompts, or for each.
           failed: called with the error of prompts whose logits are not finite, which are then left
             out; None raises it.
@@ -233,11 +236,19 @@ class Generator:
         lost = []
         few = len(asked) <= batch_size
         with progress(len(asked), "answering", " prompts", disable=few) as bar:
-            for first in range(0, len(order), batch_size):
-                rows = order[first : first + batch_size]
-                for _ in (writing := _Writing(self, [asked[i] for i in rows], rows, options)):
-                    pass
-                for i, answer in zip(rows, writing.answers(), strict=True):
+            while order:
+                rows = order[:batch_size]
+                try:
+                    found = self._write([asked[i] for i in rows], rows, options)
+                except Exception as error:
+                    if len(rows) == 1 or not memory.is_short(error):
+                        raise
+                    batch_size = len(rows) // 2
+                    bar.write(f"note: {len(rows)} prompts at once need more memory; now "
+                              f"{batch_size}", file=sys.stderr)
+                    continue
+                order = order[len(rows) :]
+                for i, answer in zip(rows, found, strict=True):
                     answers[i] = answer
                     lost += [i] if answer is None else []
                 bar.update(len(rows))
@@ -257,6 +268,12 @@ class Generator:
         checked = Options(**options).checked()
         (asked,) = self._read([prompt], adapter)
         return self._stream(asked, checked)
+
+    def _write(self, batch, rows: list[int], options: Options) -> list[Answer | None]:
+        writing = _Writing(self, batch, rows, options)
+        for _ in writing:
+            pass
+        return writing.answers()
 
     def _stream(self, asked, options: Options) -> Iterator[str]:
         writing = _Writing(self, [asked], [0], options, count=PIECE)

@@ -140,7 +140,7 @@ class DecoderConfig(ModelConfig):
         """See ``ModelConfig.from_hf``.
 
         >>> DecoderConfig.from_hf({"model_type": "qwen2", "hidden_size": 64, "vocab_size": 100,
-        ...                        "num_attention_heads": 4}).qkv_bias
+        ...                        "num_attention_heads": 4, "num_key_value_heads": 2}).qkv_bias
         True
         """
         return cls(**read_fields(config))

@@ -273,7 +273,7 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             refuse(name, config[name], f"{value!r}, or left out")
     known = {*SAME, *ROPES, *NEUTRAL, *reader.defaults, *reader.inert}
     refuse_unknown(config, known, f"a decoder of model_type {kind!r}")
-    raw = COMMON | reader.defaults | config
+    raw = {**COMMON, **reader.defaults, **config}
     for name in raw.keys() & ARITHMETIC:
         value, empty = raw[name], name == "sliding_window" and raw[name] is None
         least = int(name != "max_window_layers")

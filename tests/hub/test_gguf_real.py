@@ -15,14 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
 from oracle import oracle
 
-from rmlora_jax.hub import find_folder, load_tokenizer
-from rmlora_jax.hub.pretrained import find_architecture
-from rmlora_jax.hub.weights import Tensors, read_params
+from rmlora_jax.hub import find_folder, load_decoder, load_tokenizer
+from rmlora_jax.hub.weights import Tensors
 from rmlora_jax.models import new_cache
-from rmlora_jax.models.family import param_shapes
 
 pytestmark = pytest.mark.slow
 
@@ -139,27 +136,21 @@ def test_tokens_equal(both):
         assert tokenizer.decode(plain) == text, row
 
 
-def params_of(path):
-    family, config = find_architecture(str(path))
-    shapes = param_shapes(family, config, config.vocab_size)
-    flat, _ = read_params(Tensors(path), family, shapes, family.leftovers, jnp.float32)
-    return family.model(config, config.vocab_size), unflatten_dict(flat, sep="/")
-
-
 def test_logits_and_greedy_tokens_equal(both, capsys):
     """Logits within 2e-3 of their root mean square, on a text longer than Gemma's window; 64 greedy
     tokens for 8 prompts in one batch, as far as the two best logits differ by more than 1e-3."""
     name, path, _, given, _, theirs = both
-    model, params = params_of(path)
-    variables = {"params": jax.device_put(params)}
+    base = load_decoder(path)
+    model = base.family.model(base.config, base.num_labels)
+    variables = {"params": jax.device_put(base.params)}
     logits = jax.jit(lambda v, ids: model.apply(v, ids)[:, ::STRIDE])(variables, given["text"])
     error = np.abs(logits - theirs["logits"]).max() / np.sqrt(np.mean(theirs["logits"] ** 2))
     ours = greedy(model, variables, [given[f"prompt{i}"] for i in range(len(QUESTIONS))])
     counts = []
     for i, row in enumerate(ours):
-        clear = theirs[f"prompt{i}_above"] > 1e-3
+        clear = theirs["above"][i] > 1e-3
         counts.append(NEW if clear.all() else int(np.argmin(clear)))
-        np.testing.assert_array_equal(row[: counts[-1]], theirs[f"prompt{i}"][: counts[-1]])
+        np.testing.assert_array_equal(row[: counts[-1]], theirs["greedy"][i, : counts[-1]])
     with capsys.disabled():
         print(f"\n{name}: logits differ by {error:.1e} of their RMS; greedy tokens equal: {counts}")
     assert error < 2e-3

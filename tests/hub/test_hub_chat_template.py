@@ -19,7 +19,7 @@ from rmlora_jax.hub import (
     end_tokens,
     find_template,
 )
-from rmlora_jax.hub.chat_template import KNOWN, LOSSES, fingerprint
+from rmlora_jax.hub.chat_template import KNOWN, LOSSES, _overlap, fingerprint
 
 CHAT = [
     {"role": "user", "content": "What is the capital of France?"},
@@ -145,6 +145,14 @@ def test_earlier_answers_without_their_reasoning():
         "<|im_start|>assistant\n«<think>\n\n</think>\n\n7 is prime. ü 字<|im_end|>»\n"
     )
     assert encoded(tokenizer, {"messages": chat}) == expected(tokenizer, written)
+
+
+def test_overlap_against_trying_all():
+    draw = random.Random(0)
+    for _ in range(2000):
+        after, before = ("".join(draw.choices("ab\n", k=draw.randrange(9))) for _ in "12")
+        sizes = [n for n in range(len(after) + 1) if before.endswith(after[:n])]
+        assert _overlap(after, before) == max(sizes)
 
 
 def test_prefixes_are_checked():

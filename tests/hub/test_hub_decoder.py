@@ -8,12 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from fixtures.decoders.cases import config_of, tensors_of, write_folder
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from rmlora_jax import hub
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub import weights
-from rmlora_jax.models.family import flat_params
+from rmlora_jax.hub import placing
 from rmlora_jax.parallel.mesh import all_devices, base_sharding
 
 
@@ -82,28 +82,46 @@ def test_half_precision_is_cast_while_it_is_read(base, tmp_path, stored):
     assert same(hub.load_decoder(folder, dtype=jnp.bfloat16).params, own)
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.parametrize("fsdp", [1, 2])
 def test_weights_go_straight_to_their_devices(folder, base, monkeypatch, fsdp):
-    """Each part that a device holds is read once, and nothing beside it."""
+    """The host cuts each part of each layer that its devices hold once, and nothing beside it."""
     monkeypatch.setattr("rmlora_jax.parallel.mesh.SMALL", 100)
-    devices, read, reads = all_devices(fsdp=fsdp), weights._read, []
+    devices, cut, cuts = all_devices(fsdp=fsdp, limit=2), placing._cut, []
 
-    def watched(tensors, entry, found, dtype, bounds):
-        reads.append((entry.path, bounds))
-        return read(tensors, entry, found, dtype, bounds)
+    def watched(tensor, inside, axes):
+        cuts.append((tensor.shape, inside))
+        return cut(tensor, inside, axes)
 
-    monkeypatch.setattr(weights, "_read", watched)
+    monkeypatch.setattr(placing, "_cut", watched)
     placed = hub.load_decoder(folder, sharding=lambda shape: base_sharding(shape, devices)).params
     assert same(jax.tree.map(np.asarray, placed), base.params)
-    for path, leaf in flat_params(placed).items():
+    held = []
+    for leaf in jax.tree.leaves(placed):
         assert leaf.sharding == base_sharding(leaf.shape, devices)
-        held = {
+        parts = {
             tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
             for index in leaf.sharding.devices_indices_map(leaf.shape).values()
         }
-        assert sorted(bounds for own, bounds in reads if own == path) == sorted(held)
+        layers = 3 if leaf.shape[0] == 3 else 1
+        held += [part[layers == 3 :] for part in parts for _ in range(layers)]
+    assert sorted(inside for _, inside in cuts) == sorted(held)
     kernel = placed["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (3, 24, 36 // fsdp)
+
+
+@pytest.mark.parametrize("spec", [("layers",), (None, "width"), ("layers", None, "width"), ()])
+@pytest.mark.parametrize("axes", [None, (1, 0)])
+def test_a_parameter_may_be_split_in_any_way(spec, axes):
+    mesh = jax.make_mesh((3, 2), ("layers", "width"), devices=jax.devices()[:6],
+                         axis_types=(jax.sharding.AxisType.Auto,) * 2)  # fmt: skip
+    layers = np.random.default_rng(0).standard_normal((3, 4, 6))
+    wanted = (layers if axes is None else layers.transpose(0, 2, 1)).astype(np.float32)
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    found = placing.placed(
+        wanted.shape, jnp.bfloat16, sharding, lambda layer: layers[layer], axes, stacked=True
+    )
+    assert found.sharding == sharding
+    assert np.array_equal(np.asarray(found), wanted.astype(ml_dtypes.bfloat16))
 
 
 def test_what_is_wrong_is_said(folder, tmp_path):

@@ -17,6 +17,7 @@ from rmlora_jax.inference import generator
 from rmlora_jax.inference.classifier import NotFinite
 from rmlora_jax.inference.generator import Generator
 from rmlora_jax.models.decoder import Decoder
+from rmlora_jax.parallel import memory
 
 CHAT = [{"role": "user", "content": "q3 q4"}, {"role": "assistant", "content": "is a3"},
         {"role": "user", "content": "q5"}]  # fmt: skip
@@ -220,6 +221,24 @@ def test_a_folder_with_several_adapters(folder, tmp_path, answers):
         model.generate(["a"])
     with pytest.raises(UserError, match=r"the adapter 'twa'.*; did you mean two"):
         model.generate(["a"], adapters="twa")
+
+
+def test_a_batch_that_does_not_fit_in_memory(model, answers, monkeypatch, capsys):
+    sizes, write = [], model._write
+
+    def short(batch, rows, options):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3 bytes.")
+        return write(batch, rows, options)
+
+    monkeypatch.setattr(model, "_write", short)
+    assert model.generate(PROMPTS, max_new_tokens=NEW) == answers
+    assert sizes == [5, 2, 2, 1]
+    assert "note: 5 prompts at once need more memory; now 2" in capsys.readouterr().err
+    monkeypatch.setattr(memory, "is_short", lambda error: False)
+    with pytest.raises(RuntimeError):
+        model.generate(PROMPTS, max_new_tokens=NEW)
 
 
 def test_half_precision(folder, answers):
