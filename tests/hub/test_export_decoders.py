@@ -119,7 +119,8 @@ def test_a_base_from_gguf_gets_files_of_its_own(tmp_path):
     tokens = ["<s>", "</s>", *(chr(ord("!") + i) for i in range(VOCABULARY - 3)), "!!"]
     path = write(tmp_path / "tiny.gguf", "qwen3", tokenizer={
         "model": "gpt2", "pre": "qwen2", "tokens": tokens, "merges": ["! !"],
-        "token_type": [3, 3, *[1] * (VOCABULARY - 2)], "bos_token_id": 0, "eos_token_id": 1, "padding_token_id": 1,
+        "token_type": [3, 3, *[1] * (VOCABULARY - 2)], "bos_token_id": 0, "eos_token_id": 1,
+        "padding_token_id": 1,
         "tokenizer.chat_template": "{{ messages[0].content }}"})  # fmt: skip
     base = load_pretrained(path)
     lora = rm.LoRA(rank=2, target=f"{LINEAR}|embed")
