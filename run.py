@@ -74,6 +74,9 @@ PREDICT = flags.DEFINE_multi_string(
     "are further inputs",
 )
 TOP = flags.DEFINE_integer("top", 1, "with --predict: classes shown for each input", lower_bound=1)
+AT_ONCE = flags.DEFINE_integer(
+    "at_once", 64, "with --predict: inputs in one batch; fewer need less memory", lower_bound=1
+)
 OUT = flags.DEFINE_string(
     "out", None, "with --predict: CSV file (default: predictions.csv in --workdir)"
 )
@@ -131,7 +134,8 @@ def command(words):
         from rmlora_jax.train.finished import model_of
 
         values = [*PREDICT.value, *words]
-        return predict(WORKDIR.value, values, top=TOP.value, out=OUT.value, find=model_of)
+        shown = {"top": TOP.value, "at_once": AT_ONCE.value, "out": OUT.value}
+        return predict(WORKDIR.value, values, **shown, find=model_of)
     if EXPORT.value is not None:
         return export()
     if words:

@@ -126,7 +126,7 @@ class Data:
     )
     flip: bool = field(True, "mirror training images at random")
     crop: str = field(
-        "pad", "pad: shift by up to an eighth; resized: a random part",
+        "pad", "pad: shift by up to an eighth; resized: a random part, always bilinear",
         choices=("pad", "resized", "none"),
     )
     seed: int | None = field(

@@ -12,6 +12,7 @@ to be: in a callback of JAX, which prints it and goes on, or after a compilation
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _asked: list[int] = []  # signals so far
 _waits: list[str] = []  # what has to be done before the process may end, in words
+_unwanted: list[str | os.PathLike] = []  # folders that nobody needs once the process has ended
 _lock = threading.RLock()  # reentrant: a handler interrupts the main thread anywhere
 
 
@@ -41,6 +43,8 @@ def ask(number: int) -> None:
 
 def end(number: int) -> None:
     """Ends the process now. Threads of data readers or of a checkpoint must not delay that."""
+    for folder in _unwanted:
+        shutil.rmtree(folder, ignore_errors=True)
     say("\nstopped: nothing is half written; the same command goes on from what is there")
     os._exit(128 + number)
 
@@ -58,6 +62,17 @@ def done() -> None:
 def say(words: str) -> None:
     with contextlib.suppress(OSError):  # nobody reads it any more
         os.write(2, f"{words}\n".encode())
+
+
+@contextlib.contextmanager
+def passing(folder: str | os.PathLike) -> Iterator[None]:
+    """``folder`` is removed when the block ends, or a signal the process."""
+    _unwanted.append(folder)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _unwanted.remove(folder)
 
 
 @contextlib.contextmanager

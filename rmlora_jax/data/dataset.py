@@ -57,6 +57,7 @@ class Request:
       bad_records: how many labelled examples, of all splits together, may be left out because they
         or their label cannot be used. Above 0 every image is decoded once to find them; with 0 the
         first one is an error. Rows to be predicted are never left out.
+      resize: what becomes of images; those of which it makes no square cannot be used.
       cache, threads: folder that keeps the result of this search, and how many threads search; see
         :func:`rmlora_jax.data.subsets.usable`.
     """
@@ -84,6 +85,7 @@ class Request:
     download: bool = True
     base_url: str | None = None
     bad_records: int = 0
+    resize: Resize | None = None
     cache: str | os.PathLike | None = None
     threads: int = 8
 
@@ -152,11 +154,11 @@ class ImageSource(Protocol):
     pair ``(image, label)``; with a ``size`` the image is the centred square whose side is the
     shorter side, resized to (size, size, C), or what a `Resize` makes of the image.
 
-    A source may also have ``label(i)``, the label without decoding the image; ``check(i)``, which
-    raises `BadRecord` for an example that cannot be used; and ``identity()``, words that name the
-    data and change when it changes, or None. Decoded images are cached under ``identity()``. And
-    ``content(i)``, the bytes of an example as they are stored, with its label, for
-    `content.content_of`.
+    A source may also have ``label(i)``, the label without decoding the image; ``check(i)``, also
+    with a ``size``, which raises `BadRecord` for an example that cannot be used; and
+    ``identity()``, words that name the data and change when it changes, or None. Decoded images are
+    cached under ``identity()``. And ``content(i)``, the bytes of an example as they are stored and
+    its label, for `content.content_of`.
     """
 
     def __len__(self) -> int: ...

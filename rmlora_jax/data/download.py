@@ -6,7 +6,6 @@ import http.client
 import io
 import os
 import queue
-import shutil
 import tempfile
 import threading
 import urllib.error
@@ -17,6 +16,7 @@ from typing import Any
 
 from rmlora_jax.data.tfds_folder import import_tfds
 from rmlora_jax.errors import UserError, progress
+from rmlora_jax.stopping import passing
 
 _CHUNK = 1 << 20
 _CONNECT_SECONDS = 4  # for the name look-up, the connection and the first answer, together
@@ -51,17 +51,16 @@ def prepared_folder(
             "Choose another folder with --config.data.data_dir=DIR"
         ) from error
     try:
-        made = make(work)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):  # another process was first
-            made.rename(target)
+        with passing(work):
+            made = make(work)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # another process was first
+                made.rename(target)
         if not (target / "features.json").exists():
             raise UserError(f"{target} exists but is not whole: delete it and run again")
         return target
     except OSError as error:
         raise UserError(f"cannot prepare {name} in {data_dir}: {error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def built(name: str, work: Path, split_generators: Callable[[Any], dict], **options) -> Path:

@@ -69,9 +69,9 @@ class ImageFiles(ImageSource):
     def content(self, index: int) -> bytes:
         return b"%d " % self.labels[index] + Path(self.files[index]).read_bytes()
 
-    def check(self, index: int) -> None:
+    def check(self, index: int, size: int | Resize = CHECKED_SIZE) -> None:
         """Raises a `BadRecord` for a file that cannot be used."""
-        self.load(index, CHECKED_SIZE)
+        self.load(index, size)
 
     def identity(self) -> str:
         return self._identity

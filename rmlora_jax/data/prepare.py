@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -21,6 +22,7 @@ from rmlora_jax.data.dataset import Request
 from rmlora_jax.data.sources import SOURCES
 from rmlora_jax.data.tfds_folder import Name, data_dir_of, import_tfds, not_prepared, prepared
 from rmlora_jax.errors import UserError
+from rmlora_jax.stopping import ask
 
 
 def prepare(text: str, data_dir: str | os.PathLike | None = None) -> Path:
@@ -92,4 +94,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda number, _: ask(number))
     sys.exit(main())

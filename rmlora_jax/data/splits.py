@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar
 
 from rmlora_jax.data.dataset import ImageSource, Request, shown
 from rmlora_jax.errors import UserError
+from rmlora_jax.models.processor import Resize
 
 CHECKED_SIZE = 32  # an image is checked by decoding it to this size: quick, but reads all of it
 
@@ -109,9 +110,9 @@ class FileImages(ImageSource):
     def __reduce__(self):
         return type(self), self.arguments
 
-    def check(self, index: int) -> None:
+    def check(self, index: int, size: int | Resize = CHECKED_SIZE) -> None:
         """Raises a `dataset.BadRecord` for an example that cannot be used."""
-        self.load(index, CHECKED_SIZE)
+        self.load(index, size)
 
     def identity(self) -> str:
         """What is read: the files with their sizes and times, the split, the features."""

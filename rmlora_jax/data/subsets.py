@@ -142,7 +142,10 @@ def usable(source: ImageSource, split: str, request: Request, skipped: Skipped) 
     """
     check = getattr(source, "check", None)
     if skipped.limit and check:
-        name = fingerprint(source, None) if request.cache else None
+        # Of most models' processors every image becomes a square.
+        resize = request.resize if request.resize and not request.resize.takes_any else None
+        check = functools.partial(check, size=resize) if resize else check
+        name = fingerprint(source, resize) if request.cache else None
         path = Path(request.cache or "", f"{name}.bad.json").expanduser() if name else None
         found = _remembered(path, len(source)) if path else None
         if found is None:

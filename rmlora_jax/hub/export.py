@@ -75,8 +75,8 @@ def save_model(
 
     Raises:
       UserError: factors in ``params``, or parameters that are missing, unexpected or misshapen;
-        ``info`` of another task, number of classes or image size than ``base``; a ``folder`` that
-        exists. Nothing is written then.
+        values that are not finite; ``info`` of another task, number of classes or image size than
+        ``base``; a ``folder`` that exists. Nothing is written then.
       OSError: the folder cannot be written; nothing is left of it.
 
     >>> import tempfile
@@ -135,7 +135,11 @@ def _layers(entry: Entry, spelling: int, value, merge) -> Iterator[tuple[str, np
     for layer, (name, _) in enumerate(_names(entry, spelling, np.shape(value))):
         which = layer if entry.stacked else None
         one = value if which is None else value[which]
-        yield name, np.asarray(one if merge is None else merge(one, which))
+        found = np.asarray(one if merge is None else merge(one, which))
+        if not np.isfinite(found).all():
+            raise UserError(f"params: {entry.path!r} have values that are not finite; such a model "
+                            "gives no answers, so it is not written")
+        yield name, found
 
 
 def _usual_dtype(flat: Mapping[str, Any]) -> str:

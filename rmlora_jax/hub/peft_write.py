@@ -102,8 +102,8 @@ def save_peft(
             scales[name] = scale
         if tied:
             (_, a), (_, b) = modules[names.module(path)]
-            sides = (PLAIN.peft or ())[0]
-            modules[tied] = list(zip(sides, exchanged(a, b), strict=True))
+            assert PLAIN.peft is not None
+            modules[tied] = list(zip(PLAIN.peft[0], exchanged(a, b), strict=True))
             scales[tied] = scale
     # A layer without a direction is the base's, and left out; but PEFT wants to find one layer.
     used = {name: sides for name, sides in modules.items() if any(x.any() for _, x in sides)}

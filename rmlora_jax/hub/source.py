@@ -327,8 +327,8 @@ def _ask(name: str, revision: str | None) -> None:
     if isinstance(status, Exception) or status >= 400:
         reason = type(status).__name__ if isinstance(status, Exception) else f"HTTP {status}"
         raise UserError(
-            f"model {name!r} is neither a folder nor in the Hugging Face cache, and the hub does "
-            f"not answer ({reason}). {_without_network(name, revision)}"
+            f"model {name!r} is neither a folder in {Path.cwd()} nor in the Hugging Face cache, "
+            f"and the hub does not answer ({reason}). {_without_network(name, revision)}"
         )
 
 

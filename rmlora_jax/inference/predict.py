@@ -14,6 +14,7 @@ from rmlora_jax.data.folder import is_image
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import is_writable, write_bytes_atomic
 from rmlora_jax.inference.classifier import Classifier, NotFinite, Prediction, load
+from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.mesh import use_compilation_cache
 
 FILE = "predictions.csv"
@@ -27,6 +28,7 @@ def predict(
     values: Sequence[str],
     *,
     top: int = 1,
+    at_once: int = 64,
     out: str | None = None,
     find: Callable[[str], Classifier] = load,
 ) -> int:
@@ -36,6 +38,7 @@ def predict(
       workdir: what `load` accepts.
       values: as given to ``--predict``, see `inputs.images_of` and `inputs.texts_of`.
       top: classes of each input.
+      at_once: inputs in one batch.
       out: CSV file with the columns input, label and probability, or input and value; a pair of
         texts is joined by a tab. Default: ``predictions.csv`` in ``workdir``.
       find: workdir -> the model.
@@ -50,6 +53,12 @@ def predict(
         raise UserError(f"nothing to predict: type python run.py --workdir={workdir} --predict ...")
     if jax.config.jax_compilation_cache_dir is None:
         use_compilation_cache(CACHE)
+    fewer = [f"--at_once={at_once // 8}"] if at_once >= 8 else []
+    with memory.told(lambda: memory.of_a_model(f"the model in {workdir}", fewer)):
+        return _predict(workdir, values, top, at_once, out, find)
+
+
+def _predict(workdir: str, values, top: int, at_once: int, out: str | None, find) -> int:
     model = find(workdir)
     file = _writable(Path(out).expanduser() if out else Path(workdir).expanduser() / FILE)
     inputs = model.read.from_arguments(values)
@@ -63,7 +72,7 @@ def predict(
     with warnings.catch_warnings():
         # On palettes with alpha, and on large images that it reads all the same.
         warnings.filterwarnings("ignore", module="PIL")
-        rows = model(inputs, top=top, failed=failed)
+        rows = model(inputs, top=top, batch_size=at_once, failed=failed)
     if rows:
         # A file's name need not be text.
         write_bytes_atomic(file, to_csv(rows).encode("utf-8", "surrogateescape"))

@@ -52,6 +52,11 @@ class Resize(NamedTuple):
         other = int(self.size * max(height, width) / min(height, width))  # cut off, not rounded
         return (other, self.size) if width <= height else (self.size, other)
 
+    @property
+    def takes_any(self) -> bool:
+        """Whether a square is made of images of every shape."""
+        return self.crop or isinstance(self.size, tuple)
+
     def check(self, height: int, width: int) -> None:
         """Raises a ValueError for an image of which no square of this side is made."""
         made = (self.side, self.side) if self.crop else self.resized(height, width)

@@ -1,10 +1,13 @@
-"""How many runs fit into the memory of a device at once."""
+"""How many runs fit into the memory of a device at once, and what is said where none does."""
 
+import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+
+from rmlora_jax.errors import UserError
 
 
 def planned(program) -> dict[str, int]:
@@ -41,6 +44,31 @@ def is_short(error: Exception) -> bool:
     words = str(error).lower()
     short = "resource_exhausted" in words or "out of memory" in words
     return short and isinstance(error, RuntimeError)  # of XLA or of torch
+
+
+@contextlib.contextmanager
+def told(words: Callable[[], str]) -> Iterator[None]:
+    """Turns running out of memory inside the block into a UserError with these words.
+
+    >>> with told(lambda: "too large"):
+    ...     raise MemoryError
+    Traceback (most recent call last):
+    rmlora_jax.errors.UserError: too large
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_short(error):
+            raise
+        raise UserError(words()) from error
+
+
+def of_a_model(what: str, less: Sequence[str] = ()) -> str:
+    """Two lines for a model in use that does not fit: what needs too much, and what to type."""
+    less = [*less, *(["JAX_PLATFORMS=cpu before it"] if jax.default_backend() != "cpu" else [])]
+    advice = f"Type the command with {', or with '.join(less)}" if less else "Use a larger machine"
+    return (f"{what} needs more memory than there is: each of {jax.local_device_count()} devices "
+            f"of this machine has {available() / 2**30:.1f} GiB\n{advice}")
 
 
 def largest(

@@ -7,6 +7,8 @@ import numpy as np
 
 from rmlora_jax.report import style
 
+FEWEST = 10  # rows that there is room for: a bar for one pair is no thicker than for ten
+
 
 def confusion_panels(figure, place, confused: Mapping[str, Any]) -> None:
     """The matrix, where the summary has it, and beside it the pairs; names have their room."""
@@ -63,6 +65,7 @@ def pairs_panel(ax, pairs: Sequence[Sequence[Any]], words: Sequence[str]) -> Non
                        "no test example was taken for another class")
     if words:
         style.rows(ax, words, size=9.5)
+        ax.set_ylim(max(len(words), FEWEST) - 0.5, -0.5)
     else:
         ax.set_yticks([])
     ax.set_xticks([])

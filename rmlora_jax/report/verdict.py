@@ -155,7 +155,8 @@ def _judged(history) -> str:
     steps, loss = finite(*series(history, "train/loss"))
     doubled = len(loss) > 2 and loss[-1] > 2 * loss[0] > 0
     if not doubled and (len(loss) < FEWEST or np.ptp(steps) < FEWEST_STEPS - 1):
-        return (f"Too early to tell: {len(loss)} lines of training loss up to step "
+        lines = f"{len(loss)} line{'s' * (len(loss) != 1)}"
+        return (f"Too early to tell: {lines} of training loss up to step "
                 f"{int(max(steps, default=0)):,}; at least {FEWEST} lines and {FEWEST_STEPS} steps "
                 "are needed. Train longer, or lower log_every.")
     level_steps, levels = bin_means(steps, loss, LEVELS)
@@ -228,7 +229,7 @@ def _rise(c: Curves):
     swing = _swing(c, c.eval_steps, c.eval_loss)
     if last - lowest <= max(RISE * lowest, RISE_FLOOR):
         return None
-    if swing > SWING * c.descent and swing > (last - lowest) / 2:
+    if swing > (last - lowest) / 2:
         return None
     width = max(np.ptp(c.steps) / LEVELS, 1.0)
     then = c.loss[np.abs(c.steps - c.eval_steps[at]) <= width]

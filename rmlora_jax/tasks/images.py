@@ -39,8 +39,9 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
       UserError: one of them cannot be had.
     """
     c = config.model
-    find_folder(c.source)  # a mistyped model is reported before any data is fetched
-    images = data.open_images(task.request(config))
+    folder = find_folder(c.source)  # a mistyped model is reported before any data is fetched
+    resize = chosen(config, find_resize(str(folder), c.image_size or None))
+    images = data.open_images(task.request(config, resize=resize))
     pretrained = load_vit(
         c.source,
         labels=images.class_names,
@@ -52,7 +53,6 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     model = task.build_model(config, ViT, architecture, images.num_classes, attention=c.attention)
     with task.fields("model.attention"):
         jax.eval_shape(model.init, opening.key, *example)
-    resize = chosen(config, pretrained.image_resize)
     stored, center = data.stored_as(images.image_shape, size, resize)
     return task.of_pretrained(
         pretrained,

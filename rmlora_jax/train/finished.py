@@ -18,6 +18,7 @@ from rmlora_jax.fields import Run
 from rmlora_jax.files import placed, plain, write_json
 from rmlora_jax.hub.info import FILE, TASKS, model_card, read_info, write_info
 from rmlora_jax.inference.classifier import ADAPTER, MERGED, Classifier, load
+from rmlora_jax.parallel import memory
 from rmlora_jax.tasks.task import Outputs, Problem
 from rmlora_jax.train import nonfinite
 from rmlora_jax.train.checkpoint import best_step, best_trainable
@@ -176,9 +177,14 @@ def export_merged(workdir: Path) -> Path:
     that is not finished, it is the best step so far, which is printed.
 
     Raises:
-      UserError: there is no run, or transformers has no model of its kind.
+      UserError: there is no run, transformers has no model of its kind, a weight is not finite, or
+        memory is short.
     """
-    workdir = placed(workdir)
+    with memory.told(lambda: memory.of_a_model(f"the model in {workdir}")):
+        return _export_merged(placed(workdir))
+
+
+def _export_merged(workdir: Path) -> Path:
     if not (workdir / "summary.json").is_file():
         found = unfinished(workdir)
         if found is None:

@@ -41,13 +41,13 @@ def in_two_lines(config: Run, devices: Devices, workdir: Path) -> Iterator[Plan]
     A workdir that has no checkpoint by then is free for another config.
     """
     plan = Plan(config, devices)
-    try:
-        yield plan
-    except Exception as error:
-        if not memory.is_short(error):
-            raise
+
+    def words() -> str:
         forget(workdir)
-        raise UserError(plan.words()) from error
+        return plan.words()
+
+    with memory.told(words):
+        yield plan
 
 
 def too_large(

@@ -6,12 +6,14 @@ import re
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from test_data_tfds import encoded, gray, gray_rows, image_features, make
 
 from rmlora_jax.data import batch_ids, load_images, load_resident, load_texts, stream_batches
 from rmlora_jax.data.dataset import BadRecord
 from rmlora_jax.data.tfds import TfdsImages
 from rmlora_jax.errors import UserError
+from rmlora_jax.models.processor import Resize
 from rmlora_jax.parallel import mesh
 from rmlora_jax.train import loop, setup
 from rmlora_jax.train.config import resolve
@@ -183,6 +185,29 @@ def test_a_set_of_one_image_and_none(tmp_path):
     make(tmp_path, "all", image_features((9, 9, 1)), {"train": bad, "test": gray_rows(3)})
     with pytest.raises(UserError, match="split 'train' of all has no image that can be used"):
         load_images("all", data_dir=tmp_path, bad_records=9)
+
+
+def test_images_of_which_no_square_is_made_are_left_out_too(tmp_path):
+    for i, (height, width) in enumerate([(40, 40), (40, 80), (32, 32), (50, 50), (9, 9)]):
+        for kind in ("cat", "dog"):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            name = tmp_path / kind / f"{i}.png"
+            Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(name)
+
+    def load(bad_records, resize):
+        cache = tmp_path.with_name(f"{tmp_path.name}-cache")
+        return load_images("folder", data_dir=tmp_path, validation=2, resize=resize, cache=cache,
+                           bad_records=bad_records)
+
+    shortest = Resize(32, 32)
+    found = load(2, shortest)
+    assert len(found.skipped) == 2 and all("1.png" in words for words in found.skipped)
+    assert "preprocessor_config.json makes it 32 x 64 pixels" in found.skipped[0]
+    assert load_resident(found.train, shortest)[0].shape[1:] == (32, 32, 3)
+    with pytest.raises(UserError, match=r"2 records cannot be used, .*_records=1"):
+        load(1, shortest)
+    for whole in (None, shortest._replace(crop=True), shortest._replace(size=(32, 32))):
+        assert load(2, whole).skipped == ()  # nor does the cache of another resize count
 
 
 def test_more_examples_than_bytes(tmp_path):

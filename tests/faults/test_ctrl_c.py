@@ -77,6 +77,19 @@ def test_once_at_the_next_safe_point_twice_at_once(block, times, code, whole):
     assert ("once more ends at once" in told) == (block not in AT_ONCE)
 
 
+def test_a_download_leaves_no_part_behind(tmp_path):
+    block = ("import pathlib\npart = pathlib.Path(sys.argv[2])\npart.mkdir()\n"
+             "(part / 'archive.tar.gz').touch()\n"
+             "with stopping.passing(part):\n    ready(); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", PLAIN + block, str(ROOT), tmp_path / ".c100"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert not [*tmp_path.iterdir()]
+
+
 def command(*flags):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *map(str, flags)], stdin=subprocess.PIPE,

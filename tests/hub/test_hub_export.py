@@ -334,6 +334,17 @@ def test_wrong_parameters_are_named_and_nothing_is_left(change, words, tmp_path)
     assert everything(tmp_path) == before
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_weights_that_are_not_finite_are_not_written(value, dtype, tmp_path):
+    base = load_vit(vit_folder(tmp_path / "base"))
+    params = jax.tree.map(lambda x: np.array(x, dtype), base.params)
+    params["head"]["kernel"][1, 0] = value
+    with pytest.raises(UserError, match="'head/kernel' have values that are not finite"):
+        save_model(tmp_path / "new", params, base, info=IMAGES)
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_is_put_into_layers_has_no_place_in_a_file(tmp_path):
     base = load_vit(vit_folder(tmp_path / "base", bottleneck_width=2))
     shapes = jax.eval_shape(ViT(base.config, 7).init, jax.random.key(0), jnp.ones((1, 30, 30, 3)))

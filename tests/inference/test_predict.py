@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from fake_devices import with_devices
@@ -19,6 +20,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.hub.info import Info, write_info
 from rmlora_jax.inference import inputs, predict
 from rmlora_jax.inference.classifier import Prediction
+from rmlora_jax.train import finished
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -157,6 +159,26 @@ def test_nothing_is_written_where_nothing_was_read(tiny_vit, tmp_path, capsys):
     out = tmp_path / "out.csv"
     assert predict.predict(str(tiny_vit), [str(tmp_path)], out=str(out)) == 1
     assert not out.exists() and "error: 1 of 1 images" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_two_lines_with_what_to_lower(tiny_vit, photos, monkeypatch):
+    model = hub.load(tiny_vit)
+
+    def forward(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.")
+
+    model.forward = forward
+    for found in (lambda _: model, forward):
+        with pytest.raises(UserError) as error:
+            predict.predict(str(tiny_vit), [str(photos)], find=found)
+        first, advice = str(error.value).splitlines()
+        assert first.startswith(f"the model in {tiny_vit} needs more memory than there is")
+        assert advice == "Type the command with --at_once=8"
+    monkeypatch.setattr(finished, "placed", forward)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match=r"\nType the command with JAX_PLATFORMS=cpu before it$"):
+        finished.export_merged(tiny_vit)
+    assert not (tiny_vit / predict.FILE).exists()
 
 
 def test_nothing_of_pillow_comes_between(tiny_vit, tmp_path, monkeypatch, recwarn):

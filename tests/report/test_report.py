@@ -573,7 +573,7 @@ def test_nothing_overlaps_or_leaves_the_picture(case):
 
 
 @pytest.mark.parametrize(("classes", "letters", "right"), [
-    (2, 3, 1.0), slow(20, 40, 0.5), (60, 40, 0.5)])
+    (2, 3, 1.0), (2, 3, 0.5), slow(20, 40, 0.5), (60, 40, 0.5)])
 def test_confused_classes_have_a_row_of_their_own(classes, letters, right):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, 500)
@@ -595,6 +595,7 @@ def test_confused_classes_have_a_row_of_their_own(classes, letters, right):
     bars = next(ax for title, ax in axes.items() if "pairs of classes" in title)
     assert len(bars.patches) == shown == min(20, len({*zip(labels, taken, strict=True)})
                                              - len({*labels[labels == taken]}))
+    assert all(bar.get_window_extent().height < 40 for bar in bars.patches)  # pixels
     for ax in figure.axes[3:]:
         for label in (*ax.get_yticklabels(), *ax.texts):
             box = label.get_window_extent()
