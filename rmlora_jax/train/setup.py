@@ -280,6 +280,8 @@ def adapter_head(
     config: Run, base: hub.Pretrained, info: hub.Info
 ) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
     """`hub.class_order` of ``model.adapter``, whether it holds a head or factors of the base's."""
+    if base.family.outputs is not None:  # a language model's head has no classes
+        return None, ()
     folder = Path(config.model.adapter).expanduser()
     stored, own = hub.stored_labels(folder), hub.read_info(folder)
     # PEFT writes no names: as in transformers, the base's then stand for the adapter's.
@@ -301,7 +303,9 @@ def from_adapter(config: Run, base: hub.Pretrained, info: hub.Info) -> tuple[dic
     """
     folder, params = Path(config.model.adapter).expanduser(), base.params
     order, _ = adapter_head(config, base, info)
-    whole = order is not None and hub.stored_labels(folder) is not None
+    whole = base.family.outputs is not None or (
+        order is not None and hub.stored_labels(folder) is not None
+    )
     if order is not None:  # factors of the head have the adapter's order
         params = hub.with_head_order(params, np.argsort(order).tolist())
     params, lora = hub.load_peft(folder, base._replace(params=params), saved=whole)
