@@ -10,7 +10,7 @@ from rmlora_jax.files import read_object
 from rmlora_jax.hub.gguf_file import SUFFIX
 from rmlora_jax.hub.info import Info, read_info
 from rmlora_jax.hub.peft_config import CONFIG_FILE, find_base, read_config
-from rmlora_jax.hub.peft_read import load_peft, stored_labels
+from rmlora_jax.hub.peft_read import adapter_base, load_peft, stored_labels
 from rmlora_jax.hub.pretrained import Pretrained, load_pretrained
 from rmlora_jax.hub.source import CONFIG, gguf_files
 from rmlora_jax.inference import classifier, generator
@@ -69,7 +69,7 @@ def load(folder: str | Path) -> Any:
         if base.new:
             raise UserError(f"{where} has no trained {', '.join(base.new)}; train it first")
         return use(base, base.params, None, info)
-    base = _base(where, info)
+    base = adapter_base(where, _base(where, info))
     return use(base, *load_peft(where, base), info)
 
 
@@ -96,6 +96,8 @@ def load_several(folders: dict[str, Path]) -> Any:
     if USES[base.family.inputs].make is not Generator:
         raise UserError(f"{place.parent} holds {len(folders)} adapters; give the folder of one, "
                         f"such as {place}")
+    for where in folders.values():  # one that changes the head alone unties it for all
+        base = adapter_base(where, base)
     try:
         trees, lora = rm.align_adapters({k: load_peft(v, base) for k, v in folders.items()})
     except ValueError as error:

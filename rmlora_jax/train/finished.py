@@ -323,5 +323,6 @@ def _of_checkpoint(
         return joined(base.params, trainable), None, base
     params, lora = base.params, methods.description(config)
     if config.model.adapter:
+        base = hub.adapter_base(Path(config.model.adapter).expanduser(), base)
         params, lora = from_adapter(config, base, info)
     return joined(params, trainable), lora, base
