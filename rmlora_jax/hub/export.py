@@ -137,7 +137,11 @@ def _layers(entry: Entry, spelling: int, value, merge) -> Iterator[tuple[str, np
     for layer, (name, _) in enumerate(_names(entry, spelling, np.shape(value))):
         which = layer if entry.stacked else None
         one = value if which is None else value[which]
-        yield name, np.asarray(one if merge is None else merge(one, which))
+        found = np.asarray(one if merge is None else merge(one, which))
+        if not np.isfinite(found).all():
+            raise UserError(f"params: {entry.path!r} have values that are not finite; such a model "
+                            "gives no answers, so it is not written")
+        yield name, found
 
 
 def _usual_dtype(flat: Mapping[str, Any]) -> str:
@@ -248,7 +252,7 @@ def _without_code(config: dict[str, Any]) -> dict[str, Any]:
 def _checked(params: Any, base: Pretrained, lora: LoRA | None):
     """'/'-joined path -> value of exactly the parameters that the model's files hold; and path ->
     how the factors of a layer are merged into its weight."""
-    whole = flat = flat_params(meta.unbox(params))
+    flat = flat_params(meta.unbox(params))
     leaves = [path for path in flat if is_factor(path.split("/"))]
     if leaves and lora is None:
         raise UserError(f"params: {some(leaves)} are low-rank factors; save what "
@@ -268,10 +272,6 @@ def _checked(params: Any, base: Pretrained, lora: LoRA | None):
         if np.shape(flat[path]) != shape:
             raise UserError(f"params: {path!r} has shape {np.shape(flat[path])}, but "
                             f"{base.source} asks for {shape}; give the base that was trained")
-    written = (*shapes, *leaves)
-    if lost := [path for path in written if not np.isfinite(np.asarray(whole[path])).all()]:
-        raise UserError(f"params: {some(lost)} have values that are not finite; such a model gives "
-                        "no answers, so it is not written")
     return flat, merges
 
 

@@ -102,6 +102,7 @@ def save_peft(
             scales[name] = scale
         if tied:
             (_, a), (_, b) = modules[names.module(path)]
+            assert PLAIN.peft is not None
             modules[tied] = list(zip(PLAIN.peft[0], exchanged(a, b), strict=True))
             scales[tied] = scale
     # A layer without a direction is the base's, and left out; but PEFT wants to find one layer.

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
@@ -34,7 +35,7 @@ def untied(base: Pretrained) -> Pretrained:
     )
 
 
-def published(base: Pretrained):
+def published(base: Pretrained) -> Any:
     """The config that the files of ``base`` have: without new tokens, tied or not as they are."""
     return base.family.config.from_hf(raw_config(base.folder)[1])
 

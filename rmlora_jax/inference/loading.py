@@ -102,6 +102,8 @@ def load_several(folders: dict[str, Path]) -> Any:
         if _talk(infos[name]) != _talk(info):
             raise UserError(f"the adapters {first} and {name} were trained with different chat "
                             "templates or system messages; give the folder of one")
+    for where in folders.values():  # one that changes the head alone unties it for all
+        base = adapter_base(where, base)
     try:
         trees, lora = rm.align_adapters({k: load_peft(v, base) for k, v in folders.items()})
     except ValueError as error:

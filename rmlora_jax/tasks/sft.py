@@ -62,13 +62,15 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     template = chat_template.find_template(tokenizer, t.template)
     chats = data.open_chats(request(config))
     pretrained = hub.load_pretrained(config.model.source, inputs=TOKENS)
+    if config.model.adapter:
+        pretrained = hub.adapter_base(Path(config.model.adapter).expanduser(), pretrained)
     check_model(config, tokenizer, pretrained.config)
     return task.of_pretrained(
         pretrained,
         chats.notes,
         model=build(config, pretrained.family, pretrained.config),
         example=example_of(config),
-        open_feed=lambda: open_feed(config, chats, tokenizer, template),
+        open_feed=lambda: open_feed(config, chats, tokenizer, template, pretrained.config),
         metrics=targets.METRICS,
         info=hub.Info(
             task=NAME,

@@ -81,7 +81,8 @@ def test_each_kind_of_file(tmp_path, own_cache):
 @pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\n  \n", "\n{}", " \t\r\n \n\n"])
 def test_blank_lines_are_left_out(tmp_path, end):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\r\n  \n" + lines(tmp_path / "b.jsonl", ROWS).read_bytes()[:-1] + end.encode())
+    text = lines(tmp_path / "b.jsonl", ROWS).read_bytes()[:-1]
+    path.write_bytes(b"\r\n  \n" + text + end.encode())
     rows = open_rows(path)
     assert [rows[i] for i in range(len(rows))] == ROWS + [{}] * end.endswith("{}")
 

@@ -14,7 +14,16 @@ from test_peft_decoders import LINEAR, with_factors
 
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
-from rmlora_jax.hub import Info, load_pretrained, safetensors_write, save_model, untied
+from rmlora_jax.hub import (
+    Info,
+    load_peft,
+    load_pretrained,
+    load_tokenizer,
+    safetensors_write,
+    save_model,
+    save_peft,
+    untied,
+)
 
 INFO = Info("sft")
 FILES = {
@@ -107,3 +116,33 @@ def test_a_template_that_a_config_named_goes_along(tmp_path):
     base = base_of(tmp_path / "base", "llama")
     save_model(tmp_path / "merged", base.params, base, info=Info("sft", template="{{ 'own' }}"))
     assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "{{ 'own' }}"
+
+
+def test_a_base_from_gguf_gets_files_of_its_own(tmp_path):
+    pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
+    from fixtures.gguf_models import VOCABULARY, write
+
+    tokens = ["<s>", "</s>", *(chr(ord("!") + i) for i in range(VOCABULARY - 3)), "!!"]
+    path = write(tmp_path / "tiny.gguf", "qwen3", tokenizer={
+        "model": "gpt2", "pre": "qwen2", "tokens": tokens, "merges": ["! !"],
+        "token_type": [3, 3, *[1] * (VOCABULARY - 2)], "bos_token_id": 0, "eos_token_id": 1,
+        "padding_token_id": 1,
+        "tokenizer.chat_template": "{{ messages[0].content }}"})  # fmt: skip
+    base = load_pretrained(path)
+    lora = rm.LoRA(rank=2, target=f"{LINEAR}|embed")
+    params = with_factors(base, lora)
+    save_model(tmp_path / "merged", params, base, info=INFO, lora=lora)
+    files = {file.name for file in (tmp_path / "merged").iterdir()}
+    assert files >= {"config.json", "generation_config.json", "tokenizer.json",
+                     "tokenizer_config.json", "chat_template.jinja", "model.safetensors"}
+    again = load_pretrained(tmp_path / "merged")
+    assert again.config == base.config
+    for path, value in flatten_dict(rm.merge(params, lora), sep="/").items():
+        found = flatten_dict(again.params, sep="/")[path]
+        np.testing.assert_allclose(found, value, rtol=1e-6, atol=1e-7)
+    settings = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert settings == {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    ids = [load_tokenizer(place).encode("%%#") for place in (base.folder, tmp_path / "merged")]
+    assert ids[0] == ids[1] and len(ids[0]) >= 3
+    save_peft(tmp_path / "adapter", params, lora, base)
+    assert load_peft(tmp_path / "adapter", base)[1].rank == 2

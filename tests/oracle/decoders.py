@@ -79,16 +79,17 @@ def run(job: dict) -> None:
     logits = model(tokens).logits
     found = {"logits": logits.detach().float().numpy()}
     if "targets" in inputs:
-        targets = torch.from_numpy(inputs["targets"])
+        targets = torch.from_numpy(inputs["targets"]).long()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         loss.backward()
         squares = [(value.grad**2).sum() for name, value in model.named_parameters()
                    if "lora_" in name and value.grad is not None]
         found |= {"loss": loss.item(), "norm": float(sum(squares)) ** 0.5}
     if "new" in job:
+        model.generation_config.eos_token_id = None
         with torch.no_grad():
             made = model.generate(tokens, max_new_tokens=job["new"], do_sample=False,
-                                  eos_token_id=-1, pad_token_id=0)
+                                  pad_token_id=0)
         found["tokens"] = made[:, tokens.shape[1] :].numpy()
     np.savez(job["made"], **found)
 

@@ -36,8 +36,8 @@ NEW = 24  # tokens that are generated
 
 # Case -> what it stands for.
 TITLES = {
-    "llama": "Llama 3.1, 3.2, 3.3 (scaled rope)",
-    "llama_tied": "Llama 2, 3; SmolLM2 (tied head)",
+    "llama": "Llama 2, 3, 3.1, 3.3 (scaled rope)",
+    "llama_tied": "SmolLM2, Llama 3.2 (tied head)",
     "mistral": "Mistral (window)",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3 (tied head)",

@@ -33,7 +33,7 @@ def start(root, workdir, devices, *words):
     changed = {
         name: value
         for name, value in flatten(config_of(root, STEPS, **{"eval_every": 5})).items()
-        if name.startswith(("sft.", "model.", "optimizer.", "lora.")) and value is not None
+        if (name.startswith(("sft.", "model.", "optimizer.", "lora.")) and value is not None)
         or name in ("batch_size", "eval_batch_size", "steps", "eval_every", "log_every",
                     "compilation_cache")
     }  # fmt: skip

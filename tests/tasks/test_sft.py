@@ -134,6 +134,7 @@ def test_methods_on_every_layer_and_on_embedding_and_head(root, method, model):
     config = resolve(config_of(root, 5, **{
         "method": method, "model.source": str(root / model), "lora.target": target, "lora.rs": True,
         "optimizer.lora_plus": 4.0 if method not in ("bitfit", "full") else 1.0,
+        "adalora.every": 1,
     }))  # fmt: skip
     if method == "bitfit":  # a Llama has no biases
         with pytest.raises(UserError, match="train"):
@@ -324,3 +325,13 @@ def first_of_test(root):
 
     chats = data.open_chats(request(resolve(config_of(root, 10)))).tests["test"]
     return [chats[0], chats[1]]
+
+
+@pytest.mark.slow
+def test_a_value_that_is_not_finite_is_traced_to_its_layer(root):
+    job = setup.build(resolve(config_of(root, 5)), all_devices(limit=1))
+    frozen = jax.tree.map(np.array, jax.device_get(job.constants.frozen))
+    frozen["layers"]["mlp"]["gate"]["kernel"][1, 0, 0] = np.nan
+    constants = job.constants._replace(frozen=frozen)
+    words = job.look(job.state.trainable, constants, next(iter(job.feed.train(0))), 0)
+    assert words == "first not finite is the output of layers/mlp/gate (__call__, call 2)"
