@@ -30,7 +30,7 @@ from rmlora_jax.hub.peft_stored import (
 )
 from rmlora_jax.hub.peft_write import alpha_of, peft_leaves
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.tied import HEAD, tied_head, untied
+from rmlora_jax.hub.tied import EMBEDDING, HEAD, tied_head, untied, was_tied
 from rmlora_jax.hub.weights import (
     from_stored,
     layers_of,
@@ -88,6 +88,8 @@ def load_peft(folder: str | Path, base: Pretrained, *, saved: bool = True) -> tu
                 "one there; give load_peft the base that hub.adapter_base(folder, base) returns"
             )
         stored = stored.without(HEAD)
+    elif was_tied(base):
+        stored = _both(file, config, stored)
     params = flat_params(base.params)
     shapes = {path: np.shape(x) for path, x in params.items()}
     entries = {e.path: e for e in base.family.table if e.path in shapes}
@@ -132,6 +134,21 @@ def adapter_base(folder: str | Path, base: Pretrained) -> Pretrained:
     config, tensors, file = read_config(folder), open_tensors(folder), folder / WEIGHTS_FILE
     stored = sorted_out(file, config, tensors, base)
     return untied(base) if is_apart(file, config, tensors, stored) else base
+
+
+def _both(file: Path, config: PeftConfig, stored: Stored) -> Stored:
+    """What an adapter has of an embedding that PEFT ties to the head, for both, in a base that has
+    them apart."""
+    if config.tied and EMBEDDING in stored.factors:
+        raise UserError(f"{file} has factors of an embedding that is the head, so it does not go "
+                        "with a head of its own; give load_peft the base as it was loaded")
+    own, head = (EMBEDDING, 0), (HEAD, 0)
+    rows, whole = stored.rows, stored.whole
+    if own in rows and head not in rows:
+        rows = rows | {head: rows[own]}
+    if config.tied and own in whole and head not in whole:
+        whole = whole | {head: whole[own]}
+    return stored._replace(rows=rows, whole=whole)
 
 
 def _linear_modules(base: Pretrained) -> tuple[str, ...]:

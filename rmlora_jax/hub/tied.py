@@ -40,6 +40,13 @@ def published(base: Pretrained) -> Any:
     return base.family.config.from_hf(raw_config(base.folder)[1])
 
 
+def was_tied(base: Pretrained) -> bool:
+    """Whether the head, a parameter of its own in ``base``, is the embedding in its files."""
+    if base.family.outputs is None or base.config.tie_word_embeddings:
+        return False
+    return published(base).tie_word_embeddings
+
+
 def grown_from(base: Pretrained) -> int | None:
     """How many tokens the files of a language model have, where the model has more; else None."""
     own = published(base).vocab_size if base.family.outputs is not None else None

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flax.traverse_util import unflatten_dict
+
 import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object
@@ -16,7 +18,7 @@ from rmlora_jax.hub.source import CONFIG, gguf_files
 from rmlora_jax.inference import classifier, generator
 from rmlora_jax.inference.classifier import Classifier
 from rmlora_jax.inference.generator import Generator
-from rmlora_jax.models.family import IMAGES, TEXTS, TOKENS
+from rmlora_jax.models.family import IMAGES, TEXTS, TOKENS, flat_params
 
 ADAPTER, MERGED = "adapter", "merged"  # folders of a run
 
@@ -108,7 +110,9 @@ def load_several(folders: dict[str, Path]) -> Any:
         trees, lora = rm.align_adapters({k: load_peft(v, base) for k, v in folders.items()})
     except ValueError as error:
         raise UserError(f"the adapters {', '.join(folders)} do not go together: {error}") from None
-    return use(base, base.params, lora, info, adapters=trees)
+    own = flat_params(trees[first])  # also whole modules, which then are in no other place
+    shared = {path: x for path, x in flat_params(base.params).items() if path not in own}
+    return use(base, unflatten_dict(shared, sep="/"), lora, info, adapters=trees)
 
 
 def _talk(info: Info | None) -> tuple[str | None, str]:

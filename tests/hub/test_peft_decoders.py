@@ -56,6 +56,20 @@ def test_an_adapter_of_peft_gives_its_logits(bases, name):
     assert np.abs(expected - logits_of(base, base.params, ids=ids)[0]).max() > 0.1
 
 
+@pytest.mark.parametrize("name", sorted(TIED))
+def test_a_tied_adapter_on_a_base_with_a_head_of_its_own(bases, name):
+    """It changes both, or is refused: a folder with several adapters may need such a base."""
+    base = untied(bases("llama_tied"))
+    if name == "both_tied":
+        with pytest.raises(UserError, match="give load_peft the base as it was loaded"):
+            load_peft(cases.HERE / name, base)
+        return
+    params, lora = load_peft(cases.HERE / name, base)
+    expected = np.load(cases.HERE / name / "logits.npy")
+    found = logits_of(base, params, lora, cases.inputs_of("llama_tied")["input_ids"][:1])[0]
+    np.testing.assert_allclose(found, expected, atol=3e-5 * np.sqrt((expected**2).mean()))
+
+
 @pytest.mark.parametrize("name", sorted(APART | TIED | {"llama_rows"}))
 def test_an_adapter_of_peft_goes_out_as_it_came(bases, name, tmp_path):
     """The same changes of embedding and head, whether PEFT keeps them as factors, whole, or as

@@ -233,6 +233,20 @@ def test_adapters_of_different_templates_do_not_share_a_model(folder, tmp_path):
         hub.load(tmp_path)
 
 
+def test_adapters_with_rows_of_tokens_and_with_a_head_of_their_own_share_a_model(tmp_path):
+    """One trains rows of the embedding that is the head, the other factors of the head alone."""
+    write_tokenizer(cases.write_base(tmp_path / "base", "llama_tied"))
+    for name in ("head", "tokens"):
+        file = shutil.copytree(cases.HERE / name, tmp_path / "all" / name) / "adapter_config.json"
+        fields = {"base_model_name_or_path": str(tmp_path / "base")}
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    model, texts = hub.load(tmp_path / "all"), [{"text": "q1 q5 q3"}, {"text": "q2 a7"}]
+    for name in ("head", "tokens"):
+        alone = hub.load(tmp_path / "all" / name).generate(texts, max_new_tokens=NEW)
+        shared = model.generate(texts, adapters=name, max_new_tokens=NEW)
+        assert [a.text for a in shared] == [a.text for a in alone]
+
+
 def test_an_adapter_of_the_embedding_alone_of_a_tied_model(tmp_path):
     """PEFT leaves the head as it is."""
     base = shutil.copytree(cases.HERE / "embedding", tmp_path / "adapter").parent / "base"
