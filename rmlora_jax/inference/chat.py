@@ -41,10 +41,13 @@ def chat(
       options: of `generator.Options`.
 
     Raises:
-      UserError: there is no such model.
+      UserError: there is no such model, or an option is not known.
     """
     if not workdir:
         raise UserError("chat with which model? Type python run.py --workdir=DIR --chat")
+    if unknown := [option for option in options if option not in Options._fields]:
+        raise UserError(f"--{unknown[0]} does not go with --chat; it takes "
+                        f"{', '.join(f'--{option}' for option in Options._fields)}")
     if jax.config.jax_compilation_cache_dir is None:
         use_compilation_cache(CACHE)
     model = find(workdir)

@@ -143,6 +143,17 @@ def facts(config: Mapping[str, Any]) -> dict[str, str]:
     return {"rows": f"{own['length']:,} tokens" + ", packed" * bool(own.get("pack"))}
 
 
+def training_examples(config: Run) -> int:
+    """How many there are where each is a row.
+
+    Raises:
+      UserError: the data are not here, or the examples share rows.
+    """
+    if config.own(Sft).pack:
+        raise UserError("how many rows examples share is known when they are tokenised")
+    return len(data.open_chats(request(config, download=False)).train)
+
+
 TASK = task.Task(
     NAME,
     "to continue text: chats, prompts with completions, or plain text",
@@ -151,7 +162,7 @@ TASK = task.Task(
     check,
     open_problem,
     shapes,
-    lambda config: len(data.open_chats(request(config, download=False)).train),
+    training_examples,
     Sft,
     objective=lambda config: targets.objective(),
     unit="nats per token",

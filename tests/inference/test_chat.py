@@ -121,3 +121,8 @@ def test_the_command(folder):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130 and told.startswith("\nstopped: ") and "Trace" not in told
+
+
+def test_a_flag_of_classifiers_is_refused():
+    with pytest.raises(UserError, match="--top does not go with --chat; it takes --max_new_tokens"):
+        chat("anywhere", top=3)
