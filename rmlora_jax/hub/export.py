@@ -1,5 +1,6 @@
 """A trained model as a folder that Hugging Face's transformers opens, without PyTorch."""
 
+import contextlib
 import math
 import shutil
 from collections import Counter
@@ -15,6 +16,7 @@ from rmlora_jax.adapt.lora import LoRA, is_factor
 from rmlora_jax.adapt.tree import adapted_weights
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import new_folder, read_object, write_json, write_text_atomic
+from rmlora_jax.hub.chat_template import Template, end_tokens
 from rmlora_jax.hub.info import Info, check_fits, write_info
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.safetensors_write import Tensor, write_tensors
@@ -30,7 +32,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER = tuple(dict.fromkeys(name for name in (*EXTRAS, *FILES) if name != PREPROCESSOR))
 
 GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+EOS = "eos_token_id"
+TOKEN_IDS = ("bos_token_id", EOS, "pad_token_id")
 
 # Fields that make transformers fetch or run code, or read other weights than these.
 CODE = (
@@ -112,8 +115,8 @@ def save_model(
         write_tensors(new, tensors, values)
         if base.image_mean is None:
             write_tokenizer(base.folder, new)
-            if info.template:  # before what the tokenizer has of its own
-                write_text_atomic(new / TEMPLATE, info.template)
+            if info.template:
+                write_template(base.folder, new, info.template)
         else:
             write_json(new / PREPROCESSOR, preprocessor(base, info))
         write_info(new, info)
@@ -243,6 +246,21 @@ def write_tokenizer(source: Path, target: Path) -> None:
         raw = read_object(target / TOKENIZER_CONFIG)
         if (clean := _without_code(raw)) != raw:
             write_json(target / TOKENIZER_CONFIG, clean)
+
+
+def write_template(source: Path, target: Path, template: str) -> None:
+    """Writes a chat template that takes the place of the tokenizer's own, and the tokens that end
+    its answers."""
+    write_text_atomic(target / TEMPLATE, template)
+    file, raw = target / GENERATION, raw_config(source)[1]
+    stored = read_object(file) if file.exists() else {}
+    ids = {name: raw[name] for name in TOKEN_IDS if raw.get(name) is not None} | stored
+    own = ids.get(EOS, [])
+    tokenizer, ends = load_tokenizer(source, padding=False), ()
+    with contextlib.suppress(UserError):  # it refuses so short a conversation
+        ends = end_tokens(tokenizer, Template("of the model", template))
+    both = dict.fromkeys([*(own if isinstance(own, list) else [own]), *ends])
+    write_json(file, ids | {EOS: [*both]})
 
 
 def _without_code(config: dict[str, Any]) -> dict[str, Any]:

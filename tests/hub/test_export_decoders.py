@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.peft_decoders import cases
+from fixtures.sft.tiny import write_model
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 from test_peft_decoders import LINEAR, with_factors
@@ -24,6 +25,7 @@ from rmlora_jax.hub import (
     save_peft,
     untied,
 )
+from rmlora_jax.hub.source import ASSETS
 
 INFO = Info("sft")
 FILES = {
@@ -113,9 +115,14 @@ def test_factors_without_a_description_are_refused(tmp_path):
 
 
 def test_a_template_that_a_config_named_goes_along(tmp_path):
-    base = base_of(tmp_path / "base", "llama")
-    save_model(tmp_path / "merged", base.params, base, info=Info("sft", template="{{ 'own' }}"))
-    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "{{ 'own' }}"
+    """With the token that ends its answers, which the base does not know as an end."""
+    base = load_pretrained(write_model(tmp_path / "base", eos_token_id=3))
+    end = load_tokenizer(base.folder).convert_tokens_to_ids("<|im_end|>")
+    chatml = (ASSETS / "chat_templates" / "chatml.jinja").read_text()
+    save_model(tmp_path / "merged", base.params, base, info=Info("sft", template=chatml))
+    assert load_tokenizer(tmp_path / "merged").chat_template == chatml
+    settings = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert settings == {"bos_token_id": 2, "eos_token_id": [3, end], "pad_token_id": 0}
 
 
 def test_a_base_from_gguf_gets_files_of_its_own(tmp_path):
