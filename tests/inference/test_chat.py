@@ -121,5 +121,5 @@ def test_the_command(folder):
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     process.wait(timeout=60)  # not `communicate`, which ends its input
-    told = process.stderr.read()
+    _, told = process.communicate()
     assert process.returncode == 130 and told.startswith("\nstopped: ") and "Trace" not in told
