@@ -117,9 +117,11 @@ def test_the_command(folder):
     process.stdin.flush()
     answer = hub.load(folder).generate(["q1 q2"], max_new_tokens=4)[0].text
     assert process.stdout.readline() == f"> {answer}\n"
-    time.sleep(0.2)  # until it reads again
+    assert process.stdout.read(2) == "> "  # it reads again
+    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    process.wait(timeout=60)  # not `communicate`, which ends its input
+    _, told = process.communicate()
     assert process.returncode == 130 and told.startswith("\nstopped: ") and "Trace" not in told
 
 
