@@ -91,7 +91,7 @@ def find_template(tokenizer, name: str = "") -> Template:
             raise UserError(
                 f"chat template {name!r} writes {' and '.join(map(repr, lacking))}, which the "
                 "tokenizer does not have as a token\n"
-                f"Add it with --config.sft.tokens, or name another template with {FIELD}"
+                f"Name another template with {FIELD}"
             )
         return Template(name, (ASSETS / "chat_templates" / f"{name}.jinja").read_text("utf-8"))
     path = given_path(name)
