@@ -1,8 +1,8 @@
 """The next token of each row: greedy, or drawn at a temperature from the most probable tokens.
 
 The filters are those of transformers' ``TemperatureLogitsWarper``, ``TopKLogitsWarper`` and
-``TopPLogitsWarper``, in this order. All values are arguments of the compiled program, not part of it:
-another temperature compiles nothing.
+``TopPLogitsWarper``, in this order. All values are arguments of the compiled program, not part of
+it: another temperature compiles nothing.
 """
 
 import math

@@ -162,13 +162,14 @@ def amount(size: int) -> str:
 def speed(figures: Mapping[str, Any]) -> str | None:
     """Tokens a second where they are counted, else examples a second; None where neither is known.
 
-    >>> speed({"examples_per_second": 812.3}), speed({"tokens_per_second": 14460})
-    ('812 examples/s', '14,460 tokens/s')
+    >>> speed({"examples_per_second": 812.3}), speed({"tokens_per_second": 14460, "mfu": 0.5})
+    ('812 examples/s', '14,460 tokens/s (50 % MFU)')
     """
     for name in ("tokens", "examples"):
         rate = figures.get(f"{name}_per_second")
         if rate is not None:
-            return f"{rate:,.0f} {name}/s"
+            used = figures.get("mfu")
+            return f"{rate:,.0f} {name}/s" + (f" ({100 * used:.0f} % MFU)" if used else "")
     return None
 
 

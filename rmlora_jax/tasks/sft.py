@@ -68,7 +68,7 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
         chats.notes,
         model=build(config, pretrained.family, pretrained.config),
         example=example_of(config),
-        open_feed=lambda: open_feed(config, chats, tokenizer, template),
+        open_feed=lambda: open_feed(config, chats, tokenizer, template, pretrained.config),
         metrics=targets.METRICS,
         info=hub.Info(
             task=NAME,

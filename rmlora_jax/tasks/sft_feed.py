@@ -31,7 +31,11 @@ class Split(NamedTuple):
 
 
 def open_feed(
-    config: Run, chats: data.ChatDataset, tokenizer: Any, template: hub.Template
+    config: Run,
+    chats: data.ChatDataset,
+    tokenizer: Any,
+    template: hub.Template,
+    architecture: Any,
 ) -> task.Feed:
     """Tokenises each split, or reads its tokens from the cache, and packs them into rows."""
     t = config.own(Sft)
@@ -79,7 +83,24 @@ def open_feed(
         examples=lambda name, ids: examples_in(splits[name], ids) if name in splits else ids,
         content=content,
         notes=tuple(notes),
+        token_flops=attention_flops(architecture, splits.get("train")),
     )
+
+
+def attention_flops(architecture: Any, split: Split | None) -> float:
+    """Operations of attention's two products for a token, forward, on average over a pass.
+
+    A token at position p reads p + 1 keys, or those in its window.
+    """
+    if split is None:
+        return 0.0
+    c, lengths = architecture, split.tokens.lengths[split.order].astype(np.float64)
+    width = 4 * c.num_attention_heads * c.head_dim  # of a query with a key: scores and values
+    keys = 0.0
+    for slides in c.sliding:
+        seen = np.minimum(lengths, c.sliding_window) if slides else lengths
+        keys += (seen * (seen + 1) / 2 + (lengths - seen) * seen).sum()
+    return float(width * keys / lengths.sum())
 
 
 def open_split(

@@ -88,6 +88,7 @@ class Feed(NamedTuple):
     examples: Callable[[str, np.ndarray], np.ndarray] = lambda split, ids: ids
     content: Mapping[str, str] = {}  # what was read -> its hash, see `train.record`
     notes: tuple[str, ...] = ()  # what a person should know of the batches
+    token_flops: float = 0.0  # of attention, forward, for each token on average
 
     @property
     def train_size(self) -> int:

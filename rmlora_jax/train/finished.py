@@ -19,6 +19,7 @@ from rmlora_jax.files import placed, plain, write_json
 from rmlora_jax.hub.info import FILE, TASKS, model_card, read_info, write_info
 from rmlora_jax.inference.loading import ADAPTER, MERGED, Model, load, use
 from rmlora_jax.parallel import memory
+from rmlora_jax.parallel.peak import peak
 from rmlora_jax.tasks.task import Outputs, Problem
 from rmlora_jax.train import answers, nonfinite
 from rmlora_jax.train.checkpoint import best_step, best_trainable
@@ -45,8 +46,10 @@ class Speed(NamedTuple):
             tokens = (tokens or 0.0) + float(sum(m["tokens"] for m in metrics))
         return Speed(self.seconds + seconds, self.steps + len(metrics), tokens)
 
-    def rates(self, batch_size: int) -> dict[str, float]:
-        """``examples_per_second`` and, where they are counted, ``tokens_per_second``.
+    def rates(self, batch_size: int, used: float | None = None) -> dict[str, float]:
+        """``examples_per_second`` and, where they are counted, ``tokens_per_second`` and ``mfu``.
+
+        ``mfu`` is the part of what the devices can do that the model needs, `used_by_a_token`.
 
         >>> Speed(2.0, 10, 5000.0).rates(8)
         {'examples_per_second': 40.0, 'tokens_per_second': 2500.0}
@@ -54,7 +57,17 @@ class Speed(NamedTuple):
         found = {"examples_per_second": self.steps * batch_size / self.seconds}
         if self.tokens is not None:
             found["tokens_per_second"] = self.tokens / self.seconds
+            if used is not None:
+                found["mfu"] = found["tokens_per_second"] * used
         return found
+
+
+def used_by_a_token(job: Job) -> float | None:
+    """The part of a second of all devices that the products for one token need at their peak; None
+    where the peak of the devices is not known."""
+    most = peak(job.base.devices.mesh.devices.flat, job.base.config.model.dtype)
+    flops = job.base.token_flops
+    return flops / most if most and flops else None
 
 
 def finish(
@@ -95,7 +108,11 @@ def finish(
             "final_parameters": plain(methods.left(run, jax.device_get(own))),
             "total_parameters": job.base.total_parameters,
             "skipped_records": list(job.problem.skipped),
-            **(speed.rates(run.batch_size) if speed.seconds else {"examples_per_second": None}),
+            **(
+                speed.rates(run.batch_size, used_by_a_token(job))
+                if speed.seconds
+                else {"examples_per_second": None}
+            ),
             "compile_seconds": compiled.seconds,
             "wall_seconds": time.monotonic() - began,
             "peak_memory_bytes": peak_memory(),

@@ -178,12 +178,13 @@ def fit(
     config = job.base.config
     watched = [nonfinite.Watched(config.nonfinite_limit) for _ in job.runs]
     schedules = [methods.learning_rate(run, job.steps) for run in job.runs]
+    used = finished.used_by_a_token(job)
     for done in stretches(job, state, compiled, asked):
         state = done.state
         metrics = [list(of_run) for of_run in zip(*map(job.apart, done.metrics), strict=True)]
         speed = speed.after(done.seconds, metrics[0])
         rows = [
-            row_of(done, own, schedule, config, skipped)
+            row_of(done, own, schedule, config, skipped, used)
             for own, schedule, skipped in zip(
                 metrics, schedules, np.ravel(done.skipped), strict=True
             )
@@ -295,16 +296,22 @@ def stretches(
 
 
 def row_of(
-    done: Stretch, metrics: list[dict], schedule: optax.Schedule, config: Run, skipped_so_far: int
+    done: Stretch,
+    metrics: list[dict],
+    schedule: optax.Schedule,
+    config: Run,
+    skipped_so_far: int,
+    used: float | None = None,
 ) -> dict[str, float]:
-    """A line of metrics.jsonl from the metrics of each step of one run."""
+    """A line of metrics.jsonl from the metrics of each step of one run; for ``used`` see
+    `finished.used_by_a_token`."""
     skipped = [int(m["skipped"]) for m in metrics]
     updates = done.step - 1 - int(skipped_so_far) + skipped[-1]  # before the last step
     speed = finished.Speed().after(done.seconds, metrics)
     return mean_of(metrics) | {
         "learning_rate": float(np.asarray(schedule(updates))),
         "skipped": sum(skipped),
-    } | speed.rates(config.batch_size)
+    } | speed.rates(config.batch_size, used)
 
 
 def mean_of(metrics: list[dict]) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class Base(NamedTuple):
     steps: int
     total_parameters: int
     trainable_parameters: int
+    token_flops: float = 0.0  # of a training step for each token, see `token_flops`
 
 
 class Job(NamedTuple):
@@ -175,7 +176,28 @@ def open_base(config: Run, devices: Devices) -> Base:
         steps=steps,
         total_parameters=count(params),
         trainable_parameters=count(trainable),
+        token_flops=token_flops(trainable, frozen) + 3 * feed.token_flops,
     )
+
+
+def token_flops(trainable: Any, frozen: Any) -> float:
+    """Operations of the weights' products for one token: 2 a weight forward, 2 for the gradient of
+    its input, and 2 more for its own where it is trained; nothing that is computed again.
+
+    An embedding counts where it is the head, too.
+
+    >>> frozen = {name: {"kernel": np.zeros((4, 8))} for name in ("fc", "head")}
+    >>> token_flops({"fc": {"lora_a": np.zeros((4, 2))}}, frozen)
+    304.0
+    """
+    trained, held = flat_params(trainable), flat_params(frozen)
+    tied = not any(path.startswith("head/kernel") for path in (*trained, *held))
+
+    def weights(flat: dict[str, Any]) -> int:
+        ends = ("kernel", "lora_a", "lora_b", *(["embed/embedding"] if tied else []))
+        return sum(math.prod(x.shape) for path, x in flat.items() if path.endswith(ends))
+
+    return 6.0 * weights(trained) + 4.0 * weights(held)
 
 
 def size_notes(config: Run, trainable: Any, frozen: Any) -> Iterator[str]:

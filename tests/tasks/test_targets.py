@@ -10,9 +10,12 @@ import pytest
 import rmlora_jax as rm
 from rmlora_jax.data.packing import filled, pack
 from rmlora_jax.data.tokens import Tokens
+from rmlora_jax.hub.source import PUBLISHED
 from rmlora_jax.models import Decoder, DecoderConfig
 from rmlora_jax.tasks import targets
+from rmlora_jax.tasks.sft_feed import Split, attention_flops
 from rmlora_jax.tasks.task import Outputs, measured
+from rmlora_jax.train.setup import token_flops
 
 LENGTH = 24
 LENGTHS = np.array([9, 5, 17, 3, 12, 24, 2, 7])
@@ -138,3 +141,23 @@ def test_nothing_is_predicted_across_examples_or_from_padding():
     assert weights.tolist() == [[1, 0, 1, 0, 0, 0]] and following[0, 0] == 4
     assert lengths.tolist() == [4] and labels is weights and len(more) == 2
     assert len(targets.shifted(batch, packed=False)[0]) == 3
+
+
+def test_the_work_of_a_token_is_counted():
+    # Llama 3.1 8B, rank 16, texts of 4,096 tokens: about 34 GFLOP a token.
+    c = DecoderConfig.from_hf(PUBLISHED["meta-llama/Llama-3.1-8B-Instruct"])
+    one = Tokens(np.zeros(4096, np.int32), np.ones(4096, np.uint8), np.array([0, 4096]))
+    attention = attention_flops(c, Split(one, np.array([0]), None))
+    assert attention == 32 * 4 * 4096 * 4097 / 2
+    model = Decoder(c, c.vocab_size)
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    frozen = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    weights = 8_030_261_248 - 128_256 * 4096 - 65 * 4096  # neither embedding nor norms
+    assert token_flops({}, frozen) == 4 * weights
+    assert 33e9 < token_flops({}, frozen) + 3 * attention < 34e9
+    # A window of two keys, texts of 3 and 1 tokens: 1 + 2 + 2 and 1 keys in each of two layers.
+    small = DecoderConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2,
+                          sliding_window=2, layer_types=("sliding_attention", "full_attention"))
+    two = Tokens(np.zeros(4, np.int32), np.ones(4, np.uint8), np.array([0, 3, 4]))
+    keys = (1 + 2 + 2 + 1) + (1 + 2 + 3 + 1)
+    assert attention_flops(small, Split(two, np.array([0, 1]), None)) == 4 * 8 * keys / 4
