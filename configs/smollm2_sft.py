@@ -16,5 +16,5 @@ def get_config():
     c.epochs = 1.0
     c.log_every = 4
     c.lora.rank, c.lora.alpha = 16, 32.0
-    c.optimizer.learning_rate = 2e-3
+    c.optimizer.learning_rate = 3e-3
     return c
