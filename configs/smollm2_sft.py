@@ -14,7 +14,7 @@ def get_config():
     c.sft.longest_answer = 48
     c.batch_size = c.eval_batch_size = 2
     c.epochs = 1.0
-    c.log_every = 4
+    c.log_every = 2
     c.lora.rank, c.lora.alpha = 16, 32.0
     c.optimizer.learning_rate = 3e-3
     return c
