@@ -96,7 +96,13 @@ def table(samples: Sequence[Question], before: Sequence[str], after: Sequence[st
 
 
 def words_of(prompt: Mapping[str, Any]) -> str:
-    """What is asked, as a person reads it."""
+    """What is asked, as a person reads it.
+
+    >>> asked, called = {"role": "user", "content": "2 + 3?"}, {"role": "assistant"}
+    >>> print(words_of({"messages": [asked, called | {"tool_calls": ["add(2, 3)"]}]}))
+    user: 2 + 3?
+    assistant: ['add(2, 3)']
+    """
     if "messages" in prompt:
         return "\n".join(
             f"{one['role']}: {one.get('content') or one.get('tool_calls') or ''}"
