@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from rmlora_jax.data.subsets import held_out_count, hold_out
 from rmlora_jax.errors import UserError, progress
 
 NAME = "chats"  # what a config calls files of chats
+BUNDLED = Path(__file__).parent.parent / "assets" / "chat"
 SEED = 0  # of the rows that a weight with a fraction takes
 
 
@@ -31,12 +33,14 @@ class FoundChats(NamedTuple):
       validation: None: a part of ``train`` is held out.
       tests: the splits that are reported.
       place: what error messages call the data.
+      notes: what a person should know.
     """
 
     train: tuple[tuple[RowSource, float], ...]
     validation: RowSource | None
     tests: dict[str, RowSource]
     place: object = "the data set"
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,7 +195,8 @@ def split_chats(found: FoundChats, names: Names, request: Request) -> ChatDatase
     given = ({} if found.validation is None else {"validation": validation}) | {
         name: tests[name] for name in found.tests
     }
-    return ChatDataset(request.name, train, validation, tests, skipped, seen(given, set(hashes)))
+    notes = found.notes + seen(given, set(hashes))
+    return ChatDataset(request.name, train, validation, tests, skipped, notes)
 
 
 def seen(splits: Mapping[str, Chats], train: set[bytes]) -> tuple[str, ...]:
@@ -222,9 +227,6 @@ def names_of(request: Request) -> Names:
 
 def _missing(request: Request) -> list[str]:
     names_of(request)
-    if not request.files:
-        return ["config.sft.files=(): name the files with chats, "
-                "--config.sft.files=\"('chats.jsonl',)\", or a data set with --config.data.name"]
     wrong = []
     if request.weights and len(request.weights) != len(request.files):
         wrong.append(f"config.sft.weights={tuple(request.weights)}: give one for each of the "
@@ -242,6 +244,8 @@ def _missing(request: Request) -> list[str]:
 def _chats(request: Request) -> FoundChats:
     if mistakes := _missing(request):
         raise UserError(mistakes[0])
+    if not request.files:
+        return _bundled()
     weights = tuple(request.weights) or (1.0,) * len(request.files)
     return FoundChats(
         tuple((open_rows(file), weight)
@@ -250,6 +254,14 @@ def _chats(request: Request) -> FoundChats:
         {name: open_rows(file) for name, file in (request.test_files or {}).items()},
         place=", ".join(map(str, request.files))[:300],
     )
+
+
+def _bundled() -> FoundChats:
+    """200 questions on this package with short answers, and 20 of the same in other words."""
+    train, test = open_rows(BUNDLED / "train.jsonl"), open_rows(BUNDLED / "test.jsonl")
+    note = (f"no sft.files were given: the model learns the {len(train)} answers that come with "
+            "this package; for data of your own type --config.sft.files=\"('chats.jsonl',)\"")
+    return FoundChats(((train, 1.0),), None, {"test": test}, place=BUNDLED, notes=(note,))
 
 
 SOURCE = Source(

@@ -235,7 +235,7 @@ def write_tokenizer(source: Path, target: Path) -> None:
     """Copies the tokenizer's files from one folder to another, never code; or writes those of the
     tokenizer in a GGUF model, and which tokens begin and end a text."""
     if gguf_files(source):
-        load_tokenizer(source).save_pretrained(target)
+        load_tokenizer(source, padding=False).save_pretrained(target)
         raw = raw_config(source)[1]
         ids = {name: raw[name] for name in TOKEN_IDS if raw.get(name) is not None}
         write_json(target / GENERATION, ids)

@@ -36,7 +36,8 @@ class Sft:
     """The fields of the task sft."""
 
     files: tuple = field(
-        (), "for training, .jsonl, .json or .parquet, in place of data.name", resume=FREE
+        (), "for training, .jsonl, .json or .parquet, in place of data.name; (): with data.name "
+        "chats, the questions and answers on LoRA that come with this package", resume=FREE
     )
     weights: tuple = field(
         (), "how often a pass has the rows of each file, such as (1, 0.5); (): once",

@@ -15,6 +15,7 @@ from rmlora_jax.inference.loading import use
 from rmlora_jax.parallel import memory
 from rmlora_jax.tasks.task import Problem, Question
 from rmlora_jax.train.setup import cast
+from rmlora_jax.train.terminal import format_table
 
 FILE = "samples.md"
 
@@ -49,6 +50,10 @@ def asked(
         if samples:
             before = answers(base.params, None, samples)
             write_text_atomic(folder / FILE, table(samples, before, after[: len(samples)]))
+            said = zip(("asked", "before", "after"),
+                       (words_of(samples[0].prompt), before[0], after[0]), strict=True)
+            print(format_table(f"answers, all in {folder / FILE}",
+                               [(name, in_a_line(text)) for name, text in said]), flush=True)
     except Exception as error:
         if not (memory.is_short(error) or isinstance(error, UserError)):
             raise
@@ -91,10 +96,29 @@ def table(samples: Sequence[Question], before: Sequence[str], after: Sequence[st
 
 
 def words_of(prompt: Mapping[str, Any]) -> str:
-    """What is asked, as a person reads it."""
+    """What is asked, as a person reads it.
+
+    >>> asked, called = {"role": "user", "content": "2 + 3?"}, {"role": "assistant"}
+    >>> print(words_of({"messages": [asked, called | {"tool_calls": ["add(2, 3)"]}]}))
+    user: 2 + 3?
+    assistant: ['add(2, 3)']
+    """
     if "messages" in prompt:
-        return "\n".join(f"{one['role']}: {one.get('content')}" for one in prompt["messages"])
+        return "\n".join(
+            f"{one['role']}: {one.get('content') or one.get('tool_calls') or ''}"
+            for one in prompt["messages"]
+        )
     return str(prompt["prompt"])
+
+
+def in_a_line(text: str, most: int = 300) -> str:
+    """The beginning of a text for the terminal, without line breaks and control characters.
+
+    >>> in_a_line("one\\n  two three\\x1b[1m", 12)
+    'one two thr ...'
+    """
+    line = "".join(c for c in " ".join(text.split()) if c.isprintable())
+    return line if len(line) <= most else f"{line[: most - 1]} ..."
 
 
 def _quoted(text: str) -> str:

@@ -483,3 +483,12 @@ def test_the_cache_depends_on_everything(tmp_path):
         file.write_bytes(file.read_bytes()[:100])
     tokens(chats)
     assert len(calls) == 18 * 5 + 9
+
+
+def test_without_files_the_chats_of_the_package():
+    chats = open_chats(Request("chats", test_splits={"test": None}, validation=0.1))
+    assert (len(chats.train), len(chats.validation), len(chats.tests["test"])) == (180, 20, 20)
+    assert "no sft.files were given: the model learns the 200 answers" in chats.notes[0]
+    given = [split[i]["prompt"] for split in (chats.train, chats.validation, chats.tests["test"])
+             for i in range(len(split))]
+    assert len(set(given)) == 220

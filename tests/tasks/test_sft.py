@@ -241,6 +241,19 @@ def test_a_tokenizer_of_another_model_is_refused(root, tmp_path):
         setup.build(resolve(config), all_devices(limit=1))
 
 
+def test_a_tokenizer_without_padding_trains(root, tmp_path):
+    """Llama 3's has none. What fills a row up is token 0, in no segment and no part of the loss."""
+    file = write_model(tmp_path / "model") / "tokenizer_config.json"
+    raw = json.loads(file.read_text())
+    del raw["pad_token"]
+    file.write_text(json.dumps(raw))
+    config = resolve(config_of(root, 5, **{"model.source": str(tmp_path / "model")}))
+    assert hub.load_tokenizer(tmp_path / "model", padding=False).pad_token_id is None
+    batch = next(iter(setup.open_base(config, all_devices(limit=1)).feed.train(0)))
+    filled = batch["segments"] == 0
+    assert filled.any() and not batch["tokens"][filled].any() and not batch["wanted"][filled].any()
+
+
 @pytest.mark.parametrize("pack", [True, slow(False)])
 def test_a_stream_goes_on_from_any_step(root, pack):
     config = config_of(root, 5, **{"data.mode": "stream", "sft.pack": pack})
