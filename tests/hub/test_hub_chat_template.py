@@ -246,7 +246,7 @@ def test_templates_that_cannot_be_used(tmp_path):
         find_template(tokenizer, "b.jinja")
     with pytest.raises(UserError, match=r"did you mean chatml\?"):
         find_template(tokenizer, "chatlm")
-    with pytest.raises(UserError, match=r"writes '<start_of_turn>' and (.|\n)*sft.tokens"):
+    with pytest.raises(UserError, match=r"writes '<start_of_turn>' and (.|\n)*sft.template"):
         find_template(tokenizer, "gemma")
     (file := tmp_path / "c.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read"):
