@@ -7,7 +7,6 @@ import sys
 import pytest
 from conftest import CACHE
 from faults import soak
-from marks import slow
 
 
 def check(tiny_vit, folder, aims):
@@ -21,7 +20,8 @@ def check(tiny_vit, folder, aims):
     return one.figures
 
 
-@pytest.mark.parametrize("aims", [["checkpoint"], slow(["checkpoint", "export"])])
+@pytest.mark.slow
+@pytest.mark.parametrize("aims", [["checkpoint"], ["checkpoint", "export"]])
 def test_a_run_killed_and_resumed_is_the_run_that_was_not(tiny_vit, tmp_path, aims):
     figures = check(tiny_vit, tmp_path, aims)
     if "export" in aims:

@@ -199,6 +199,7 @@ def adapter(folder, base, seed, rank, **fields):
     hub.save_peft(folder, rm.join(tree, frozen), lora, base, info=Info("sft"))
 
 
+@pytest.mark.slow
 def test_a_folder_with_several_adapters(folder, tmp_path, answers):
     base = hub.load_pretrained(folder)
     # A run's folder, and two plain ones; other ranks and targets.

@@ -50,6 +50,7 @@ def test_a_file_of_prompts(folder, tmp_path, capsys):
     assert f"> q5\n{expected[3].text}\n" in told and f"> q3\n{expected[1].text}\n" in told
 
 
+@pytest.mark.slow
 def test_one_prompt_from_the_command_line(folder):
     done = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), f"--workdir={folder}", "--predict", "q1 q2",
