@@ -163,9 +163,10 @@ def split_chats(found: FoundChats, names: Names, request: Request) -> ChatDatase
     """
     skipped = Skipped(request.bad_records)
     train = chats_of([rows for rows, _ in found.train], names)
-    groups, hashes = None, []
+    groups, hash_of = None, {}
     if request.apart:
         train, hashes = usable_chats(train, skipped)
+        hash_of = dict(zip(train.ids.tolist(), hashes, strict=True))
         numbers: dict[bytes, int] = {}
         groups = np.array([numbers.setdefault(one, len(numbers)) for one in hashes], np.int64)
 
@@ -195,7 +196,8 @@ def split_chats(found: FoundChats, names: Names, request: Request) -> ChatDatase
     given = ({} if found.validation is None else {"validation": validation}) | {
         name: tests[name] for name in found.tests
     }
-    notes = found.notes + seen(given, set(hashes))
+    trained = {hash_of[i] for i in train.ids.tolist()} if hash_of else set()
+    notes = found.notes + seen(given, trained)
     return ChatDataset(request.name, train, validation, tests, skipped, notes)
 
 

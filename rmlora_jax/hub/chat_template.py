@@ -37,7 +37,7 @@ NONE = "none"
 LOSSES = ("assistant", "last", "all")
 FIELD, LOSS_FIELD = "--config.sft.template", "--config.sft.loss"
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Some templates write today's date. A run that is resumed tomorrow must see the tokens of today,
 # so they get one date: that which Llama 3's template writes where it cannot know the day.
 DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%y": "24", "%A": "Friday",
@@ -244,7 +244,7 @@ def _render(
         raise UserError(f"conversations need a chat template, and the tokenizer has none; name one "
                         f"with {FIELD}: {', '.join(KNOWN)}, or a file with Jinja")
     jinja = template.jinja(tools)
-    marks = bool(GENERATION.search(jinja))
+    marks = bool(MARKED.search(jinja))
     # Many templates write "None" for a key that is there without a value.
     chat = [{key: value for key, value in one.items() if value is not None} for one in messages]
     try:

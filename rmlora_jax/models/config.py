@@ -183,7 +183,7 @@ def check_fields(config: Any) -> None:
             refuse(name, value, "a probability below 1, or null")
         if name == "model_type" and value not in config.model_types:
             refuse(name, value, f"one of {', '.join(config.model_types)}")
-        if name.endswith("act") and value not in ACTIVATIONS:
+        if name.endswith("act") and not (isinstance(value, str) and value in ACTIVATIONS):
             refuse(name, value, f"one of {', '.join(ACTIVATIONS)}")
 
 

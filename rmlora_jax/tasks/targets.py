@@ -5,7 +5,6 @@ from the earlier tokens of its own segment alone. The model returns losses, not 
 all tokens would not fit in memory.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,17 +53,12 @@ def objective() -> Objective:
     many tokens there are without padding; ``padding``, the fraction of the places that are padding.
     """
 
-    def run(call: Callable, weights):
-        total, found = call(method="losses")
-        # Where there is no target there may be no finite loss either.
-        losses = jnp.where(weights > 0, found["loss"], 0.0)
-        return total, losses, jnp.where(weights > 0, found["correct"], False)
-
+    # What the model finds of each token is 0 and False where there is no target.
     def loss(call, labels):
         weights, lengths = labels
-        total, _, correct = run(call, weights)
+        total, found = call(method="losses")
         counts = {
-            "token_accuracy": correct.sum(dtype=jnp.float32),
+            "token_accuracy": found["correct"].sum(dtype=jnp.float32),
             "tokens": lengths.sum(),
             "places": jnp.float32(weights.size),
         }
@@ -72,11 +66,11 @@ def objective() -> Objective:
 
     def predict(call, labels):
         weights, _ = labels
-        _, losses, correct = run(call, weights)
+        _, found = call(method="losses")
         return {
-            "loss": losses.sum(-1),
+            "loss": found["loss"].sum(-1),
             "weight": weights.sum(-1),
-            "token_accuracy": correct.sum(-1, dtype=jnp.float32),
+            "token_accuracy": found["correct"].sum(-1, dtype=jnp.float32),
         }
 
     return Objective(loss, predict, means)

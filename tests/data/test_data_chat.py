@@ -333,6 +333,9 @@ def test_held_out_by_content(tmp_path):
     mixed = load_chats(str(path), names=NAMES, validation_file=other, test_files={"new": other})
     assert mixed.notes[0] == "2 of 4 examples of 'validation' are training examples, too"
     assert not load_chats(str(path), names=NAMES).notes
+    # What is held out for validation is no training example.
+    data = load_chats(str(path), names=NAMES, validation=10, seed=1, test_files={"old": path})
+    assert data.notes == ("30 of 40 examples of 'old' are training examples, too",)
     # A test split that is asked for and not given is held out, too.
     data = load_chats(str(path), names=NAMES, validation=10, test_splits={"test": None})
     assert [len(part) for part in (data.train, data.validation, data.tests["test"])] == [20, 10, 10]

@@ -304,3 +304,12 @@ def test_ends_of_the_files(tmp_path):
     for value, ends in ((7, {7}), ([1, 106], {1, 106}), (None, set()), ([-1, True, "a"], set())):
         (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
         assert generator.stored_ends(tmp_path) == ends
+
+
+def test_ends_of_a_gguf_file(tmp_path):
+    """A file that names an end of the text and an end of the turn has both."""
+    pytest.importorskip("gguf")
+    from fixtures.gguf_models import write
+
+    ids = {"eos_token_id": 2, "eot_token_id": 7}
+    assert generator.stored_ends(write(tmp_path / "m.gguf", tokenizer=ids)) == {2, 7}

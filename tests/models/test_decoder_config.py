@@ -143,6 +143,7 @@ def test_no_code_of_transformers_reads_an_inert_field(kind):
         ({"attention_dropout": 0.1}, "attention_dropout.*must be 0.0"),
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"hidden_act": "swiglu"}, "hidden_act"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
         ({"head_dim": 7}, "head_dim"),
         ({"num_key_value_heads": 5}, "num_key_value_heads.*a divisor of 32"),
         ({"num_attention_heads": 3}, "num_attention_heads.*a divisor of hidden_size"),

@@ -10,7 +10,7 @@ import pytest
 import rmlora_jax as rm
 from rmlora_jax.data.packing import filled, pack
 from rmlora_jax.data.tokens import Tokens
-from rmlora_jax.hub.source import PUBLISHED
+from rmlora_jax.hub.published import PUBLISHED
 from rmlora_jax.models import Decoder, DecoderConfig
 from rmlora_jax.tasks import targets
 from rmlora_jax.tasks.sft_feed import Split, attention_flops
