@@ -125,12 +125,41 @@ def task_table(found: list[dict]) -> str:
             if not runs:
                 cells += ["-", "-", "0"]
                 continue
-            values = [100 * row["test"] for row in runs]
-            spread = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
-            cells += [spread, f"{runs[0]['learning_rate']:g}", str(len(runs))]
+            values = spread([100 * row["test"] for row in runs], 2)
+            cells += [values, f"{runs[0]['learning_rate']:g}", str(len(runs))]
         trained = runs_of(found, method=method)[0]["trainable_parameters"]
         lines.append(f"| {' | '.join(cells)} | {trained:,} |")
     return "\n".join(lines)
+
+
+def loss_table(found: list[dict]) -> str:
+    """Markdown: a line a method and rate, mean +- sample standard deviation over seeds; in bold the
+    rate of each method that is best on validation."""
+    heads = ["validation loss", "test loss", "effective rank", "trained"]
+    lines = [["method", "rate", "seeds", *heads]]
+    for method in dict.fromkeys(row["method"] for row in found):
+        means = {}
+        for rate in dict.fromkeys(row["learning_rate"] for row in runs_of(found, method=method)):
+            runs = runs_of(found, method=method, learning_rate=rate)
+            cells = [
+                spread([row[name] for row in runs], digits)
+                for name, digits in (("validation", 4), ("test", 4), ("effective_rank", 2))
+            ]
+            means[rate] = statistics.mean(row["validation"] for row in runs)
+            trained = f"{runs[0]['trainable_parameters']:,}"
+            lines.append([method, f"{rate:g}", str(len(runs)), *cells, trained])
+        best = f"{min(means, key=means.__getitem__):g}"
+        for line in lines:
+            if line[:2] == [method, best]:
+                line[:2] = [f"**{cell}**" for cell in line[:2]]
+    return markdown_table(lines)
+
+
+def spread(values: list[float | None], digits: int) -> str:
+    """Mean and sample standard deviation, or a dash where a value is missing."""
+    if None in values or len(values) < 2:
+        return "-"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def runs_of(found: list[dict], **fields) -> list[dict]:
@@ -143,6 +172,8 @@ def table(name: str) -> str:
         return step_costs()
     if "study" in rows(name)[0]:
         return study_tables.markdown(rows(name))
+    if rows(name)[0].get("metric") == "loss":
+        return loss_table(rows(name))
     if "task" in rows(name)[0]:
         return task_table(rows(name))
     lines = [
@@ -151,18 +182,13 @@ def table(name: str) -> str:
     ]
     found = rows(name)
     for method in dict.fromkeys(row["method"] for row in found):
-        runs = [row for row in found if row["method"] == method]
-
-        def spread(field, scale=1.0, digits=2, runs=runs):
-            values = [scale * row[field] for row in runs if row[field] is not None]
-            if len(values) < 2:
-                return "-"
-            mean, deviation = statistics.mean(values), statistics.stdev(values)
-            return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
-
+        runs = runs_of(found, method=method)
+        accuracy = spread([100 * row["accuracy"] for row in runs], 2)
+        loss = spread([row["loss"] for row in runs], 3)
+        rank = spread([row["effective_rank"] for row in runs], 2)
         lines.append(
-            f"| {method} | {len(runs)} | {spread('accuracy', 100)} % | {spread('loss', digits=3)} "
-            f"| {spread('effective_rank')} | {runs[0]['trainable_parameters']:,} |"
+            f"| {method} | {len(runs)} | {accuracy} % | {loss} | {rank} "
+            f"| {runs[0]['trainable_parameters']:,} |"
         )
     return "\n".join(lines)
 
