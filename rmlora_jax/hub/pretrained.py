@@ -51,6 +51,9 @@ class Pretrained(NamedTuple):
       image_size: side of the image in pixels; None for a model of texts, as the next two.
       image_mean, image_std: per channel, for pixels in [0, 1]: x = (pixel - mean) / std.
       image_resize: how preprocessor_config.json makes squares of images; None without that file.
+      tokenizer: the folder of an adapter's own tokenizer; None: it is in ``folder``.
+      tokens: special tokens that are added to it.
+      rows: tokens, ascending, of which the rows of embedding and head are trained alone.
     """
 
     family: Family
@@ -68,6 +71,9 @@ class Pretrained(NamedTuple):
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
     image_resize: Resize | None = None
+    tokenizer: Path | None = None
+    tokens: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
 
     @property
     def num_classes(self) -> int:

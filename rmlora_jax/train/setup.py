@@ -23,6 +23,7 @@ from rmlora_jax.hub.pretrained import label_names
 from rmlora_jax.hub.source import CONFIG
 from rmlora_jax.models.blocks import with_inserts
 from rmlora_jax.models.family import flat_params
+from rmlora_jax.models.new_tokens import rows_apart, with_trained_rows
 from rmlora_jax.parallel.mesh import (
     Devices,
     check_divisible,
@@ -261,8 +262,10 @@ def with_new(
     if config.model.adapter:
         base, info = continued(problem)
         params, lora = from_adapter(config, base._replace(params=params), info)
-        return lora, rm.adapt(problem.model, lora), params
-    lora = methods.description(config)
+        lora = with_trained_rows(lora, base.rows)
+        return lora, rm.adapt(problem.model, lora), rows_apart(params, base.rows)
+    rows = problem.pretrained.rows if problem.pretrained else ()
+    lora, params = with_trained_rows(methods.description(config), rows), rows_apart(params, rows)
     adapted = rm.adapt(problem.model, lora)
     if methods.of(config).insert is not None:
         params = with_inserts(key, problem.model, params, *problem.example)
