@@ -70,6 +70,8 @@ def sorted_out(file: Path, config: PeftConfig, tensors, base: Pretrained) -> Sto
             slots[f"{module}.{UNDER_ROWS}"] = (path, layer, UNDER)
     found, modules, unexpected = {}, {}, []
     for key in tensors:
+        if _is_copy(tensors, key):
+            continue
         slot = slots.get(plain_name(key)) if key.startswith(PREFIX) else None
         if slot is None:
             unexpected.append(key)
@@ -98,6 +100,16 @@ def sorted_out(file: Path, config: PeftConfig, tensors, base: Pretrained) -> Sto
                 for slot, key in found.items() if slot[2:] == side}
 
     return Stored(factors, of(), of(UNDER), of(ROWS))
+
+
+def _is_copy(tensors, key: str) -> bool:
+    """Whether a tensor is only there because PEFT writes a resized embedding once more: that of a
+    whole module under its inner name, or the base's in its place."""
+    for inside in (".modules_to_save.", ".original_module."):
+        outside = key.replace(inside, ".")
+        if inside in key and outside in tensors:
+            return "original" in inside or np.array_equal(tensors[key], tensors[outside])
+    return False
 
 
 def is_apart(file: Path, config: PeftConfig, tensors, stored: Stored) -> bool:

@@ -64,8 +64,8 @@ class Sft:
     )
     system: str = field("", "first message of conversations that have no system message")
     tokens: tuple = field(
-        (), "special tokens that the tokenizer gains, such as ('<think>', '</think>'); their rows of "
-        "embedding and head are trained",
+        (), "special tokens that the tokenizer gains, such as ('<think>', '</think>'); their rows "
+        "of embedding and head are trained",
     )
     loss: str = field(
         "assistant", "over the tokens of all answers with their ends, of the last one, or over all",

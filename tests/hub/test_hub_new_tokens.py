@@ -190,7 +190,34 @@ def test_a_whole_model_has_longer_tables_and_the_tokens(tied, tmp_path):
     merged = {"params": rm.merge(params, lora)}
     model = base.family.model(base.config, base.num_labels)
     np.testing.assert_allclose(logits_of(again, again.params, ids=ids),
-                               model.apply(merged, jnp.asarray(ids)), atol=1e-5)
+                               np.asarray(model.apply(merged, jnp.asarray(ids))), atol=1e-5)
     theirs = load_tokenizer(tmp_path / "m")
     assert theirs.get_vocab() == tokenizer_of(base).get_vocab()
     assert theirs.pad_token == "<pad>" and theirs.chat_template == tokenizer_of(base).chat_template
+
+
+def test_a_base_from_gguf_gets_them_too(tmp_path):
+    pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
+    from fixtures.gguf_models import VOCABULARY as ROWS_THERE
+    from fixtures.gguf_models import write
+
+    tokens = ["<s>", "</s>", *(chr(ord("!") + i) for i in range(ROWS_THERE - 3)), "!!"]
+    published = load_pretrained(write(tmp_path / "tiny.gguf", "qwen3", tokenizer={
+        "model": "gpt2", "pre": "qwen2", "tokens": tokens, "merges": ["! !"],
+        "token_type": [3, 3, *[1] * (ROWS_THERE - 2)], "bos_token_id": 0, "eos_token_id": 1,
+        "tokenizer.chat_template": "{{ messages[0].content }}"}))  # fmt: skip
+    base = with_tokens(published, TOKENS)
+    assert base.rows == (ROWS_THERE, ROWS_THERE + 1)
+    lora = rm.LoRA(rank=2, target=LINEAR)
+    params = with_factors(base, lora)
+    save_model(tmp_path / "m", params, base, info=Info("sft"), lora=lora)
+    save_peft(tmp_path / "a", params, lora, base)
+    wanted = tokenizer_of(base)("%<think>#</think>")["input_ids"]
+    assert set(base.rows) < set(wanted)
+    for name in "am":
+        assert load_tokenizer(tmp_path / name, padding=False)("%<think>#</think>")[
+            "input_ids"] == wanted
+        ends = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert ends == {"bos_token_id": 0, "eos_token_id": 1}
+    assert load_pretrained(tmp_path / "m").config == base.config
+    assert adapter_base(tmp_path / "a", published).config == base.config

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from rmlora_jax.train.checkpoint import best_trainable
 from rmlora_jax.train.config import resolve
 from rmlora_jax.train.finished import export_merged, model_of
 
-N, STEPS = len(VOCABULARY), 20
+N, STEPS = len(VOCABULARY), 60
 TOKENS = ("<think>", "</think>")
 PROMPT = [[{"role": "user", "content": "q5"}]]
 
@@ -36,7 +37,7 @@ def root(tmp_path_factory):
     return folder
 
 
-def config(root, steps=STEPS, **fields):
+def config(root, steps: int = STEPS, **fields):
     return config_of(root, steps, **{"sft.tokens": TOKENS} | fields)
 
 
@@ -51,7 +52,7 @@ def run(root, tmp_path_factory):
 
 
 def tied(root):
-    return config(root, **{"model.source": str(root / "tied"), "method": "rm_lora"})
+    return config(root, STEPS, **{"model.source": str(root / "tied"), "method": "rm_lora"})
 
 
 def job_of(root, **fields):
@@ -67,9 +68,9 @@ def job_of(root, **fields):
 def test_a_step_moves_the_new_rows_and_not_the_tables(root, model, method, shapes):
     """By Adam's first step, which is the rate times the sign: no mask and no penalty is on them."""
     job = job_of(root, method=method, **{
-        "model.source": str(root / model), "rm.keep": 0.01, "rm.penalty": 10.0,
+        "model.source": str(root / model), "rm.keep": 0.01, "rm.start_step": 0, "rm.penalty": 10.0,
         "optimizer.clip": 0.0, "optimizer.weight_decay": 0.0, "optimizer.warmup": 0.0,
-        "optimizer.schedule": "constant"})  # fmt: skip
+        "optimizer.schedule": "constant", "adalora.every": 1})  # fmt: skip
     before = jax.device_get(flat_params(job.state.trainable))
     whole = flat_params(jax.device_get(job.problem.params))
     states = [x.shape for x in jax.tree.leaves(job.state.opt_state)]
@@ -92,7 +93,7 @@ def test_a_step_moves_the_new_rows_and_not_the_tables(root, model, method, shape
 
 
 def test_factors_of_the_embedding_are_refused(root):
-    with pytest.raises(UserError, match=r"the rows of new tokens are trained in embed(.|\n)*lora\."):
+    with pytest.raises(UserError, match=r"new tokens are trained in embed(.|\n)*lora\."):
         job_of(root, **{"lora.target": "all-linear|embed"})
 
 
@@ -104,7 +105,7 @@ def test_tokens_are_different_texts(root, tokens):
 
 def test_a_run_that_was_killed_ends_with_the_same_bits(run, root, tmp_path, monkeypatch):
     on_one_device(monkeypatch)
-    train(tied(root), tmp_path, until=10)
+    train(tied(root), tmp_path, until=30)
     train(tied(root), tmp_path)
     check_same_end(run, tmp_path, STEPS)
 
@@ -127,7 +128,7 @@ def test_its_adapter_and_its_merged_model_answer_alike(run, root, tmp_path):
     stopped = shutil.copytree(run, tmp_path / "stopped")
     for name in ("summary.json", "adapter"):
         (shutil.rmtree if name == "adapter" else type(run).unlink)(stopped / name)
-    again = model_of(stopped)
+    again: Any = model_of(stopped)
     np.testing.assert_array_equal(again.params["embed"]["embedding"], table)
     assert again.generate(PROMPT)[0] == answer
 
@@ -172,11 +173,11 @@ def test_other_ends_of_a_run(root, tmp_path, method, monkeypatch):
     on_one_device(monkeypatch)
     fields = {"method": method, "sft.samples": 1}
     if method == "lora":
-        fields["sweep.grid"] = {"learning_rate": (1e-2, 2e-2)}
-    loop.train(config(root, 10, **fields), tmp_path / "run")
-    for folder in [tmp_path / "run"] if method == "full" else sorted(tmp_path.glob("run/*/")):
-        if not (folder / "summary.json").exists():
-            continue
+        fields |= {"sweep.grid": "{'learning_rate': (1e-2, 2e-2)}", "sweep.seeds": 1}
+    train(config(root, 10, **fields), tmp_path / "run")
+    folders = [path.parent for path in tmp_path.glob("run/**/summary.json")]
+    assert len([f for f in folders if f.name != "run"]) == (2 if method == "lora" else 0)
+    for folder in folders:
         merged = hub.load(export_merged(folder))
         assert merged.tokenizer.convert_tokens_to_ids("</think>") == N + 1
         assert merged.base.config.vocab_size == N + 2
