@@ -20,12 +20,16 @@ def tokenizer_of(base: Pretrained) -> Any:
     Raises:
       UserError: as `load_tokenizer`.
     """
+    tokenizer = load_tokenizer(base.tokenizer or base.folder, padding=False)
+    _add(tokenizer, base.tokens)
+    return tokenizer
+
+
+def _add(tokenizer: Any, tokens: Sequence[str]) -> None:
     from tokenizers import AddedToken
 
-    tokenizer = load_tokenizer(base.tokenizer or base.folder, padding=False)
-    new = [AddedToken(text, normalized=False, special=True) for text in base.tokens]
+    new = [AddedToken(text, normalized=False, special=True) for text in tokens]
     tokenizer.add_tokens(new, special_tokens=True)
-    return tokenizer
 
 
 def with_tokens(base: Pretrained, tokens: Sequence[str]) -> Pretrained:
@@ -42,18 +46,20 @@ def with_tokens(base: Pretrained, tokens: Sequence[str]) -> Pretrained:
 
     Returns:
       ``base`` with longer tables, ``tokens`` and ``rows``, and a note on each kind of token in
-      ``notes``. ``base`` itself where there is no new token.
+      ``notes``.
 
     Raises:
       UserError: as `load_tokenizer`.
     """
-    known = tokenizer_of(base).get_vocab() if tokens else {}
+    if not tokens:
+        return base
+    tokenizer = tokenizer_of(base)
+    known = tokenizer.get_vocab()
     there, new = ([t for t in tokens if (t in known) is has] for has in (True, False))
     notes = [f"tokens of {base.source} already, which get no new row: {', '.join(there)}"]
     if not new:
-        return base._replace(notes=(*base.notes, *notes)) if there else base
-    made = base._replace(tokens=(*base.tokens, *new))
-    tokenizer = tokenizer_of(made)
+        return base._replace(notes=(*base.notes, *notes))
+    _add(tokenizer, new)
     ids = [tokenizer.convert_tokens_to_ids(text) for text in new]
     if len(set(ids)) < len(new) or min(ids) <= max(known.values()):
         raise UserError(f"{base.source}: its tokenizer cannot add the tokens {', '.join(new)}; "
@@ -66,9 +72,11 @@ def with_tokens(base: Pretrained, tokens: Sequence[str]) -> Pretrained:
     if grown:
         notes.append(f"new tokens, for which embedding and head grow from {old:,} to {size:,} "
                      f"rows: {', '.join(grown)}")
-    made = with_mean_rows(made, size, ids, 1 + max(known.values()))
-    rows = tuple(sorted({*base.rows, *ids}))
-    return made._replace(rows=rows, notes=(*base.notes, *notes[not there :]))
+    return with_mean_rows(base, size, ids, 1 + max(known.values()))._replace(
+        tokens=(*base.tokens, *new),
+        rows=tuple(sorted({*base.rows, *ids})),
+        notes=(*base.notes, *notes[not there :]),
+    )
 
 
 def with_mean_rows(
