@@ -354,7 +354,7 @@ def _replaced(file: Path, tensors, name: str, old, layer: int, entry: Entry) -> 
     if shape != wanted:
         raise UserError(
             f"{file}: {name!r} has shape {shape}, the base's is {wanted}; load the base with as "
-            "many labels, and images of the size, that the adapter has"
+            "many labels or tokens, and images of the size, that the adapter has"
         )
     new = np.array(old, np.float32)
     new[layer if entry.stacked else ...] = from_stored(tensors, name, entry.axes, file)

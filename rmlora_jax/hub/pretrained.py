@@ -52,8 +52,7 @@ class Pretrained(NamedTuple):
       image_mean, image_std: per channel, for pixels in [0, 1]: x = (pixel - mean) / std.
       image_resize: how preprocessor_config.json makes squares of images; None without that file.
       tokenizer: the folder of an adapter's own tokenizer; None: it is in ``folder``.
-      tokens: special tokens that are added to it.
-      rows: tokens, ascending, of which the rows of embedding and head are trained alone.
+      tokens, rows: texts of new special tokens, and numbers of those whose rows alone are trained.
     """
 
     family: Family

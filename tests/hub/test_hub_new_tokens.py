@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.sft.tiny import VOCABULARY, write_model
+from marks import slow
 from safetensors.numpy import load_file, save_file
 from test_peft_decoders import LINEAR, logits_of, with_factors
 
@@ -90,7 +91,9 @@ def moved(base, seed=0):
     return params, lora
 
 
-@pytest.mark.parametrize("tied, spare", [(True, 0), (False, 0), (True, 5), (False, 1)])
+@pytest.mark.parametrize("tied, spare", [
+    (True, 0), (False, 1), slow(True, 5), slow(False, 0),
+])  # fmt: skip
 def test_an_adapter_has_the_rows_and_the_tokenizer(tied, spare, tmp_path):
     """And comes back with them: the same logits on the published base, to the bit."""
     published = base_of(tmp_path / "base", tied=tied, spare=spare)
@@ -178,7 +181,7 @@ def test_rows_far_from_the_table_are_refused(tmp_path):
         load_peft(tmp_path / "a", adapter_base(tmp_path / "a", published))
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [slow(True), False])
 def test_a_whole_model_has_longer_tables_and_the_tokens(tied, tmp_path):
     base = with_tokens(base_of(tmp_path / "base", tied=tied), TOKENS)
     params, lora = moved(base)

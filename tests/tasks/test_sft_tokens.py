@@ -21,7 +21,7 @@ from rmlora_jax.train.checkpoint import best_trainable
 from rmlora_jax.train.config import resolve
 from rmlora_jax.train.finished import export_merged, model_of
 
-N, STEPS = len(VOCABULARY), 60
+N, STEPS = len(VOCABULARY), 40
 TOKENS = ("<think>", "</think>")
 PROMPT = [[{"role": "user", "content": "q5"}]]
 
@@ -61,7 +61,7 @@ def job_of(root, **fields):
 
 @pytest.mark.parametrize("model, method, shapes", [
     ("model", "rm_lora", {"embed": (2, 32), "head": (2, 32)}),
-    ("spare", "lora", {"embed": (2, 32)}),
+    slow("spare", "lora", {"embed": (2, 32)}),
     slow("tied", "dora", {"embed": (2, 32)}), slow("model", "adalora", {"head": (2, 32)}),
     slow("tied", "sora", {"embed": (2, 32)}), slow("model", "full", {"embed": (2, 32)}),
 ])  # fmt: skip
@@ -103,9 +103,10 @@ def test_tokens_are_different_texts(root, tokens):
         resolve(config(root, **{"sft.tokens": tokens}))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_with_the_same_bits(run, root, tmp_path, monkeypatch):
     on_one_device(monkeypatch)
-    train(tied(root), tmp_path, until=30)
+    train(tied(root), tmp_path, until=20)
     train(tied(root), tmp_path)
     check_same_end(run, tmp_path, STEPS)
 
@@ -175,9 +176,9 @@ def test_other_ends_of_a_run(root, tmp_path, method, monkeypatch):
     if method == "lora":
         fields |= {"sweep.grid": "{'learning_rate': (1e-2, 2e-2)}", "sweep.seeds": 1}
     train(config(root, 10, **fields), tmp_path / "run")
-    folders = [path.parent for path in tmp_path.glob("run/**/summary.json")]
-    assert len([f for f in folders if f.name != "run"]) == (2 if method == "lora" else 0)
-    for folder in folders:
+    folders = [path.parent for path in tmp_path.glob("run/seed*/summary.json")]
+    assert len(folders) == 2 * (method == "lora")
+    for folder in folders or [tmp_path / "run"]:
         merged = hub.load(export_merged(folder))
         assert merged.tokenizer.convert_tokens_to_ids("</think>") == N + 1
         assert merged.base.config.vocab_size == N + 2
