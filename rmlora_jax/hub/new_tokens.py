@@ -49,7 +49,13 @@ def with_tokens(base: Pretrained, tokens: Sequence[str]) -> Pretrained:
       ``notes``.
 
     Raises:
-      UserError: as `load_tokenizer`.
+      UserError: as `load_tokenizer`; the tokenizer cannot add them.
+
+    ::
+
+        base = with_tokens(load_pretrained("smollm2-135m-instruct"), ("<think>", "</think>"))
+        base.rows, base.config.vocab_size   # (49152, 49153), 49154
+        tokenizer_of(base)("<think>").input_ids
     """
     if not tokens:
         return base
