@@ -20,6 +20,7 @@ from rmlora_jax.aot.topology import chip_of, tpu_devices
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.models.attention import blaming
+from rmlora_jax.models.new_tokens import with_trained_rows
 from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.mesh import (
     Devices,
@@ -177,7 +178,8 @@ def open_shapes(config: Run, devices: Devices) -> RunShapes:
 
 def _base(config: Run, task: Shapes, devices: Devices) -> setup.Base:
     with fields("lora.*"):
-        lora = methods.description(config)
+        rows = getattr(task.model, "new_tokens", ())
+        lora = with_trained_rows(methods.description(config), rows)
         adapted = rm.adapt(task.model, lora)
 
     def both(key):

@@ -11,6 +11,7 @@ from rmlora_jax.hub.chat_template import (
 )
 from rmlora_jax.hub.export import save_model
 from rmlora_jax.hub.info import Info, read_info, write_info
+from rmlora_jax.hub.new_tokens import tokenizer_of, with_tokens
 from rmlora_jax.hub.peft_read import adapter_base, load_peft, stored_labels
 from rmlora_jax.hub.peft_write import save_peft
 from rmlora_jax.hub.pretrained import (
@@ -85,8 +86,10 @@ __all__ = [
     "save_model",
     "save_peft",
     "stored_labels",
+    "tokenizer_of",
     "untied",
     "vllm_obstacles",
     "with_head_order",
+    "with_tokens",
     "write_info",
 ]

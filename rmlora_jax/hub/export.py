@@ -18,6 +18,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.files import new_folder, read_object, write_json, write_text_atomic
 from rmlora_jax.hub.chat_template import Template, end_tokens
 from rmlora_jax.hub.info import Info, check_fits, write_info
+from rmlora_jax.hub.new_tokens import tokenizer_of
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.safetensors_write import Tensor, write_tensors
 from rmlora_jax.hub.source import (
@@ -121,9 +122,9 @@ def save_model(
         write_json(new / CONFIG, config)
         write_tensors(new, tensors, values)
         if base.image_mean is None:
-            write_tokenizer(base.folder, new)
+            write_tokenizer(base, new)
             if info.template:
-                write_template(base.folder, new, info.template)
+                write_template(base, new, info.template)
         else:
             write_json(new / PREPROCESSOR, preprocessor(base, info))
         write_info(new, info)
@@ -238,32 +239,40 @@ def preprocessor(base: Pretrained, info: Info) -> dict[str, Any]:
     }
 
 
-def write_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer's files from one folder to another, never code; or writes those of the
-    tokenizer in a GGUF model, and which tokens begin and end a text."""
-    if gguf_files(source):
-        load_tokenizer(source, padding=False).save_pretrained(target)
-        raw = raw_config(source)[1]
+def write_tokenizer(base: Pretrained, target: Path) -> None:
+    """Copies the tokenizer's files of ``base`` to a folder, never code; or writes those of the
+    tokenizer in a GGUF model, and which tokens begin and end a text. New tokens are added."""
+    source = base.tokenizer or base.folder
+    if gguf_files(base.folder):
+        raw = raw_config(base.folder)[1]
         ids = {name: raw[name] for name in TOKEN_IDS if raw.get(name) is not None}
         write_json(target / GENERATION, ids)
-    for name in TOKENIZER if source.is_dir() else ():
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if (target / TOKENIZER_CONFIG).exists():
-        raw = read_object(target / TOKENIZER_CONFIG)
-        if (clean := _without_code(raw)) != raw:
-            write_json(target / TOKENIZER_CONFIG, clean)
+    if gguf_files(source):
+        load_tokenizer(source, padding=False).save_pretrained(target)
+    kept = {base.folder / GENERATION, *(source / name for name in TOKENIZER)}
+    for path in kept if source.is_dir() else ():
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
+    file = target / TOKENIZER_CONFIG
+    raw = read_object(file) if file.exists() else {}
+    clean = _without_code(raw)
+    if base.tokens:
+        text = tokenizer_of(base).backend_tokenizer.to_str(pretty=True)
+        write_text_atomic(target / FILES[0], text)
+        clean.setdefault("tokenizer_class", "PreTrainedTokenizerFast")  # if there's no config.json
+    if clean != raw:
+        write_json(file, clean)
 
 
-def write_template(source: Path, target: Path, template: str) -> None:
+def write_template(base: Pretrained, target: Path, template: str) -> None:
     """Writes a chat template that takes the place of the tokenizer's own, and the tokens that end
     its answers."""
     write_text_atomic(target / TEMPLATE, template)
-    file, raw = target / GENERATION, raw_config(source)[1]
+    file, raw = target / GENERATION, raw_config(base.folder)[1]
     stored = read_object(file) if file.exists() else {}
     ids = {name: raw[name] for name in TOKEN_IDS if raw.get(name) is not None} | stored
     own = ids.get(EOS, [])
-    tokenizer, ends = load_tokenizer(source, padding=False), ()
+    tokenizer, ends = tokenizer_of(base), ()
     with contextlib.suppress(UserError):  # it refuses so short a conversation
         ends = end_tokens(tokenizer, Template("of the model", template))
     both = dict.fromkeys([*(own if isinstance(own, list) else [own]), *ends])

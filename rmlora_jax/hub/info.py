@@ -46,6 +46,7 @@ class Info:
       template: of a language model, the chat template (Jinja) that it was trained with; "": none;
         None: the tokenizer's own.
       system: the first message of conversations without one of role system; "": none.
+      tokens: of a language model, special tokens that its run added, see `with_tokens`.
       about: what else a model card says: data, method, metrics, config. Any JSON.
     """
 
@@ -61,6 +62,7 @@ class Info:
     resize: str = "square"
     template: str | None = None
     system: str = ""
+    tokens: tuple[str, ...] = ()
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -87,7 +89,8 @@ class Info:
 def write_info(folder: Path, info: Info) -> Path:
     """Writes ``rmlora.json`` into a folder."""
     fields = dataclasses.asdict(info)
-    for name, usual in (("resize", "square"), ("template", None), ("system", "")):
+    defaults = {"resize": "square", "template": None, "system": "", "tokens": ()}
+    for name, usual in defaults.items():
         if fields[name] == usual:  # as in the files of earlier versions, which read this one, too
             del fields[name]
     return write_json(folder / FILE, fields)
@@ -116,13 +119,14 @@ def read_info(folder: Path) -> Info | None:
         "dtype": lambda x: x in ("float32", "bfloat16", "float16"),
         "template": lambda x: x is None or isinstance(x, str),
         "system": lambda x: isinstance(x, str),
+        "tokens": lambda x: _strings(x, 1, 2**16),
         "about": lambda x: isinstance(x, dict),
     }
     wrong = [name for name in raw if name not in checks or not checks[name](raw[name])]
     if "task" not in raw or wrong:
         raise UserError(f"{path}: {wrong[0] if wrong else 'task'} is missing, unknown or wrong; "
                         "copy the folder again")
-    raw |= {k: tuple(raw[k]) for k in ("labels", "columns") if raw.get(k) is not None}
+    raw |= {k: tuple(raw[k]) for k in ("labels", "columns", "tokens") if raw.get(k) is not None}
     return Info(**raw)
 
 

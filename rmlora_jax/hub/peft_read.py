@@ -13,6 +13,7 @@ from rmlora_jax.adapt.forms import Form
 from rmlora_jax.adapt.geometry import Layout
 from rmlora_jax.adapt.lora import WEIGHTS, LoRA
 from rmlora_jax.errors import UserError
+from rmlora_jax.hub.new_tokens import with_mean_rows
 from rmlora_jax.hub.peft_config import (
     ALL_LINEAR,
     CONFIG_FILE,
@@ -31,6 +32,7 @@ from rmlora_jax.hub.peft_stored import (
 from rmlora_jax.hub.peft_write import alpha_of, peft_leaves
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.tied import EMBEDDING, HEAD, tied_head, untied, was_tied
+from rmlora_jax.hub.tokenizer import FILES
 from rmlora_jax.hub.weights import (
     from_stored,
     layers_of,
@@ -109,31 +111,63 @@ def load_peft(folder: str | Path, base: Pretrained, *, saved: bool = True) -> tu
         for (path, layer), names in stored.under.items()
         if not _is_base(tensors[names[1]], params[path], layer, entries[path])
     }
+    still = untrained(config, stored)
     for (path, layer), (_, name) in whole.items() if saved else ():
         params[path] = _replaced(file, tensors, name, params[path], layer, entries[path])
-        trained.add(path.rpartition("/")[0])
+        if (path, layer) not in still:
+            trained.add(path.rpartition("/")[0])
     for (path, _), (module, name) in stored.rows.items() if saved else ():
         rows = config.rows_of(module)
         params[path] = _with_rows(file, tensors, name, params[path], rows, entries[path])
-        trained.add(path.rpartition("/")[0])
+        if not set(rows) <= set(base.rows):
+            trained.add(path.rpartition("/")[0])
     return unflatten_dict(params, sep="/"), _description(config, described, trained)
 
 
-def adapter_base(folder: str | Path, base: Pretrained) -> Pretrained:
-    """The base for `load_peft` of an adapter: ``base``, with a head of its own where needed.
+def adapter_base(folder: str | Path, base: Pretrained, *, rows: bool = False) -> Pretrained:
+    """The base for `load_peft` of an adapter: ``base``, with a head of its own or more tokens where
+    needed.
 
     In a language model whose head is its embedding, an adapter of PEFT may change one without the
-    other. The head is then made a parameter of its own. Any other adapter takes ``base`` itself.
+    other. The head is then made a parameter of its own. Where an adapter has an embedding, or rows
+    of one, for tokens that the base lacks, embedding and head grow, and a tokenizer in its folder
+    is taken. Any other adapter takes ``base`` itself.
+
+    Args:
+      rows: whether the rows of tokens that the adapter has trained are to be trained by themselves,
+        as ``rows`` of the base, or with their table.
 
     Raises:
       UserError: the folder is damaged, or holds an adapter of another model.
     """
-    if tied_head(base) is None:
+    if base.family.outputs is None:
         return base
     folder = Path(folder)
     config, tensors, file = read_config(folder), open_tensors(folder), folder / WEIGHTS_FILE
     stored = sorted_out(file, config, tensors, base)
-    return untied(base) if is_apart(file, config, tensors, stored) else base
+    if tied_head(base) is not None and is_apart(file, config, tensors, stored):
+        base = untied(base)
+    found = {row for module, _ in stored.rows.values() for row in config.rows_of(module)}
+    places = {(EMBEDDING, 0), (HEAD, 0)}
+    sizes = [tensors.shape(names[1])[0] for one in (stored.whole, stored.under)
+             for place, names in one.items() if place in places]
+    old = base.config.vocab_size
+    own = found | {row for size in sizes for row in range(old, size)}
+    grown = old + sum(row >= old for row in own)
+    if grown > old and max(own) < grown:  # each number has a row, as in a folder that is whole
+        base = with_mean_rows(base, grown, range(old, grown), old)
+    if own and any((folder / name).exists() for name in FILES):
+        base = base._replace(tokenizer=folder)
+    return base._replace(rows=tuple(sorted(found))) if rows and found else base
+
+
+def untrained(config: PeftConfig, stored: Stored) -> set[tuple[str, int]]:
+    """The embedding and the head that PEFT has written as a whole only because of their new size,
+    while rows of tokens were trained."""
+    if not stored.rows:
+        return set()
+    whole = {place for place, (module, _) in stored.whole.items() if not config.keeps(module)}
+    return {(EMBEDDING, 0), (HEAD, 0)} & (whole | stored.under.keys())
 
 
 def _both(file: Path, config: PeftConfig, stored: Stored) -> Stored:
@@ -320,7 +354,7 @@ def _replaced(file: Path, tensors, name: str, old, layer: int, entry: Entry) -> 
     if shape != wanted:
         raise UserError(
             f"{file}: {name!r} has shape {shape}, the base's is {wanted}; load the base with as "
-            "many labels, and images of the size, that the adapter has"
+            "many labels or tokens, and images of the size, that the adapter has"
         )
     new = np.array(old, np.float32)
     new[layer if entry.stacked else ...] = from_stored(tensors, name, entry.axes, file)

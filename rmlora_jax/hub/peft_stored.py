@@ -20,6 +20,7 @@ OLD_WEIGHTS_FILE = "adapter_model.bin"
 # What PEFT stores beside the factors of an embedding and a head: their own weights; and the trained
 # rows of a weight, which LoraConfig(trainable_token_indices=...) names.
 UNDER, ROWS = "base_layer.weight", "token_adapter.trainable_tokens_delta"
+UNDER_ROWS = f"token_adapter.{UNDER}"  # the weight that has these rows, where it was resized
 
 
 class Stored(NamedTuple):
@@ -66,8 +67,11 @@ def sorted_out(file: Path, config: PeftConfig, tensors, base: Pretrained) -> Sto
             module = name.rpartition(".")[0]
             for side in (*spelt[path.endswith("/embedding")], UNDER, ROWS):
                 slots[f"{module}.{side}"] = (path, layer, side)
+            slots[f"{module}.{UNDER_ROWS}"] = (path, layer, UNDER)
     found, modules, unexpected = {}, {}, []
     for key in tensors:
+        if _is_copy(tensors, key):
+            continue
         slot = slots.get(plain_name(key)) if key.startswith(PREFIX) else None
         if slot is None:
             unexpected.append(key)
@@ -98,6 +102,16 @@ def sorted_out(file: Path, config: PeftConfig, tensors, base: Pretrained) -> Sto
     return Stored(factors, of(), of(UNDER), of(ROWS))
 
 
+def _is_copy(tensors, key: str) -> bool:
+    """Whether a tensor is only there because PEFT writes a resized embedding once more: that of a
+    whole module under its inner name, or the base's in its place."""
+    for inside in (".modules_to_save.", ".original_module."):
+        outside = key.replace(inside, ".")
+        if inside in key and outside in tensors:
+            return "original" in inside or np.array_equal(tensors[key], tensors[outside])
+    return False
+
+
 def is_apart(file: Path, config: PeftConfig, tensors, stored: Stored) -> bool:
     """Whether an adapter gives embedding and head, which are one in the base, different weights.
 
@@ -109,6 +123,8 @@ def is_apart(file: Path, config: PeftConfig, tensors, stored: Stored) -> bool:
         [found.get(place) for place in places] for found in (stored.rows, stored.whole)
     )
     factors, head_factors = (stored.factors.get(path, {}).get(0) for path in (EMBEDDING, HEAD))
+    if rows and head_rows and np.array_equal(*(tensors[names[1]] for names in (rows, head_rows))):
+        head_rows = None  # PEFT writes both where the vocabulary was resized
     if rows or head_rows:
         if factors or head_factors or whole or head_whole:
             raise UserError(f"{file} has rows of tokens of an embedding that is the head, and "

@@ -21,6 +21,7 @@ from rmlora_jax.adapt.ranks import alpha_for, to_lora
 from rmlora_jax.adapt.tree import adapted_weights
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import new_folder, write_bytes_atomic, write_json, write_text_atomic
+from rmlora_jax.hub.export import write_tokenizer
 from rmlora_jax.hub.info import Info, adapter_card, write_info
 from rmlora_jax.hub.peft_config import CONFIG_FILE, PREFIX, Names, endings
 from rmlora_jax.hub.peft_stored import ROWS, WEIGHTS_FILE
@@ -56,7 +57,8 @@ def save_peft(
     Where the head of a language model is its embedding, PyTorch has two modules, and so has the
     folder: factors of the embedding, exchanged, are those of the head. (Not DoRA's: both modules
     are then written whole.) Of an embedding, or a head, of which only some tokens have changed,
-    these rows alone are written, as PEFT's trainable_token_indices.
+    these rows alone are written, as PEFT's trainable_token_indices. A tokenizer with new tokens is
+    written, too.
 
     Args:
       folder: to write; it appears as a whole or not at all.
@@ -136,6 +138,8 @@ def save_peft(
         write_json(temporary / CONFIG_FILE, config)
         if info:
             write_info(temporary, info)
+        if base.tokens or base.tokenizer:
+            write_tokenizer(base, temporary)
         vllm = vllm_obstacles(temporary, base.family)
         card = adapter_card(config, base, info, old_names, vllm)
         write_text_atomic(temporary / "README.md", card)
@@ -227,9 +231,9 @@ def _from_untouched(weight, a, b, scale: float, lora: LoRA):
 def _changed_rows(names: Names, kept, untouched) -> tuple[dict[str, list[int]], dict]:
     """({module: tokens}, {name: rows}) of embeddings and heads to keep of which few have changed.
 
-    Tokens that the published base does not have count as changed. PEFT keeps the rows of an
-    embedding and of a head together where they are one in the base's files, so that there a head
-    that was made a parameter of its own is kept as a whole.
+    Tokens that the published base does not have, or that are new, count as changed. PEFT keeps the
+    rows of an embedding and of a head together where they are one in the base's files, so that
+    there a head that was made a parameter of its own is kept as a whole.
     """
     base, tokens, found = names.base, {}, {}
     if base.family.outputs is None:
@@ -237,11 +241,12 @@ def _changed_rows(names: Names, kept, untouched) -> tuple[dict[str, list[int]], 
     own = published(base)
     if names.tied is None and own.tie_word_embeddings:
         return {}, {}
-    for path in kept.keys() & {EMBEDDING, HEAD}:
+    for path in (p for p in (EMBEDDING, HEAD) if p in kept):
         entry = names.entries[path]
         new, old = (to_stored(np.asarray(x), entry.axes) for x in (kept[path], untouched[path]))
         changed = (new != old.astype(new.dtype)).any(1)
         changed[own.vocab_size :] = True
+        changed[list(base.rows)] = True
         if 0 < changed.sum() <= len(changed) / 4:
             module, rows = names.module(path), np.flatnonzero(changed)
             tokens[module], found[f"{module}.{ROWS}"] = rows.tolist(), new[rows]
@@ -251,7 +256,7 @@ def _changed_rows(names: Names, kept, untouched) -> tuple[dict[str, list[int]], 
 def _saved_modules(names, flat, lora: LoRA, base: Pretrained) -> list[str]:
     """Names of the modules to keep as a whole: those trained beside the factors, new, moved, or
     with new tokens."""
-    grown = grown_from(base) is not None
+    grown = bool(base.rows) or grown_from(base) is not None
     own = [p for p in flat if not is_factor(p.split("/")) and (
         lora.trains(p) or p in base.new or (base.moved and p.startswith("head/"))
         or (grown and p in (EMBEDDING, HEAD)))]

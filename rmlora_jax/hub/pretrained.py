@@ -51,6 +51,8 @@ class Pretrained(NamedTuple):
       image_size: side of the image in pixels; None for a model of texts, as the next two.
       image_mean, image_std: per channel, for pixels in [0, 1]: x = (pixel - mean) / std.
       image_resize: how preprocessor_config.json makes squares of images; None without that file.
+      tokenizer: the folder of an adapter's own tokenizer; None: it is in ``folder``.
+      tokens, rows: texts of new special tokens, and numbers of those whose rows alone are trained.
     """
 
     family: Family
@@ -68,6 +70,9 @@ class Pretrained(NamedTuple):
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
     image_resize: Resize | None = None
+    tokenizer: Path | None = None
+    tokens: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
 
     @property
     def num_classes(self) -> int:

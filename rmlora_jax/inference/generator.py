@@ -16,9 +16,9 @@ from rmlora_jax.errors import UserError, did_you_mean, progress
 from rmlora_jax.files import read_object
 from rmlora_jax.hub.chat_template import Template, end_tokens, find_template
 from rmlora_jax.hub.info import Info, check_fits
+from rmlora_jax.hub.new_tokens import tokenizer_of
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import GENERATION, raw_config
-from rmlora_jax.hub.tokenizer import load_tokenizer
 from rmlora_jax.hub.weights import some
 from rmlora_jax.inference.classifier import NotFinite
 from rmlora_jax.inference.generate import (
@@ -171,7 +171,7 @@ class Generator:
     ):
         check_fits(base, info)
         self.base, self.info = base, info
-        self.tokenizer = load_tokenizer(base.folder, padding=False)
+        self.tokenizer = tokenizer_of(base)
         self.template = template_of(self.tokenizer, info)
         self.ends = stored_ends(base.folder) | written_ends(self.tokenizer, self.template)
         dtype = jnp.dtype(info.dtype)

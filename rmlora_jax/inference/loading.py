@@ -11,6 +11,7 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object
 from rmlora_jax.hub.gguf_file import SUFFIX
 from rmlora_jax.hub.info import Info, read_info
+from rmlora_jax.hub.new_tokens import tokenizer_of
 from rmlora_jax.hub.peft_config import CONFIG_FILE, find_base, read_config
 from rmlora_jax.hub.peft_read import adapter_base, load_peft, stored_labels
 from rmlora_jax.hub.pretrained import Pretrained, load_pretrained
@@ -104,7 +105,11 @@ def load_several(folders: dict[str, Path]) -> Any:
         if _talk(infos[name]) != _talk(info):
             raise UserError(f"the adapters {first} and {name} were trained with different chat "
                             "templates or system messages; give the folder of one")
-    for where in folders.values():  # one that changes the head alone unties it for all
+    own = {name: _own_words(where, base) for name, where in folders.items()}
+    for name, where in folders.items():  # one that changes the head alone unties it for all
+        if own[name] != own[first]:
+            raise UserError(f"the adapters {first} and {name} were trained with different new "
+                            "tokens; give the folder of one")
         base = adapter_base(where, base)
     try:
         trees, lora = rm.align_adapters({k: load_peft(v, base) for k, v in folders.items()})
@@ -118,6 +123,12 @@ def load_several(folders: dict[str, Path]) -> Any:
 def _talk(info: Info | None) -> tuple[str | None, str]:
     """How a language model's prompts are written: chat template and system message."""
     return (info.template, info.system) if info else (None, "")
+
+
+def _own_words(where: Path, base: Pretrained) -> dict[str, int] | None:
+    """The tokens by number where an adapter has a tokenizer of its own."""
+    alone = adapter_base(where, base)
+    return tokenizer_of(alone).get_vocab() if alone.tokenizer else None
 
 
 def _base(where: Path, info: Info | None) -> Pretrained:

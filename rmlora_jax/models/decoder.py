@@ -14,6 +14,7 @@ from rmlora_jax.models.cache import Cache, advanced, attend_cached, new_cache
 from rmlora_jax.models.config import ACTIVATIONS
 from rmlora_jax.models.decoder_config import DecoderConfig
 from rmlora_jax.models.losses import chunked_cross_entropy
+from rmlora_jax.models.new_tokens import NAME, NewTokens, Rows
 from rmlora_jax.models.rope import rope_table, rotate
 
 __all__ = ["Decoder", "DecoderConfig", "new_cache"]
@@ -169,6 +170,8 @@ class Decoder(nn.Module):
       dtype: compute dtype; sums of norms, softmax and rotations are float32.
       param_dtype, unroll, remat: as in `Bert`.
       attention: as in `ViT`.
+      new_tokens: tokens, ascending, whose rows of embedding and head are parameters of their own,
+        under ``new_tokens``; what the tables have of them is not read.
 
     >>> config = DecoderConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2,
     ...                        num_attention_heads=4, num_key_value_heads=2, intermediate_size=24)
@@ -187,6 +190,7 @@ class Decoder(nn.Module):
     unroll: int = 1
     remat: str = "none"
     attention: str = "auto"
+    new_tokens: tuple[int, ...] = ()
 
     def __call__(
         self,
@@ -284,7 +288,8 @@ class Decoder(nn.Module):
         """
         c = self.config
         embed = parts.table(c.vocab_size, c.hidden_size, "embed")
-        x = embed(input_ids)
+        rows = NewTokens(parts, self.new_tokens, name=NAME)() if self.new_tokens else Rows(())
+        x = rows.embedded(input_ids, embed(input_ids))
         x *= jnp.asarray(c.embed_scale, x.dtype)
         rings = cache is not None and cache.ring is not None
         (last, cache), after = parts.scan(
@@ -298,7 +303,7 @@ class Decoder(nn.Module):
 
         def logits(head, x):
             made = head.attend(x) if c.tie_word_embeddings else head(x)
-            made, cap = made.astype(jnp.float32), c.final_logit_softcapping
+            made, cap = rows.scored(x, made).astype(jnp.float32), c.final_logit_softcapping
             return cap * jnp.tanh(made / cap) if cap else made
 
         return use(logits, head, x), states, cache

@@ -1,5 +1,6 @@
 """Fine-tuning of a language model on conversations, prompts with completions, or texts."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,12 +65,18 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     chats = data.open_chats(request(config))
     pretrained = hub.load_pretrained(config.model.source, inputs=TOKENS)
     if config.model.adapter:
-        pretrained = hub.adapter_base(Path(config.model.adapter).expanduser(), pretrained)
+        adapter = Path(config.model.adapter).expanduser()
+        pretrained = hub.adapter_base(adapter, pretrained, rows=True)
+        tokenizer = hub.tokenizer_of(pretrained)
     check_model(config, tokenizer, pretrained.config)
+    if t.tokens or pretrained.tokenizer:
+        pretrained = hub.with_tokens(pretrained, t.tokens)
+        tokenizer = hub.tokenizer_of(pretrained)
+        template = chat_template.find_template(tokenizer, t.template)
     return task.of_pretrained(
         pretrained,
         chats.notes,
-        model=build(config, pretrained.family, pretrained.config),
+        model=build(config, pretrained.family, pretrained.config, pretrained.rows),
         example=example_of(config),
         open_feed=lambda: open_feed(config, chats, tokenizer, template, pretrained.config),
         metrics=targets.METRICS,
@@ -78,17 +85,17 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
             dtype=config.model.dtype,
             template=str(template.text or "") if t.template else None,
             system=t.system,
+            tokens=tuple(t.tokens),
         ),
         questions=questions_of(config, chats.tests),
         skipped=chats.skipped.records,  # tokenising adds to them
     )
 
 
-def build(config: Run, family: Any, architecture: Any) -> Any:
-    """The model of a run."""
-    attention = config.model.attention
-    outputs = architecture.vocab_size
-    return task.build_model(config, family.model, architecture, outputs, attention=attention)
+def build(config: Run, family: Any, architecture: Any, rows: tuple[int, ...]) -> Any:
+    """The model of a run, which trains these rows of embedding and head by themselves."""
+    own = {"attention": config.model.attention, "new_tokens": rows}
+    return task.build_model(config, family.model, architecture, architecture.vocab_size, **own)
 
 
 def check_model(config: Run, tokenizer: Any, architecture: Any) -> None:
@@ -122,11 +129,14 @@ def shapes(config: Run) -> task.Shapes:
     """
     t, b = config.own(Sft), config.batch_size
     family, architecture = places.architecture(config, TOKENS)
+    # Without a tokenizer nobody knows whether tables have rows to spare: they grow.
+    old, size = architecture.vocab_size, architecture.vocab_size + len(t.tokens)
+    architecture = dataclasses.replace(architecture, vocab_size=size)
     row = functools.partial(jax.ShapeDtypeStruct, (b, t.length))
     kinds = {"tokens": jnp.int32, "wanted": jnp.bool_, "segments": jnp.int32,
              "positions": jnp.int32}  # fmt: skip
     return task.Shapes(
-        model=build(config, family, architecture),
+        model=build(config, family, architecture, tuple(range(old, size))),
         example=example_of(config),
         outputs=architecture.vocab_size,
         prepare_train=lambda key, positions, resident, batch: targets.shifted(batch, t.pack),

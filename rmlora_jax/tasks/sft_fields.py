@@ -63,6 +63,10 @@ class Sft:
         "Jinja; '': the tokenizer's own",
     )
     system: str = field("", "first message of conversations that have no system message")
+    tokens: tuple = field(
+        (), "special tokens that the tokenizer gains, such as ('<think>', '</think>'); their rows "
+        "of embedding and head are trained",
+    )
     loss: str = field(
         "assistant", "over the tokens of all answers with their ends, of the last one, or over all",
         choices=chat_template.LOSSES,
@@ -122,6 +126,8 @@ def check(config: Run) -> Iterator[Mistake]:
         yield "sft.evaluate", "pairs whose names differ and have letters, digits and _ alone"
     if t.answer and not regex_problem(t.answer) and re.compile(t.answer).groups != 1:
         yield "sft.answer", "a regular expression with one group, such as '#### (.*)'"
+    if len(set(t.tokens)) < len(t.tokens) or not all(map(str.strip, map(str, t.tokens))):
+        yield "sft.tokens", "different texts, each of more than spaces"
     if t.files:
         yield from places.unused(
             config, ("data.test_split", "data.unlabelled_split"), "with sft.files"

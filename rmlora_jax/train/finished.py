@@ -18,6 +18,7 @@ from rmlora_jax.fields import Run
 from rmlora_jax.files import placed, plain, write_json
 from rmlora_jax.hub.info import FILE, TASKS, model_card, read_info, write_info
 from rmlora_jax.inference.loading import ADAPTER, MERGED, Model, load, use
+from rmlora_jax.models.new_tokens import rows_together
 from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.peak import peak
 from rmlora_jax.tasks.task import Outputs, Problem
@@ -140,7 +141,8 @@ def finish(
                     "program_train_seconds": speed.seconds,
                 }
             write_json(folder / "summary.json", summary)
-            params = joined(job.problem.params, factors)
+            base = job.problem.pretrained
+            params = joined(job.problem.params, factors, base.rows if base else ())
             lora = job.lora[i] if methods.of(run).adapts else None
             if found := answers.asked(folder, run, job.problem, lora, params):
                 summary["best_eval"] |= found
@@ -204,18 +206,21 @@ def write_adapter(
     info = dataclasses.replace(problem.info, about=about)
     write_info(folder, info)
     if methods.of(config).adapts:
-        params = joined(problem.pretrained.params, trainable)
         base, adapter = problem.pretrained, folder / ADAPTER
+        params = joined(base.params, trainable, base.rows)
         hub.save_peft(adapter, params, lora, base, info=info, overwrite=True)
         if found := hub.vllm_obstacles(adapter, base.family):
             print(f"note: vLLM cannot use {adapter} as it is: {'; '.join(found)}; merge it with\n"
                   f"python run.py --workdir={folder} --export=merged", flush=True)
 
 
-def joined(base: Mapping[str, Any], trainable: Mapping[str, Any]) -> dict:
-    """The parameters of ``base`` with those that were trained in their places."""
+def joined(
+    base: Mapping[str, Any], trainable: Mapping[str, Any], rows: Sequence[int] = ()
+) -> dict:
+    """The parameters of ``base`` with those that were trained in their places, also those ``rows``
+    of embedding and head that were trained by themselves."""
     both = flatten_dict(base, sep="/") | flatten_dict(trainable, sep="/")
-    return unflatten_dict(both, sep="/")
+    return rows_together(unflatten_dict(both, sep="/"), rows)
 
 
 def export_merged(workdir: Path) -> Path:
@@ -319,10 +324,12 @@ def _of_checkpoint(
         image_size=info.image_size,
         key=head_key,
     )
-    if not methods.of(config).adapts:
-        return joined(base.params, trainable), None, base
-    params, lora = base.params, methods.description(config)
     if config.model.adapter:
-        base = hub.adapter_base(Path(config.model.adapter).expanduser(), base)
+        base = hub.adapter_base(Path(config.model.adapter).expanduser(), base, rows=True)
+    base = hub.with_tokens(base, info.tokens)
+    params, lora = base.params, None
+    if methods.of(config).adapts:
+        lora = methods.description(config)
+    if config.model.adapter:
         params, lora = from_adapter(config, base, info)
-    return joined(params, trainable), lora, base
+    return joined(params, trainable, base.rows), lora, base

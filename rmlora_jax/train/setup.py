@@ -23,6 +23,7 @@ from rmlora_jax.hub.pretrained import label_names
 from rmlora_jax.hub.source import CONFIG
 from rmlora_jax.models.blocks import with_inserts
 from rmlora_jax.models.family import flat_params
+from rmlora_jax.models.new_tokens import rows_apart, with_trained_rows
 from rmlora_jax.parallel.mesh import (
     Devices,
     check_divisible,
@@ -149,7 +150,6 @@ def open_base(config: Run, devices: Devices) -> Base:
     if config.model.adapter:
         found = f"goes on from {config.model.adapter}: {lora.rank=}, {lora.alpha=}, {lora.target=}"
         notes += [found.replace("lora.", ""), *adapter_head(config, *continued(problem))[1]]
-
     notes += size_notes(config, trainable, frozen)
     feed = problem.open_feed()
     check_same("the data", (feed.sizes, problem.skipped, *feed.content.values()))
@@ -258,12 +258,15 @@ def with_new(
 ) -> tuple[rm.LoRA, nn.Module, dict]:
     """Description, adapted model, and pretrained parameters with what the method adds to them:
     factors, new or of ``model.adapter``, bottlenecks or prefixes."""
+    lora = methods.description(config)
     if config.model.adapter:
         base, info = continued(problem)
         params, lora = from_adapter(config, base._replace(params=params), info)
-        return lora, rm.adapt(problem.model, lora), params
-    lora = methods.description(config)
+    rows = problem.pretrained.rows if problem.pretrained else ()
+    lora, params = with_trained_rows(lora, rows), rows_apart(params, rows)
     adapted = rm.adapt(problem.model, lora)
+    if config.model.adapter:
+        return lora, adapted, params
     if methods.of(config).insert is not None:
         params = with_inserts(key, problem.model, params, *problem.example)
     return lora, adapted, rm.attach(key, adapted, params, *problem.example)

@@ -9,6 +9,8 @@ JOBS is a list of objects; each names a model's folder (``base``) and a file of 
   * ``config``: new factors are made by a LoraConfig of these fields, all values of the adapter
     random, and written into ``out``. With ``save`` its arguments for save_pretrained.
   * ``tokens``: the vocabulary is first resized to this size.
+  * ``tokenizer``: that of this folder makes ``ids`` of ``text``, and the vocabulary is first
+    resized to hold all its tokens, as a user would.
   * ``targets`` in the inputs: the mean loss and the gradients of the factors' norm are added.
   * ``new``: so many tokens are generated greedily, ``tokens``.
 """
@@ -23,7 +25,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # Both say that embedding and head are one in the model, not what PEFT does not find.
 KNOWN = ("tie_word_embeddings", "gradient_checkpointing", "ensure_weight_tying", "save_embedding")
@@ -72,12 +74,18 @@ def run(job: dict) -> None:
     model = opened(job["base"])
     if "tokens" in job:
         model.resize_token_embeddings(job["tokens"], mean_resizing=False)
+    if "tokenizer" in job:
+        tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
     if "config" in job:
         model = made_new(model, job["config"], job["out"], job.get("save", {}))
     elif "adapter" in job:
         model = adapted(model, job["adapter"])
     logits = model(tokens).logits
     found = {"logits": logits.detach().float().numpy()}
+    if "tokenizer" in job:
+        found["ids"] = tokenizer(job["text"])["input_ids"]
     if "targets" in inputs:
         targets = torch.from_numpy(inputs["targets"]).long()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

@@ -21,6 +21,7 @@ from rmlora_jax.tasks.task import measured
 from rmlora_jax.train import loop, setup
 from rmlora_jax.train.config import resolve
 from rmlora_jax.train.evaluate import Compiled, Steps, evaluate
+from rmlora_jax.train.finished import joined
 
 STEPS = 30
 
@@ -287,11 +288,15 @@ def test_an_adapter_of_peft_continues_with_its_embedding(root, tmp_path, name):
     job = setup.build(resolve(config_of(root, 2, **fields)), all_devices(limit=1))
     base = hub.load_pretrained(source)
     expected = flat_params(hub.load_peft(cases.HERE / name, base)[0])
-    found = flat_params(rm.join(job.state.trainable, job.constants.frozen))
+    assert job.problem.pretrained is not None
+    rows = job.problem.pretrained.rows
+    found = flat_params(joined(rm.join(job.state.trainable, job.constants.frozen), {}, rows))
     assert found.keys() == expected.keys()
     for path, value in expected.items():
         np.testing.assert_array_equal(found[path], value, err_msg=path)
-    assert "embed/embedding" in flat_params(job.state.trainable)
+    trained = flat_params(job.state.trainable)
+    assert ("embed/embedding" in trained) == (name != "tokens") and "head/kernel" not in trained
+    assert len(trained.get("new_tokens/embed", ())) == len(rows) == 2 * (name != "whole_tied")
 
 
 @pytest.mark.slow
