@@ -74,6 +74,13 @@ class Chats:
         """
         return json.dumps(self[index], sort_keys=True, ensure_ascii=False).encode()
 
+    def identity(self) -> str:
+        """A hash of all the files' bytes, the columns and the order of the examples."""
+        digest = hashlib.sha256(repr(self.names).encode() + self.ids.tobytes())
+        for rows in self.sources:
+            digest.update(rows.identity().encode())
+        return digest.hexdigest()
+
     def at(self, rows: Sequence[int] | np.ndarray) -> "Chats":
         """The given examples, in that order."""
         return dataclasses.replace(self, ids=self.ids[np.asarray(rows, np.int64)])

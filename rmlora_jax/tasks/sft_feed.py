@@ -56,7 +56,9 @@ def open_feed(
         content["train"] = data.content_of(chats.train)
 
         def train(step: int) -> Iterator[dict]:
-            return streamed(config, read, len(chats.train), chats.skipped, tokenizer, step)
+            counted = counts_file(config, chats.train, tokenizer, template)
+            size = len(chats.train)
+            return streamed(config, read, size, chats.skipped, tokenizer, step, counted)
     else:
         own = splits["train"]
         first, epoch = first_of(own), len(own.order if own.rows is None else own.rows)
@@ -211,7 +213,13 @@ def batches(config: Run, split: Split, tokenizer: Any, step: int) -> Iterator[di
 
 
 def streamed(
-    config: Run, read: Any, examples: int, skipped: Any, tokenizer: Any, step: int
+    config: Run,
+    read: Any,
+    examples: int,
+    skipped: Any,
+    tokenizer: Any,
+    step: int,
+    counted: Path | None,
 ) -> Iterator[dict]:
     """The training batches from a step on, of examples that are read as they are needed."""
     t = config.own(Sft)
@@ -224,10 +232,24 @@ def streamed(
         pad_id=filler(tokenizer),
         skipped=skipped,
         packed=t.pack,
-        counted=None,
+        counted=counted,
         start_step=step,
         **task.process(),
     )
+
+
+def counts_file(
+    config: Run, chats: data.Chats, tokenizer: Any, template: hub.Template
+) -> Path | None:
+    """Where the rows that a stream has made are noted, so that a run that goes on need not count
+    them anew."""
+    t = config.own(Sft)
+    if not t.cache:
+        return None
+    key = chat_template.fingerprint(tokenizer, template, **written(config))
+    own = fitted(config, tokenizer) | {"seed": config.data_seed, "packed": t.pack}
+    batch = None if t.pack else config.batch_size
+    return data.counts_file(Path(t.cache).expanduser(), chats, key, **own, batch=batch)
 
 
 def eval_batches(config: Run, split: Split, tokenizer: Any) -> Iterator[dict]:

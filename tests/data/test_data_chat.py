@@ -20,6 +20,7 @@ from rmlora_jax.data import (
     missing,
     open_chats,
 )
+from rmlora_jax.data.chat import chats_of
 from rmlora_jax.data.chat_examples import ROLES, Names, example_of
 from rmlora_jax.data.chat_files import open_rows
 from rmlora_jax.data.chat_tokens import Counts, fit
@@ -136,6 +137,25 @@ def test_files_that_cannot_be_read(tmp_path):
         open_rows(tmp_path / "b.jsonl")
     with pytest.raises(UserError, match=r"a\.json, row 1: a int, not an object"):
         load_chats(str(lines(tmp_path / "a.json", [[1, 2]])))
+
+
+def test_files_are_known_by_what_they_hold(tmp_path, own_cache):
+    def known(name, rows):
+        path = tmp_path / name
+        if name.endswith(".parquet"):
+            own_cache.Dataset.from_list(rows).to_parquet(str(path))
+        else:
+            path.write_text(json.dumps(rows) if name.endswith(".json") else
+                            "".join(f"{json.dumps(row)}\n" for row in rows))
+        return chats_of([open_rows(path)], Names()).identity()
+
+    other = [*ROWS[:-1], {"q": "9?", "a": ROWS[-1]["a"]}]
+    for kind in (".jsonl", ".json", ".parquet"):
+        same = known(f"a{kind}", ROWS), known(f"b{kind}", ROWS)
+        assert same[0] == same[1] != known(f"a{kind}", other), kind
+    rows = chats_of([open_rows(tmp_path / "b.jsonl")], Names())
+    assert rows.at([1, 0]).identity() != rows.at([0, 1]).identity()
+    assert chats_of(rows.sources, Names(text="q")).identity() != rows.identity()
 
 
 def test_a_damaged_parquet_file(tmp_path, own_cache):

@@ -269,6 +269,29 @@ def test_a_stream_goes_on_from_any_step(root, pack):
         resolve(config_of(root, 0, **{"data.mode": "stream"}))
 
 
+def test_a_stream_that_goes_on_reads_nothing_twice(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("rmlora_jax.data.streaming.EVERY", 1)
+    encode, encoded = hub.encode, []
+    monkeypatch.setattr(hub, "encode", lambda *a, **k: encoded.append(0) or encode(*a, **k))
+
+    def batches(step, count, **fields):
+        config = config_of(root, 5, **{"data.mode": "stream", "sft.cache": str(tmp_path), **fields})
+        feed = setup.open_base(resolve(config), all_devices(limit=1)).feed
+        encoded.clear()
+        found = [batch for _, batch in zip(range(count), feed.train(step), strict=False)]
+        return found, len(encoded)
+
+    whole, all_read = batches(0, 80)
+    later, read = batches(79, 1)
+    assert (read, all_read) == (1024, 3 * 1024)
+    for name, array in later[0].items():
+        np.testing.assert_array_equal(array, whole[79][name])
+    # What decides the rows names the file; the number of steps does not.
+    for field in ({"sft.length": 48}, {"seed": 3}, {"sft.system": "be brief"}):
+        assert batches(79, 1, **field)[1] > 1024, field
+    assert batches(79, 1, eval_every=3)[1] == 1024
+
+
 def test_a_stream_whose_first_rows_cannot_be_used(root, tmp_path):
     rows = '{"messages": []}\n' * 40 + (root / "train.jsonl").read_text()
     (tmp_path / "train.jsonl").write_text(rows)
