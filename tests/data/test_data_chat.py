@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -156,6 +159,47 @@ def test_files_are_known_by_what_they_hold(tmp_path, own_cache):
     rows = chats_of([open_rows(tmp_path / "b.jsonl")], Names())
     assert rows.at([1, 0]).identity() != rows.at([0, 1]).identity()
     assert chats_of(rows.sources, Names(text="q")).identity() != rows.identity()
+
+
+MEMORY = """
+import sys, threading, time
+import datasets, pyarrow.dataset, pyarrow.parquet
+from rmlora_jax.data.chat_files import open_rows
+
+def own():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+def watch():
+    while True:
+        seen.append(own())
+        time.sleep(0.002)
+
+datasets.config.HF_DATASETS_CACHE = sys.argv[2]
+before, seen = own(), [0]
+threading.Thread(target=watch, daemon=True).start()
+rows = open_rows(sys.argv[1])
+assert all(len(rows[i]["a"]) == 1000 for i in range(0, len(rows), 997))
+print(max(*seen, own()) - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_parquet_file_is_never_whole_in_memory(tmp_path, own_cache):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    file, drawn = tmp_path / "a.parquet", random.Random(0)
+    one = {"q": arrow.string(), "a": arrow.string()}
+    with parquet.ParquetWriter(file, arrow.schema(one), compression="none") as writer:
+        for _ in range(300):
+            texts = [drawn.randbytes(500).hex() for _ in range(1000)]
+            writer.write_table(arrow.table({"q": ["?"] * 1000, "a": texts}))
+    size = file.stat().st_size / 2**10
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(file), str(tmp_path / "cache")],
+                          capture_output=True, text=True, check=True,
+                          # Its other pools keep what is free.
+                          env=os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"})
+    assert size > 250_000 and int(done.stdout) < 0.5 * size
 
 
 def test_a_damaged_parquet_file(tmp_path, own_cache):
