@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmlora_jax.data.chat_examples import Names, example_of
+from rmlora_jax.data.chat_examples import Names, conversation_of, example_of
 from rmlora_jax.data.chat_files import RowSource, missing_file, open_rows
 from rmlora_jax.data.dataset import BadRecord, Request, Skipped, Source
 from rmlora_jax.data.subsets import held_out_count, hold_out
@@ -120,8 +120,9 @@ class ChatDataset:
 
 
 def digest_of(chats: Chats, index: int) -> bytes:
-    """A hash of an example: equal ones have the same."""
-    return hashlib.blake2b(chats.content(index), digest_size=16).digest()
+    """A hash of an example: equal ones have the same, in whatever form their rows are."""
+    said = json.dumps(conversation_of(chats[index]), sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(said.encode(), digest_size=16).digest()
 
 
 def usable_chats(chats: Chats, skipped: Skipped) -> tuple[Chats, list[bytes]]:

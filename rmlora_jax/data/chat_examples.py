@@ -93,6 +93,18 @@ def example_of(row: Mapping[str, Any], names: Names, where: str) -> dict[str, An
     return example
 
 
+def conversation_of(example: Mapping[str, Any]) -> dict[str, Any]:
+    """What an example says, in one form: messages, beside them maybe tools; or a text.
+
+    >>> conversation_of({"prompt": "1 + 1?", "completion": "2"})["messages"][1]
+    {'role': 'assistant', 'content': '2'}
+    """
+    if "completion" in example:
+        asked = {"role": "user", "content": example["prompt"]}
+        return {"messages": [asked, {"role": "assistant", "content": example["completion"]}]}
+    return {name: value for name, value in example.items() if name != "given"}
+
+
 def _names_of(row: Mapping[str, Any], names: Names, where: str) -> Names:
     """The names, or else the usual ones that the row has."""
     own = any(names[:4])

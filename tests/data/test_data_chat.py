@@ -414,6 +414,39 @@ def test_held_out_by_content(tmp_path):
             load_chats(str(path), names=NAMES, test_files={name: "no.jsonl"})
 
 
+def test_one_conversation_in_several_forms_is_held_out_as_one(tmp_path):
+    def forms(q, a):
+        asked, said = {"role": "user", "content": q}, {"content": a, "role": "assistant"}
+        return [
+            {"prompt": q, "completion": a},
+            {"completion": a, "prompt": q},
+            {"messages": [asked, said]},
+            {"conversations": [{"value": q, "from": "human"}, {"from": "gpt", "value": a}]},
+            {"prompt": [asked], "completion": [said]},
+            {"messages": [{"content": [{"type": "text", "text": q}], "role": "user"}, said]},
+        ]
+
+    rows = [row for one in ROWS for row in forms(one["q"], one["a"])]
+    random.Random(0).shuffle(rows)
+    data = load_chats(str(lines(tmp_path / "a.jsonl", rows)), validation=30)
+
+    def asked(chats):
+        return {str(example.get("prompt") or example["messages"][0]["content"])
+                for example in (chats[i] for i in range(len(chats)))}
+
+    assert (len(data.train), len(data.validation)) == (90, 30)
+    assert not asked(data.train) & asked(data.validation) and len(asked(data.validation)) == 5
+    # Another answer, another role or a text makes another example.
+    q, a = ROWS[0]["q"], ROWS[0]["a"]
+    others = [{"prompt": q, "completion": q}, {"text": f"{q}\n{a}"}, {"messages": [
+        {"role": "system", "content": q}, {"role": "assistant", "content": a}]}]  # fmt: skip
+    other = lines(tmp_path / "b.jsonl", [*others, *forms(q, a)])
+    data = load_chats(str(tmp_path / "a.jsonl"), validation=30, test_files={"new": other})
+    given = 6 if asked(data.train) & {q} else 0
+    assert "".join(data.notes) == (f"{given} of 9 examples of 'new' are training examples, too"
+                                   if given else "")
+
+
 def test_weights_of_files(tmp_path):
     files = [str(lines(tmp_path / f"{n}.jsonl", [row | {"q": f"{n} {row['q']}"} for row in ROWS]))
              for n in "abc"]
