@@ -305,13 +305,17 @@ class Generator:
             where = f"prompt {i}"
             prompt = prompt if isinstance(prompt, Prompt) else as_prompt(prompt, where)
             prompt = prompt._replace(adapter=self._adapter(prompt.adapter or name, where))
-            tokens = tokens_of(prompt, self.tokenizer, self.template, self.info.system, where)
-            longest = self.base.config.max_position_embeddings
-            if len(tokens) >= longest:
-                raise UserError(f"{where} has {len(tokens):,} tokens, and {self.base.source} takes "
-                                f"{longest:,}, of which the answer needs one; shorten the prompt")
-            found.append((prompt, tokens))
+            found.append((prompt, self.tokens_of(prompt, where)))
         return found
+
+    def tokens_of(self, prompt: Prompt, where: str) -> list[int]:
+        """What the model goes on from; a UserError, which names ``where``, if it cannot."""
+        tokens = tokens_of(prompt, self.tokenizer, self.template, self.info.system, where)
+        longest = self.base.config.max_position_embeddings
+        if len(tokens) >= longest:
+            raise UserError(f"{where} has {len(tokens):,} tokens, and {self.base.source} takes "
+                            f"{longest:,}, of which the answer needs one; shorten the prompt")
+        return tokens
 
     def _adapter(self, name: str | None, where: str) -> str | None:
         if name in self.names or (name is None and not self.names):

@@ -1,6 +1,7 @@
 """Task sft from files to adapter: exact means, the same bits after a stop, what is refused."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -17,8 +18,8 @@ from rmlora_jax.models.family import flat_params
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.sweep import many
 from rmlora_jax.sweep.grid import runs
-from rmlora_jax.tasks.task import measured
-from rmlora_jax.train import loop, setup
+from rmlora_jax.tasks.task import Question, Questions, measured
+from rmlora_jax.train import answers, loop, setup
 from rmlora_jax.train.config import resolve
 from rmlora_jax.train.evaluate import Compiled, Steps, evaluate
 
@@ -334,6 +335,30 @@ def test_one_example_a_row_has_the_figures_of_packed_rows(root):
     assert sorted(numbers) == list(range(18))
     words = "".join(job.problem.notes)
     assert "rows of 64 tokens" in words and "[[ is a" in words
+
+
+def test_a_question_that_is_too_long_is_left_out_alone(root, tmp_path, capsys):
+    base = setup.open_base(resolve(config_of(root, 5)), all_devices(limit=1))
+    problem = base.problem
+    long = {"messages": [{"role": "user", "content": "q1 " * 200}]}
+    short = [Question({"prompt": f"q{i}"}, f"is a{i}") for i in range(3)]
+    too_long = Question(long, "is a1")
+
+    def asked(*exam, samples=()):
+        own = problem._replace(questions=Questions(samples, exam, r"(\w+)", 4))
+        found = answers.asked(tmp_path, base.config, own, None, problem.pretrained.params)
+        return found, capsys.readouterr().out
+
+    alone, said = asked(*short)
+    assert 0 <= alone["exact_match"] <= 1 and "note" not in said
+    found, said = asked(short[0], too_long, *short[1:], too_long, samples=(too_long, short[2]))
+    assert found == alone
+    assert re.search(r"note: 2 of 5 test questions are left out of the exact match: question 1 has "
+                     r"20\d tokens, and .* takes 128", said)
+    text = (tmp_path / "samples.md").read_text()
+    assert text.count("**asked**") == 1 and "q2" in text
+    found, said = asked(too_long)
+    assert found == {} and "1 of 1 test questions" in said
 
 
 @pytest.mark.slow
