@@ -97,7 +97,10 @@ TOP_P = flags.DEFINE_float(
 )
 SEED = flags.DEFINE_integer("seed", 0, "of the draws of tokens")
 STOP = flags.DEFINE_multi_string("stop", [], "a text that ends an answer; may be given repeatedly")
-USES = (TOP, MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, SEED, STOP)
+ADAPTER = flags.DEFINE_string(
+    "adapter", None, "of several adapters in --workdir, each in a folder: the one that answers"
+)
+USES = (TOP, ADAPTER, MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, SEED, STOP)
 EXPORT = flags.DEFINE_enum(
     "export",
     None,

@@ -136,8 +136,9 @@ class JsonLines(RowSource):
         return f"{self._path}, line {self._numbers[index] + 1}"
 
     def identity(self) -> str:
-        self._file.seek(0)
-        return hashlib.file_digest(self._file, "sha256").hexdigest()
+        file: Any = self._file
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class JsonArray(RowSource):

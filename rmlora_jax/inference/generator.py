@@ -304,7 +304,7 @@ class Generator:
         for i, (prompt, name) in enumerate(zip(given, names, strict=True)):
             where = f"prompt {i}"
             prompt = prompt if isinstance(prompt, Prompt) else as_prompt(prompt, where)
-            prompt = prompt._replace(adapter=self._adapter(prompt.adapter or name, where))
+            prompt = prompt._replace(adapter=self.adapter_of(prompt.adapter or name, where))
             found.append((prompt, self.tokens_of(prompt, where)))
         return found
 
@@ -317,7 +317,8 @@ class Generator:
                             f"{longest:,}, of which the answer needs one; shorten the prompt")
         return tokens
 
-    def _adapter(self, name: str | None, where: str) -> str | None:
+    def adapter_of(self, name: str | None, where: str) -> str | None:
+        """The name, if an adapter has it; a UserError, which names ``where``, if none has."""
         if name in self.names or (name is None and not self.names):
             return name
         known = f"this model has {', '.join(self.names)}" if self.names else "this model has one"
