@@ -108,6 +108,10 @@ EXPORT = flags.DEFINE_enum(
     "write the whole model of the run in --workdir, at its best step, into its folder merged/, for "
     "transformers in PyTorch",
 )
+EXPORT_DTYPE = flags.DEFINE_enum(
+    "export_dtype", None, ["float32", "bfloat16", "float16"],
+    "with --export: of a language model's weights (default: that of its base's files)",
+)
 COMPILE_ONLY = flags.DEFINE_bool(
     "compile_only",
     False,
@@ -166,6 +170,8 @@ def command(words):
         raise UserError(f"--{named[0]} is for a trained model; add --predict or --chat")
     if EXPORT.value is not None:
         return export()
+    if EXPORT_DTYPE.value:
+        raise UserError("--export_dtype is for a merged model; add --export=merged")
     if words:
         flag = f"--config={words[0]}" if words[0].endswith(".py") else "--config.NAME=VALUE"
         raise UserError(f"unexpected argument {words[0]!r}; did you mean {flag}?")
@@ -210,7 +216,7 @@ def export():
 
     if not WORKDIR.value:
         raise UserError("--export needs the --workdir of a run")
-    print(f"merged model: {export_merged(Path(WORKDIR.value))}")
+    print(f"merged model: {export_merged(Path(WORKDIR.value), EXPORT_DTYPE.value)}")
 
 
 def study(config):

@@ -8,6 +8,7 @@ JOBS is a list of objects; each names a model's folder (``base``) and a file of 
     and no more.
   * ``config``: new factors are made by a LoraConfig of these fields, all values of the adapter
     random, and written into ``out``. With ``save`` its arguments for save_pretrained.
+  * ``dtype``: the model is opened in it; without it as transformers opens it.
   * ``tokens``: the vocabulary is first resized to this size.
   * ``targets`` in the inputs: the mean loss and the gradients of the factors' norm are added.
   * ``new``: so many tokens are generated greedily, ``tokens``.
@@ -29,9 +30,9 @@ from transformers import AutoModelForCausalLM
 KNOWN = ("tie_word_embeddings", "gradient_checkpointing", "ensure_weight_tying", "save_embedding")
 
 
-def opened(folder: str):
+def opened(folder: str, **dtype: str):
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, attn_implementation="eager"
+        folder, output_loading_info=True, attn_implementation="eager", **dtype
     )
     found = {k: v for k, v in info.items() if v}
     assert not found, f"{folder}: tensors that do not fit: {found}"
@@ -69,7 +70,7 @@ def made_new(model, fields: dict, out: str, save: dict):
 def run(job: dict) -> None:
     inputs = dict(np.load(job["inputs"]))
     tokens = torch.from_numpy(inputs["input_ids"])
-    model = opened(job["base"])
+    model = opened(job["base"], **{key: job[key] for key in ("dtype",) if key in job})
     if "tokens" in job:
         model.resize_token_embeddings(job["tokens"], mean_resizing=False)
     if "config" in job:
@@ -77,7 +78,7 @@ def run(job: dict) -> None:
     elif "adapter" in job:
         model = adapted(model, job["adapter"])
     logits = model(tokens).logits
-    found = {"logits": logits.detach().float().numpy()}
+    found = {"logits": logits.detach().float().numpy(), "dtype": str(model.dtype)}
     if "targets" in inputs:
         targets = torch.from_numpy(inputs["targets"]).long()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
