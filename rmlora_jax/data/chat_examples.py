@@ -20,6 +20,10 @@ NAME_COLUMNS = (
 )
 
 
+class NoSuchColumn(BadRecord):
+    """A row lacks a column that is asked for."""
+
+
 class Names(NamedTuple):
     """The columns of a data set. Where all but ``tools`` are "", a row may have the usual ones:
     messages, or prompt and completion, or text.
@@ -114,7 +118,7 @@ def _names_of(row: Mapping[str, Any], names: Names, where: str) -> Names:
             return one._replace(tools=names.tools)
     what = repr(lacking[0]) if own else "'messages', 'prompt' with 'completion', or 'text'"
     has = ", ".join(map(repr, row))[:200] or "nothing"
-    raise BadRecord(f"{where}: no {what}; it has {has}\n{NAME_COLUMNS}")
+    raise NoSuchColumn(f"{where}: no {what}; it has {has}\n{NAME_COLUMNS}")
 
 
 def _columns(names: Names) -> list[str]:

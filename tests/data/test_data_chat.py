@@ -497,6 +497,25 @@ def test_bad_records(tmp_path):
 # Tokens
 
 
+def test_a_wrong_column_is_no_bad_record(tmp_path):
+    path = str(lines(tmp_path / "a.jsonl", ROWS))
+    wrong = {"prompt": "q", "completion": "answer"}
+    for more in ({}, {"bad_records": 5}, {"bad_records": 99, "apart": False}):
+        for options in ({"names": wrong}, {}, {"names": NAMES, "test_files": {
+                "new": lines(tmp_path / "b.jsonl", [{"x": "a"}])}}):  # fmt: skip
+            with pytest.raises(UserError) as told:
+                load_chats(path, validation=2, **options, **more)
+            first, *advice = str(told.value).splitlines()
+            assert ", line 1: no '" in first and "; it has '" in first
+            assert len(advice) == 1 and advice[0].startswith("Name the columns: --config.sft.")
+    # Rows that lack a column of the others are.
+    rows: list = [{"q": "a"}, {"q": "b"}, *ROWS]
+    path = str(lines(tmp_path / "a.jsonl", rows))
+    with pytest.raises(UserError, match=r"(?s)line 1: no .a.; it.*--config.data.bad_records"):
+        load_chats(path, names=NAMES, validation=2)
+    assert len(load_chats(path, names=NAMES, validation=2, bad_records=2).train) == 18
+
+
 def test_what_does_not_fit(tmp_path):
     pairs = [("p" * 5, "c" * 3), ("p" * 9, "c" * 3), ("p" * 9, "c" * 12), ("p", "c")]
     path = lines(tmp_path / "a.jsonl", [{"q": q, "a": a} for q, a in pairs])
