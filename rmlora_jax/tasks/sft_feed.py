@@ -10,6 +10,7 @@ import numpy as np
 
 from rmlora_jax import data, hub
 from rmlora_jax.data.dataset import BadRecord
+from rmlora_jax.data.packing import taken
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.hub import chat_template
@@ -253,12 +254,13 @@ def counts_file(
 
 
 def eval_batches(config: Run, split: Split, tokenizer: Any) -> Iterator[dict]:
-    """The batches of an evaluated split."""
+    """The batches of an evaluated split, each example of a pass once."""
     t = config.own(Sft)
     own = {"pad_id": filler(tokenizer), **task.process()}
     if split.rows is None:
+        tokens = taken(split.tokens, split.order)
         return data.eval_single_batches(
-            split.tokens, config.eval_batch_size, max_length=t.length, **own
+            tokens, config.eval_batch_size, max_length=t.length, **own
         )
     return data.eval_packed_batches(
         split.tokens, split.rows, config.eval_batch_size, length=t.length, **own
@@ -271,7 +273,7 @@ def filler(tokenizer: Any) -> int:
 
 
 def examples_in(split: Split, ids: np.ndarray) -> np.ndarray:
-    """The numbers of the examples in rows."""
+    """The numbers, in ``split.tokens``, of the examples in rows."""
     if split.rows is None:
         return split.order[ids]
     return np.concatenate([split.rows[i] for i in ids])

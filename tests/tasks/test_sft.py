@@ -12,12 +12,14 @@ from fixtures.sft.tiny import config_of, write_chats, write_model, write_tokeniz
 from marks import slow, slow_but
 
 import rmlora_jax as rm
-from rmlora_jax import hub
+from rmlora_jax import data, hub
+from rmlora_jax.data.tokens import Tokens
 from rmlora_jax.errors import UserError
 from rmlora_jax.models.family import flat_params
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.sweep import many
 from rmlora_jax.sweep.grid import runs
+from rmlora_jax.tasks import sft_feed
 from rmlora_jax.tasks.task import Question, Questions, measured
 from rmlora_jax.train import answers, loop, setup
 from rmlora_jax.train.config import resolve
@@ -337,6 +339,27 @@ def test_one_example_a_row_has_the_figures_of_packed_rows(root):
     assert "rows of 64 tokens" in words and "[[ is a" in words
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_evaluation_has_each_example_of_a_pass_and_tells_its_number(root, pack):
+    config = resolve(config_of(root, 5, **{"sft.pack": pack, "eval_batch_size": 3}))
+    lengths = np.array([5, 9, 2, 7])
+    offsets = np.cumsum([0, *lengths])
+    tokens = Tokens(np.arange(offsets[-1], dtype=np.int32), np.ones(offsets[-1], np.uint8), offsets)
+    order = np.array([2, 3, 0, 3])  # one twice, one in another split
+    rows = data.pack(lengths[order], 64) if pack else None
+    rows = rows and data.Rows(order[rows.examples], rows.starts)
+    split = sft_feed.Split(tokens, order, rows)
+    seen = []
+    for batch in sft_feed.eval_batches(config, split, hub.load_tokenizer(root / "model")):
+        for row, number in zip(np.flatnonzero(batch["mask"]), batch["id"], strict=False):
+            examples = sft_feed.examples_in(split, np.array([number]))
+            for segment, example in enumerate(examples, 1):
+                own = batch["tokens"][row][batch["segments"][row] == segment]
+                np.testing.assert_array_equal(own, tokens.ids[slice(*offsets[example:][:2])])
+            seen += examples.tolist()
+    assert sorted(seen) == sorted(order)
+
+
 def test_a_question_that_is_too_long_is_left_out_alone(root, tmp_path, capsys):
     base = setup.open_base(resolve(config_of(root, 5)), all_devices(limit=1))
     problem = base.problem
@@ -381,7 +404,6 @@ def test_the_trained_model_is_asked(root, tmp_path, monkeypatch):
 
 def first_of_test(root):
     """The first two chats of the test split."""
-    from rmlora_jax import data
     from rmlora_jax.tasks.sft import request
 
     chats = data.open_chats(request(resolve(config_of(root, 10)))).tests["test"]
