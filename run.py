@@ -97,13 +97,20 @@ TOP_P = flags.DEFINE_float(
 )
 SEED = flags.DEFINE_integer("seed", 0, "of the draws of tokens")
 STOP = flags.DEFINE_multi_string("stop", [], "a text that ends an answer; may be given repeatedly")
-USES = (TOP, MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, SEED, STOP)
+ADAPTER = flags.DEFINE_string(
+    "adapter", None, "of several adapters in --workdir, each in a folder: the one that answers"
+)
+USES = (TOP, ADAPTER, MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, SEED, STOP)
 EXPORT = flags.DEFINE_enum(
     "export",
     None,
     ["merged"],
     "write the whole model of the run in --workdir, at its best step, into its folder merged/, for "
     "transformers in PyTorch",
+)
+EXPORT_DTYPE = flags.DEFINE_enum(
+    "export_dtype", None, ["float32", "bfloat16", "float16"],
+    "with --export: of a language model's weights (default: that of its base's files)",
 )
 COMPILE_ONLY = flags.DEFINE_bool(
     "compile_only",
@@ -163,6 +170,8 @@ def command(words):
         raise UserError(f"--{named[0]} is for a trained model; add --predict or --chat")
     if EXPORT.value is not None:
         return export()
+    if EXPORT_DTYPE.value:
+        raise UserError("--export_dtype is for a merged model; add --export=merged")
     if words:
         flag = f"--config={words[0]}" if words[0].endswith(".py") else "--config.NAME=VALUE"
         raise UserError(f"unexpected argument {words[0]!r}; did you mean {flag}?")
@@ -207,7 +216,7 @@ def export():
 
     if not WORKDIR.value:
         raise UserError("--export needs the --workdir of a run")
-    print(f"merged model: {export_merged(Path(WORKDIR.value))}")
+    print(f"merged model: {export_merged(Path(WORKDIR.value), EXPORT_DTYPE.value)}")
 
 
 def study(config):

@@ -59,7 +59,7 @@ from rmlora_jax.data.sources import (
     open_texts,
     open_utterances,
 )
-from rmlora_jax.data.streaming import streamed_batches
+from rmlora_jax.data.streaming import counts_file, streamed_batches
 from rmlora_jax.data.subsets import Subset, labels_of
 from rmlora_jax.data.tokens import Tokens, eval_text_batches, text_batches, tokenise
 from rmlora_jax.data.vision import augment
@@ -85,6 +85,7 @@ __all__ = [
     "cached",
     "chat_reader",
     "content_of",
+    "counts_file",
     "encode_chats",
     "eval_batches",
     "eval_packed_batches",

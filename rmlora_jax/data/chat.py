@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmlora_jax.data.chat_examples import Names, example_of
+from rmlora_jax.data.chat_examples import Names, NoSuchColumn, conversation_of, example_of
 from rmlora_jax.data.chat_files import RowSource, missing_file, open_rows
 from rmlora_jax.data.dataset import BadRecord, Request, Skipped, Source
 from rmlora_jax.data.subsets import held_out_count, hold_out
@@ -22,6 +22,7 @@ from rmlora_jax.errors import UserError, progress
 
 NAME = "chats"  # what a config calls files of chats
 BUNDLED = Path(__file__).parent.parent / "assets" / "chat"
+TRIED = 100  # rows that a column is looked for in
 SEED = 0  # of the rows that a weight with a fraction takes
 
 
@@ -74,6 +75,13 @@ class Chats:
         """
         return json.dumps(self[index], sort_keys=True, ensure_ascii=False).encode()
 
+    def identity(self) -> str:
+        """A hash of all the files' bytes, the columns and the order of the examples."""
+        digest = hashlib.sha256(repr(self.names).encode() + self.ids.tobytes())
+        for rows in self.sources:
+            digest.update(rows.identity().encode())
+        return digest.hexdigest()
+
     def at(self, rows: Sequence[int] | np.ndarray) -> "Chats":
         """The given examples, in that order."""
         return dataclasses.replace(self, ids=self.ids[np.asarray(rows, np.int64)])
@@ -113,8 +121,9 @@ class ChatDataset:
 
 
 def digest_of(chats: Chats, index: int) -> bytes:
-    """A hash of an example: equal ones have the same."""
-    return hashlib.blake2b(chats.content(index), digest_size=16).digest()
+    """A hash of an example: equal ones have the same, in whatever form their rows are."""
+    said = json.dumps(conversation_of(chats[index]), sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(said.encode(), digest_size=16).digest()
 
 
 def usable_chats(chats: Chats, skipped: Skipped) -> tuple[Chats, list[bytes]]:
@@ -133,6 +142,22 @@ def usable_chats(chats: Chats, skipped: Skipped) -> tuple[Chats, list[bytes]]:
                 skipped.add(error)
             bar.update()
     return (chats if len(kept) == len(chats) else chats.at(kept)), hashes
+
+
+def check_columns(rows: RowSource, names: Names) -> None:
+    """Raises a UserError if none of the first rows has the columns: leaving out rows does not help.
+    """
+    wrong = None
+    for i in range(min(len(rows), TRIED)):
+        try:
+            example_of(rows[i], names, rows.where(i))
+        except NoSuchColumn as error:
+            wrong = wrong or error
+            continue
+        except BadRecord:
+            pass
+        return
+    raise UserError(str(wrong))
 
 
 def weighted(chats: Chats, weights: Sequence[float]) -> Chats:
@@ -162,6 +187,10 @@ def split_chats(found: FoundChats, names: Names, request: Request) -> ChatDatase
       UserError: too many rows cannot be used, or nothing is left to train on.
     """
     skipped = Skipped(request.bad_records)
+    given = (*(rows for rows, _ in found.train), found.validation, *found.tests.values())
+    for rows in given:
+        if rows is not None:
+            check_columns(rows, names)
     train = chats_of([rows for rows, _ in found.train], names)
     groups, hash_of = None, {}
     if request.apart:
@@ -193,11 +222,11 @@ def split_chats(found: FoundChats, names: Names, request: Request) -> ChatDatase
     train = weighted(train, [weight for _, weight in found.train])
     if not len(train):
         raise UserError(f"{found.place}: no example is left to train on")
-    given = ({} if found.validation is None else {"validation": validation}) | {
+    apart = ({} if found.validation is None else {"validation": validation}) | {
         name: tests[name] for name in found.tests
     }
     trained = {hash_of[i] for i in train.ids.tolist()} if hash_of else set()
-    notes = found.notes + seen(given, trained)
+    notes = found.notes + seen(apart, trained)
     return ChatDataset(request.name, train, validation, tests, skipped, notes)
 
 

@@ -20,6 +20,10 @@ NAME_COLUMNS = (
 )
 
 
+class NoSuchColumn(BadRecord):
+    """A row lacks a column that is asked for."""
+
+
 class Names(NamedTuple):
     """The columns of a data set. Where all but ``tools`` are "", a row may have the usual ones:
     messages, or prompt and completion, or text.
@@ -93,6 +97,18 @@ def example_of(row: Mapping[str, Any], names: Names, where: str) -> dict[str, An
     return example
 
 
+def conversation_of(example: Mapping[str, Any]) -> dict[str, Any]:
+    """What an example says, in one form: messages, beside them maybe tools; or a text.
+
+    >>> conversation_of({"prompt": "1 + 1?", "completion": "2"})["messages"][1]
+    {'role': 'assistant', 'content': '2'}
+    """
+    if "completion" in example:
+        asked = {"role": "user", "content": example["prompt"]}
+        return {"messages": [asked, {"role": "assistant", "content": example["completion"]}]}
+    return {name: value for name, value in example.items() if name != "given"}
+
+
 def _names_of(row: Mapping[str, Any], names: Names, where: str) -> Names:
     """The names, or else the usual ones that the row has."""
     own = any(names[:4])
@@ -102,7 +118,7 @@ def _names_of(row: Mapping[str, Any], names: Names, where: str) -> Names:
             return one._replace(tools=names.tools)
     what = repr(lacking[0]) if own else "'messages', 'prompt' with 'completion', or 'text'"
     has = ", ".join(map(repr, row))[:200] or "nothing"
-    raise BadRecord(f"{where}: no {what}; it has {has}\n{NAME_COLUMNS}")
+    raise NoSuchColumn(f"{where}: no {what}; it has {has}\n{NAME_COLUMNS}")
 
 
 def _columns(names: Names) -> list[str]:

@@ -7,6 +7,7 @@ a compressed file is unpacked to a temporary one.
 
 import contextlib
 import gzip
+import hashlib
 import importlib.util
 import json
 import os
@@ -42,6 +43,10 @@ class RowSource(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def where(self, index: int) -> str: ...
+
+    def identity(self) -> str:
+        """A hash of all that is read, without reading it row by row."""
+        ...
 
 
 def missing_file(file: str | os.PathLike) -> str | None:
@@ -130,6 +135,11 @@ class JsonLines(RowSource):
     def where(self, index: int) -> str:
         return f"{self._path}, line {self._numbers[index] + 1}"
 
+    def identity(self) -> str:
+        file: Any = self._file
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 
 class JsonArray(RowSource):
     """An array of objects, held in memory."""
@@ -137,8 +147,10 @@ class JsonArray(RowSource):
     def __init__(self, path: Path, file: BinaryIO):
         self._path = path
         file.seek(0)
+        text = file.read()
+        self._identity = hashlib.sha256(text).hexdigest()
         try:
-            self._rows = json.loads(file.read())
+            self._rows = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON ({error})") from None
 
@@ -153,6 +165,9 @@ class JsonArray(RowSource):
 
     def where(self, index: int) -> str:
         return f"{self._path}, row {index + 1}"
+
+    def identity(self) -> str:
+        return self._identity
 
 
 class Table(RowSource):
@@ -175,6 +190,10 @@ class Table(RowSource):
 
     def where(self, index: int) -> str:
         return f"{self._path}, row {index + 1}"
+
+    def identity(self) -> str:
+        with open(self._path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def without_none(value: Any) -> Any:

@@ -51,7 +51,8 @@ Splits = Mapping[str, Any]  # of datasets.Dataset
 def open_splits(path: Path) -> Splits:
     """Every split of a data set by its name. A set without splits is "train".
 
-    Parquet files are converted once, to files that need no memory, in the library's own cache.
+    Parquet files are converted once, to files that need no memory, in the library's own cache. At
+    most a row group is in memory then: by default whole files are read ahead.
 
     Raises:
       UserError: the files are not there, or are damaged.
@@ -67,8 +68,13 @@ def open_splits(path: Path) -> Splits:
                 f"parquet files are converted in {cache}, which cannot be written; name another "
                 "folder: export HF_DATASETS_CACHE=FOLDER"
             )
+        scan = importlib.import_module("pyarrow.dataset").ParquetFragmentScanOptions(
+            use_buffered_stream=True, pre_buffer=False
+        )
         return {
-            split: datasets.Dataset.from_parquet([_as_pattern(file) for file in files], split=split)
+            split: datasets.Dataset.from_parquet(
+                [_as_pattern(file) for file in files], split=split, fragment_scan_options=scan
+            )
             for split, files in parquet_files(path).items()
         }
     except UserError:

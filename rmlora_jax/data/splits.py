@@ -117,8 +117,13 @@ class FileImages(ImageSource):
     def identity(self) -> str:
         """What is read: the files with their sizes and times, the split, the features."""
         path, *rest = self.arguments
-        root = Path(path).resolve()
-        files = sorted(p for p in (root.rglob("*") if root.is_dir() else [root]) if p.is_file())
-        stats = [(str(p.relative_to(root)), p.stat()) for p in files]
-        found = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
-        return repr((str(root), *rest, found))
+        root, found = files_in(path)
+        return repr((root, *rest, found))
+
+
+def files_in(path: str | Path) -> tuple[str, list[tuple[str, int, int, int]]]:
+    """A file or a folder, and the name, size and times of each file in it."""
+    root = Path(path).resolve()
+    files = sorted(p for p in (root.rglob("*") if root.is_dir() else [root]) if p.is_file())
+    stats = [(str(p.relative_to(root)), p.stat()) for p in files]
+    return str(root), [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]

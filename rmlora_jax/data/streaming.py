@@ -6,12 +6,16 @@ at a later step, the rows of the windows before it are taken from a file that ea
 counted again.
 """
 
+import hashlib
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from rmlora_jax.data.chat import Chats
 from rmlora_jax.data.chat_tokens import Read
 from rmlora_jax.data.dataset import BadRecord, Skipped
 from rmlora_jax.data.packing import best_fit, filled
@@ -22,6 +26,7 @@ from rmlora_jax.files import read_arrays, write_arrays
 
 WINDOW = 1024  # examples that are packed together
 EVERY = 16  # windows between two times that their rows are noted
+FORMAT = 1  # of the file that notes them
 
 
 def streamed_batches(
@@ -50,22 +55,30 @@ def streamed_batches(
       skipped: takes the records that cannot be used.
       packed: False: one example a row, of similar lengths.
       window: how many examples are packed together.
-      counted: a file that holds how many rows each window made; its name must say what is read.
+      counted: a file that holds how many rows each window made, see `counts_file`. One that is
+        damaged, or of other data, is made again.
     """
     local = local_size(global_batch, process_count)
     mine = slice(process_index * local, (process_index + 1) * local)
-    found = read_arrays(counted, ("counts",)) if counted else None
-    counts: list[int] = found[0].tolist() if found else []
+
+    def windows(first: int) -> Iterator[tuple[int, Tokens, list[list[int]]]]:
+        orders = batch_ids(n, window, seed=seed, start_step=first)
+        for number in itertools.count(first):
+            tokens = _encoded(read, next(orders), skipped)
+            draw = [seed % (1 << 32), number]
+            yield number, tokens, _rows(tokens, length, packed, global_batch, draw)
+
+    counts = _noted(counted)
+    first, skip = _start(counts, start_step * global_batch)
+    found = windows(first)
+    if first < len(counts):
+        one = next(found)
+        found = itertools.chain([one], found)
+        if len(one[2]) != counts[first]:
+            counts, skip, found = [], start_step * global_batch, windows(0)
     rows: list[tuple[Tokens, list[int]]] = []
-    skip, first = start_step * global_batch, 0
-    while first < len(counts) and counts[first] <= skip:
-        skip -= counts[first]
-        first += 1
-    orders = batch_ids(n, window, seed=seed, start_step=first)
     step, empty = start_step, 0
-    for number in itertools.count(first):
-        tokens = _encoded(read, next(orders), skipped)
-        grouped = _rows(tokens, length, packed, global_batch, [seed % (1 << 32), number])
+    for number, tokens, grouped in found:
         empty = 0 if grouped else empty + 1
         if empty * window > 2 * n:
             raise UserError("no example is left: all are too long, or cannot be used")
@@ -80,6 +93,35 @@ def streamed_batches(
             batch, rows = rows[:global_batch], rows[global_batch:]
             yield _batch(batch, mine, step * global_batch, length, pad_id, packed)
             step += 1
+
+
+def counts_file(folder: Path, chats: Chats, key: str, **options: Any) -> Path:
+    """Where the rows of the windows are noted: a name made of all that decides their number.
+
+    The files of the chats are read once for it, and no row is tokenised.
+
+    Args:
+      key: of what encodes them, ``hub.chat_template.fingerprint``.
+      **options: of `chat_tokens.reader`, beside ``encode``, and of `streamed_batches`: the seed,
+        ``packed``, and the batch.
+    """
+    facts = json.dumps([FORMAT, WINDOW, key, chats.identity(), options], sort_keys=True)
+    return folder / f"{hashlib.sha256(facts.encode()).hexdigest()}.npz"
+
+
+def _noted(counted: Path | None) -> list[int]:
+    """The rows of the windows, from the first on, that a file notes; [] without such a file."""
+    found = read_arrays(counted, ("counts",)) if counted else None
+    if not found or found[0].ndim != 1 or found[0].dtype != np.int64 or (found[0] < 0).any():
+        return []
+    return found[0].tolist()
+
+
+def _start(counts: list[int], skip: int) -> tuple[int, int]:
+    """The window to begin with to leave out ``skip`` rows, and how many of them are in it."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    first = int(np.searchsorted(ends, skip, side="right"))
+    return first, skip - (int(ends[first - 1]) if first else 0)
 
 
 def _encoded(read: Read, ids: np.ndarray, skipped: Skipped) -> Tokens:

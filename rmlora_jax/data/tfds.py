@@ -20,7 +20,13 @@ from rmlora_jax.data.dataset import (
     shown,
 )
 from rmlora_jax.data.folder import why_unreadable
-from rmlora_jax.data.splits import FileImages, check_image_key, labelled_splits, text_columns
+from rmlora_jax.data.splits import (
+    FileImages,
+    check_image_key,
+    files_in,
+    labelled_splits,
+    text_columns,
+)
 from rmlora_jax.data.subsets import usable_texts
 from rmlora_jax.data.tfds_folder import (
     Prepare,
@@ -268,6 +274,9 @@ class TfdsRows(RowSource):
 
     def where(self, index: int) -> str:
         return f"{self._folder}, record {index} of {self._split!r}"
+
+    def identity(self) -> str:
+        return repr((*files_in(self._folder), self._split))
 
 
 def _plain(value: Any) -> Any:

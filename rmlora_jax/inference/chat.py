@@ -18,7 +18,7 @@ from rmlora_jax.inference.predict import CACHE
 from rmlora_jax.inference.written import printable
 from rmlora_jax.parallel.mesh import use_compilation_cache
 
-RESET, EXIT = "/reset", "/exit"
+RESET, EXIT, ADAPTER = "/reset", "/exit", "/adapter"
 PROMPT = "> "
 
 
@@ -31,13 +31,14 @@ def chat(
     adapter: str | None = None,
     **options: Any,
 ) -> None:
-    """Talks until there is nothing more to read, or ``/exit``; ``/reset`` forgets what was said.
+    """Talks until there is nothing more to read, or ``/exit``; ``/reset`` forgets what was said,
+    and ``/adapter NAME`` lets another adapter of several answer.
 
     Args:
       workdir: what `load` accepts; the folder of a language model with a chat template.
       find: workdir -> the model.
       source, out: where messages come from, a line each, and answers go; the terminal.
-      adapter: where there are several, the one that answers.
+      adapter: where there are several, the one that answers first; None: the first by name.
       options: of `generator.Options`.
 
     Raises:
@@ -47,7 +48,7 @@ def chat(
         raise UserError("chat with which model? Type python run.py --workdir=DIR --chat")
     if unknown := [option for option in options if option not in Options._fields]:
         raise UserError(f"--{unknown[0]} does not go with --chat; it takes "
-                        f"{', '.join(f'--{option}' for option in Options._fields)}")
+                        f"{', '.join(f'--{option}' for option in (*Options._fields, 'adapter'))}")
     if jax.config.jax_compilation_cache_dir is None:
         use_compilation_cache(CACHE)
     model = find(workdir)
@@ -59,6 +60,9 @@ def chat(
                         f"does not talk; type\npython run.py --workdir={workdir} --predict \"a "
                         'text"')
     asked = Options(**options).checked()
+    if adapter is None and model.names:
+        adapter = model.names[0]
+    adapter = model.adapter_of(adapter, "--adapter")
     assert sys.stdin is not None and sys.stdout is not None
     _talk(model, asked, adapter, source or sys.stdin, out or sys.stdout)
 
@@ -68,12 +72,16 @@ def _talk(
 ) -> None:
     """Reads lines and answers them."""
     print(f"{RESET} begins anew, {EXIT} or Ctrl-D leaves, Ctrl-C stops an answer", file=out)
+    if adapter is not None:
+        print(f"{adapter} answers; {ADAPTER} NAME chooses among {', '.join(model.names)}", file=out)
     messages: list[dict[str, str]] = []
     while (line := _read(source, out)) is not None:
         if line == EXIT:
             return
         if line == RESET:
             messages = []
+        elif model.names and line.partition(" ")[0] == ADAPTER:
+            adapter = _chosen(model, line.partition(" ")[2].strip(), adapter, out)
         elif line.startswith("/") and line[1:].isalpha():
             print(f"there is no command {line}; {RESET}, {EXIT}", file=out)
         elif line:
@@ -83,6 +91,17 @@ def _talk(
                 messages.pop()
             else:
                 messages.append({"role": "assistant", "content": answer})
+
+
+def _chosen(model: Generator, name: str, before: str | None, out: TextIO) -> str | None:
+    """The adapter of this name; that of ``before`` where there is none."""
+    try:
+        chosen = model.adapter_of(name, ADAPTER)
+    except UserError as error:
+        print(f"error: {error}", file=out)
+        return before
+    print(f"{chosen} answers", file=out)
+    return chosen
 
 
 def _read(source: TextIO, out: TextIO) -> str | None:

@@ -304,16 +304,21 @@ class Generator:
         for i, (prompt, name) in enumerate(zip(given, names, strict=True)):
             where = f"prompt {i}"
             prompt = prompt if isinstance(prompt, Prompt) else as_prompt(prompt, where)
-            prompt = prompt._replace(adapter=self._adapter(prompt.adapter or name, where))
-            tokens = tokens_of(prompt, self.tokenizer, self.template, self.info.system, where)
-            longest = self.base.config.max_position_embeddings
-            if len(tokens) >= longest:
-                raise UserError(f"{where} has {len(tokens):,} tokens, and {self.base.source} takes "
-                                f"{longest:,}, of which the answer needs one; shorten the prompt")
-            found.append((prompt, tokens))
+            prompt = prompt._replace(adapter=self.adapter_of(prompt.adapter or name, where))
+            found.append((prompt, self.tokens_of(prompt, where)))
         return found
 
-    def _adapter(self, name: str | None, where: str) -> str | None:
+    def tokens_of(self, prompt: Prompt, where: str) -> list[int]:
+        """What the model goes on from; a UserError, which names ``where``, if it cannot."""
+        tokens = tokens_of(prompt, self.tokenizer, self.template, self.info.system, where)
+        longest = self.base.config.max_position_embeddings
+        if len(tokens) >= longest:
+            raise UserError(f"{where} has {len(tokens):,} tokens, and {self.base.source} takes "
+                            f"{longest:,}, of which the answer needs one; shorten the prompt")
+        return tokens
+
+    def adapter_of(self, name: str | None, where: str) -> str | None:
+        """The name, if an adapter has it; a UserError, which names ``where``, if none has."""
         if name in self.names or (name is None and not self.names):
             return name
         known = f"this model has {', '.join(self.names)}" if self.names else "this model has one"

@@ -15,7 +15,7 @@ from rmlora_jax.hub.new_tokens import tokenizer_of
 from rmlora_jax.hub.peft_config import CONFIG_FILE, find_base, read_config
 from rmlora_jax.hub.peft_read import adapter_base, load_peft, stored_labels
 from rmlora_jax.hub.pretrained import Pretrained, load_pretrained
-from rmlora_jax.hub.source import CONFIG, gguf_files
+from rmlora_jax.hub.source import CONFIG, gguf_files, published_as
 from rmlora_jax.inference import classifier, generator
 from rmlora_jax.inference.classifier import Classifier
 from rmlora_jax.inference.generator import Generator
@@ -90,12 +90,12 @@ def load_several(folders: dict[str, Path]) -> Any:
         different chat templates or system messages.
     """
     (first, place), *others = folders.items()
-    sources = {name: find_base(where, read_config(where)) for name, where in folders.items()}
+    infos = {name: read_info(where) for name, where in folders.items()}
+    sources = {name: _source(where, infos[name]) for name, where in folders.items()}
     for name, _ in others:
         if sources[name] != sources[first]:
             raise UserError(f"the adapters {first} and {name} have different bases, "
                             f"{sources[first]} and {sources[name]}; give the folder of one")
-    infos = {name: read_info(where) for name, where in folders.items()}
     info = infos[first]
     base = _base(place, info)
     if USES[base.family.inputs].make is not Generator:
@@ -137,8 +137,19 @@ def _base(where: Path, info: Info | None) -> Pretrained:
     if outputs is None and info is not None:
         outputs = info.outputs
     size = info and info.image_size
-    source = find_base(where, read_config(where))
-    return load_pretrained(source, num_labels=outputs, image_size=size)
+    return load_pretrained(_source(where, info), num_labels=outputs, image_size=size)
+
+
+def _source(where: Path, info: Info | None) -> str:
+    """What `load_pretrained` loads as the base of the adapter in a folder.
+
+    An adapter of a packaged base names it as the hub does; the package's weights are those that it
+    was trained on.
+    """
+    config = read_config(where)
+    if info is not None and info.base is not None and published_as(info.base)[0] == config.base:
+        return info.base
+    return find_base(where, config)
 
 
 def adapters_of(folder: Path) -> dict[str, Path]:

@@ -7,16 +7,20 @@ from typing import Any
 from rmlora_jax.inference.generator import Answer, Generator, Options
 
 FILE = "answers.jsonl"
-OPTIONS = Options._fields
+OPTIONS = (*Options._fields, "adapter")
 SHOWN = 20  # answers on the terminal
 
 
 def answered(
     model: Generator, values: Sequence[str], failed: Callable, options: Mapping[str, Any]
 ) -> tuple[str, str, int]:
-    """The answers as JSON lines and as text, and how many prompts there are."""
+    """The answers as JSON lines and as text, and how many prompts there are.
+
+    The option ``adapter`` is for prompts that name none.
+    """
     prompts = model.from_arguments(values)
-    answers = model.generate(prompts, failed=failed, **options)
+    more = {name: value for name, value in options.items() if name != "adapter"}
+    answers = model.generate(prompts, failed=failed, adapters=options.get("adapter"), **more)
     return to_lines(answers), shown(answers), len(prompts)
 
 

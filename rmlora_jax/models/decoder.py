@@ -260,6 +260,10 @@ class Decoder(nn.Module):
     ):
         """Logits of the token after each of some new tokens, and the cache with them.
 
+        Under a dynamic rope new tokens turn by the length of their text so far, and keys in the
+        cache stay as they were turned, as in transformers: beyond the original length that is not a
+        pass over the whole text.
+
         Args:
           input_ids: int (B, n).
           positions: int (B, n), counted in each text; -1 for padding, which is on the left.

@@ -10,6 +10,7 @@ import numpy as np
 
 from rmlora_jax import data, hub
 from rmlora_jax.data.dataset import BadRecord
+from rmlora_jax.data.packing import taken
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.hub import chat_template
@@ -56,7 +57,9 @@ def open_feed(
         content["train"] = data.content_of(chats.train)
 
         def train(step: int) -> Iterator[dict]:
-            return streamed(config, read, len(chats.train), chats.skipped, tokenizer, step)
+            counted = counts_file(config, chats.train, tokenizer, template)
+            size = len(chats.train)
+            return streamed(config, read, size, chats.skipped, tokenizer, step, counted)
     else:
         own = splits["train"]
         first, epoch = first_of(own), len(own.order if own.rows is None else own.rows)
@@ -211,7 +214,13 @@ def batches(config: Run, split: Split, tokenizer: Any, step: int) -> Iterator[di
 
 
 def streamed(
-    config: Run, read: Any, examples: int, skipped: Any, tokenizer: Any, step: int
+    config: Run,
+    read: Any,
+    examples: int,
+    skipped: Any,
+    tokenizer: Any,
+    step: int,
+    counted: Path | None,
 ) -> Iterator[dict]:
     """The training batches from a step on, of examples that are read as they are needed."""
     t = config.own(Sft)
@@ -224,19 +233,34 @@ def streamed(
         pad_id=filler(tokenizer),
         skipped=skipped,
         packed=t.pack,
-        counted=None,
+        counted=counted,
         start_step=step,
         **task.process(),
     )
 
 
+def counts_file(
+    config: Run, chats: data.Chats, tokenizer: Any, template: hub.Template
+) -> Path | None:
+    """Where the rows that a stream has made are noted, so that a run that goes on need not count
+    them anew."""
+    t = config.own(Sft)
+    if not t.cache:
+        return None
+    key = chat_template.fingerprint(tokenizer, template, **written(config))
+    own = fitted(config, tokenizer) | {"seed": config.data_seed, "packed": t.pack}
+    batch = None if t.pack else config.batch_size
+    return data.counts_file(Path(t.cache).expanduser(), chats, key, **own, batch=batch)
+
+
 def eval_batches(config: Run, split: Split, tokenizer: Any) -> Iterator[dict]:
-    """The batches of an evaluated split."""
+    """The batches of an evaluated split, each example of a pass once."""
     t = config.own(Sft)
     own = {"pad_id": filler(tokenizer), **task.process()}
     if split.rows is None:
+        tokens = taken(split.tokens, split.order)
         return data.eval_single_batches(
-            split.tokens, config.eval_batch_size, max_length=t.length, **own
+            tokens, config.eval_batch_size, max_length=t.length, **own
         )
     return data.eval_packed_batches(
         split.tokens, split.rows, config.eval_batch_size, length=t.length, **own
@@ -249,7 +273,7 @@ def filler(tokenizer: Any) -> int:
 
 
 def examples_in(split: Split, ids: np.ndarray) -> np.ndarray:
-    """The numbers of the examples in rows."""
+    """The numbers, in ``split.tokens``, of the examples in rows."""
     if split.rows is None:
         return split.order[ids]
     return np.concatenate([split.rows[i] for i in ids])

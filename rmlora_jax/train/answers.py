@@ -11,7 +11,9 @@ import rmlora_jax as rm
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import write_text_atomic
+from rmlora_jax.inference.generator import Generator
 from rmlora_jax.inference.loading import use
+from rmlora_jax.inference.prompts import Prompt
 from rmlora_jax.parallel import memory
 from rmlora_jax.tasks.task import Problem, Question
 from rmlora_jax.train.setup import cast
@@ -25,8 +27,9 @@ def asked(
 ) -> dict[str, float]:
     """Asks a trained model what `Problem.questions` want to know, and writes ``samples.md``.
 
-    A device without room for the model beside the run is reported, and the model is not asked: what
-    was trained is more than its answers.
+    Questions that it cannot be asked, such as one of more tokens than it takes, are left out
+    and counted. A device without room for the model beside the run is reported, and the model is
+    not asked: what was trained is more than its answers.
 
     Args:
       params: of the trained model, on the host; with factors where ``lora`` is given.
@@ -38,17 +41,26 @@ def asked(
     if questions is None or base is None:
         return {}
 
-    def answers(params: dict, lora: rm.LoRA | None, of: Sequence[Question]) -> list[str]:
+    def opened(params: dict, lora: rm.LoRA | None) -> Generator:
         params = cast(params, jnp.dtype(config.model.base_dtype))
+        return use(base, params, lora, problem.info)
+
+    def answers(model: Generator, of: Sequence[Question]) -> list[str]:
         prompts = [question.prompt for question in of]
-        model = use(base, params, lora, problem.info)
         return [a.text for a in model.generate(prompts, max_new_tokens=questions.longest)]
 
-    samples, exam = questions.samples, questions.exam
     try:
-        after = answers(params, lora, [*samples, *exam])
+        model = opened(params, lora)
+        samples, _ = askable(model, questions.samples)
+        exam, why = askable(model, questions.exam)
+        if why:
+            all_of = len(questions.exam)
+            print(f"note: {all_of - len(exam):,} of {all_of:,} test questions are left out of the "
+                  f"exact match: {why}", flush=True)
+        after = answers(model, [*samples, *exam])
+        del model  # two have no room beside the run
         if samples:
-            before = answers(base.params, None, samples)
+            before = answers(opened(base.params, None), samples)
             write_text_atomic(folder / FILE, table(samples, before, after[: len(samples)]))
             said = zip(("asked", "before", "after"),
                        (words_of(samples[0].prompt), before[0], after[0]), strict=True)
@@ -64,6 +76,18 @@ def asked(
         return {}
     right = [question.answer for question in exam]
     return {"exact_match": exact_match(questions.pattern, right, after[len(samples) :])}
+
+
+def askable(model: Generator, questions: Sequence[Question]) -> tuple[list[Question], str]:
+    """The questions that a model can be asked, and why it cannot be asked the first other one."""
+    kept, why = [], ""
+    for number, question in enumerate(questions):
+        try:
+            model.tokens_of(Prompt(question.prompt), f"question {number}")
+            kept.append(question)
+        except UserError as error:
+            why = why or str(error)
+    return kept, why
 
 
 def exact_match(pattern: str, right: Sequence[str], given: Sequence[str]) -> float:

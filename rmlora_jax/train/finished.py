@@ -17,7 +17,9 @@ from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import placed, plain, write_json
 from rmlora_jax.hub.info import FILE, TASKS, model_card, read_info, write_info
+from rmlora_jax.hub.rounding import stored_dtype
 from rmlora_jax.inference.loading import ADAPTER, MERGED, Model, load, use
+from rmlora_jax.models.family import TOKENS
 from rmlora_jax.models.new_tokens import rows_together
 from rmlora_jax.parallel import memory
 from rmlora_jax.parallel.peak import peak
@@ -223,10 +225,11 @@ def joined(
     return rows_together(unflatten_dict(both, sep="/"), rows)
 
 
-def export_merged(workdir: Path) -> Path:
+def export_merged(workdir: Path, dtype: str | None = None) -> Path:
     """Writes ``merged/`` of a run: the whole model of its best step for transformers.
 
-    Factors are added to the base's weights in float32, whatever ``model.base_dtype`` was. Of a run
+    Factors are added to the base's weights in float32, whatever ``model.base_dtype`` was. Those of
+    a language model are then rounded to ``dtype``, by default that of its base's files. Of a run
     that is not finished, it is the best step so far, which is printed.
 
     Raises:
@@ -234,10 +237,10 @@ def export_merged(workdir: Path) -> Path:
         memory is short.
     """
     with memory.told(lambda: memory.of_a_model(f"the model in {workdir}")):
-        return _export_merged(placed(workdir))
+        return _export_merged(placed(workdir), dtype)
 
 
-def _export_merged(workdir: Path) -> Path:
+def _export_merged(workdir: Path, dtype: str | None) -> Path:
     if not (workdir / "summary.json").is_file():
         found = unfinished(workdir)
         if found is None:
@@ -257,7 +260,11 @@ def _export_merged(workdir: Path) -> Path:
         else:
             params, lora, base = _of_checkpoint(config, info, best_trainable(workdir))
     info = dataclasses.replace(info, about=info.about | {"card": model_card(base, info)})
-    return hub.save_model(workdir / MERGED, params, base, info=info, lora=lora, overwrite=True)
+    if dtype is None and base.family.inputs is TOKENS:
+        dtype = stored_dtype(base)
+    return hub.save_model(
+        workdir / MERGED, params, base, info=info, lora=lora, dtype=dtype, overwrite=True
+    )
 
 
 def model_of(folder: str | Path) -> Model:

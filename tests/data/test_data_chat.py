@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -20,6 +23,7 @@ from rmlora_jax.data import (
     missing,
     open_chats,
 )
+from rmlora_jax.data.chat import chats_of
 from rmlora_jax.data.chat_examples import ROLES, Names, example_of
 from rmlora_jax.data.chat_files import open_rows
 from rmlora_jax.data.chat_tokens import Counts, fit
@@ -136,6 +140,66 @@ def test_files_that_cannot_be_read(tmp_path):
         open_rows(tmp_path / "b.jsonl")
     with pytest.raises(UserError, match=r"a\.json, row 1: a int, not an object"):
         load_chats(str(lines(tmp_path / "a.json", [[1, 2]])))
+
+
+def test_files_are_known_by_what_they_hold(tmp_path, own_cache):
+    def known(name, rows):
+        path = tmp_path / name
+        if name.endswith(".parquet"):
+            own_cache.Dataset.from_list(rows).to_parquet(str(path))
+        else:
+            path.write_text(json.dumps(rows) if name.endswith(".json") else
+                            "".join(f"{json.dumps(row)}\n" for row in rows))
+        return chats_of([open_rows(path)], Names()).identity()
+
+    other = [*ROWS[:-1], {"q": "9?", "a": ROWS[-1]["a"]}]
+    for kind in (".jsonl", ".json", ".parquet"):
+        same = known(f"a{kind}", ROWS), known(f"b{kind}", ROWS)
+        assert same[0] == same[1] != known(f"a{kind}", other), kind
+    rows = chats_of([open_rows(tmp_path / "b.jsonl")], Names())
+    assert rows.at([1, 0]).identity() != rows.at([0, 1]).identity()
+    assert chats_of(rows.sources, Names(text="q")).identity() != rows.identity()
+
+
+MEMORY = """
+import sys, threading, time
+import datasets, pyarrow.dataset, pyarrow.parquet
+from rmlora_jax.data.chat_files import open_rows
+
+def own():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+def watch():
+    while True:
+        seen.append(own())
+        time.sleep(0.002)
+
+datasets.config.HF_DATASETS_CACHE = sys.argv[2]
+before, seen = own(), [0]
+threading.Thread(target=watch, daemon=True).start()
+rows = open_rows(sys.argv[1])
+assert all(len(rows[i]["a"]) == 1000 for i in range(0, len(rows), 997))
+print(max(*seen, own()) - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_parquet_file_is_never_whole_in_memory(tmp_path, own_cache):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    file, drawn = tmp_path / "a.parquet", random.Random(0)
+    one = {"q": arrow.string(), "a": arrow.string()}
+    with parquet.ParquetWriter(file, arrow.schema(one), compression="none") as writer:
+        for _ in range(300):
+            texts = [drawn.randbytes(500).hex() for _ in range(1000)]
+            writer.write_table(arrow.table({"q": ["?"] * 1000, "a": texts}))
+    size = file.stat().st_size / 2**10
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(file), str(tmp_path / "cache")],
+                          capture_output=True, text=True, check=True,
+                          # Its other pools keep what is free.
+                          env=os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"})
+    assert size > 250_000 and int(done.stdout) < 0.5 * size
 
 
 def test_a_damaged_parquet_file(tmp_path, own_cache):
@@ -350,6 +414,39 @@ def test_held_out_by_content(tmp_path):
             load_chats(str(path), names=NAMES, test_files={name: "no.jsonl"})
 
 
+def test_one_conversation_in_several_forms_is_held_out_as_one(tmp_path):
+    def forms(q, a):
+        asked, said = {"role": "user", "content": q}, {"content": a, "role": "assistant"}
+        return [
+            {"prompt": q, "completion": a},
+            {"completion": a, "prompt": q},
+            {"messages": [asked, said]},
+            {"conversations": [{"value": q, "from": "human"}, {"from": "gpt", "value": a}]},
+            {"prompt": [asked], "completion": [said]},
+            {"messages": [{"content": [{"type": "text", "text": q}], "role": "user"}, said]},
+        ]
+
+    rows = [row for one in ROWS for row in forms(one["q"], one["a"])]
+    random.Random(0).shuffle(rows)
+    data = load_chats(str(lines(tmp_path / "a.jsonl", rows)), validation=30)
+
+    def asked(chats):
+        return {str(example.get("prompt") or example["messages"][0]["content"])
+                for example in (chats[i] for i in range(len(chats)))}
+
+    assert (len(data.train), len(data.validation)) == (90, 30)
+    assert not asked(data.train) & asked(data.validation) and len(asked(data.validation)) == 5
+    # Another answer, another role or a text makes another example.
+    q, a = ROWS[0]["q"], ROWS[0]["a"]
+    others = [{"prompt": q, "completion": q}, {"text": f"{q}\n{a}"}, {"messages": [
+        {"role": "system", "content": q}, {"role": "assistant", "content": a}]}]  # fmt: skip
+    other = lines(tmp_path / "b.jsonl", [*others, *forms(q, a)])
+    data = load_chats(str(tmp_path / "a.jsonl"), validation=30, test_files={"new": other})
+    given = 6 if asked(data.train) & {q} else 0
+    assert "".join(data.notes) == (f"{given} of 9 examples of 'new' are training examples, too"
+                                   if given else "")
+
+
 def test_weights_of_files(tmp_path):
     files = [str(lines(tmp_path / f"{n}.jsonl", [row | {"q": f"{n} {row['q']}"} for row in ROWS]))
              for n in "abc"]
@@ -398,6 +495,25 @@ def test_bad_records(tmp_path):
 
 
 # Tokens
+
+
+def test_a_wrong_column_is_no_bad_record(tmp_path):
+    path = str(lines(tmp_path / "a.jsonl", ROWS))
+    wrong = {"prompt": "q", "completion": "answer"}
+    for more in ({}, {"bad_records": 5}, {"bad_records": 99, "apart": False}):
+        for options in ({"names": wrong}, {}, {"names": NAMES, "test_files": {
+                "new": lines(tmp_path / "b.jsonl", [{"x": "a"}])}}):  # fmt: skip
+            with pytest.raises(UserError) as told:
+                load_chats(path, validation=2, **options, **more)
+            first, *advice = str(told.value).splitlines()
+            assert ", line 1: no '" in first and "; it has '" in first
+            assert len(advice) == 1 and advice[0].startswith("Name the columns: --config.sft.")
+    # Rows that lack a column of the others are.
+    rows: list = [{"q": "a"}, {"q": "b"}, *ROWS]
+    path = str(lines(tmp_path / "a.jsonl", rows))
+    with pytest.raises(UserError, match=r"(?s)line 1: no .a.; it.*--config.data.bad_records"):
+        load_chats(path, names=NAMES, validation=2)
+    assert len(load_chats(path, names=NAMES, validation=2, bad_records=2).train) == 18
 
 
 def test_what_does_not_fit(tmp_path):

@@ -233,6 +233,10 @@ def test_a_stream_starts_at_once_where_windows_were_counted(tmp_path):
     batch = next(later)
     assert all((batch[key] == whole[100][key]).all() for key in batch)
     assert len(reads) <= 60
+    for wrong in (counts[::-1], counts + 1, counts[:, None], counts / 1, -counts):
+        np.savez(file, counts=wrong)
+        batch = next(streamed(counted=file, start_step=100))
+        assert all((batch[key] == whole[100][key]).all() for key in batch)
     file.write_bytes(b"damaged")
     batch = next(streamed(counted=file, start_step=100))
     assert all((batch[key] == whole[100][key]).all() for key in batch)

@@ -1,6 +1,7 @@
 """``--chat``: turns of a conversation, its commands, and Ctrl-C while the model speaks."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 from fake_devices import with_devices
 from fixtures.sft.tiny import write_model
+from test_generator import adapter
 
 from rmlora_jax import hub, stopping
 from rmlora_jax.errors import UserError
+from rmlora_jax.inference import written
 from rmlora_jax.inference.chat import chat
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +53,40 @@ def test_turns(model):
     assert said(model, "q1 q2", "/reset", "q3", "/exit", "q4") == [
         f"> {one}", f"> > {alone}", "> "]  # fmt: skip
     assert said(model, "/help") == ["> there is no command /help; /reset, /exit", "> "]
+
+
+def test_one_of_several_adapters_answers(model, folder, tmp_path):
+    base = hub.load_pretrained(folder)
+    for number, name in enumerate(("one", "two")):
+        adapter(tmp_path / name, base, number, 2, target="layers/attention/.*")
+    several = hub.load(tmp_path)
+    messages: list = [{"role": "user", "content": "q1 q2"}]
+
+    def expected(name):
+        return several.generate([messages], adapters=name, **OPTIONS)[0].text
+
+    one, two = expected("one"), expected("two")
+    assert one != two
+    first = "{} answers; /adapter NAME chooses among one, two"
+    assert said(several, "q1 q2") == [first.format("one"), f"> {one}", "> "]
+    assert said(several, "q1 q2", adapter="two") == [first.format("two"), f"> {two}", "> "]
+    found = said(several, "q1 q2", "/adapter twa", "/adapter  two", "/adapter", "q3")
+    messages += [{"role": "assistant", "content": one}, {"role": "user", "content": "q3"}]
+    assert found == [
+        first.format("one"), f"> {one}",
+        "> error: /adapter names the adapter 'twa'; this model has one, two; did you mean two?",
+        "> two answers",
+        "> error: /adapter names the adapter ''; this model has one, two",
+        f"> {expected('two')}", "> ",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="--adapter names the adapter 'on'; this model has one, tw"):
+        said(several, "q1", adapter="on")
+    with pytest.raises(UserError, match=r"--adapter names the adapter 'one'; this model has one$"):
+        said(model, "q1", adapter="one")
+    assert said(model, "/adapter") == ["> there is no command /adapter; /reset, /exit", "> "]
+    content, shown, _ = written.answered(several, ["q1 q2"], pytest.fail, OPTIONS | {
+        "adapter": "two"})  # fmt: skip
+    assert shown == two and json.loads(content)["adapter"] == "two"
 
 
 def test_a_conversation_that_is_too_long(model):

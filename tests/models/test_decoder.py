@@ -116,6 +116,30 @@ def test_a_dynamic_rope_is_that_of_each_text(load):
     assert off(both[0, :5], alone[0]) > 1e-2  # 12 tokens are more than 8
 
 
+# What transformers 5.24 generates greedily after `PROMPT` with its cache, on "llama_dynamic". The
+# prompt has 5 tokens, and the rope is stretched from the ninth on.
+PROMPT = [3, 1, 4, 1, 5]
+GENERATED = [39, 28, 28, 17, 1, 15, 6, 25, 38, 34, 28, 28, 28, 28, 20, 28, 20, 15, 20, 5, 1, 15, 20,
+             15, 20, 5, 20, 38, 20, 20]  # fmt: skip
+
+
+def test_a_dynamic_rope_grows_in_generation_as_in_transformers(load):
+    """Each new token turns by the length so far; keys in the cache stay as they were turned."""
+    base, model = load("llama_dynamic")
+    decode = jax.jit(functools.partial(model.apply, method="decode"))
+    last = np.arange(len(PROMPT))[None]
+    cache, made, found = new_cache(base.config, 1, 40), np.array([PROMPT]), list[int]()
+    for _ in GENERATED:
+        logits, cache = decode({"params": base.params}, made, last, cache)
+        made, last = jnp.argmax(logits[:, -1:], axis=-1), last[:, -1:] + 1
+        found.append(int(made[0, 0]))
+    assert found == GENERATED
+    # A pass over the whole text, where all keys turn by its length, ends otherwise: there, too.
+    run, tokens = jax.jit(model.apply), [*PROMPT, *GENERATED[:-1]]
+    whole = run({"params": base.params}, np.array([tokens]))[0]
+    assert np.argmax(whole, axis=-1)[len(PROMPT) - 1 :].tolist() != GENERATED
+
+
 TINY = DecoderConfig(
     vocab_size=30, hidden_size=16, intermediate_size=20, num_hidden_layers=4,
     num_attention_heads=4, num_key_value_heads=2, sliding_window=3, qk_norm=True,

@@ -8,6 +8,7 @@ JOBS is a list of objects; each names a model's folder (``base``) and a file of 
     and no more.
   * ``config``: new factors are made by a LoraConfig of these fields, all values of the adapter
     random, and written into ``out``. With ``save`` its arguments for save_pretrained.
+  * ``dtype``: the model is opened in it; without it as transformers opens it.
   * ``tokens``: the vocabulary is first resized to this size.
   * ``tokenizer``: that of this folder makes ``ids`` of ``text``, and the vocabulary is first
     resized to hold all its tokens, as a user would.
@@ -31,9 +32,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 KNOWN = ("tie_word_embeddings", "gradient_checkpointing", "ensure_weight_tying", "save_embedding")
 
 
-def opened(folder: str):
+def opened(folder: str, **dtype: str):
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, attn_implementation="eager"
+        folder, output_loading_info=True, attn_implementation="eager", **dtype
     )
     found = {k: v for k, v in info.items() if v}
     assert not found, f"{folder}: tensors that do not fit: {found}"
@@ -71,7 +72,7 @@ def made_new(model, fields: dict, out: str, save: dict):
 def run(job: dict) -> None:
     inputs = dict(np.load(job["inputs"]))
     tokens = torch.from_numpy(inputs["input_ids"])
-    model = opened(job["base"])
+    model = opened(job["base"], **{key: job[key] for key in ("dtype",) if key in job})
     if "tokens" in job:
         model.resize_token_embeddings(job["tokens"], mean_resizing=False)
     if "tokenizer" in job:
@@ -83,7 +84,7 @@ def run(job: dict) -> None:
     elif "adapter" in job:
         model = adapted(model, job["adapter"])
     logits = model(tokens).logits
-    found = {"logits": logits.detach().float().numpy()}
+    found = {"logits": logits.detach().float().numpy(), "dtype": str(model.dtype)}
     if "tokenizer" in job:
         found["ids"] = tokenizer(job["text"])["input_ids"]
     if "targets" in inputs:

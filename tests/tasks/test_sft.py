@@ -1,6 +1,7 @@
 """Task sft from files to adapter: exact means, the same bits after a stop, what is refused."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -11,14 +12,16 @@ from fixtures.sft.tiny import config_of, write_chats, write_model, write_tokeniz
 from marks import slow, slow_but
 
 import rmlora_jax as rm
-from rmlora_jax import hub
+from rmlora_jax import data, hub
+from rmlora_jax.data.tokens import Tokens
 from rmlora_jax.errors import UserError
 from rmlora_jax.models.family import flat_params
 from rmlora_jax.parallel.mesh import all_devices, shard
 from rmlora_jax.sweep import many
 from rmlora_jax.sweep.grid import runs
-from rmlora_jax.tasks.task import measured
-from rmlora_jax.train import loop, setup
+from rmlora_jax.tasks import sft_feed
+from rmlora_jax.tasks.task import Question, Questions, measured
+from rmlora_jax.train import answers, loop, setup
 from rmlora_jax.train.config import resolve
 from rmlora_jax.train.evaluate import Compiled, Steps, evaluate
 from rmlora_jax.train.finished import joined
@@ -270,6 +273,29 @@ def test_a_stream_goes_on_from_any_step(root, pack):
         resolve(config_of(root, 0, **{"data.mode": "stream"}))
 
 
+def test_a_stream_that_goes_on_reads_nothing_twice(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("rmlora_jax.data.streaming.EVERY", 1)
+    encode, encoded = hub.encode, []
+    monkeypatch.setattr(hub, "encode", lambda *a, **k: encoded.append(0) or encode(*a, **k))
+
+    def batches(step, count, **fields):
+        config = config_of(root, 5, **{"data.mode": "stream", "sft.cache": str(tmp_path), **fields})
+        feed = setup.open_base(resolve(config), all_devices(limit=1)).feed
+        encoded.clear()
+        found = [batch for _, batch in zip(range(count), feed.train(step), strict=False)]
+        return found, len(encoded)
+
+    whole, all_read = batches(0, 80)
+    later, read = batches(79, 1)
+    assert (read, all_read) == (1024, 3 * 1024)
+    for name, array in later[0].items():
+        np.testing.assert_array_equal(array, whole[79][name])
+    # What decides the rows names the file; the number of steps does not.
+    for field in ({"sft.length": 48}, {"seed": 3}, {"sft.system": "be brief"}):
+        assert batches(79, 1, **field)[1] > 1024, field
+    assert batches(79, 1, eval_every=3)[1] == 1024
+
+
 def test_a_stream_whose_first_rows_cannot_be_used(root, tmp_path):
     rows = '{"messages": []}\n' * 40 + (root / "train.jsonl").read_text()
     (tmp_path / "train.jsonl").write_text(rows)
@@ -318,6 +344,51 @@ def test_one_example_a_row_has_the_figures_of_packed_rows(root):
     assert "rows of 64 tokens" in words and "[[ is a" in words
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_evaluation_has_each_example_of_a_pass_and_tells_its_number(root, pack):
+    config = resolve(config_of(root, 5, **{"sft.pack": pack, "eval_batch_size": 3}))
+    lengths = np.array([5, 9, 2, 7])
+    offsets = np.cumsum([0, *lengths])
+    tokens = Tokens(np.arange(offsets[-1], dtype=np.int32), np.ones(offsets[-1], np.uint8), offsets)
+    order = np.array([2, 3, 0, 3])  # one twice, one in another split
+    rows = data.pack(lengths[order], 64) if pack else None
+    rows = rows and data.Rows(order[rows.examples], rows.starts)
+    split = sft_feed.Split(tokens, order, rows)
+    seen = []
+    for batch in sft_feed.eval_batches(config, split, hub.load_tokenizer(root / "model")):
+        for row, number in zip(np.flatnonzero(batch["mask"]), batch["id"], strict=False):
+            examples = sft_feed.examples_in(split, np.array([number]))
+            for segment, example in enumerate(examples, 1):
+                own = batch["tokens"][row][batch["segments"][row] == segment]
+                np.testing.assert_array_equal(own, tokens.ids[slice(*offsets[example:][:2])])
+            seen += examples.tolist()
+    assert sorted(seen) == sorted(order)
+
+
+def test_a_question_that_is_too_long_is_left_out_alone(root, tmp_path, capsys):
+    base = setup.open_base(resolve(config_of(root, 5)), all_devices(limit=1))
+    problem = base.problem
+    long = {"messages": [{"role": "user", "content": "q1 " * 200}]}
+    short = [Question({"prompt": f"q{i}"}, f"is a{i}") for i in range(3)]
+    too_long = Question(long, "is a1")
+
+    def asked(*exam, samples=()):
+        own = problem._replace(questions=Questions(samples, exam, r"(\w+)", 4))
+        found = answers.asked(tmp_path, base.config, own, None, problem.pretrained.params)
+        return found, capsys.readouterr().out
+
+    alone, said = asked(*short)
+    assert 0 <= alone["exact_match"] <= 1 and "note" not in said
+    found, said = asked(short[0], too_long, *short[1:], too_long, samples=(too_long, short[2]))
+    assert found == alone
+    assert re.search(r"note: 2 of 5 test questions are left out of the exact match: question 1 has "
+                     r"20\d tokens, and .* takes 128", said)
+    text = (tmp_path / "samples.md").read_text()
+    assert text.count("**asked**") == 1 and "q2" in text
+    found, said = asked(too_long)
+    assert found == {} and "1 of 1 test questions" in said
+
+
 @pytest.mark.slow
 def test_the_trained_model_is_asked(root, tmp_path, monkeypatch):
     on_one_device(monkeypatch)
@@ -338,7 +409,6 @@ def test_the_trained_model_is_asked(root, tmp_path, monkeypatch):
 
 def first_of_test(root):
     """The first two chats of the test split."""
-    from rmlora_jax import data
     from rmlora_jax.tasks.sft import request
 
     chats = data.open_chats(request(resolve(config_of(root, 10)))).tests["test"]
