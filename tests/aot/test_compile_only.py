@@ -278,7 +278,7 @@ def test_chips():
 
 def test_a_missing_compiler_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install '\.\[tpu\]'"):
+    with pytest.raises(UserError, match=r"pip install 'rmlora-jax\[tpu\]'"):
         tpu_devices("v5e:4x4")
 
 
