@@ -39,15 +39,15 @@ PREDICT = flags.DEFINE_multi_string(
     "model reads prompt, messages or text in a .jsonl. Words without a flag are further inputs",
 )
 CHAT = flags.DEFINE_bool("chat", False, "talk with the language model in --workdir")
-TOP = flags.DEFINE_integer("top", 1, "with --predict: classes shown for each input", lower_bound=1)
+TOP = flags.DEFINE_integer("top", 1, "classes shown for each prediction", lower_bound=1)
 AT_ONCE = flags.DEFINE_integer(
     "at_once",
     None,
-    "of --predict: inputs in one batch; fewer need less memory (default: 64, or 16 prompts)",
+    "inputs predicted in one batch; fewer need less memory (default: 64, or 16 prompts)",
     lower_bound=1,
 )
 OUT = flags.DEFINE_string(
-    "out", None, "with --predict: file to write (default: predictions.csv in --workdir, or "
+    "out", None, "file for the predictions (default: predictions.csv in --workdir, or "
     "answers.jsonl of a language model)"
 )
 # Of --predict and --chat with a language model; `rmlora_jax.inference` checks their ranges.

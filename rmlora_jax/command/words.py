@@ -4,7 +4,6 @@ A word of the trainer stands for a flag of run.py, and takes the same flags.
 """
 
 import shutil
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from rmlora_jax import __version__, called, configs
 from rmlora_jax.command import help as help_text
 from rmlora_jax.command.start import flagged, start
 from rmlora_jax.errors import UserError, did_you_mean
-
-MEANS = {"train": [], "predict": ["--predict="], "chat": ["--chat"], "export": ["--export=merged"]}
 
 
 def main() -> None:
@@ -39,13 +36,14 @@ def run(arguments: Sequence[str]) -> int | None:
 
         return bench(rest)
     elif any(one in help_text.ASKED for one in rest):
-        print(help_text.of_word(word, _meanings() if word in MEANS else {}))
+        print(help_text.of_word(word, _meanings() if word in called.WORDS else {}))
     elif word == "configs":
         list_configs(rest)
     elif word == "new":
         new(rest)
     else:
-        flagged([*MEANS[word], *rest])
+        flag = called.WORDS[word].replace("--predict", "--predict=")  # the inputs are words, too
+        flagged([*filter(None, [flag]), *rest])
 
 
 def list_configs(arguments: Sequence[str]) -> None:
@@ -53,11 +51,9 @@ def list_configs(arguments: Sequence[str]) -> None:
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; type {called.program()} configs")
     width = max(map(len, configs.names()))
-    for name in configs.names():
-        print(f"{name:{width}}  {configs.summary(name)}")
-    print(textwrap.dedent(f"""
-        {called.command("train", "--config=NAME")} trains one; {called.program()} new my.py \
---config=NAME copies it"""))
+    lines = [f"{name:{width}}  {configs.summary(name)}" for name in configs.names()]
+    train, copy = called.command("train", "--config=NAME"), f"{called.program()} new my.py"
+    print("\n".join([*lines, "", f"{train} trains one; {copy} --config=NAME copies it"]))
 
 
 def new(arguments: Sequence[str]) -> None:

@@ -315,7 +315,8 @@ def tpu_python() -> Path | None:
 def tpu(*flags):
     python = tpu_python()
     if python is None:
-        pytest.skip("no libtpu: set RMLORA_TPU_PYTHON, or make .venv-tpu with pip install '.[tpu]'")
+        pytest.skip("no libtpu: set RMLORA_TPU_PYTHON, or make .venv-tpu with "
+                    "pip install '.[train,tpu]'")
     return run(*flags, "--compile_only", python=python, timeout=3000)
 
 
