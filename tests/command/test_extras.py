@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from marks import slow
 
 from rmlora_jax import extras
 
@@ -72,7 +73,7 @@ def test_the_core_works_with_jax_flax_and_optax_alone():
 
 @pytest.mark.parametrize(("argv", "module", "name", "install"), [
     (["rmlora", "train"], "words", "main", "pip install 'rmlora-jax[train]'"),
-    (["rmlora", "bench"], "words", "main", "pip install 'rmlora-jax[train]'"),
+    slow(["rmlora", "bench"], "words", "main", "pip install 'rmlora-jax[train]'"),
     (["run.py"], "start", "script", "pip install -e '.[train]'"),
 ])
 def test_a_command_that_lacks_the_extra_names_it(argv, module, name, install):
@@ -83,7 +84,7 @@ def test_a_command_that_lacks_the_extra_names_it(argv, module, name, install):
     assert lines[1] == f"error: {install}"
 
 
-@pytest.mark.parametrize("words", [["configs"], ["--help"], ["new", "FOLDER/my.py"]])
+@pytest.mark.parametrize("words", [["configs"], slow(["--help"]), slow(["new", "FOLDER/my.py"])])
 def test_other_words_need_no_extra(words, tmp_path):
     argv = ["rmlora", *(word.replace("FOLDER", str(tmp_path)) for word in words)]
     done = without(COMMAND.format(argv=argv, module="words", name="main"))

@@ -63,7 +63,7 @@ def test_what_is_in_the_wheel(dist):
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         told = email.message_from_bytes(opened.read(metadata))
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rmlora_jax").rglob("*")
-               if path.suffix == ".py" or "assets" in path.parts and path.is_file()}
+               if path.suffix == ".py" or ("assets" in path.parts and path.is_file())}
     bundled = {f"rmlora_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     ours = {name for name in names if ".dist-info/" not in name}
     assert ours == package | bundled | {"rmlora_jax/py.typed"}
@@ -109,7 +109,7 @@ def test_the_quickstart_outside_of_a_checkout(rmlora):
     assert (rmlora.folder / "run" / "summary.json").exists()
     assert (rmlora.folder / "run" / "adapter" / "adapter_model.safetensors").exists()
     done = rmlora("export", "--workdir=run")
-    assert done.stdout == "merged model: run/merged\n", done.stderr
+    assert done.stdout == f"merged model: {rmlora.folder / 'run' / 'merged'}\n", done.stderr
     assert "run.py" not in (rmlora.folder / "run" / "adapter" / "README.md").read_text()
 
 
@@ -126,7 +126,7 @@ def test_configs_outside_of_a_checkout(rmlora):
         assert f"model.source={model}" in done.stdout.replace("'", ""), done.stderr
     # A study, whose tasks are bundled configs by their paths in a checkout.
     done = rmlora("train", "--config=small_data", "--config.dry_run")
-    assert "cifar100_10_a_class" in done.stdout or "cifar" in done.stderr, done.stderr
+    assert "cifar100_10_a_class lora final" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
@@ -138,7 +138,6 @@ def test_configs_outside_of_a_checkout(rmlora):
     (["train", "--seed=3"], "type rmlora predict, or chat"),
     (["train", "smollm2_sft"], "did you mean --config=smollm2_sft?"),
     (["train", "--config=smollm2"], "did you mean smollm2_sft?"),
-    (["train", "--config=speech", "--config.model.source=."], "type: rmlora train --config=speech"),
 ])
 def test_errors_name_the_installed_command(rmlora, typed, told):
     done = rmlora(*typed)

@@ -163,6 +163,12 @@ def test_messages_name_the_command_that_was_called(monkeypatch, argv, train, con
     assert called.config("speech:base") == config
 
 
+def test_the_base_of_speech_is_made_by_the_command_that_was_called(rmlora):
+    from rmlora_jax.tasks import speech
+
+    assert speech._advice() == "type: rmlora train --config=speech:base --workdir=FOLDER"
+
+
 def test_messages_of_an_installation(monkeypatch, tmp_path):
     monkeypatch.setattr(called, "SCRIPT", tmp_path / "run.py")  # which is not there
     monkeypatch.setattr(sys, "argv", ["ipython"])
