@@ -39,7 +39,7 @@ def test_help(rmlora, capsys):
     ("train", ["rmlora train --config=NAME --workdir=DIR", "--compile_only"], "--temperature"),
     ("predict", ["rmlora predict --workdir=DIR INPUT ...", "--top\n", "@FILE"], "--predict"),
     ("chat", ["rmlora chat --workdir=DIR\n", "--temperature", "(default: 256)"], "--config"),
-    ("export", ["rmlora export --workdir=DIR\n", "--workdir"], "--export"),
+    ("export", ["rmlora export --workdir=DIR\n", "--export_dtype\n"], "--export\n"),
     ("configs", ["rmlora configs"], "--workdir"),
     ("new", ["rmlora new FILE.py --config=NAME"], "--workdir"),
 ])
