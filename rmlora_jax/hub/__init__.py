@@ -11,6 +11,7 @@ from rmlora_jax.hub.chat_template import (
 )
 from rmlora_jax.hub.export import save_model
 from rmlora_jax.hub.info import Info, read_info, write_info
+from rmlora_jax.hub.on_disk import OnDisk, on_device
 from rmlora_jax.hub.peft_read import adapter_base, load_peft, stored_labels
 from rmlora_jax.hub.peft_write import save_peft
 from rmlora_jax.hub.pretrained import (
@@ -56,6 +57,7 @@ __all__ = [
     "Classifier",
     "Generator",
     "Info",
+    "OnDisk",
     "Prediction",
     "Pretrained",
     "PretrainedText",
@@ -78,6 +80,7 @@ __all__ = [
     "load_text",
     "load_tokenizer",
     "load_vit",
+    "on_device",
     "new_head",
     "new_text_head",
     "new_vit_head",

@@ -16,6 +16,7 @@ from rmlora_jax.errors import UserError, did_you_mean, progress
 from rmlora_jax.files import read_object
 from rmlora_jax.hub.chat_template import Template, end_tokens, find_template
 from rmlora_jax.hub.info import Info, check_fits
+from rmlora_jax.hub.on_disk import on_device
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import GENERATION, raw_config
 from rmlora_jax.hub.tokenizer import load_tokenizer
@@ -188,7 +189,7 @@ class Generator:
             self.adapters = jax.device_put(stack)
             decode = with_adapters(decode)
         self.programs = compiled(decode, lambda rows, slots: new_cache(config, rows, slots, dtype))
-        self.params = jax.device_put(narrowed(params, dtype))
+        self.params = jax.device_put(on_device(narrowed(params, dtype)))
 
     def generate(
         self,

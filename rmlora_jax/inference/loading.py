@@ -67,7 +67,7 @@ def load(folder: str | Path) -> Any:
     where = find_model(folder)
     info = read_info(where)
     if not (where / CONFIG_FILE).exists():
-        base = load_pretrained(where)
+        base = load_pretrained(where, on_disk=True)
         if base.new:
             raise UserError(f"{where} has no trained {', '.join(base.new)}; train it first")
         return use(base, base.params, None, info)
@@ -127,7 +127,7 @@ def _base(where: Path, info: Info | None) -> Pretrained:
         outputs = info.outputs
     size = info and info.image_size
     source = find_base(where, read_config(where))
-    return load_pretrained(source, num_labels=outputs, image_size=size)
+    return load_pretrained(source, num_labels=outputs, image_size=size, on_disk=True)
 
 
 def adapters_of(folder: Path) -> dict[str, Path]:
