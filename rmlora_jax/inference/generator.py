@@ -16,7 +16,7 @@ from rmlora_jax.errors import UserError, did_you_mean, progress
 from rmlora_jax.files import read_object
 from rmlora_jax.hub.chat_template import Template, end_tokens, find_template
 from rmlora_jax.hub.info import Info, check_fits
-from rmlora_jax.hub.on_disk import on_device
+from rmlora_jax.hub.on_disk import OnDisk, on_device
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import GENERATION, raw_config
 from rmlora_jax.hub.tokenizer import load_tokenizer
@@ -190,6 +190,11 @@ class Generator:
             decode = with_adapters(decode)
         self.programs = compiled(decode, lambda rows, slots: new_cache(config, rows, slots, dtype))
         self.params = jax.device_put(on_device(narrowed(params, dtype)))
+        given, held = flat_params(params), flat_params(self.params)
+        untouched = {path: held[path] if given.get(path) is x else x
+                     for path, x in flat_params(base.params).items() if isinstance(x, OnDisk)}
+        own = flat_params(base.params) | untouched
+        self.base = base._replace(params=unflatten_dict(own, sep="/"))
 
     def generate(
         self,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -59,12 +60,12 @@ def test_a_run_whose_base_is_split_never_has_a_whole_weight_on_a_device(root, mo
     monkeypatch.setattr("rmlora_jax.hub.on_disk.SMALL", 0)
     where = all_devices(fsdp=8)
     cut, most = placing._cut, []
+    before = jax.live_arrays()
 
     def watched(tensor, inside):
-        most.append(max(
-            part.data.size for x in jax.live_arrays() if x.ndim == 3
-            for part in x.addressable_shards if part.data.size >= 2 * 16 * 32
-        ) if any(x.ndim == 3 and x.size == 2 * 32 * 64 for x in jax.live_arrays()) else 0)
+        own = [x for x in jax.live_arrays() if not any(x is other for other in before)]
+        most.append(max((part.data.size / x.size for x in own if x.size >= 1000
+                         for part in x.addressable_shards), default=0))  # fmt: skip
         return cut(tensor, inside)
 
     config = resolve(config_of(root, 5, **{"fsdp": 8, "method": method}))
@@ -73,7 +74,7 @@ def test_a_run_whose_base_is_split_never_has_a_whole_weight_on_a_device(root, mo
         job = setup.build(config, where)
     assert most
     if method == "lora":
-        assert max(most) < 2 * 32 * 16  # the smallest weight of a stack is larger
+        assert max(most) == 1 / 8  # factors are smaller
         for path, x in flat_params(job.constants.frozen).items():
             assert x.sharding == base_sharding(x.shape, where), path
     found, kept = of_a_step(job, where), record.record_of(job.base)
@@ -124,7 +125,7 @@ def test_the_host_holds_one_layer_beside_the_base(root, tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 12}
     write_model(tmp_path / "model", **sizes)  # 360 MB in float32
     write_chats(tmp_path / "train.jsonl", 40, seed=0)
-    tests = str(__import__("pathlib").Path(__file__).parents[1])
+    tests = str(Path(__file__).parents[1])
     ran = subprocess.run([sys.executable, "-c", PROGRAM, tests, str(root), str(tmp_path)],
                          capture_output=True, text=True, check=False)  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-2000:]
