@@ -39,8 +39,8 @@ class Pretrained(NamedTuple):
     Attributes:
       family: how its files are read, and what it is called with.
       config: the architecture, with the image size asked for.
-      params: nested dict of arrays, the parameters of ``family.model(config, num_labels)``: of
-        numpy, or as `load_decoder` was asked for.
+      params: nested dict of numpy arrays (or as `load_decoder` was asked for), the parameters of
+        ``family.model(config, num_labels)``.
       num_labels: outputs of the head; ``num_classes`` is the same.
       labels: class names of a stored head, or those asked for; None where neither is known.
       dropped: names of tensors in the file that were left out.
@@ -152,8 +152,8 @@ def load_pretrained(
     if order is None:
         wanted = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
         leftovers = (*leftovers, *(name.replace(".", r"\.") for name in head))
-    stored_params, dropped = read_params(tensors, family, wanted, leftovers, dtype)
-    found = {path: np.asarray(x) for path, x in stored_params.items()}
+    on_file, dropped = read_params(tensors, family, wanted, leftovers, dtype)
+    found = {path: np.asarray(x) for path, x in on_file.items()}
     new = tuple(e.path for e in family.table if e.path in shapes and e.path not in found)
     found |= {path: np.zeros(shapes[path], np.float32) for path in new}
     params = unflatten_dict(found, sep="/")
@@ -213,10 +213,10 @@ def load_decoder(
     where, raw = raw_config(folder)
     family, config = _architecture(where, raw, TOKENS)
     assert family.outputs is not None
-    outputs, leftovers = family.outputs(config), family.leftovers
+    outputs = family.outputs(config)
     with _naming(where):  # sizes may not go together
         shapes = param_shapes(family, config, outputs)
-    stored, dropped = read_params(Tensors(folder), family, shapes, leftovers, dtype)
+    stored, dropped = read_params(Tensors(folder), family, shapes, family.leftovers, dtype)
     read = np.asarray if sharding is None else lambda x: x.place(sharding(x.shape))
     found = stored if on_disk else {path: read(x) for path, x in stored.items()}
     return Pretrained(

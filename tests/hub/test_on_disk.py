@@ -77,7 +77,7 @@ def test_a_run_whose_base_is_split_never_has_a_whole_weight_on_a_device(root, mo
         assert max(most) == 1 / 8  # factors are smaller
         for path, x in flat_params(job.constants.frozen).items():
             assert x.sharding == base_sharding(x.shape, where), path
-    found, kept = of_a_step(job, where), record.record_of(job.base)
+    kept = record.record_of(job.base)
 
     whole = hub.load_pretrained
 
@@ -87,9 +87,12 @@ def test_a_run_whose_base_is_split_never_has_a_whole_weight_on_a_device(root, mo
     monkeypatch.setattr("rmlora_jax.hub.load_pretrained", read_at_once)
     other = setup.build(config, where)
     assert record.record_of(other.base) == kept
-    pairs = zip(jax.tree.leaves((job.state, job.constants.frozen)),
-                jax.tree.leaves((other.state, other.constants.frozen)), strict=True)  # fmt: skip
-    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs)
+    trees = ((one.state.trainable, one.constants.frozen) for one in (job, other))
+    jax.tree.map_with_path(
+        lambda path, a, b: np.testing.assert_array_equal(a, b, err_msg=str(path), strict=True),
+        *trees,
+    )
+    found = of_a_step(job, where)
     for name, value in of_a_step(other, where).items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
