@@ -154,7 +154,7 @@ class Form:
         """
         if init == "pissa":
             a_shape, b_shape = shapes
-            return _principal_factors(weight, axes, a_shape, b_shape, scale, dtype)
+            return _principal_factors(jnp.asarray(weight), axes, a_shape, b_shape, scale, dtype)
         return (initial_a(key, shapes[0], init, dtype), jnp.zeros(shapes[1], dtype)), weight
 
     def pair(self, factors) -> tuple[jax.Array, jax.Array]:

@@ -12,6 +12,7 @@ from rmlora_jax.hub.chat_template import (
 from rmlora_jax.hub.export import save_model
 from rmlora_jax.hub.info import Info, read_info, write_info
 from rmlora_jax.hub.new_tokens import tokenizer_of, with_tokens
+from rmlora_jax.hub.on_disk import OnDisk, on_device
 from rmlora_jax.hub.peft_read import adapter_base, load_peft, stored_labels
 from rmlora_jax.hub.peft_write import save_peft
 from rmlora_jax.hub.pretrained import (
@@ -57,6 +58,7 @@ __all__ = [
     "Classifier",
     "Generator",
     "Info",
+    "OnDisk",
     "Prediction",
     "Pretrained",
     "PretrainedText",
@@ -82,6 +84,7 @@ __all__ = [
     "new_head",
     "new_text_head",
     "new_vit_head",
+    "on_device",
     "read_info",
     "save_model",
     "save_peft",

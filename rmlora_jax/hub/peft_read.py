@@ -313,7 +313,7 @@ def _stack(file: Path, config: PeftConfig, layers: dict, entry: Entry, weight):
             ready[layer] = [np.hstack([a, a0]), np.vstack([b, -b0]), *others]
     common = Counter(scales.values()).most_common(1)[0][0]
     shapes = form.shapes(inner, axes, max(len(b) for _, b, *_ in ready.values()))
-    whole = form.idle(weight, [(len(weight), *shape) for shape in shapes])
+    whole = form.idle(weight, [(weight.shape[0], *shape) for shape in shapes])
     for layer, (a, b, *others) in ready.items():
         ratio = scales[layer] / common
         whole[0][layer, :, : a.shape[1]] = a

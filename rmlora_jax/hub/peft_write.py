@@ -79,9 +79,9 @@ def save_peft(
     if lora.form.peft is None:
         params, lora = to_lora(params, lora)
     names = Names(base, old_names)
-    flat = {path: np.asarray(x) for path, x in flat_params(params).items()}
+    flat = flat_params(params)  # of which only what is written comes to the host
     untouched = flat_params(base.params)
-    kept = {path: flat[path] for root in _saved_modules(names, flat, lora, base)
+    kept = {path: np.asarray(flat[path]) for root in _saved_modules(names, flat, lora, base)
             for path in names.below(root)}
     modules, scales = {}, {}
     for (*module, leaf), weight, factors in adapted_weights(params, lora):
@@ -93,7 +93,7 @@ def save_peft(
             )
         tied = names.tied if path == EMBEDDING else None
         if path in kept or (tied and len(factors) > 2):
-            kept[path] = np.asarray(lora.form.merged(weight, factors, scale))
+            kept[path] = np.asarray(lora.form.merged(np.asarray(weight), factors, scale))
             continue
         if lora.init == "pissa":
             a, b = factors
@@ -223,7 +223,7 @@ def alpha_of(scale: float, rank: int, rs: bool) -> float:
 def _from_untouched(weight, a, b, scale: float, lora: LoRA):
     """(A', B') of twice the rank with s A' B' = s A B - s A_0 B_0: the change to a base from which
     PiSSA has moved A_0 B_0 out."""
-    weight, shapes = jnp.asarray(weight), (a.shape, b.shape)
+    weight, shapes = jnp.asarray(np.asarray(weight)), (a.shape, b.shape)
     (a0, b0), _ = lora.form.initial(
         jax.random.key(0), weight, None, shapes, scale, lora.init, lora.dtype
     )

@@ -39,7 +39,8 @@ class Pretrained(NamedTuple):
     Attributes:
       family: how its files are read, and what it is called with.
       config: the architecture, with the image size asked for.
-      params: nested dict of numpy arrays, the parameters of ``family.model(config, num_labels)``.
+      params: nested dict of numpy arrays (or as `load_decoder` was asked for), the parameters of
+        ``family.model(config, num_labels)``.
       num_labels: outputs of the head; ``num_classes`` is the same.
       labels: class names of a stored head, or those asked for; None where neither is known.
       dropped: names of tensors in the file that were left out.
@@ -89,6 +90,7 @@ def load_pretrained(
     dtype=jnp.float32,
     revision: str | None = None,
     inputs: Inputs | None = None,
+    on_disk: bool = False,
 ) -> Pretrained:
     """Loads a model of any known family, with a classification head.
 
@@ -110,6 +112,7 @@ def load_pretrained(
       dtype: of all parameters but pooler and head, which are trained and always float32.
       revision: branch, tag or commit on the hub; ``source`` may name it, too: "NAME@REVISION".
       inputs: accept only models that are called with these.
+      on_disk: as for `load_decoder`; classifiers are read all the same.
 
     Raises:
       UserError: a model that is not found or not supported, tensors that are missing, unexpected
@@ -129,7 +132,7 @@ def load_pretrained(
         asked = {"num_labels": num_labels, "labels": labels, "image_size": image_size}
         if given := [name for name, value in asked.items() if value is not None]:
             raise UserError(f"{source} is a language model; leave out {', '.join(given)}")
-        return load_decoder(source, dtype=dtype, revision=revision)
+        return load_decoder(source, dtype=dtype, revision=revision, on_disk=on_disk)
     resized = config if image_size is None else _resized(source, family, config, image_size)
     tensors = Tensors(folder)
 
@@ -154,7 +157,8 @@ def load_pretrained(
     if order is None:
         wanted = {path: shape for path, shape in shapes.items() if not path.startswith("head/")}
         leftovers = (*leftovers, *(name.replace(".", r"\.") for name in head))
-    found, dropped = read_params(tensors, family, wanted, leftovers, dtype)
+    on_file, dropped = read_params(tensors, family, wanted, leftovers, dtype)
+    found = {path: np.asarray(x) for path, x in on_file.items()}
     new = tuple(e.path for e in family.table if e.path in shapes and e.path not in found)
     found |= {path: np.zeros(shapes[path], np.float32) for path in new}
     params = unflatten_dict(found, sep="/")
@@ -192,6 +196,7 @@ def load_decoder(
     dtype=jnp.float32,
     sharding: Callable[[tuple[int, ...]], jax.sharding.Sharding] | None = None,
     revision: str | None = None,
+    on_disk: bool = False,
 ) -> Pretrained:
     """Loads a language model.
 
@@ -203,6 +208,7 @@ def load_decoder(
       sharding: shape -> where a parameter lies, such as ``lambda shape: base_sharding(shape,
         devices)``. The parameters then are `jax.Array`, and the host never holds more than one
         layer of one of them. None: numpy arrays.
+      on_disk: leaves the parameters in their files, each an `OnDisk` that is read when it is used.
 
     Raises:
       UserError: as `load_pretrained`; also for another kind of model, and for one that is known but
@@ -212,10 +218,12 @@ def load_decoder(
     where, raw = raw_config(folder)
     family, config = _architecture(where, raw, TOKENS)
     assert family.outputs is not None
-    outputs, leftovers = family.outputs(config), family.leftovers
+    outputs = family.outputs(config)
     with _naming(where):  # sizes may not go together
         shapes = param_shapes(family, config, outputs)
-    found, dropped = read_params(Tensors(folder), family, shapes, leftovers, dtype, sharding)
+    stored, dropped = read_params(Tensors(folder), family, shapes, family.leftovers, dtype)
+    read = np.asarray if sharding is None else lambda x: x.place(sharding(x.shape))
+    found = stored if on_disk else {path: read(x) for path, x in stored.items()}
     return Pretrained(
         family=family,
         config=config,

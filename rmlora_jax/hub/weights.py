@@ -1,20 +1,17 @@
 """Tensors of Hugging Face checkpoints as parameter trees, through the table of a model family."""
 
-import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rmlora_jax.errors import UserError
 from rmlora_jax.hub.gguf_file import SUFFIX
 from rmlora_jax.hub.gguf_tensors import open_gguf
+from rmlora_jax.hub.on_disk import OnDisk
 from rmlora_jax.hub.pickled import PickledTensors
-from rmlora_jax.hub.placing import placed
 from rmlora_jax.hub.safetensors_file import SafetensorsFile
 from rmlora_jax.hub.source import KINDS, weight_files
 from rmlora_jax.models.family import AS_IS, Entry, Family
@@ -107,9 +104,8 @@ def read_params(
     shapes: Mapping[str, tuple[int, ...]],
     leftovers: Iterable[str],
     dtype,
-    sharding: Callable[[tuple[int, ...]], jax.sharding.Sharding] | None = None,
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """('/'-joined path -> parameter, names of the leftovers), read through the family's table.
+) -> tuple[dict[str, OnDisk], tuple[str, ...]]:
+    """('/'-joined path -> parameter, names of the leftovers), found through the family's table.
 
     A module whose parameters are all among ``family.new`` may be missing as a whole. The older
     endings ``.gamma`` and ``.beta`` mean ``.weight`` and ``.bias``.
@@ -120,11 +116,10 @@ def read_params(
       shapes: path -> shape of every parameter to read; stacked ones start with L.
       leftovers: regular expressions (full match) of tensors to leave out.
       dtype: of the parameters but those in ``family.new``, which are float32.
-      sharding: shape -> where a parameter lies. The parameters then are `jax.Array`, see `placed`.
-        None: numpy arrays.
 
     Raises:
-      UserError: a tensor is missing, unexpected, stored twice, of another shape, or not floating.
+      UserError: a tensor is missing, unexpected, stored twice, or of another shape. That a tensor
+        is not floating is found when it is read.
     """
     slots = places(family, shapes)
     found: dict[tuple[str, int], str] = {}
@@ -152,20 +147,19 @@ def read_params(
     for entry in read:  # before memory is allocated for any of them
         _check_shapes(tensors, entry, found, shapes)
 
-    def stored(entry: Entry, layer: int) -> np.ndarray:
-        return from_stored(tensors, found[entry.path, layer], AS_IS, tensors.folder)
+    def on_disk(entry: Entry, kind) -> OnDisk:
+        shape = shapes[entry.path]
+        names = [found[entry.path, layer] for layer in layers_of(entry, shapes)]
 
-    flat = {}
-    for entry, kind in read.items():
-        own, shape = functools.partial(stored, entry), shapes[entry.path]
-        if sharding is None:
-            flat[entry.path] = _read(own, entry, shape, kind)
-        else:
-            where = sharding(shape)
-            flat[entry.path] = placed(shape, kind, where, own, entry.axes, entry.stacked)
-            for layer in layers_of(entry, shapes):
-                tensors.forget(found[entry.path, layer])
-    return flat, tuple(dropped)
+        def stored(layer: int) -> np.ndarray:
+            return from_stored(tensors, names[layer], AS_IS, tensors.folder)
+
+        def forget(layer: int) -> None:
+            tensors.forget(names[layer])
+
+        return OnDisk(shape, np.dtype(kind), stored, forget, entry.axes, entry.stacked)
+
+    return {entry.path: on_disk(entry, kind) for entry, kind in read.items()}, tuple(dropped)
 
 
 def _check_shapes(tensors: Tensors, entry: Entry, found, shapes) -> None:
@@ -177,15 +171,6 @@ def _check_shapes(tensors: Tensors, entry: Entry, found, shapes) -> None:
                 f"{tensors.folder}: {name!r} has shape {tensors.shape(name)}, but config.json "
                 f"asks for {expected}. {MISMATCH}"
             )
-
-
-def _read(stored: Callable[[int], np.ndarray], entry: Entry, shape, dtype) -> np.ndarray:
-    out = np.empty(shape, dtype)
-    for layer in range(len(out) if entry.stacked else 1):
-        own = stored(layer)
-        own = own if entry.axes is None else own.transpose(entry.axes)
-        out[layer if entry.stacked else ...] = own
-    return out
 
 
 def from_stored(tensors, name: str, axes: tuple[int, ...] | None, where: Path) -> np.ndarray:

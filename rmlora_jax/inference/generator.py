@@ -17,6 +17,7 @@ from rmlora_jax.files import read_object
 from rmlora_jax.hub.chat_template import Template, end_tokens, find_template
 from rmlora_jax.hub.info import Info, check_fits
 from rmlora_jax.hub.new_tokens import tokenizer_of
+from rmlora_jax.hub.on_disk import OnDisk, on_device
 from rmlora_jax.hub.pretrained import Pretrained
 from rmlora_jax.hub.source import GENERATION, raw_config
 from rmlora_jax.hub.weights import some
@@ -188,7 +189,12 @@ class Generator:
             self.adapters = jax.device_put(stack)
             decode = with_adapters(decode)
         self.programs = compiled(decode, lambda rows, slots: new_cache(config, rows, slots, dtype))
-        self.params = jax.device_put(narrowed(params, dtype))
+        self.params = jax.device_put(on_device(narrowed(params, dtype)))
+        given, held = flat_params(params), flat_params(self.params)
+        untouched = {path: held[path] if given.get(path) is x else x
+                     for path, x in flat_params(base.params).items() if isinstance(x, OnDisk)}
+        own = flat_params(base.params) | untouched
+        self.base = base._replace(params=unflatten_dict(own, sep="/"))
 
     def generate(
         self,

@@ -69,7 +69,7 @@ def load(folder: str | Path) -> Any:
     where = find_model(folder)
     info = read_info(where)
     if not (where / CONFIG_FILE).exists():
-        base = load_pretrained(where)
+        base = load_pretrained(where, on_disk=True)
         if base.new:
             raise UserError(f"{where} has no trained {', '.join(base.new)}; train it first")
         return use(base, base.params, None, info)
@@ -138,7 +138,8 @@ def _base(where: Path, info: Info | None) -> Pretrained:
     if outputs is None and info is not None:
         outputs = info.outputs
     size = info and info.image_size
-    return load_pretrained(_source(where, info), num_labels=outputs, image_size=size)
+    source = _source(where, info)
+    return load_pretrained(source, num_labels=outputs, image_size=size, on_disk=True)
 
 
 def _source(where: Path, info: Info | None) -> str:

@@ -125,9 +125,12 @@ def place_base(tree, devices: Devices):
 
 
 def place(tree, sharding: Callable[[tuple[int, ...]], NamedSharding]):
-    """Puts every (host) leaf where the sharding of its shape says."""
+    """Puts every (host) leaf where the sharding of its shape says; one in a file (`hub.OnDisk`) is
+    read there, without a copy on the host."""
 
     def put(x):
+        if hasattr(x, "place"):
+            return x.place(sharding(x.shape))
         # Through numpy: the result may be donated, which would delete an array shared with ``x``.
         host = np.asarray(x)
         return jax.make_array_from_callback(

@@ -155,7 +155,9 @@ def first_state(runs: Sequence[Run], base: setup.Base) -> State:
     # What is trained depends on the seed and the description alone, and is made once for each.
     kinds = [(run.config.seed, methods.description(run.config)) for run in runs]
     first = dict(zip(reversed(kinds), reversed(runs), strict=True))
-    trainable = {kind: setup.reseeded(run.config, base) for kind, run in first.items()}
+    trainable = {
+        kind: jax.device_get(setup.reseeded(run.config, base)) for kind, run in first.items()
+    }
     states = [
         jax.device_get(setup.start(run.config, base, trainable[kind]))
         for kind, run in zip(kinds, runs, strict=True)

@@ -63,7 +63,7 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     tokenizer = hub.load_tokenizer(folder, padding=False)
     template = chat_template.find_template(tokenizer, t.template)
     chats = data.open_chats(request(config))
-    pretrained = hub.load_pretrained(config.model.source, inputs=TOKENS)
+    pretrained = hub.load_pretrained(config.model.source, inputs=TOKENS, on_disk=True)
     if config.model.adapter:
         adapter = Path(config.model.adapter).expanduser()
         pretrained = hub.adapter_base(adapter, pretrained, rows=True)

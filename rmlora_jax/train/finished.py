@@ -253,7 +253,9 @@ def _export_merged(workdir: Path, dtype: str | None) -> Path:
         info = _info(workdir, config)
         if methods.of(config).adapts:
             outputs, size = hub.stored_labels(workdir / ADAPTER), info.image_size
-            base = hub.load_pretrained(config.model.source, num_labels=outputs, image_size=size)
+            base = hub.load_pretrained(
+                config.model.source, num_labels=outputs, image_size=size, on_disk=True
+            )
             base = hub.adapter_base(workdir / ADAPTER, base)
             params, lora = hub.load_peft(workdir / ADAPTER, base)
         else:
@@ -329,6 +331,7 @@ def _of_checkpoint(
         labels=info.labels,
         image_size=info.image_size,
         key=head_key,
+        on_disk=True,
     )
     if config.model.adapter:
         base = hub.adapter_base(Path(config.model.adapter).expanduser(), base, rows=True)

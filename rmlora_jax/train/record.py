@@ -17,6 +17,7 @@ from rmlora_jax.config import flatten
 from rmlora_jax.data import hash_of
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import placed, read_object
+from rmlora_jax.hub import OnDisk
 from rmlora_jax.models.family import flat_params
 from rmlora_jax.train.setup import Base
 from rmlora_jax.train.workdir import RECORD, has_checkpoints
@@ -48,8 +49,9 @@ def _samples(params: Mapping[str, Any], new: tuple[str, ...]) -> Iterator[np.nda
     the classes, which are recorded."""
     for path, x in sorted(flat_params(params).items()):
         if path not in new and not path.startswith("head/"):
-            flat = np.asarray(x).ravel()
-            yield flat[:: max(1, flat.size // SAMPLED)]
+            stride = max(1, x.size // SAMPLED)
+            on_disk = isinstance(x, OnDisk)
+            yield x.every(stride) if on_disk else np.asarray(x).ravel()[::stride]
 
 
 def check_record(workdir: Path, record: Mapping[str, Any]) -> None:

@@ -126,7 +126,7 @@ def build(config: Run, devices: Devices) -> Job:
         base=base,
         runs=(config,),
         lora=(base.lora,),
-        state=replicate(start(config, base, base.trainable), devices),
+        state=replicate(start(config, base, hub.on_device(base.trainable)), devices),
         constants=base.constants,
         train_step=spread(train_step(base), devices, donate=True),
         eval_step=spread(eval_step(base), devices),
