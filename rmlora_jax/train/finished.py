@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import rmlora_jax as rm
 from rmlora_jax import called, hub, methods
 from rmlora_jax import config as fields
+from rmlora_jax.adapt.tree import adapted_weights
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import placed, plain, write_json
@@ -146,6 +147,7 @@ def finish(
             base = job.problem.pretrained
             params = joined(job.problem.params, factors, base.rows if base else ())
             lora = job.lora[i] if methods.of(run).adapts else None
+            params = in_training(params, lora)
             if found := answers.asked(folder, run, job.problem, lora, params):
                 summary["best_eval"] |= found
                 write_json(folder / "summary.json", summary)
@@ -224,6 +226,20 @@ def joined(
     of embedding and head that were trained by themselves."""
     both = flatten_dict(base, sep="/") | flatten_dict(trainable, sep="/")
     return rows_together(unflatten_dict(both, sep="/"), rows)
+
+
+def in_training(params: dict, lora: rm.LoRA | None) -> dict:
+    """``params`` with the base's own weights, as training has them beside its factors: those from
+    which ``lora.init="pissa"`` has moved s A_0 B_0 out."""
+    if lora is None or lora.init != "pissa":
+        return params
+    flat, no_key = flatten_dict(params, sep="/"), jax.random.key(0)  # nothing is drawn
+    for (*module, leaf), weight, factors in adapted_weights(params, lora):
+        name, shapes = "/".join(module), [x.shape for x in factors]
+        start = (lora.scale_of(name), lora.init, lora.dtype)
+        _, rest = lora.form.initial(no_key, np.asarray(weight), None, shapes, *start)
+        flat[f"{name}/{leaf}"] = np.asarray(rest)
+    return unflatten_dict(flat, sep="/")
 
 
 def export_merged(workdir: Path, dtype: str | None = None) -> Path:
@@ -341,4 +357,4 @@ def _of_checkpoint(
         lora = methods.description(config)
     if config.model.adapter:
         params, lora = from_adapter(config, base, info)
-    return joined(params, trainable, base.rows), lora, base
+    return in_training(joined(params, trainable, base.rows), lora), lora, base

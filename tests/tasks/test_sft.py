@@ -390,10 +390,11 @@ def test_a_question_that_is_too_long_is_left_out_alone(root, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_trained_model_is_asked(root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_the_trained_model_is_asked(root, tmp_path, monkeypatch, init):
     on_one_device(monkeypatch)
     fields = {"sft.samples": 2, "sft.answer": r"is (a\d+)", "sft.asked": 10,
-              "sft.longest_answer": 6}  # fmt: skip
+              "sft.longest_answer": 6, "method": "lora", "lora.init": init}  # fmt: skip
     summary = loop.train(config_of(root, 10, **fields), tmp_path)
     text = (tmp_path / "samples.md").read_text()
     assert text.count("**before**") == text.count("**after**") == 2

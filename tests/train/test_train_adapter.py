@@ -92,6 +92,11 @@ def test_a_run_leaves_its_adapter_and_its_whole_model(config, tmp_path, fields):
         model_logits(merged, merged.params, None, images_of(base)), expected, atol=2e-5)
     assert "fine-tuned" in (tmp_path / "merged" / "README.md").read_text()
 
+    (tmp_path / "summary.json").unlink()  # the best step of a run that is not finished
+    base, params, lora, _ = finished.unfinished(tmp_path)
+    np.testing.assert_allclose(
+        model_logits(base, params, lora, images_of(base)), expected, atol=2e-5)
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "head", "bitfit"])
