@@ -176,7 +176,8 @@ def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> lis
         *task(config, summary).facts(config).items(),
         ("trained", _say("{:,}", trained)
          + _say(" ({:.2f} %)", 100 * trained / total if trained and total else None)),
-        ("steps", f"{summary.get('steps') or history[-1]['step']:,}"),
+        ("steps", f"{summary.get('steps') or history[-1]['step']:,}"
+         + _say(" of {:,} planned", summary.get("planned_steps"))),
         ("speed", speed(summary)),
         ("time", wall is not None and duration(wall)),
     ]

@@ -65,7 +65,8 @@ def _train(config: Run, workdir: Path) -> dict:
         summary = read_json(workdir / "summary.json")
         if leader and not (workdir / "report.png").exists():  # killed between the two
             write_report(workdir)
-        print(f"this run is finished; {ways_on(config, workdir)}")
+        more = "a larger --config.patience, or 0, trains it on; " if "stopped" in summary else ""
+        print(f"this run is finished; {more}{ways_on(config, workdir)}")
         print(ending(summary, workdir), flush=True)
         return summary
     use_compilation_cache(config.compilation_cache)
@@ -93,7 +94,8 @@ def _train(config: Run, workdir: Path) -> dict:
                 (workdir / "summary.json").unlink(missing_ok=True)  # of a run that goes on
                 write_beginning(workdir, config, read, job.problem.info)
                 print(f"compiled in {terminal.duration(compiled.seconds)}", flush=True)
-            keeper = checkpoint.Keeper(manager, job.problem.metrics[0])
+            waited = checkpoint.waited(manager)
+            keeper = checkpoint.Keeper(manager, job.problem.metrics[0], waited)
             (summary,) = train_program(job, state, compiled, keeper, [workdir], began)
     if leader:
         write_report(workdir)
@@ -169,7 +171,8 @@ def fit(
     progress: terminal.Progress,
     asked: Callable[[int], bool],
 ) -> tuple[State, finished.Speed]:
-    """Trains to the last step; returns the state and what the training steps alone took.
+    """Trains to the last step, or until ``patience`` is used up; returns the state and what the
+    training steps alone took.
 
     Raises:
       Stopped: ``asked(step)`` said that the run should save and stop.
@@ -179,7 +182,12 @@ def fit(
     watched = [nonfinite.Watched(config.nonfinite_limit) for _ in job.runs]
     schedules = [methods.learning_rate(run, job.steps) for run in job.runs]
     used = finished.used_by_a_token(job)
-    for done in stretches(job, state, compiled, asked):
+
+    def is_patient() -> bool:
+        return not 0 < config.patience <= keeper.waited
+
+    # A run that was killed after its last evaluation has nothing left to train.
+    for done in stretches(job, state, compiled, asked) if is_patient() else ():
         state = done.state
         metrics = [list(of_run) for of_run in zip(*map(job.apart, done.metrics), strict=True)]
         speed = speed.after(done.seconds, metrics[0])
@@ -230,6 +238,8 @@ def fit(
                 f"saved after step {done.step:,} of {job.steps:,}; the same command goes on from "
                 "there"
             )
+        if not is_patient():
+            break
     return state, speed
 
 

@@ -41,12 +41,21 @@ def closing(summary: Mapping[str, Any], workdir: str | os.PathLike, verdict: str
     return format_table("done", [
         ("test, last step", scores(summary.get("eval"))),
         ("test, best validation", scores(summary.get("best_eval"))),
+        ("stopped early", _early(summary)),
         ("parameters", parameters(summary["trainable_parameters"], total) if total else None),
         ("speed", speed(summary)),
         ("time", times(summary) if "wall_seconds" in summary else None),
         ("verdict", verdict),
         ("report", report if os.path.exists(report) else None),
     ])
+
+
+def _early(summary: Mapping[str, Any]) -> str | None:
+    """Why a run ended before its planned steps; None where it did not."""
+    if "stopped" not in summary:
+        return None
+    steps, planned = summary["steps"], summary["planned_steps"]
+    return f"after step {steps:,} of {planned:,}: {summary['stopped']}"
 
 
 def times(summary: Mapping[str, Any]) -> str:

@@ -176,6 +176,17 @@ def test_the_adapter_is_that_of_one_process(runs):
         np.testing.assert_allclose(value, theirs[name], atol=2e-5, err_msg=name)
 
 
+def test_patience_ends_both_processes(tiny_vit, tmp_path):
+    """With a rate that moves nothing no evaluation is better than the first."""
+    still = "--config.optimizer.learning_rate=1e-30"
+    alone, shared, _ = both(tiny_vit, tmp_path, still, "--config.patience=2", "--config.eval_every=4")
+    for workdir in (alone, shared):
+        summary = json.loads((workdir / "summary.json").read_text())
+        assert (summary["steps"], summary["planned_steps"]) == (12, STEPS)
+        assert "no better validation accuracy in 2 evaluations" in summary["stopped"]
+        assert column(workdir, "step").tolist() == list(range(1, 13))
+
+
 def test_a_sweep_in_two_processes(tiny_vit, tmp_path):
     alone, shared, said = both(tiny_vit, tmp_path, "--config.sweep.seeds=2")
     for name in ("seed=0", "seed=1"):
