@@ -243,6 +243,7 @@ class Run:
     )
     snapshots: bool = field(False, "keep the factors of each evaluation, to measure them later")
     log_every: int = field(20, "steps per line of metrics.jsonl", least=1, most=MOST, resume=FREE)
+    logger: str = field("tensorboard", "where curves are shown, beside metrics.jsonl", resume=FREE)
     nonfinite_limit: int = field(
         10,
         "a step whose loss or gradient is not finite changes nothing; after this many in a row "

@@ -128,9 +128,15 @@ def train_program(
     leader, start = jax.process_index() == 0, int(state.step)
     with contextlib.ExitStack() as stack:
         asked = stack.enter_context(watch("saving after this step"))
+        config = job.base.config
         # TensorBoard's events of many runs cost as much as some steps.
-        options = {"start_step": start, "enabled": leader, "tensorboard": not job.stacked}
-        writers = [stack.enter_context(MetricWriter(folder, **options)) for folder in folders]
+        logger = "none" if job.stacked else config.logger
+        writers = [
+            stack.enter_context(MetricWriter(
+                folder, start_step=start, enabled=leader, logger=logger, config=flatten(config)
+            ))
+            for folder in folders
+        ]
         progress = stack.enter_context(contextlib.closing(terminal.Progress(job.steps)))
         state, speed = fit(job, state, compiled, keeper, writers, progress, asked)
         keeper.wait()

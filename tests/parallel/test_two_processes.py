@@ -178,8 +178,8 @@ def test_the_adapter_is_that_of_one_process(runs):
 
 def test_patience_ends_both_processes(tiny_vit, tmp_path):
     """With a rate that moves nothing no evaluation is better than the first."""
-    still = "--config.optimizer.learning_rate=1e-30"
-    alone, shared, _ = both(tiny_vit, tmp_path, still, "--config.patience=2", "--config.eval_every=4")
+    still = ("--config.optimizer.learning_rate=1e-30", "--config.eval_every=4")
+    alone, shared, _ = both(tiny_vit, tmp_path, *still, "--config.patience=2")
     for workdir in (alone, shared):
         summary = json.loads((workdir / "summary.json").read_text())
         assert (summary["steps"], summary["planned_steps"]) == (12, STEPS)

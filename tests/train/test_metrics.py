@@ -43,7 +43,7 @@ def lines(folder, name="metrics.jsonl"):
 
 
 def writer(folder, **options):
-    options = {"tensorboard": False} | options
+    options = {"logger": "none"} | options
     return MetricWriter(folder, **options)
 
 
@@ -245,7 +245,7 @@ def test_killed_process_leaves_every_written_line(tmp_path):
 
 def test_other_processes_write_nothing(tmp_path):
     folder = tmp_path / "run"
-    with writer(folder, enabled=False, tensorboard=True) as w:
+    with writer(folder, enabled=False, logger="tensorboard") as w:
         w.write(1, {"train/loss": 1.0})
         w.intrinsic(1, {})
     assert not folder.exists()
@@ -273,7 +273,7 @@ def test_intrinsic_round_trip(tmp_path):
 
 def test_events_hold_the_metrics_and_a_continuation_purges_later_ones(tmp_path):
     nan = {"train/loss": math.nan, "learning_rate": 0.25}
-    with writer(tmp_path, tensorboard=True) as w:
+    with writer(tmp_path, logger="tensorboard") as w:
         w.write(10, {"train/loss": 0.5})
         w.write(20, nan)
         w.intrinsic(20, {"q": {"effective_rank": np.array([1.0, 2.0, np.nan])}})
@@ -281,7 +281,7 @@ def test_events_hold_the_metrics_and_a_continuation_purges_later_ones(tmp_path):
     assert scalars == [(10, "train/loss", 0.5), (20, "learning_rate", 0.25),
                        (20, "effective_rank/q", 1.5)]
     assert marks == []
-    with writer(tmp_path, tensorboard=True, start_step=10) as w:
+    with writer(tmp_path, logger="tensorboard", start_step=10) as w:
         w.write(20, {"train/loss": 0.125})
     scalars, marks = events(tmp_path / "tensorboard")
     assert scalars[-1] == (20, "train/loss", 0.125)
