@@ -98,7 +98,7 @@ def test_a_damaged_id_is_reported(fake, tmp_path, text):
 
 def test_what_wandb_refuses_is_said(fake, tmp_path):
     fake.error = KeyError("no API key\nmore")
-    with pytest.raises(UserError, match="no API key.*\nType wandb login, or set WANDB_MODE"):
+    with pytest.raises(UserError, match=r"no API key.*\nType wandb login, or set WANDB_MODE"):
         write(tmp_path, 0)
 
 
@@ -143,7 +143,8 @@ def run(folder, start, **env):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     return subprocess.run(
         [sys.executable, "-c", WRITES, str(folder), str(start)], cwd=ROOT, capture_output=True,
-        env=clean | {"HOME": str(folder.parent)} | env, text=True, timeout=120, stdin=subprocess.DEVNULL,
+        env=clean | {"HOME": str(folder.parent)} | env, text=True, timeout=120,
+        stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 
