@@ -174,7 +174,7 @@ class Keeper:
 
 
 def waited(manager: ocp.CheckpointManager) -> int:
-    """`Keeper.waited` as the latest checkpoint has it; 0 without one, or in runs of before."""
+    """The ``waited`` of a `Keeper` in the latest checkpoint; 0 without, or in runs of before."""
     step = manager.latest_step()
     found = None if step is None else manager.metrics(step)
     return (found or {}).get("waited", 0)
