@@ -103,8 +103,8 @@ def finish(
             "dataset": run.data.name,
             "steps": end,
             "metric": job.problem.metrics[0],
-            "eval": last[i],
-            "best_eval": {"step": step} | (last[i] if step == end else best[i]),
+            "test": last[i],
+            "test_best": {"step": step} | (last[i] if step == end else best[i]),
             "trainable_parameters": job.base.trainable_parameters,
             "final_parameters": plain(methods.left(run, jax.device_get(own))),
             "total_parameters": job.base.total_parameters,
@@ -138,7 +138,7 @@ def finish(
                 file = write_predictions(folder, split, out.ids, out.predictions)
                 if not job.stacked:
                     print(f"predictions of step {step:,} for {split}: {file}", flush=True)
-            write_adapter(folder, run, job.lora[i], factors, job.problem, summary["best_eval"])
+            write_adapter(folder, run, job.lora[i], factors, job.problem, summary["test_best"])
             if job.stacked:
                 summary |= {
                     "sweep": len(job.runs),
@@ -149,7 +149,7 @@ def finish(
             params = joined(job.problem.params, factors)
             lora = job.lora[i] if methods.of(run).adapts else None
             if found := answers.asked(folder, run, job.problem, lora, params):
-                summary["best_eval"] |= found
+                summary["test_best"] |= found
                 write_json(folder / "summary.json", summary)
         summaries.append(summary)
     return summaries

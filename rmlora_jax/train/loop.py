@@ -20,10 +20,10 @@ from rmlora_jax import methods
 from rmlora_jax.config import ConfigDict
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.files import placed, read_json, write_json
+from rmlora_jax.files import placed, write_json
 from rmlora_jax.hub.info import Info, write_info
 from rmlora_jax.parallel.mesh import all_devices, shard, use_compilation_cache
-from rmlora_jax.report.records import read_metrics
+from rmlora_jax.report.records import read_metrics, read_summary
 from rmlora_jax.report.run import verdict, write_report
 from rmlora_jax.stopping import Stopped, watch
 from rmlora_jax.tasks.task import measured
@@ -62,7 +62,7 @@ def _train(config: Run, workdir: Path) -> dict:
     longer = check_workdir(config, workdir)
     leader = jax.process_index() == 0
     if (workdir / "summary.json").exists() and not longer:
-        summary = read_json(workdir / "summary.json")
+        summary = read_summary(workdir)
         if leader and not (workdir / "report.png").exists():  # killed between the two
             write_report(workdir)
         more = "a larger --config.patience, or 0, trains it on; " if "stopped" in summary else ""
@@ -218,7 +218,7 @@ def fit(
             others = figures_of(beside, job)
             validation = [own | other for own, other in zip(validation, others, strict=True)]
             for row, found in zip(rows, validation, strict=True):
-                row |= {f"eval/{name}": value for name, value in found.items()}
+                row |= {f"validation/{name}": value for name, value in found.items()}
             keeper.wait()  # see check_nothing_lost
         for i, (writer, row) in enumerate(zip(writers, rows, strict=True)):
             writer.write(done.step, row)

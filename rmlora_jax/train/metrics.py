@@ -60,9 +60,9 @@ class MetricWriter:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with MetricWriter(folder, logger="none") as writer:
     ...         writer.write(1, {"train/loss": 0.5})
-    ...         writer.write(2, {"train/loss": 0.25, "eval/loss": 0.3})
+    ...         writer.write(2, {"train/loss": 0.25, "validation/loss": 0.3})
     ...     read_lines(pathlib.Path(folder) / METRICS)
-    [{'step': 1, 'train/loss': 0.5}, {'step': 2, 'train/loss': 0.25, 'eval/loss': 0.3}]
+    [{'step': 1, 'train/loss': 0.5}, {'step': 2, 'train/loss': 0.25, 'validation/loss': 0.3}]
 
     Args:
       workdir: the run's folder, made if missing.

@@ -159,7 +159,7 @@ def check_nothing_lost(workdir: Path) -> None:
     Raises:
       UserError: the metrics say that there were checkpoints.
     """
-    evaluated = [row["step"] for row in read_metrics(workdir) if "eval/loss" in row]
+    evaluated = [row["step"] for row in read_metrics(workdir) if "validation/loss" in row]
     if len(evaluated) > 1:
         raise UserError(
             f"{workdir} has the metrics of {evaluated[-1]:,} steps and no checkpoint any more; "

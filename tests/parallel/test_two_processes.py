@@ -95,15 +95,15 @@ def column(workdir, name):
 def check_same_numbers(alone, shared):
     """Counts to the bit, losses up to the order of their sums; each step once."""
     assert [row["step"] for row in rows(shared)] == list(range(1, STEPS + 1))
-    for name in ("train/accuracy", "train/kept_fraction", "eval/accuracy"):
+    for name in ("train/accuracy", "train/kept_fraction", "validation/accuracy"):
         assert len(column(alone, name)) >= 2
         np.testing.assert_array_equal(column(alone, name), column(shared, name), err_msg=name)
-    for name in ("train/loss", "train/penalty", "eval/loss"):
+    for name in ("train/loss", "train/penalty", "validation/loss"):
         np.testing.assert_allclose(
             column(alone, name), column(shared, name), rtol=1e-5, err_msg=name
         )
     ours, theirs = (json.loads((w / "summary.json").read_text()) for w in (alone, shared))
-    for part in ("eval", "best_eval"):
+    for part in ("test", "test_best"):
         assert ours[part]["accuracy"] == theirs[part]["accuracy"]
         correct = theirs[part]["accuracy"] * 360  # the test digits, each counted once
         assert abs(correct - round(correct)) < 1e-9

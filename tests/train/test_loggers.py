@@ -26,7 +26,7 @@ start = int(sys.argv[2])
 config = {"seed": 3, "lora.rank": 4, "data.test_split": None}
 with MetricWriter(sys.argv[1], start_step=start, logger="wandb", config=config) as w:
     w.write(start + 1, {"train/loss": 0.5 / (start + 1), "train/grad_norm": math.nan})
-    w.write(start + 2, {"train/loss": 0.25 / (start + 1), "eval/loss": 1.5})
+    w.write(start + 2, {"train/loss": 0.25 / (start + 1), "validation/loss": 1.5})
 """
 
 
@@ -188,8 +188,9 @@ def test_an_offline_run_holds_the_numbers_and_is_resumed(tmp_path):
     assert ids == {weights_and_biases.run_id(folder, 1)}
     shown = [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
     assert shown == [
-        {"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 0.25, "eval/loss": 1.5},
-        {"step": 3, "train/loss": 0.5 / 3}, {"step": 4, "train/loss": 0.25 / 3, "eval/loss": 1.5},
+        {"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 0.25, "validation/loss": 1.5},
+        {"step": 3, "train/loss": 0.5 / 3},
+        {"step": 4, "train/loss": 0.25 / 3, "validation/loss": 1.5},
     ]  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def check_end(workdir, summary, undisturbed):
     assert summary["steps"] == END and summary["planned_steps"] == STEPS
     assert summary["stopped"] == (
         "no better validation accuracy in 2 evaluations in a row (patience=2)")
-    assert summary["best_eval"]["step"] == BEST
+    assert summary["test_best"]["step"] == BEST
     assert steps_of(workdir) == [BEST, END]
     assert column(workdir, "step").tolist() == list(range(1, END + 1))
     for name in ("train/loss", "learning_rate", "train/grad_norm"):  # the schedule is the same
@@ -91,7 +91,7 @@ def test_with_more_patience_a_stopped_run_goes_on(config, undisturbed_run, tmp_p
     said = capsys.readouterr().out
     assert "continues with patience: 2 -> 3" in said and "continuing after step 8" in said
     assert summary["steps"] == STEPS and "stopped" not in summary
-    assert summary["best_eval"]["step"] == 10
+    assert summary["test_best"]["step"] == 10
     whole = leaves(undisturbed_run)
     for path, value in leaves(tmp_path).items():
         np.testing.assert_array_equal(value, whole[path], err_msg=path)
