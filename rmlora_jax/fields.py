@@ -235,8 +235,15 @@ class Run:
     eval_every: int = field(
         0, "steps between evaluations (each is a checkpoint); 0: once an epoch", least=0, most=MOST
     )
+    patience: int = field(
+        0,
+        "evaluations in a row without a better validation metric after which the run ends; it "
+        "keeps its best step. 0: never",
+        least=0, most=MOST, resume=FREE,
+    )
     snapshots: bool = field(False, "keep the factors of each evaluation, to measure them later")
     log_every: int = field(20, "steps per line of metrics.jsonl", least=1, most=MOST, resume=FREE)
+    logger: str = field("tensorboard", "where curves are shown, beside metrics.jsonl", resume=FREE)
     nonfinite_limit: int = field(
         10,
         "a step whose loss or gradient is not finite changes nothing; after this many in a row "
@@ -278,6 +285,8 @@ class Run:
             yield "epochs", f"above 0 and at most {MOST} where steps is 0"
         if self.accumulate >= 1 and self.batch_size % self.accumulate:
             yield "accumulate", f"a divisor of batch_size {self.batch_size}"
+        if self.patience and self.is_sweep:
+            yield "patience", "0 for sweep.*, whose runs share one program to the last step"
         if self.model.adapter and self.is_sweep:
             yield "model.adapter", "empty for sweep.*, whose runs begin with factors of their own"
 

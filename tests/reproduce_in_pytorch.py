@@ -17,15 +17,15 @@ from oracle import oracle
 
 from rmlora_jax import hub
 from rmlora_jax.data import load_resident, open_images
-from rmlora_jax.files import read_json
 from rmlora_jax.hub.peft_config import read_config
+from rmlora_jax.report.records import read_summary
 from rmlora_jax.tasks import task
 from rmlora_jax.train.config import read_config as config_of_run
 
 
 def main(workdir: Path) -> None:
     config = config_of_run(workdir)
-    summary = read_json(workdir / "summary.json")
+    summary = read_summary(workdir)
     model = hub.load(workdir)
     data = open_images(task.request(config))
     pixels, labels = load_resident(data.test, model.info.stored_size)
@@ -41,7 +41,7 @@ def main(workdir: Path) -> None:
         oracle.run("adapters.py", "open", folder, workdir / "adapter", data.num_classes, given, out)
         theirs = np.load(out)["logits"].argmax(-1)
     print(f"images    {len(labels):,} of {data.name}, split {config.data.test_split}")
-    print(f"stored    {summary['best_eval']['accuracy']:.4f}")
+    print(f"stored    {summary['test_best']['accuracy']:.4f}")
     print(f"here      {(ours == labels).mean():.4f}")
     print(f"PyTorch   {(theirs == labels).mean():.4f}")
     print(f"classes that differ from ours: {(theirs != ours).sum()}")

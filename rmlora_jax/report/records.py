@@ -12,17 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from rmlora_jax.files import read_json_lines
+from rmlora_jax.files import read_json_lines, read_object
 
 METRICS = "metrics.jsonl"
 INTRINSIC = "intrinsic.jsonl"
+SUMMARY = "summary.json"
+# What earlier versions called the validation split in metrics.jsonl, and test in summary.json.
+OLD_SPLIT, SPLIT = "eval/", "validation/"
+OLD_NAMES = {"eval": "test", "best_eval": "test_best"}
 ORDER = ("query", "key", "value", "out", "intermediate", "fc1", "output", "fc2")
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
     """The lines of ``metrics.jsonl`` by increasing step; [] if there is no such file.
 
-    Non-finite numbers come back as float nan, inf and -inf.
+    Non-finite numbers come back as float nan, inf and -inf. Lines of earlier versions, which said
+    ``eval/`` for ``validation/``, have the names of today.
 
     Raises:
       UserError: a line other than the last is not a JSON object with a step.
@@ -30,8 +35,20 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
     rows = []
     for row in read_lines(pathlib.Path(workdir) / METRICS):
         nonfinite = row.pop("nonfinite", {})
-        rows.append(row | {key: float(text) for key, text in nonfinite.items()})
+        row |= {key: float(text) for key, text in nonfinite.items()}
+        rows.append({re.sub(f"^{OLD_SPLIT}", SPLIT, key): value for key, value in row.items()})
     return rows
+
+
+def read_summary(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The ``summary.json`` of a run; that of an earlier version with the names of today.
+
+    Raises:
+      FileNotFoundError: the run is not finished.
+      UserError: the file is not a JSON object.
+    """
+    found = read_object(pathlib.Path(workdir) / SUMMARY)
+    return {OLD_NAMES.get(name, name): value for name, value in found.items()}
 
 
 def read_intrinsic(workdir: str | os.PathLike) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from rmlora_jax.report import style
 from rmlora_jax.report.confusion import confusion_panels
 from rmlora_jax.report.records import (
     METRICS,
+    SUMMARY,
     bin_means,
     by_kind,
     duration,
@@ -23,6 +24,7 @@ from rmlora_jax.report.records import (
     number,
     read_intrinsic,
     read_metrics,
+    read_summary,
     series,
     smooth,
     speed,
@@ -61,8 +63,11 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
             f"{workdir} has no {METRICS} with a measurement: nothing to draw.\n"
             "Give the folder of a run, which is its --workdir.")
     config, summary = (
-        read_object(path) if path.exists() else {}
-        for path in (workdir / "config.json", workdir / "summary.json")
+        read() if (workdir / name).exists() else {}
+        for name, read in (
+            ("config.json", lambda: read_object(workdir / "config.json")),
+            (SUMMARY, lambda: read_summary(workdir)),
+        )
     )
     figure = draw(history, config, summary, read_intrinsic(workdir))
     return write_bytes_atomic(workdir / "report.png", style.png(figure))
@@ -113,18 +118,18 @@ def beside_loss(history, summary: Mapping[str, Any] | None = None) -> str:
     metric = (summary or {}).get("metric")
     if metric and metric != "loss":
         return metric
-    evaluated = (key.removeprefix("eval/") for row in history for key in row
-                 if key.startswith("eval/") and key != "eval/loss")
+    evaluated = (key.removeprefix("validation/") for row in history for key in row
+                 if key.startswith("validation/") and key != "validation/loss")
     return next(evaluated, "accuracy")
 
 
 def headline(history, summary: Mapping[str, Any]) -> tuple[str, str] | None:
     """The figure that counts most, and what it is: `chosen` on test, else on validation."""
     key = chosen(history, summary)
-    name, value = describe(key)[0].long, (summary.get("eval") or {}).get(key)
+    name, value = describe(key)[0].long, (summary.get("test") or {}).get(key)
     if value is not None:
         return shown(key, value), f"test {name} at the last step"
-    steps, measured = finite(*series(history, f"eval/{key}"))
+    steps, measured = finite(*series(history, f"validation/{key}"))
     if measured.size:
         return shown(key, measured[-1]), f"validation {name} at step {int(steps[-1]):,}"
     return None
@@ -160,7 +165,7 @@ def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> lis
     parts = [_say(f"{name} {{:g}}", fields.get(f"rm.{name}")) for name in ("penalty", "keep")
              if method in readers(name)]
     trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
-    best, last = summary.get("best_eval") or {}, summary.get("eval") or {}
+    best, last = summary.get("test_best") or {}, summary.get("test") or {}
     key = chosen(history, summary)
     wall = summary.get("wall_seconds")
     rows = [
@@ -176,7 +181,8 @@ def facts(history, config: Mapping[str, Any], summary: Mapping[str, Any]) -> lis
         *task(config, summary).facts(config).items(),
         ("trained", _say("{:,}", trained)
          + _say(" ({:.2f} %)", 100 * trained / total if trained and total else None)),
-        ("steps", f"{summary.get('steps') or history[-1]['step']:,}"),
+        ("steps", f"{summary.get('steps') or history[-1]['step']:,}"
+         + _say(" of {:,} planned", summary.get("planned_steps"))),
         ("speed", speed(summary)),
         ("time", wall is not None and duration(wall)),
     ]
@@ -321,7 +327,7 @@ def facts_panel(ax, headline: tuple[str, str] | None, facts: Sequence[tuple[str,
 def _curves(ax, history, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draws both curves; returns training, the steps of validation, validation."""
     steps, train = finite(*series(history, f"train/{key}"))
-    eval_steps, validation = finite(*series(history, f"eval/{key}"))
+    eval_steps, validation = finite(*series(history, f"validation/{key}"))
     if not train.size and not validation.size:
         ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color=style.MUTED,
                 fontsize=11)
@@ -335,7 +341,7 @@ def _curves(ax, history, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _test_points(ax, summary, key, labels):
-    last, best = summary.get("eval") or {}, summary.get("best_eval") or {}
+    last, best = summary.get("test") or {}, summary.get("test_best") or {}
     points = [(summary.get("steps"), last.get(key), style.TEST)]
     if best.get("step") != summary.get("steps"):
         points.append((best.get("step"), best.get(key), "white"))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmlora_jax.files import read_json, write_bytes_atomic, write_text_atomic
+from rmlora_jax.files import write_bytes_atomic, write_text_atomic
 from rmlora_jax.report import style
 from rmlora_jax.report.records import (
     bin_means,
@@ -14,6 +14,7 @@ from rmlora_jax.report.records import (
     effective_ranks,
     finite,
     read_metrics,
+    read_summary,
     series,
     smooth,
 )
@@ -43,7 +44,7 @@ def write_sweep_report(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
     runs = []
     for name in summary["runs"]:  # such as seed=3,penalty=0.1
         setting = dict(part.split("=", 1) for part in name.split(","))
-        own = read_json(workdir / name / "summary.json")
+        own = read_summary(workdir / name)
         runs.append(Finished(setting.pop("seed"), setting, read_metrics(workdir / name), own))
     write_text_atomic(workdir / "sweep.md", table(runs, summary))
     write_bytes_atomic(workdir / "sweep.png", style.png(draw(runs, summary["metric"])))
@@ -60,10 +61,10 @@ def table(runs: Sequence[Finished], summary: dict[str, Any]) -> str:
         [
             run.seed,
             *run.setting.values(),
-            shown(metric, figure(run, "eval", metric)),
-            shown(metric, figure(run, "best_eval", metric)),
-            f"{run.summary['best_eval']['step']:,}",
-            f"{figure(run, 'eval', 'loss'):.3f}",
+            shown(metric, figure(run, "test", metric)),
+            shown(metric, figure(run, "test_best", metric)),
+            f"{run.summary['test_best']['step']:,}",
+            f"{figure(run, 'test', 'loss'):.3f}",
             f"{train_loss(run):.3f}",
             f"{np.nanmean(ranks):.2f}" if (ranks := effective_ranks(run.summary)).size else "-",
         ]
@@ -86,8 +87,8 @@ def table(runs: Sequence[Finished], summary: dict[str, Any]) -> str:
                 *group[0].setting.values(),
                 str(len(group)),
                 *(spread([figure(run, when, metric) for run in group], metric)
-                  for when in ("eval", "best_eval")),
-                spread([figure(run, "eval", "loss") for run in group], "loss"),
+                  for when in ("test", "test_best")),
+                spread([figure(run, "test", "loss") for run in group], "loss"),
             ]
             for group in groups
         ]
@@ -163,7 +164,7 @@ def palette(count: int) -> list:
 
 
 def best_in_words(groups, labels, metric: str) -> str:
-    means = [np.mean([figure(run, "best_eval", metric) for run in g]) for g in groups]
+    means = [np.mean([figure(run, "test_best", metric) for run in g]) for g in groups]
     signed = np.array(means) * (1 if higher_is_better(metric) else -1)
     if not np.isfinite(signed).any():
         return "No run has a finite result."
@@ -180,11 +181,11 @@ def loss_panel(ax, groups, colours) -> None:
         for run in group:
             steps, train = finite(*series(run.history, "train/loss"))
             ax.plot(steps, smooth(train), color=colour, lw=1.0, alpha=0.25)
-            _, validation = finite(*series(run.history, "eval/loss"))
+            _, validation = finite(*series(run.history, "validation/loss"))
             start = max(train[:1].max(initial=0), validation[:1].max(initial=0))
             reached = max(smooth(train).max(initial=0), validation.max(initial=0))
             tops.append(min(reached, 2 * start))  # a run that diverges must not flatten the others
-        curves(ax, group, colour, "eval/loss")
+        curves(ax, group, colour, "validation/loss")
     ax.set_ylim(0, 1.06 * max(tops))
     several = max(map(len, groups)) > 1
     style.finish_panel(ax, "Loss", "step", "loss", last=last,
@@ -194,7 +195,7 @@ def loss_panel(ax, groups, colours) -> None:
 def metric_panel(ax, groups, colours, metric: str) -> None:
     """The metric that picks the best step, on validation, of every run."""
     for group, colour in zip(groups, colours, strict=True):
-        curves(ax, group, colour, f"eval/{metric}")
+        curves(ax, group, colour, f"validation/{metric}")
     named, last = describe(metric)[0], groups[0][0].history[-1]["step"]
     several = max(map(len, groups)) > 1
     style.finish_panel(ax, f"{named.title} on validation", "step", named.axis, last=last,
@@ -216,7 +217,7 @@ def curves(ax, group, colour, key: str) -> None:
 def results_panel(ax, groups, colours, labels, metric: str) -> None:
     """Test results of each setting: a dot a run at its best step, a bar for the mean of several."""
     for y, (group, colour) in enumerate(zip(groups, colours, strict=True)):
-        found = np.array([figure(run, "best_eval", metric) for run in group])
+        found = np.array([figure(run, "test_best", metric) for run in group])
         if len(group) > 1:
             ax.plot([found.min(), found.max()], [y, y], color=colour, lw=7, alpha=0.18,
                     solid_capstyle="round")

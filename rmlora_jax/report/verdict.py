@@ -119,7 +119,7 @@ def verdict(history: Sequence[Mapping[str, float]]) -> str:
       A text that begins with the name of a rule of the module's docstring and a colon, and ends
       with the number of skipped steps, where there are any.
 
-    >>> falling = [{"step": s, "train/loss": 0.1 + 2 * 0.9**s, "eval/loss": 0.2 + 2 * 0.9**s}
+    >>> falling = [{"step": s, "train/loss": 0.1 + 2 * 0.9**s, "validation/loss": 0.2 + 2 * 0.9**s}
     ...            for s in range(1, 60)]
     >>> verdict(falling)
     'Healthy: training loss settled at 0.10, validation loss at 0.20.'
@@ -145,7 +145,7 @@ def first_broken(history: Sequence[Mapping[str, float]]) -> int | None:
     steps, loss = series(history, "train/loss")
     recovered = steps[np.isfinite(loss)].max(initial=-math.inf)
     found = [
-        int(row["step"]) for row in history for key in ("train/loss", "eval/loss")
+        int(row["step"]) for row in history for key in ("train/loss", "validation/loss")
         if row.get(key) is not None and not math.isfinite(row[key])
         and not (key == "train/loss" and row.get("skipped") and row["step"] < recovered)]
     return min(found, default=None)
@@ -160,7 +160,7 @@ def _judged(history) -> str:
                 f"{int(max(steps, default=0)):,}; at least {FEWEST} lines and {FEWEST_STEPS} steps "
                 "are needed. Train longer, or lower log_every.")
     level_steps, levels = bin_means(steps, loss, LEVELS)
-    curves = Curves(history, steps, loss, level_steps, levels, *series(history, "eval/loss"))
+    curves = Curves(history, steps, loss, level_steps, levels, *series(history, "validation/loss"))
     rules = (_divergence, _rise, _stillness, _oscillation, _memory, _underfitting, _doubt)
     return next(filter(None, (rule(curves) for rule in rules)), None) or _health(curves)
 
@@ -256,7 +256,7 @@ def _oscillation(c: Curves):
 
 def _memory(c: Curves):
     """Overfitting that the distance between training and validation shows."""
-    train, validation = c.accuracy("train"), c.accuracy("eval")
+    train, validation = c.accuracy("train"), c.accuracy("validation")
     if train >= FITTED and validation < train - APART:
         return (f"Overfitting: training accuracy ended at {train:.2f}, validation accuracy at "
                 f"{validation:.2f}. Use more data, lower the rank, or regularise more.")
@@ -275,12 +275,12 @@ def _underfitting(c: Curves):
         if fall > max(STEEP * descent, 2 * spread):
             return (f"Underfitting: training loss was still falling, by {fall:.2f} in the last "
                     "quarter. Train longer, or raise the learning rate.")
-    reached, eval_accuracy = c.accuracy("train"), c.accuracy("eval")
+    reached, eval_accuracy = c.accuracy("train"), c.accuracy("validation")
     if reached < LOW_ACCURACY and eval_accuracy > reached - GAP:
         return (f"Underfitting: training accuracy ended at {reached:.2f} and validation is no "
                 "worse. Raise the rank or the learning rate, or adapt more layers.")
     for name in CORRELATIONS:
-        _, found = series(c.history, f"eval/{name}")
+        _, found = series(c.history, f"validation/{name}")
         if found.size and found[-1] < LOW_CORRELATION:
             return (f"Underfitting: the {METRICS[name].long} on validation ended at "
                     f"{found[-1]:.2f}, and 0 is guessing. Raise the learning rate, train longer, "

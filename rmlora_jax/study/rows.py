@@ -23,6 +23,7 @@ from rmlora_jax.report.records import (
     effective_ranks,
     read_intrinsic,
     read_metrics,
+    read_summary,
 )
 from rmlora_jax.train.checkpoint import read_snapshots
 from rmlora_jax.train.config import read_config
@@ -63,7 +64,7 @@ def row_of(folder: Path, **known: Any) -> dict[str, Any]:
     of factors (whatever is not the head) and head are those at the end, without closed directions;
     ``seconds`` is the run's share of the training steps of its program.
     """
-    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    config, summary = read_json(folder / "config.json"), read_summary(folder)
     metric, steps, rate = summary["metric"], summary["steps"], summary.get("examples_per_second")
     curve = curve_of(read_metrics(folder), metric)
     alone = steps * config["batch_size"] / rate if rate else summary.get("wall_seconds")
@@ -76,9 +77,9 @@ def row_of(folder: Path, **known: Any) -> dict[str, Any]:
         "data_seed": config["seed"] if config["data"]["seed"] is None else config["data"]["seed"],
         "metric": metric,
         "validation": _last(curve["validation"]),
-        "test": summary["eval"][metric],
-        "test_best": summary["best_eval"][metric],
-        "test_loss": summary["eval"]["loss"],
+        "test": summary["test"][metric],
+        "test_best": summary["test_best"][metric],
+        "test_loss": summary["test"]["loss"],
         "validation_loss": _last(curve["validation_loss"]),
         "train_loss": _last(curve["train_loss"]),
         "train": _last(curve["train"]),
@@ -107,13 +108,13 @@ def row_of(folder: Path, **known: Any) -> dict[str, Any]:
 def curve_of(history: list[dict], metric: str) -> dict[str, list]:
     """Loss and metric at every evaluation: on training the mean of the lines since the one before,
     None where the run does not evaluate a split on its way."""
-    keys = {"validation": f"eval/{metric}", "validation_loss": "eval/loss",
+    keys = {"validation": f"validation/{metric}", "validation_loss": "validation/loss",
             "test": f"test/{metric}", "test_loss": "test/loss"}
     curve = {name: [] for name in ("step", "train", "train_loss", *keys)}
     since = []
     for row in history:
         since.append(row)
-        if "eval/loss" not in row:
+        if "validation/loss" not in row:
             continue
         curve["step"].append(row["step"])
         for name, key in keys.items():

@@ -23,6 +23,7 @@ from rmlora_jax.hub import Info, Pretrained, new_head
 from rmlora_jax.parallel.mesh import Devices
 from rmlora_jax.tasks.places import missing_adapter, missing_model
 from rmlora_jax.tasks.scores import score, score_sums
+from rmlora_jax.tasks.top5 import top5
 
 
 class Opening(NamedTuple):
@@ -51,8 +52,9 @@ class Objective(NamedTuple):
         devices in float32, and divides by the weight once. None stands for a weight of 1 for each
         example, which is known before tracing.
       predict: -> a row of figures for each example, for evaluation. Either ``{"prediction": (B,),
-        "loss": (B,) float32, "label": (B,)}``; or, of examples with several targets each,
-        ``{"loss": (B,) float32, "weight": (B,) float32}`` and more sums over the targets.
+        "loss": (B,) float32, "label": (B,)}`` and more figures whose means are metrics; or, of
+        examples with several targets each, ``{"loss": (B,) float32, "weight": (B,) float32}`` and
+        more sums over the targets.
       means: (sums over the global batch, its weight) -> the metrics that a step logs. Those named
         "tokens" make the speed in tokens per second.
     """
@@ -242,7 +244,7 @@ def classification(label_smoothing: float = 0.0) -> Objective:
 
     In training the labels are mixed with the uniform distribution, whose weight is
     ``label_smoothing``. The prediction is the class with the largest logit, int32; -1 where a logit
-    is not finite.
+    is not finite. Of many classes `top5` is measured, too.
     """
 
     def losses(logits, labels, smoothing=0.0):
@@ -259,7 +261,7 @@ def classification(label_smoothing: float = 0.0) -> Objective:
         logits = call()
         chosen = jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), -1)
         rows = {"prediction": chosen.astype(jnp.int32), "loss": losses(logits, labels)}
-        return rows | {"label": labels}
+        return rows | top5(logits, labels) | {"label": labels}
 
     return Objective(loss, predict)
 
@@ -287,7 +289,7 @@ class Outputs(NamedTuple):
 
     ``weights`` are None where a row is one example with one label. Otherwise a row has several
     targets: ``losses`` and ``sums`` are sums over them, ``weights`` their numbers, and there are no
-    predictions and labels.
+    predictions and labels. Without weights, the means of ``sums`` are metrics.
     """
 
     ids: np.ndarray
@@ -306,14 +308,13 @@ class Outputs(NamedTuple):
         return self.predictions >= 0 if classes else np.isfinite(self.predictions)
 
 
-def measured(
-    outputs: Outputs, metrics: tuple[str, ...], positive: int = 1
-) -> dict[str, float]:
-    """The metrics of a whole split, in their order, and the mean loss."""
+def measured(outputs: Outputs, metrics: tuple[str, ...], positive: int = 1) -> dict[str, float]:
+    """The metrics of a whole split, in their order, those of ``sums``, and the mean loss."""
     if outputs.weights is not None:
         return score_sums({"loss": outputs.losses} | dict(outputs.sums), outputs.weights, metrics)
     found = score(outputs.predictions, outputs.labels, metrics, positive)
-    return found | {"loss": float(outputs.losses.mean(dtype=np.float64))}
+    rows = dict(outputs.sums) | {"loss": outputs.losses}
+    return found | {name: float(own.mean(dtype=np.float64)) for name, own in rows.items()}
 
 
 def numbered(config: Run, sizes: dict[str, int]) -> tuple[Callable, Callable]:

@@ -132,20 +132,28 @@ class Keeper:
     """Keeps the states of a program while it trains, and knows each run's best.
 
     This one is for a single run, with a checkpoint for each evaluation. ``metric`` names the figure
-    that best is chosen by.
+    that best is chosen by. ``waited`` counts the evaluations in a row that brought no better value
+    of it. It is saved with the state, so that a continued run goes on with the same count.
     """
 
-    def __init__(self, manager: ocp.CheckpointManager, metric: str):
-        self.manager, self.metric = manager, metric
+    def __init__(self, manager: ocp.CheckpointManager, metric: str, waited: int = 0):
+        self.manager, self.metric, self.waited = manager, metric, waited
 
     def evaluated(self, state: State, figures: Sequence[dict[str, float]]) -> None:
         """Saves after an evaluation with the validation figures of each run."""
-        write(self.manager, int(state.step), state, scored(figures[0], self.metric))
+        found = scored(figures[0], self.metric)
+        before = (score(self.manager.metrics(s))[0] for s in self.manager.all_steps())
+        better = score(found)[0] > max(before, default=-math.inf)
+        if jax.process_count() > 1:  # sums may differ in the last bit from one host to another
+            better = bool(multihost_utils.broadcast_one_to_all(np.array(better)))
+        self.waited = 0 if better else self.waited + 1
+        write(self.manager, int(state.step), state, found | {"waited": self.waited})
 
     def interrupted(self, state: State) -> None:
         """Saves between two evaluations, for a run that stops."""
         # Without an evaluation it is never the best.
-        write(self.manager, int(state.step), state, scored({"loss": math.inf}, "loss"))
+        figures = scored({"loss": math.inf}, "loss") | {"waited": self.waited}
+        write(self.manager, int(state.step), state, figures)
 
     def wait(self) -> None:
         """Waits until everything is on the disk."""
@@ -163,6 +171,13 @@ class Keeper:
         """Leaves in the folder of run ``i`` the checkpoints that a finished run has."""
         for step in set(self.manager.all_steps()) - {int(best.step), int(state.step)}:
             self.manager.delete(step)
+
+
+def waited(manager: ocp.CheckpointManager) -> int:
+    """The ``waited`` of a `Keeper` in the latest checkpoint; 0 without, or in runs of before."""
+    step = manager.latest_step()
+    found = None if step is None else manager.metrics(step)
+    return (found or {}).get("waited", 0)
 
 
 def scored(validation: dict[str, float], metric: str) -> dict[str, float]:

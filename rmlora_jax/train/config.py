@@ -24,12 +24,13 @@ from rmlora_jax.errors import UserError, did_you_mean, first_line
 from rmlora_jax.fields import Run
 from rmlora_jax.files import placed, plain, read_object
 from rmlora_jax.tasks.places import closed_caches, without_closed
+from rmlora_jax.train.loggers import LOGGERS
 
 
-def _one_of(registry: Mapping[str, tasks.Task] | Mapping[str, methods.Method]) -> Any:
+def _one_of(registry: Mapping[str, Any], **spec: Any) -> Any:
     """The field that names an entry of a registry; its meaning is that of all entries."""
     meaning = "; ".join(f"{name}: {entry.help}" for name, entry in registry.items())
-    return field(next(iter(registry)), meaning, choices=tuple(registry))
+    return field(next(iter(registry)), meaning, choices=tuple(registry), **spec)
 
 
 RunConfig: type[Run] = dataclasses.make_dataclass(
@@ -37,6 +38,7 @@ RunConfig: type[Run] = dataclasses.make_dataclass(
     [
         ("task", str, _one_of(tasks.TASKS)),
         ("method", str, _one_of(methods.METHODS)),
+        ("logger", str, _one_of(LOGGERS, resume=FREE)),
         *(
             (name, own, dataclasses.field(default_factory=own))
             for name, own in (tasks.SECTIONS | methods.SECTIONS).items()
@@ -86,7 +88,9 @@ def resolve(given: Any, *, there: bool = False) -> Run:
     homeless = dict(_without_home(config)) if there else {}
     wrong = homeless | wrong
     if there and not homeless and config.task in tasks.TASKS:
-        for line in (*tasks.TASKS[config.task].missing(config), *closed_caches(config)):
+        logger = LOGGERS.get(config.logger, LOGGERS["none"])
+        lines = *tasks.TASKS[config.task].missing(config), *logger.missing(config)
+        for line in (*lines, *closed_caches(config)):
             name = line.partition("=")[0].removeprefix("config.")
             wrong.setdefault(name, line)
     if wrong:
@@ -109,6 +113,8 @@ def mistakes(given: Any) -> tuple[Run, dict[str, str]]:
     found = [*config.check()]
     if config.method in methods.METHODS:
         found += methods.check(config)
+    if config.logger in LOGGERS:
+        found += LOGGERS[config.logger].check(config)
     if config.task in tasks.TASKS:
         found += tasks.TASKS[config.task].check(config)
     return config, fields.not_allowed(config, found) | wrong

@@ -87,7 +87,8 @@ def finish(
     outputs = tested(compiled, state.trainable, job)
     last = best = figures_of(outputs, job)
     chosen, steps = keeper.best(state)
-    if any(step != job.steps for step in steps):
+    end = int(state.step)
+    if any(step != end for step in steps):
         best = reported(compiled, chosen.trainable, job)
     predicted = {
         split: final(compiled, chosen.trainable, job, split) for split in job.feed.unlabelled
@@ -104,10 +105,10 @@ def finish(
             "method": run.method,
             "model": run.model.source,
             "dataset": run.data.name,
-            "steps": job.steps,
+            "steps": end,
             "metric": job.problem.metrics[0],
-            "eval": last[i],
-            "best_eval": {"step": step} | (last[i] if step == job.steps else best[i]),
+            "test": last[i],
+            "test_best": {"step": step} | (last[i] if step == end else best[i]),
             "trainable_parameters": job.base.trainable_parameters,
             "final_parameters": plain(methods.left(run, jax.device_get(own))),
             "total_parameters": job.base.total_parameters,
@@ -122,6 +123,11 @@ def finish(
             "peak_memory_bytes": peak_memory(),
             "intrinsic_dimension": plain(intrinsic),
         }
+        if end < job.steps:
+            summary |= {"planned_steps": job.steps, "stopped": (
+                f"no better validation {summary['metric']} in {keeper.waited} evaluations in a "
+                f"row (patience={run.patience})"
+            )}
         if label := job.problem.positive_label:
             summary["positive_label"] = label
         if confused := confusion(outputs[job.feed.tests[0]][i], job.problem.labels):
@@ -136,7 +142,7 @@ def finish(
                 file = write_predictions(folder, split, out.ids, out.predictions)
                 if not job.stacked:
                     print(f"predictions of step {step:,} for {split}: {file}", flush=True)
-            write_adapter(folder, run, job.lora[i], factors, job.problem, summary["best_eval"])
+            write_adapter(folder, run, job.lora[i], factors, job.problem, summary["test_best"])
             if job.stacked:
                 summary |= {
                     "sweep": len(job.runs),
@@ -149,7 +155,7 @@ def finish(
             lora = job.lora[i] if methods.of(run).adapts else None
             params = in_training(params, lora)
             if found := answers.asked(folder, run, job.problem, lora, params):
-                summary["best_eval"] |= found
+                summary["test_best"] |= found
                 write_json(folder / "summary.json", summary)
         summaries.append(summary)
     return summaries

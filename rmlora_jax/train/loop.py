@@ -20,10 +20,10 @@ from rmlora_jax import methods
 from rmlora_jax.config import ConfigDict
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
-from rmlora_jax.files import placed, read_json, write_json
+from rmlora_jax.files import placed, write_json
 from rmlora_jax.hub.info import Info, write_info
 from rmlora_jax.parallel.mesh import all_devices, shard, use_compilation_cache
-from rmlora_jax.report.records import read_metrics
+from rmlora_jax.report.records import read_metrics, read_summary
 from rmlora_jax.report.run import verdict, write_report
 from rmlora_jax.stopping import Stopped, watch
 from rmlora_jax.tasks.task import measured
@@ -62,10 +62,11 @@ def _train(config: Run, workdir: Path) -> dict:
     longer = check_workdir(config, workdir)
     leader = jax.process_index() == 0
     if (workdir / "summary.json").exists() and not longer:
-        summary = read_json(workdir / "summary.json")
+        summary = read_summary(workdir)
         if leader and not (workdir / "report.png").exists():  # killed between the two
             write_report(workdir)
-        print(f"this run is finished; {ways_on(config, workdir)}")
+        more = "a larger --config.patience, or 0, trains it on; " if "stopped" in summary else ""
+        print(f"this run is finished; {more}{ways_on(config, workdir)}")
         print(ending(summary, workdir), flush=True)
         return summary
     use_compilation_cache(config.compilation_cache)
@@ -93,7 +94,8 @@ def _train(config: Run, workdir: Path) -> dict:
                 (workdir / "summary.json").unlink(missing_ok=True)  # of a run that goes on
                 write_beginning(workdir, config, read, job.problem.info)
                 print(f"compiled in {terminal.duration(compiled.seconds)}", flush=True)
-            keeper = checkpoint.Keeper(manager, job.problem.metrics[0])
+            waited = checkpoint.waited(manager)
+            keeper = checkpoint.Keeper(manager, job.problem.metrics[0], waited)
             (summary,) = train_program(job, state, compiled, keeper, [workdir], began)
     if leader:
         write_report(workdir)
@@ -126,9 +128,15 @@ def train_program(
     leader, start = jax.process_index() == 0, int(state.step)
     with contextlib.ExitStack() as stack:
         asked = stack.enter_context(watch("saving after this step"))
+        config = job.base.config
         # TensorBoard's events of many runs cost as much as some steps.
-        options = {"start_step": start, "enabled": leader, "tensorboard": not job.stacked}
-        writers = [stack.enter_context(MetricWriter(folder, **options)) for folder in folders]
+        logger = "none" if job.stacked else config.logger
+        writers = [
+            stack.enter_context(MetricWriter(
+                folder, start_step=start, enabled=leader, logger=logger, config=flatten(config)
+            ))
+            for folder in folders
+        ]
         progress = stack.enter_context(contextlib.closing(terminal.Progress(job.steps)))
         state, speed = fit(job, state, compiled, keeper, writers, progress, asked)
         keeper.wait()
@@ -169,7 +177,8 @@ def fit(
     progress: terminal.Progress,
     asked: Callable[[int], bool],
 ) -> tuple[State, finished.Speed]:
-    """Trains to the last step; returns the state and what the training steps alone took.
+    """Trains to the last step, or until ``patience`` is used up; returns the state and what the
+    training steps alone took.
 
     Raises:
       Stopped: ``asked(step)`` said that the run should save and stop.
@@ -179,7 +188,12 @@ def fit(
     watched = [nonfinite.Watched(config.nonfinite_limit) for _ in job.runs]
     schedules = [methods.learning_rate(run, job.steps) for run in job.runs]
     used = finished.used_by_a_token(job)
-    for done in stretches(job, state, compiled, asked):
+
+    def is_patient() -> bool:
+        return not 0 < config.patience <= keeper.waited
+
+    # A run that was killed after its last evaluation has nothing left to train.
+    for done in stretches(job, state, compiled, asked) if is_patient() else ():
         state = done.state
         metrics = [list(of_run) for of_run in zip(*map(job.apart, done.metrics), strict=True)]
         speed = speed.after(done.seconds, metrics[0])
@@ -204,7 +218,7 @@ def fit(
             others = figures_of(beside, job)
             validation = [own | other for own, other in zip(validation, others, strict=True)]
             for row, found in zip(rows, validation, strict=True):
-                row |= {f"eval/{name}": value for name, value in found.items()}
+                row |= {f"validation/{name}": value for name, value in found.items()}
             keeper.wait()  # see check_nothing_lost
         for i, (writer, row) in enumerate(zip(writers, rows, strict=True)):
             writer.write(done.step, row)
@@ -230,6 +244,8 @@ def fit(
                 f"saved after step {done.step:,} of {job.steps:,}; the same command goes on from "
                 "there"
             )
+        if not is_patient():
+            break
     return state, speed
 
 

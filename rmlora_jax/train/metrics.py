@@ -1,4 +1,4 @@
-"""The numbers a run leaves behind: metrics.jsonl, intrinsic.jsonl and TensorBoard events.
+"""The numbers a run leaves behind: metrics.jsonl, intrinsic.jsonl, and a logger's.
 
 ``metrics.jsonl`` has one object a line, in strict JSON, ``"step"`` first:
 
@@ -16,8 +16,6 @@ For that to hold write a step's line before its checkpoint.
 import json
 import os
 import pathlib
-import re
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,10 +24,7 @@ import numpy as np
 from rmlora_jax.files import plain, write_text_atomic
 from rmlora_jax.report.records import INTRINSIC, METRICS, read_lines
 from rmlora_jax.train.checkpoint import drop_snapshots
-
-EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d{10,11})\b")
-EVENTS = "tensorboard"
-FLUSH_SECONDS = 10.0  # how late TensorBoard may be
+from rmlora_jax.train.loggers import LOGGERS, Opened
 
 
 def append_intrinsic(
@@ -63,21 +58,22 @@ class MetricWriter:
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with MetricWriter(folder, tensorboard=False) as writer:
+    ...     with MetricWriter(folder, logger="none") as writer:
     ...         writer.write(1, {"train/loss": 0.5})
-    ...         writer.write(2, {"train/loss": 0.25, "eval/loss": 0.3})
+    ...         writer.write(2, {"train/loss": 0.25, "validation/loss": 0.3})
     ...     read_lines(pathlib.Path(folder) / METRICS)
-    [{'step': 1, 'train/loss': 0.5}, {'step': 2, 'train/loss': 0.25, 'eval/loss': 0.3}]
+    [{'step': 1, 'train/loss': 0.5}, {'step': 2, 'train/loss': 0.25, 'validation/loss': 0.3}]
 
     Args:
       workdir: the run's folder, made if missing.
       start_step: the step after which the run continues; lines and snapshots of later steps are
         dropped. At 0 the run begins anew and earlier lines are dropped too.
       enabled: False makes every method do nothing, as in all processes but the first.
-      tensorboard: whether to write events to the folder ``tensorboard``.
+      logger: the name of a second place for the numbers, in ``LOGGERS``.
+      config: the flat config of the run, for a logger that shows it.
 
     Raises:
-      UserError: a file to be continued holds another line.
+      UserError: a file to be continued holds another line, or the logger cannot be had.
     """
 
     def __init__(
@@ -86,12 +82,12 @@ class MetricWriter:
         *,
         start_step: int = 0,
         enabled: bool = True,
-        tensorboard: bool = True,
+        logger: str = "tensorboard",
+        config: Mapping[str, Any] | None = None,
     ):
         self.workdir = pathlib.Path(workdir)
         self.enabled = enabled
-        self._events = None  # an EventsWriter of tensorboardX
-        self._flushed = time.monotonic()
+        self._logger: Opened | None = None
         self._last_step = start_step if start_step > 0 else -1
         if not enabled:
             return
@@ -99,8 +95,8 @@ class MetricWriter:
         for name in (METRICS, INTRINSIC):
             drop_after(self.workdir / name, start_step)
         drop_snapshots(self.workdir, start_step)
-        if tensorboard:
-            self._events = open_events(self.workdir / EVENTS, start_step)
+        if (found := LOGGERS[logger].open) is not None:
+            self._logger = found(self.workdir, start_step, config or {})
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records the metrics of ``step``, scalars by name, all of them at once.
@@ -123,74 +119,39 @@ class MetricWriter:
         line = {"step": step} | row | ({"nonfinite": broken} if broken else {})
         _append(self.workdir / METRICS, json.dumps(line, allow_nan=False))
         self._last_step = step
-        # tensorboardX warns on the terminal about each number that is not finite.
-        self._add_events(step, {key: value for key, value in row.items() if value is not None})
+        self._show(step, {key: value for key, value in row.items() if value is not None})
 
     def intrinsic(self, step: int, modules: Mapping[str, Mapping[str, Any]]) -> None:
-        """`append_intrinsic` for this run, and the mean effective rank as a TensorBoard scalar."""
+        """`append_intrinsic` for this run, and the mean effective rank for its logger."""
         if not self.enabled:
             return
         append_intrinsic(self.workdir, step, modules)
         ranks = {path: np.asarray(values["effective_rank"]) for path, values in modules.items()}
-        self._add_events(step, {
+        self._show(step, {
             f"effective_rank/{path}": np.mean(found[np.isfinite(found)], dtype=np.float64)
             for path, found in ranks.items() if np.isfinite(found).any()
         })
 
-    def _add_events(self, step: int, scalars: Mapping[str, float]) -> None:
-        if self._events is None:
-            return
-        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore (generated)
-
-        # Without the metadata that tensorboardX adds to each: TensorBoard needs none for scalars,
-        # and the checksum of each byte is computed in Python.
-        event = Event(wall_time=time.time(), step=step)
-        for name, value in scalars.items():
-            event.summary.value.add(tag=name, simple_value=value)
-        self._events.write_event(event)
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
+    def _show(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._logger is not None:
+            self._logger.add(step, scalars)
 
     def flush(self) -> None:
-        """Writes the events to the disk; call it before the checkpoint of the step."""
-        if self._events is not None:
-            self._events.flush()
-            self._flushed = time.monotonic()
+        """Flushes the logger; call it before the checkpoint of the step."""
+        if self._logger is not None:
+            self._logger.flush()
 
     def close(self) -> None:
-        """Flushes the events; a second call does nothing."""
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        """Closes the logger; a second call does nothing."""
+        if self._logger is not None:
+            self._logger.close()
+            self._logger = None
 
     def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-def open_events(folder: pathlib.Path, start_step: int) -> Any:
-    """A writer of one event file in a folder of TensorBoard, made if missing.
-
-    It has no thread, unlike tensorboardX's SummaryWriter: there a killed process loses what is
-    queued, and on a full disk the thread dies and the run waits for it for ever. TensorBoard hides
-    events of earlier processes after ``start_step``.
-    """
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore (generated)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    # TensorBoard reads files in the order of their names. Ours begin with a time in seconds that is
-    # after those of all earlier processes, whatever the clock says.
-    earlier = [match for file in folder.iterdir() if (match := EVENT_FILE.match(file.name))]
-    seconds = max([int(time.time()), *(int(match[1]) + 1 for match in earlier)])
-    writer = EventsWriter(str(folder / f"events.out.tfevents.{seconds:010}"))  # and more
-    if earlier:
-        first = start_step + 1 if start_step > 0 else 0
-        start = SessionLog(status=SessionLog.START)
-        writer.write_event(Event(wall_time=time.time(), step=first, session_log=start))
-    return writer
 
 
 def _append(path: pathlib.Path, line: str) -> None:

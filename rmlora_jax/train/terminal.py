@@ -39,14 +39,23 @@ def closing(summary: Mapping[str, Any], workdir: str | os.PathLike, verdict: str
     report = os.path.join(workdir, "report.png")
     total = summary.get("total_parameters")
     return format_table("done", [
-        ("test, last step", scores(summary.get("eval"))),
-        ("test, best validation", scores(summary.get("best_eval"))),
+        ("test, last step", scores(summary.get("test"))),
+        ("test, best validation", scores(summary.get("test_best"))),
+        ("stopped early", _early(summary)),
         ("parameters", parameters(summary["trainable_parameters"], total) if total else None),
         ("speed", speed(summary)),
         ("time", times(summary) if "wall_seconds" in summary else None),
         ("verdict", verdict),
         ("report", report if os.path.exists(report) else None),
     ])
+
+
+def _early(summary: Mapping[str, Any]) -> str | None:
+    """Why a run ended before its planned steps; None where it did not."""
+    if "stopped" not in summary:
+        return None
+    steps, planned = summary["steps"], summary["planned_steps"]
+    return f"after step {steps:,} of {planned:,}: {summary['stopped']}"
 
 
 def times(summary: Mapping[str, Any]) -> str:
@@ -155,12 +164,14 @@ def _parts(shown: Mapping[str, float]) -> list[str]:
     """The loss and accuracy of training; instead of accuracy the metric that was evaluated first,
     in training where it is measured there.
     """
-    evaluated = (k for k in shown if k.startswith("eval/") and k != "eval/loss")
-    chosen = next(evaluated, "eval/accuracy")
-    measured = chosen.replace("eval/", "train/", 1)
-    measured = measured if measured in shown or chosen == "eval/accuracy" else chosen
-    parts = [f"{_name(key.partition('/')[2])} {number(shown[key])}"
-             for key in ("train/loss", measured) if key in shown]
+    evaluated = (k for k in shown if k.startswith("validation/") and k != "validation/loss")
+    chosen = next(evaluated, "validation/accuracy")
+    measured = chosen.replace("validation/", "train/", 1)
+    measured = measured if measured in shown or chosen == "validation/accuracy" else chosen
+    parts = []
+    for key in ("train/loss", measured):
+        split, _, metric = key.partition("/")
+        parts += [f"{split} {_name(metric)} {number(shown[key])}"] if key in shown else []
     if parts and "train/loss/low" in shown:  # of many runs, whose mean is the loss
         parts[0] += f" ({number(shown['train/loss/low'])} to {number(shown['train/loss/high'])})"
     rate = speed(shown)

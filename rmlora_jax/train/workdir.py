@@ -78,7 +78,8 @@ def opened(workdir: Path, *, alone: bool = False) -> Iterator[None]:
 def check_workdir(config: Run, workdir: Path) -> bool:
     """Refuses a folder that holds a run of another config; prints what else is new in this one.
 
-    Returns whether the number of steps is another: a run that was finished may go on.
+    Returns whether a run that was finished may go on: the number of steps is another, or the
+    patience of a run that ended for want of it.
 
     Raises:
       UserError: the fields that differ and must not.
@@ -105,7 +106,9 @@ def check_workdir(config: Run, workdir: Path) -> bool:
         )
     if free and jax.process_index() == 0:
         print(f"continues with {'; '.join(free)}", flush=True)
-    return any(change.startswith(LENGTHS) for change in free)
+    summary = workdir / "summary.json"
+    early = summary.exists() and "stopped" in read_object(summary)
+    return any(change.startswith(LENGTHS + ("patience:",) * early) for change in free)
 
 
 def forget(workdir: Path) -> None:
@@ -156,7 +159,7 @@ def check_nothing_lost(workdir: Path) -> None:
     Raises:
       UserError: the metrics say that there were checkpoints.
     """
-    evaluated = [row["step"] for row in read_metrics(workdir) if "eval/loss" in row]
+    evaluated = [row["step"] for row in read_metrics(workdir) if "validation/loss" in row]
     if len(evaluated) > 1:
         raise UserError(
             f"{workdir} has the metrics of {evaluated[-1]:,} steps and no checkpoint any more; "

@@ -333,7 +333,7 @@ def test_a_run_on_a_folder(config, photos, tmp_path, capsys, monkeypatch):
     assert [re.sub(".*/", "", why)[:28] for why in summary["skipped_records"]] == [
         "12.png' cannot be read as an"
     ]
-    assert summary["best_eval"]["accuracy"] == 1.0
+    assert summary["test_best"]["accuracy"] == 1.0
     new = [draw(tmp_path / "new" / f"{name}.png", seed=7, colour=COLOURS[name]) for name in CLASSES]
     out = tmp_path / "out.csv"
     assert predict.predict(str(tmp_path / "run"), [str(tmp_path / "new")], out=str(out)) == 0

@@ -280,7 +280,7 @@ def make_run(folder):
     config = default_config()
     config.model.source = str(folder / "base")
     write_json(folder / "config.json", config.to_dict())
-    write_json(folder / "summary.json", {"task": "image_classification", "best_eval": {"step": 2}})
+    write_json(folder / "summary.json", {"task": "image_classification", "test_best": {"step": 2}})
     write_info(folder, Info("image_classification", labels=("a", "b", "c")))
     make_peft(folder)
 

@@ -153,7 +153,7 @@ def run_config(config, folder):
 def metrics(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    return [[row[k] for k in ("train/loss", "eval/loss") if k in row] for row in rows]
+    return [[row[k] for k in ("train/loss", "validation/loss") if k in row] for row in rows]
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ def test_killed_before_its_first_checkpoint_a_run_begins_again(
     kept = rows(tmp_path / "run")[:EVERY]  # with the evaluation whose checkpoint never was
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines[:EVERY]))
-    assert "eval/loss" in kept[-1]
+    assert "validation/loss" in kept[-1]
     train(config_of(tiny_vit), tmp_path / "run")
     check_same_end(undisturbed_run, tmp_path / "run")
 
@@ -158,7 +158,7 @@ def test_the_best_one_is_damaged(tiny_vit, tmp_path, monkeypatch, capsys):
     damage_data(tmp_path, EVERY)
     summary = train(config, tmp_path)
     assert f"checkpoints/{EVERY} cannot be read" in capsys.readouterr().out
-    assert summary["best_eval"]["step"] == LAST
+    assert summary["test_best"]["step"] == LAST
     assert steps_of(tmp_path) == [LAST, STEPS]
 
 

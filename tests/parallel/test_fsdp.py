@@ -131,8 +131,8 @@ def test_a_run_and_a_sweep_from_start_to_end(config, tmp_path):
     alone = loop.train(config, tmp_path / "alone")
     config.fsdp = 4
     shared = loop.train(config, tmp_path / "shared")
-    assert shared["eval"]["loss"] == pytest.approx(alone["eval"]["loss"], rel=1e-3)
+    assert shared["test"]["loss"] == pytest.approx(alone["test"]["loss"], rel=1e-3)
     config.sweep.seeds = 2
     sweep.train(config, tmp_path / "sweep")
     first = json.loads((tmp_path / "sweep" / "seed=0" / "summary.json").read_text())
-    assert first["eval"]["loss"] == pytest.approx(alone["eval"]["loss"], rel=1e-3)
+    assert first["test"]["loss"] == pytest.approx(alone["test"]["loss"], rel=1e-3)

@@ -95,15 +95,15 @@ def column(workdir, name):
 def check_same_numbers(alone, shared):
     """Counts to the bit, losses up to the order of their sums; each step once."""
     assert [row["step"] for row in rows(shared)] == list(range(1, STEPS + 1))
-    for name in ("train/accuracy", "train/kept_fraction", "eval/accuracy"):
+    for name in ("train/accuracy", "train/kept_fraction", "validation/accuracy"):
         assert len(column(alone, name)) >= 2
         np.testing.assert_array_equal(column(alone, name), column(shared, name), err_msg=name)
-    for name in ("train/loss", "train/penalty", "eval/loss"):
+    for name in ("train/loss", "train/penalty", "validation/loss"):
         np.testing.assert_allclose(
             column(alone, name), column(shared, name), rtol=1e-5, err_msg=name
         )
     ours, theirs = (json.loads((w / "summary.json").read_text()) for w in (alone, shared))
-    for part in ("eval", "best_eval"):
+    for part in ("test", "test_best"):
         assert ours[part]["accuracy"] == theirs[part]["accuracy"]
         correct = theirs[part]["accuracy"] * 360  # the test digits, each counted once
         assert abs(correct - round(correct)) < 1e-9
@@ -174,6 +174,17 @@ def test_the_adapter_is_that_of_one_process(runs):
     assert ours.keys() == theirs.keys() and len(ours) > 20
     for name, value in ours.items():
         np.testing.assert_allclose(value, theirs[name], atol=2e-5, err_msg=name)
+
+
+def test_patience_ends_both_processes(tiny_vit, tmp_path):
+    """With a rate that moves nothing no evaluation is better than the first."""
+    still = ("--config.optimizer.learning_rate=1e-30", "--config.eval_every=4")
+    alone, shared, _ = both(tiny_vit, tmp_path, *still, "--config.patience=2")
+    for workdir in (alone, shared):
+        summary = json.loads((workdir / "summary.json").read_text())
+        assert (summary["steps"], summary["planned_steps"]) == (12, STEPS)
+        assert "no better validation accuracy in 2 evaluations" in summary["stopped"]
+        assert column(workdir, "step").tolist() == list(range(1, 13))
 
 
 def test_a_sweep_in_two_processes(tiny_vit, tmp_path):

@@ -57,12 +57,13 @@ def test_two_processes_give_the_numbers_of_one(root, tmp_path):
         shutil.rmtree(shared)
     else:
         pytest.skip(f"this machine is too busy for two processes at once: {LATE}")
-    for name in ("train/tokens", "train/padding", "train/token_accuracy", "eval/token_accuracy"):
+    for name in ("train/tokens", "train/padding", "train/token_accuracy",
+                 "validation/token_accuracy"):
         found = column(shared, name)
         assert len(found) >= 2
         np.testing.assert_allclose(column(alone, name), found, rtol=1e-6, err_msg=name)
-    for name in ("train/loss", "eval/loss", "train/grad_norm"):
+    for name in ("train/loss", "validation/loss", "train/grad_norm"):
         np.testing.assert_allclose(column(alone, name), column(shared, name), rtol=2e-5)
     ours, theirs = (json.loads((w / "summary.json").read_text()) for w in (alone, shared))
-    np.testing.assert_allclose(ours["eval"]["loss"], theirs["eval"]["loss"], rtol=2e-5)
-    assert ours["eval"]["token_accuracy"] == theirs["eval"]["token_accuracy"]
+    np.testing.assert_allclose(ours["test"]["loss"], theirs["test"]["loss"], rtol=2e-5)
+    assert ours["test"]["token_accuracy"] == theirs["test"]["token_accuracy"]

@@ -33,8 +33,8 @@ CONFIG = {
 def summary_of(steps, best):
     return {
         "method": "rm_lora", "model": "google/vit-base-patch16-224-in21k", "dataset": "cifar100",
-        "steps": steps, "eval": {"accuracy": 0.7123, "loss": 1.25},
-        "best_eval": {"accuracy": 0.7456, "loss": 1.5, "step": best},
+        "steps": steps, "test": {"accuracy": 0.7123, "loss": 1.25},
+        "test_best": {"accuracy": 0.7456, "loss": 1.5, "step": best},
         "trainable_parameters": 740_452, "total_parameters": 86_612_836,
         "examples_per_second": 5123.4, "compile_seconds": 12.0, "wall_seconds": 754.0,
         "intrinsic_dimension": {},
@@ -53,9 +53,9 @@ def curves(steps, log, every, train, validation, accuracy=None, eval_accuracy=No
             if accuracy:
                 row["train/accuracy"] = float(np.clip(accuracy(t) + 0.05 * rng.normal(), 0, 1))
         if step % every == 0:
-            row["eval/loss"] = validation(t) * (1 + 0.01 * rng.standard_normal())
+            row["validation/loss"] = validation(t) * (1 + 0.01 * rng.standard_normal())
             if eval_accuracy:
-                row["eval/accuracy"] = eval_accuracy(t)
+                row["validation/accuracy"] = eval_accuracy(t)
         if len(row) > 1:
             history.append(row)
     return history
@@ -109,7 +109,7 @@ def test_a_rising_validation_loss_is_overfitting(steps, log, every, seed):
 def test_overfitting_names_the_step_and_the_losses():
     history = [{"step": s, "train/loss": 2.0 * 0.97**s} for s in range(1, 101)]
     for row in history[9::10]:
-        row["eval/loss"] = 1 + ((row["step"] - 40) / 50) ** 2
+        row["validation/loss"] = 1 + ((row["step"] - 40) / 50) ** 2
     text = verdict.verdict(history)
     assert "from 1.00 at step 40 to 2.44" in text
     around = np.mean([2.0 * 0.97**s for s in range(36, 45)])  # 4.95 steps to either side of 40
@@ -124,14 +124,14 @@ def test_overfitting_names_the_step_and_the_losses():
 def test_overfitting_needs_a_margin(lowest, last, label):
     history = [{"step": s, "train/loss": 0.1 + 2 * 0.93**s} for s in range(1, 101)]
     for step, loss in ((25, lowest + 0.001), (50, lowest), (75, (lowest + last) / 2), (100, last)):
-        history[step - 1]["eval/loss"] = loss
+        history[step - 1]["validation/loss"] = loss
     assert verdict.verdict(history).startswith(label)
 
 
 def test_a_rise_of_both_losses_is_not_overfitting():
     history = [{"step": s, "train/loss": 0.5 + 2 * 0.9**s + 0.002 * s} for s in range(1, 101)]
     for row in history[9::10]:
-        row["eval/loss"] = row["train/loss"] + 0.1
+        row["validation/loss"] = row["train/loss"] + 0.1
     assert verdict.verdict(history).startswith("Healthy")
 
 
@@ -153,7 +153,7 @@ def test_a_loss_still_falling_is_underfitting(steps, log, every, seed):
 ])
 def test_low_training_accuracy_is_underfitting(train, validation, label):
     history = [{"step": s, "train/loss": 2 + 2 * 0.9**s, "train/accuracy": train,
-                "eval/loss": 2.1 + 2 * 0.9**s, "eval/accuracy": validation}
+                "validation/loss": 2.1 + 2 * 0.9**s, "validation/accuracy": validation}
                for s in range(1, 101)]
     assert verdict.verdict(history).startswith(label)
 
@@ -168,17 +168,17 @@ def test_a_swinging_loss_is_oscillation(steps, log, every, seed):
     assert verdict.verdict(history).startswith("Oscillation: in the second half the ")
 
 
-@pytest.mark.parametrize("key", ["train/loss", "eval/loss"])
+@pytest.mark.parametrize("key", ["train/loss", "validation/loss"])
 def test_swings_of_one_loss_alone_count(key):
-    other = {"train/loss": "eval/loss", "eval/loss": "train/loss"}[key]
+    other = {"train/loss": "validation/loss", "validation/loss": "train/loss"}[key]
     history = [{"step": s, other: settle(s / 40), key: settle(s / 40) + 0.8 * (s // 4 % 2)}
                for s in range(1, 41)]
-    name = {"train/loss": "training", "eval/loss": "validation"}[key]
+    name = {"train/loss": "training", "validation/loss": "validation"}[key]
     assert f"the {name} loss swings" in verdict.verdict(history)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("key", ["train/loss", "eval/loss"])
+@pytest.mark.parametrize("key", ["train/loss", "validation/loss"])
 def test_a_loss_that_is_not_finite_is_divergence(key, bad):
     history = [{"step": s, "train/loss": 1.0} for s in range(1000, 1020)]
     history[7][key] = bad
@@ -192,12 +192,12 @@ def test_a_loss_above_its_start_is_divergence():
 
 
 @pytest.mark.parametrize("history", [
-    [], [{"step": 1, "eval/loss": 2.0}], [{"step": s, "train/loss": 1.0} for s in range(4)]])
+    [], [{"step": 1, "validation/loss": 2.0}], [{"step": s, "train/loss": 1.0} for s in range(4)]])
 def test_few_lines_are_too_early(history):
     assert verdict.verdict(history).startswith("Too early to tell: ")
 
 
-@pytest.mark.parametrize("row", [{}, {"eval/loss": 1.5}, {"train/accuracy": 0.9}])
+@pytest.mark.parametrize("row", [{}, {"validation/loss": 1.5}, {"train/accuracy": 0.9}])
 def test_lines_may_lack_any_metric_and_are_left_as_they_are(row):
     history = [{"step": s, "train/loss": 1 + 0.5**s} for s in range(20)] + [{"step": 30} | row]
     before = json.dumps(history)
@@ -216,8 +216,8 @@ def test_every_label_has_a_colour_on_purpose():
 def test_a_correlation_near_guessing_is_underfitting(name, last, label):
     history = [{"step": s, "train/loss": 0.5 + 0.2 * 0.9**s, "train/accuracy": 0.7}
                for s in range(1, 101)]
-    history[49]["eval/" + name] = 0.5
-    history[99]["eval/" + name] = last
+    history[49]["validation/" + name] = 0.5
+    history[99]["validation/" + name] = last
     text = verdict.verdict(history)
     assert text.startswith(label)
     if label == "Underfitting":
@@ -343,7 +343,7 @@ def test_curves_hold_the_numbers_of_the_run():
     figure = full_figure(history)
     loss, accuracy = axes_titled(figure, "Loss"), axes_titled(figure, "Accuracy")
     by_label = {line.get_label(): line for line in loss.lines}
-    expected = [(r["step"], r["eval/loss"]) for r in history if "eval/loss" in r]
+    expected = [(r["step"], r["validation/loss"]) for r in history if "validation/loss" in r]
     assert np.array_equal(by_label["validation"].get_xydata(), expected)
     lowest = min(expected, key=lambda point: point[1])
     assert np.array_equal(by_label["lowest"].get_xydata(), [lowest])
@@ -404,7 +404,8 @@ def test_facts_and_headline():
 
 
 def test_without_a_summary_the_last_finite_validation_accuracy_leads():
-    history = [{"step": 10, "eval/accuracy": 0.5}, {"step": 20, "eval/accuracy": math.nan}]
+    history = [{"step": step, "validation/accuracy": value} for step, value
+               in ((10, 0.5), (20, math.nan))]
     assert report.headline(history, {}) == ("50.0 %", "validation accuracy at step 10")
     assert report.headline([], {}) is None
 
@@ -427,14 +428,14 @@ def text_run(task, name, train, validation, metrics, last, best):
     """2,000 steps; ``metrics``: of t to those on validation, of which the first is chosen."""
     history = curves(2000, 20, 100, train, validation)
     for row in history:
-        if "eval/loss" in row:
+        if "validation/loss" in row:
             found = metrics(row["step"] / 2000)
-            row.update({f"eval/{metric}": value for metric, value in found.items()})
+            row.update({f"validation/{metric}": value for metric, value in found.items()})
     config = CONFIG | {"task": task, "model": {"source": "all-MiniLM-L6-v2"},
                        "data": {"name": name}, "text": {"max_length": 128}}
     summary = summary_of(2000, best["step"]) | {
         "model": "all-MiniLM-L6-v2", "dataset": name, "task": task, "metric": next(iter(last)),
-        "eval": last, "best_eval": best}
+        "test": last, "test_best": best}
     return {"history": history, "summary": summary, "config": config}
 
 
@@ -467,7 +468,8 @@ def test_the_chosen_metric_has_its_panel_and_leads():
     run = cola()
     figure = full_figure(**run)
     ax = axes_titled(figure, "Matthews correlation")
-    expected = [(r["step"], r["eval/matthews"]) for r in run["history"] if "eval/loss" in r]
+    expected = [(r["step"], r["validation/matthews"]) for r in run["history"]
+                if "validation/loss" in r]
     by_label = {line.get_label(): line for line in ax.lines}
     assert np.array_equal(by_label["validation"].get_xydata(), expected)
     assert np.array_equal(by_label["test, last step"].get_xydata(), [(2000, 0.281)])
@@ -495,10 +497,11 @@ def test_values_have_their_units_and_a_scale_up_to_one():
 
 
 def test_a_run_without_a_summary_shows_what_it_evaluated_first():
-    history = [{"step": 5, "eval/loss": 1.0, "eval/spearman": 0.25, "eval/mse": 2.0}]
+    history = [{"step": 5, "validation/loss": 1.0, "validation/spearman": 0.25,
+                "validation/mse": 2.0}]
     assert report.chosen(history, {}) == "spearman"
     assert report.chosen(history, {"metric": "mse"}) == "mse"
-    assert report.chosen([{"step": 1, "eval/loss": 1.0}], {}) == "accuracy"
+    assert report.chosen([{"step": 1, "validation/loss": 1.0}], {}) == "accuracy"
     assert report.headline(history, {}) == ("0.250", "validation Spearman correlation at step 5")
 
 
@@ -536,7 +539,7 @@ CASES = {
     "head only": {"intrinsic": []},
     "not yet ended": {"summary": {}, "history": long_history()[:40]},
     "one line": {"summary": {}, "config": {}, "intrinsic": [],
-                 "history": [{"step": 0, "eval/loss": 2.0}]},
+                 "history": [{"step": 0, "validation/loss": 2.0}]},
     "short": {"history": curves(40, 1, 10, settle, settle), "summary": summary_of(40, 40),
               "intrinsic": [{"step": 40, "modules": spectra()}]},
     "rank 64, 24 layers": {"intrinsic": [{"step": 6000, "modules": spectra(24, 64)}]},

@@ -8,14 +8,15 @@ from rmlora_jax.train import checkpoint, terminal
 
 EVAL = {"loss": 0.63, "token_accuracy": 0.8, "perplexity": 1.8776, "loss_math": 1.25}
 SUMMARY = {
-    "task": "sft", "method": "lora", "metric": "loss", "steps": 100, "eval": EVAL,
-    "best_eval": {"step": 80} | EVAL | {"loss": 0.61, "exact_match": 0.25},
+    "task": "sft", "method": "lora", "metric": "loss", "steps": 100, "test": EVAL,
+    "test_best": {"step": 80} | EVAL | {"loss": 0.61, "exact_match": 0.25},
     "tokens_per_second": 14460.4, "mfu": 0.494, "trainable_parameters": 10,
     "total_parameters": 1000,
 }  # fmt: skip
 HISTORY = [
     {"step": s, "train/loss": 0.6 + 2 * 0.9**s, "train/token_accuracy": 0.8 - 0.5 * 0.9**s}
-    | ({"eval/loss": 0.65, "eval/token_accuracy": 0.79, "eval/loss_math": 1.2} if s > 90 else {})
+    | ({"validation/loss": 0.65, "validation/token_accuracy": 0.79, "validation/loss_math": 1.2}
+       if s > 90 else {})
     for s in range(1, 101)
 ]
 

@@ -48,7 +48,7 @@ def test_skipped_steps_are_counted_and_are_no_divergence():
 
 def test_a_validation_loss_that_is_not_finite_is_never_a_skipped_step():
     lines = lines_of(CURVES["fine_every_step"])
-    lines[19] |= {"eval/loss": math.nan, "skipped": 1}
+    lines[19] |= {"validation/loss": math.nan, "skipped": 1}
     assert verdict(lines).startswith("Diverged: the loss is not finite from step 20 on")
 
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from rmlora_jax.bench import table as bench_table
+from rmlora_jax.report import records
 from rmlora_jax.report.style import markdown_table
 from rmlora_jax.study import config as study_config
 from rmlora_jax.study import rows as study_rows
@@ -30,7 +31,7 @@ def add(name: str, workdirs: list[str]) -> None:
     with open(HERE / f"{name}.jsonl", "a") as file:
         for workdir in map(Path, workdirs):
             config = json.loads((workdir / "config.json").read_text())
-            summary = json.loads((workdir / "summary.json").read_text())
+            summary = records.read_summary(workdir)
             if summary["task"] != "image_classification":
                 file.write(json.dumps(text_row(workdir, config, summary)) + "\n")
                 continue
@@ -42,9 +43,9 @@ def add(name: str, workdirs: list[str]) -> None:
             row = {
                 "method": summary["method"],
                 "seed": config["seed"],
-                "accuracy": summary["eval"]["accuracy"],
-                "loss": summary["eval"]["loss"],
-                "best_accuracy": summary["best_eval"]["accuracy"],
+                "accuracy": summary["test"]["accuracy"],
+                "loss": summary["test"]["loss"],
+                "best_accuracy": summary["test_best"]["accuracy"],
                 "effective_rank": statistics.mean(ranks) if ranks else None,
                 "steps": summary["steps"],
                 "batch_size": config["batch_size"],
@@ -55,7 +56,7 @@ def add(name: str, workdirs: list[str]) -> None:
 
 def text_row(workdir: Path, config: dict, summary: dict) -> dict:
     metric = summary["metric"]
-    history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    history, key = records.read_metrics(workdir), f"validation/{metric}"
     ranks = [r for m in summary["intrinsic_dimension"].values() for r in m["effective_rank"]]
     return {
         "kind": "final",
@@ -64,10 +65,10 @@ def text_row(workdir: Path, config: dict, summary: dict) -> dict:
         "learning_rate": config["optimizer"]["learning_rate"],
         "seed": config["seed"],
         "metric": metric,
-        "validation": max(row[f"eval/{metric}"] for row in history if f"eval/{metric}" in row),
-        "test": summary["best_eval"][metric],
-        "test_last": summary["eval"][metric],
-        "best_step": summary["best_eval"]["step"],
+        "validation": max(row[key] for row in history if key in row),
+        "test": summary["test_best"][metric],
+        "test_last": summary["test"][metric],
+        "best_step": summary["test_best"]["step"],
         "effective_rank": statistics.mean(ranks) if ranks else None,
         "steps": summary["steps"],
         "batch_size": config["batch_size"],

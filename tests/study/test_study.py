@@ -86,7 +86,7 @@ def leave(folder, config, together=1):
     for step in range(1, steps + 1):
         line = {"step": step, "train/loss": 2.0 / step, "train/accuracy": value * step / steps}
         if step % 5 == 0:
-            line |= {"eval/loss": 3.0 / step, "eval/accuracy": value * step / steps}
+            line |= {"validation/loss": 3.0 / step, "validation/accuracy": value * step / steps}
         history.append(json.dumps(line) + "\n")
     (folder / "metrics.jsonl").write_text("".join(history))
     factors = config["method"] not in ("head", "full")
@@ -98,8 +98,8 @@ def leave(folder, config, together=1):
     write_json(folder / "summary.json", {
         "task": config["task"], "method": config["method"], "model": config["model"]["source"],
         "dataset": config["data"]["name"], "steps": steps, "metric": "accuracy",
-        "eval": {"accuracy": value - 0.02, "loss": 1.5},
-        "best_eval": {"step": steps, "accuracy": value - 0.01, "loss": 1.4},
+        "test": {"accuracy": value - 0.02, "loss": 1.5},
+        "test_best": {"step": steps, "accuracy": value - 0.01, "loss": 1.4},
         "trainable_parameters": 1000 + 4000 * factors, "total_parameters": 90_000,
         "examples_per_second": 64.0, "wall_seconds": 12.0, "compile_seconds": 1.0,
         "peak_memory_bytes": None, "train_seconds": 2.5, "sweep": together,

@@ -262,10 +262,10 @@ def check_same_folders(one, other, exact):
     """The folders of two sweeps; ``exact``: to the bit."""
     for name in names(one):
         a, b = one / name, other / name
-        for key in ("step", "train/accuracy", "eval/accuracy"):
+        for key in ("step", "train/accuracy", "validation/accuracy"):
             np.testing.assert_array_equal(column(a, key), column(b, key), err_msg=f"{name} {key}")
         rtol = 0 if exact else 1e-5
-        for key in ("train/kept_fraction", "train/loss", "train/penalty", "eval/loss"):
+        for key in ("train/kept_fraction", "train/loss", "train/penalty", "validation/loss"):
             np.testing.assert_allclose(column(a, key), column(b, key), rtol=rtol, err_msg=name)
         assert steps_of(a) == steps_of(b)
         for step in steps_of(a):
@@ -277,7 +277,7 @@ def check_same_folders(one, other, exact):
                 else:
                     np.testing.assert_allclose(ours[path], theirs[path], atol=1e-4, err_msg=path)
         ours, theirs = summary_of(a), summary_of(b)
-        for key in ("eval", "best_eval", "intrinsic_dimension") if exact else ():
+        for key in ("test", "test_best", "intrinsic_dimension") if exact else ():
             assert ours[key] == theirs[key]
 
 
@@ -297,13 +297,13 @@ def test_what_a_sweep_leaves(whole):
         own = summary_of(workdir / name)
         assert own["sweep"] == SEEDS
         assert own["program_train_seconds"] == pytest.approx(SEEDS * own["train_seconds"])
-        validation = {r["step"]: (r["eval/accuracy"], -r["eval/loss"], r["step"])
-                      for r in rows(workdir / name) if "eval/loss" in r}
+        validation = {r["step"]: (r["validation/accuracy"], -r["validation/loss"], r["step"])
+                      for r in rows(workdir / name) if "validation/loss" in r}
         assert list(validation) == [5, 10, 15, 20]
         best = max(validation, key=validation.get)
-        assert own["best_eval"]["step"] == best
+        assert own["test_best"]["step"] == best
         assert steps_of(workdir / name) == sorted({best, STEPS})
-        accuracy = f"{100 * own['eval']['accuracy']:.1f} %"
+        accuracy = f"{100 * own['test']['accuracy']:.1f} %"
         assert lines[i].split("|")[2].strip() == accuracy
         bests.append(best)
     assert min(bests) < STEPS, "no run has its best step before the last; the tests show too little"
@@ -312,13 +312,13 @@ def test_what_a_sweep_leaves(whole):
 @pytest.mark.slow
 def test_a_folder_is_that_of_the_single_run(whole, tiny_vit, tmp_path, capsys):
     run = next(r for r in runs(resolve(seeds_config(tiny_vit)))
-               if summary_of(whole[0] / r.name)["best_eval"]["step"] < STEPS)
+               if summary_of(whole[0] / r.name)["test_best"]["step"] < STEPS)
     ours, alone = whole[0] / run.name, tmp_path / "alone"
     expected = loop.train(run.config, alone)
     found = summary_of(ours)
     assert found.keys() - expected.keys() == {"sweep", "train_seconds", "program_train_seconds"}
     assert not expected.keys() - found.keys()
-    for name in ("eval", "best_eval"):
+    for name in ("test", "test_best"):
         for key in expected[name]:
             np.testing.assert_allclose(found[name][key], expected[name][key], rtol=1e-4)
     assert rows(ours)[0].keys() == rows(alone)[0].keys()
@@ -345,7 +345,7 @@ def test_a_folder_is_that_of_the_single_run(whole, tiny_vit, tmp_path, capsys):
     # Without its summary it is evaluated again, from its checkpoints.
     (copy / "summary.json").unlink()
     again = loop.train(run.config, copy)
-    for name in ("eval", "best_eval"):
+    for name in ("test", "test_best"):
         for key in again[name]:
             np.testing.assert_allclose(again[name][key], found[name][key], rtol=1e-5)
     assert len(rows(copy)) == STEPS

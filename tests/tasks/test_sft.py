@@ -58,17 +58,17 @@ def test_what_a_run_leaves(finished, root):
     assert summary["task"] == "sft" and summary["metric"] == "loss"
     loss = column(workdir, "train/loss")
     assert len(loss) == STEPS and loss[-5:].mean() < 0.4 * loss[0]
-    assert list(summary["eval"]) == ["loss", "token_accuracy", "perplexity", "loss_other"]
-    assert summary["eval"]["perplexity"] == pytest.approx(np.exp(summary["eval"]["loss"]))
-    assert len(column(workdir, "eval/loss_other")) == 3
+    assert list(summary["test"]) == ["loss", "token_accuracy", "perplexity", "loss_other"]
+    assert summary["test"]["perplexity"] == pytest.approx(np.exp(summary["test"]["loss"]))
+    assert len(column(workdir, "validation/loss_other")) == 3
     tokens, padding = column(workdir, "train/tokens"), column(workdir, "train/padding")
     np.testing.assert_allclose(padding, 1 - tokens / (8 * 64), atol=1e-6)
     assert 0 < padding.mean() < 0.15 and summary["tokens_per_second"] > 0
     assert json.loads((workdir / "rmlora.json").read_text())["task"] == "sft"
-    best = min(column(workdir, "eval/loss"))
+    best = min(column(workdir, "validation/loss"))
     steps = [row for row in column(workdir, "step") if not row % 10]
-    at = column(workdir, "eval/loss").tolist().index(best)
-    assert summary["best_eval"]["step"] == steps[at]
+    at = column(workdir, "validation/loss").tolist().index(best)
+    assert summary["test_best"]["step"] == steps[at]
 
 
 def test_its_adapter_opens_again(finished, root):
@@ -400,7 +400,7 @@ def test_the_trained_model_is_asked(root, tmp_path, monkeypatch, init):
     assert text.count("**before**") == text.count("**after**") == 2
     after = [part.split("\n\n")[1] for part in text.split("**after**")[1:]]
     assert all("is a" in words for words in after)  # the form is learnt at once
-    fraction = summary["best_eval"]["exact_match"] * 10
+    fraction = summary["test_best"]["exact_match"] * 10
     assert abs(fraction - round(fraction)) < 1e-9
     model = hub.load(tmp_path)
     assert [f"> {a.text}" for a in model.generate(

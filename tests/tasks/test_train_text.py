@@ -92,9 +92,9 @@ def test_what_a_run_leaves(finished, files):
     workdir, said = finished
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["task"] == "text_classification" and summary["metric"] == "accuracy"
-    correct = 60 * summary["eval"]["accuracy"]
+    correct = 60 * summary["test"]["accuracy"]
     assert abs(correct - round(correct)) < 1e-9
-    assert summary["eval"]["accuracy"] > 0.8  # one word tells; chance is a half
+    assert summary["test"]["accuracy"] > 0.8  # one word tells; chance is a half
     width, wide, layers, rank = 32, 64, 2, 4
     factors = layers * rank * (4 * 2 * width + 2 * (width + wide))
     assert summary["trainable_parameters"] == factors + width * width + width + 2 * width + 2
@@ -107,7 +107,7 @@ def test_what_a_run_leaves(finished, files):
     assert hits >= 5
     found = rows(workdir)
     assert [row["step"] for row in found] == list(range(1, 41))
-    assert {"eval/accuracy", "eval/loss"} <= found[19].keys()
+    assert {"validation/accuracy", "validation/loss"} <= found[19].keys()
     for words in ("newly initialised", "predictions of step", "test, last step"):
         assert words in said
     assert (workdir / "report.png").stat().st_size > 10_000
@@ -130,11 +130,11 @@ def test_eight_devices_give_the_numbers_of_one(finished, files, tmp_path):
 def test_regression(files, tmp_path):
     run(files, tmp_path, "--config.task=text_regression", "--config.data.label_key=score")
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["metric"] == "pearson" and list(summary["eval"]) == ["pearson", "spearman",
+    assert summary["metric"] == "pearson" and list(summary["test"]) == ["pearson", "spearman",
                                                                           "loss"]
-    assert summary["eval"]["pearson"] > 0.3
+    assert summary["test"]["pearson"] > 0.3
     found = rows(tmp_path)
-    assert "train/accuracy" not in found[0] and "eval/pearson" in found[19]
+    assert "train/accuracy" not in found[0] and "validation/pearson" in found[19]
     value = (tmp_path / "predictions" / "predict.tsv").read_text().splitlines()[1].split("\t")[1]
     assert abs(float(value)) < 3
 

@@ -43,7 +43,7 @@ def lines(folder, name="metrics.jsonl"):
 
 
 def writer(folder, **options):
-    options = {"tensorboard": False} | options
+    options = {"logger": "none"} | options
     return MetricWriter(folder, **options)
 
 
@@ -154,10 +154,10 @@ def test_a_line_is_readable_before_the_run_ends(tmp_path):
 
 def test_steps_must_increase_and_metrics_be_scalars(tmp_path):
     with writer(tmp_path, start_step=0) as w:
-        w.write(0, {"eval/loss": 1.0})
+        w.write(0, {"validation/loss": 1.0})
         w.write(5, {"train/loss": 1.0})
         with pytest.raises(ValueError, match=r"step 5 after those of step 5.*one call"):
-            w.write(5, {"eval/loss": 1.0})
+            w.write(5, {"validation/loss": 1.0})
         with pytest.raises(ValueError, match=r"'grad' has shape \(3,\)"):
             w.write(6, {"grad": np.ones(3)})
     with writer(tmp_path, start_step=5) as w, pytest.raises(ValueError, match="after those of"):
@@ -189,8 +189,8 @@ def test_continuing_drops_later_steps_and_a_torn_line(tmp_path, torn):
 def test_starting_at_step_0_begins_anew(tmp_path):
     for value in (1.0, 2.0):
         with writer(tmp_path) as w:
-            w.write(0, {"eval/loss": value})
-    assert lines(tmp_path) == [{"step": 0, "eval/loss": 2.0}]
+            w.write(0, {"validation/loss": value})
+    assert lines(tmp_path) == [{"step": 0, "validation/loss": 2.0}]
 
 
 def test_last_line_without_newline_is_whole_if_it_parses(tmp_path):
@@ -245,7 +245,7 @@ def test_killed_process_leaves_every_written_line(tmp_path):
 
 def test_other_processes_write_nothing(tmp_path):
     folder = tmp_path / "run"
-    with writer(folder, enabled=False, tensorboard=True) as w:
+    with writer(folder, enabled=False, logger="tensorboard") as w:
         w.write(1, {"train/loss": 1.0})
         w.intrinsic(1, {})
     assert not folder.exists()
@@ -273,7 +273,7 @@ def test_intrinsic_round_trip(tmp_path):
 
 def test_events_hold_the_metrics_and_a_continuation_purges_later_ones(tmp_path):
     nan = {"train/loss": math.nan, "learning_rate": 0.25}
-    with writer(tmp_path, tensorboard=True) as w:
+    with writer(tmp_path, logger="tensorboard") as w:
         w.write(10, {"train/loss": 0.5})
         w.write(20, nan)
         w.intrinsic(20, {"q": {"effective_rank": np.array([1.0, 2.0, np.nan])}})
@@ -281,7 +281,7 @@ def test_events_hold_the_metrics_and_a_continuation_purges_later_ones(tmp_path):
     assert scalars == [(10, "train/loss", 0.5), (20, "learning_rate", 0.25),
                        (20, "effective_rank/q", 1.5)]
     assert marks == []
-    with writer(tmp_path, tensorboard=True, start_step=10) as w:
+    with writer(tmp_path, logger="tensorboard", start_step=10) as w:
         w.write(20, {"train/loss": 0.125})
     scalars, marks = events(tmp_path / "tensorboard")
     assert scalars[-1] == (20, "train/loss", 0.125)
@@ -303,7 +303,8 @@ def test_plain_lines_every_few_seconds_and_at_both_ends():
     printed = stream.getvalue().splitlines()
     assert [line.split()[1] for line in printed] == [f"{s}/100" for s in [*range(1, 100, 10), 100]]
     assert printed[0] == "step 1/100"
-    assert printed[1] == "step 11/100  loss 0.5000  accuracy 0.2500  1,234 examples/s  ETA 0:44"
+    assert printed[1] == (
+        "step 11/100  train loss 0.5000  train accuracy 0.2500  1,234 examples/s  ETA 0:44")
     assert printed[-1].endswith("ETA 0.0 s")
 
 
@@ -339,11 +340,11 @@ def test_bar_on_a_terminal(rows):
     shown = [piece for piece in re.split(r"[\r\n]+", text.decode()) if piece.strip()]
     assert "step 10: validation accuracy 0.9" in shown
     if rows:
-        assert shown[-1].startswith("loss 0.1250  99 examples/s |")
+        assert shown[-1].startswith("train loss 0.1250  99 examples/s |")
         assert "| step 50/50  ETA" in shown[-1]
         assert len(shown[-1]) <= 3 * rows
     else:
-        assert shown[-1] == "step 50/50  loss 0.1250  99 examples/s  ETA 0.0 s"
+        assert shown[-1] == "step 50/50  train loss 0.1250  99 examples/s  ETA 0.0 s"
 
 
 def test_header_counts_devices_and_names_what_is_trained(tmp_path, monkeypatch):
@@ -372,8 +373,8 @@ def test_header_counts_devices_and_names_what_is_trained(tmp_path, monkeypatch):
 
 def test_closing_table_of_a_summary(tmp_path):
     summary = {
-        "eval": {"matthews": 0.4123, "accuracy": 0.98611, "loss": 0.05},
-        "best_eval": {"step": 1200, "accuracy": 0.99, "loss": 0.04},
+        "test": {"matthews": 0.4123, "accuracy": 0.98611, "loss": 0.05},
+        "test_best": {"step": 1200, "accuracy": 0.99, "loss": 0.04},
         "trainable_parameters": 10, "total_parameters": 1000, "examples_per_second": 812.3,
         "compile_seconds": 8.04, "wall_seconds": 3671.2,
     }
@@ -386,7 +387,7 @@ def test_closing_table_of_a_summary(tmp_path):
     assert "report" not in text
     (tmp_path / "report.png").touch()
     assert str(tmp_path / "report.png") in terminal.closing({}, tmp_path, "")
-    summary["best_eval"] = {"accuracy": 0.99, "step": 1200}
+    summary["test_best"] = {"accuracy": 0.99, "step": 1200}
     assert "accuracy 0.9900, loss - (step 1,200)" in terminal.closing(summary, tmp_path, "")
     text = terminal.closing(summary | {"examples_per_second": None}, tmp_path, "")
     assert "examples/s" not in text

@@ -31,7 +31,7 @@ FINISHED = [name for name, case in RUNS.items() if not case.stop]
 # Sums of floats differ with the processor; what is counted does not.
 RTOL, ATOL = 1e-5, 1e-5
 COUNTED = ("step", "skipped", "train/accuracy", "train/kept_fraction", "train/open_directions",
-           "eval/accuracy")
+           "validation/accuracy")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def copied(work, name):
 
 
 def expected_of(name):
-    return json.loads((make_runs.HERE / name / "expected.json").read_text())
+    return make_runs.renamed(json.loads((make_runs.HERE / name / "expected.json").read_text()))
 
 
 def run(work, *flags, code=0):
@@ -190,7 +190,8 @@ def test_another_config_is_refused(work):
 def test_a_run_goes_on_from_an_adapter_of_before(work):
     copied(work, "image_finished")
     train(work, "again", make_runs.FROM_ADAPTER)
-    expected = json.loads((make_runs.HERE / "others.json").read_text())["from_adapter"]
+    expected = make_runs.renamed(
+        json.loads((make_runs.HERE / "others.json").read_text())["from_adapter"])
     check_equal(outcome(work / "again")[""], expected)
 
 

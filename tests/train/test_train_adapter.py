@@ -71,11 +71,11 @@ def test_a_run_leaves_its_adapter_and_its_whole_model(config, tmp_path, fields):
     info = read_info(folder)
     assert info.labels == tuple("0123456789") and stored_labels(folder) == 10
     assert (info.task, info.image_size, info.stored_size) == ("image_classification", 16, None)
-    assert info.about["step"] == summary["best_eval"]["step"]
-    assert info.about["metrics"]["accuracy"] == summary["best_eval"]["accuracy"]
+    assert info.about["step"] == summary["test_best"]["step"]
+    assert info.about["metrics"]["accuracy"] == summary["test_best"]["accuracy"]
     assert read_config(folder).base == config.model.source
     card = (folder / "README.md").read_text()
-    assert f"| accuracy | {summary['best_eval']['accuracy']:.4f} |" in card
+    assert f"| accuracy | {summary['test_best']['accuracy']:.4f} |" in card
     assert 'ViT' not in card.splitlines()[0] and f'base_model: "{config.model.source}"' in card
 
     expected = restored(config, tmp_path)

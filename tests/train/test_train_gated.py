@@ -151,7 +151,7 @@ def test_a_continued_run_ends_bit_identical(gated, name, tmp_path):
         checkpoint.Keeper(manager, "accuracy").evaluated(state, [{"accuracy": 0.0, "loss": 9.0}])
         manager.wait_until_finished()
     summary = loop.train(gated, tmp_path / "again")
-    assert summary["eval"] == whole["eval"]
+    assert summary["test"] == whole["test"]
     assert summary["final_parameters"] == whole["final_parameters"]
     assert json.dumps(summary["intrinsic_dimension"]) == json.dumps(whole["intrinsic_dimension"])
 
@@ -168,7 +168,7 @@ def test_runs_together_equal_runs_alone(gated, tmp_path):
         folder = next((tmp_path / "sweep").glob(f"*sparsity={value:g}*"))
         found = json.loads((folder / "summary.json").read_text())
         assert found["final_parameters"] == alone["final_parameters"]
-        assert found["eval"]["loss"] == pytest.approx(alone["eval"]["loss"], rel=1e-4)
+        assert found["test"]["loss"] == pytest.approx(alone["test"]["loss"], rel=1e-4)
 
 
 def test_mistakes_are_said_in_plain_words(gated):

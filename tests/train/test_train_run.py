@@ -84,7 +84,7 @@ def test_what_a_run_leaves(finished, tiny_vit):
     assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
     assert {"train/loss", "train/penalty", "train/accuracy", "train/kept_fraction",
             "learning_rate", "examples_per_second"} <= metrics[0].keys()
-    assert [row["step"] for row in metrics if "eval/accuracy" in row] == [4, 8, 12]
+    assert [row["step"] for row in metrics if "validation/accuracy" in row] == [4, 8, 12]
     # Linear decay without warm-up: the rate of the update that leads to step s is lr (1 - (s-1)/T).
     expected = 2e-3 * (1 - np.arange(STEPS) / STEPS)
     np.testing.assert_allclose(column(workdir, "learning_rate"), expected, rtol=1e-5)
@@ -97,16 +97,20 @@ def test_what_a_run_leaves(finished, tiny_vit):
     head = width * classes + classes
     assert summary["trainable_parameters"] == factors + head
     assert summary["steps"] == STEPS and summary["method"] == "rm_lora"
-    correct = summary["eval"]["accuracy"] * 360  # an exact count of the 360 test digits
+    correct = summary["test"]["accuracy"] * 360  # an exact count of the 360 test digits
     assert abs(correct - round(correct)) < 1e-9
-    validation = {row["step"]: row["eval/accuracy"] for row in metrics if "eval/accuracy" in row}
-    assert validation[summary["best_eval"]["step"]] == max(validation.values())
+    validation = {row["step"]: row["validation/accuracy"] for row in metrics
+                  if "validation/accuracy" in row}
+    assert validation[summary["test_best"]["step"]] == max(validation.values())
     assert len(summary["intrinsic_dimension"]) == 6
     for values in summary["intrinsic_dimension"].values():
         assert np.shape(values["singular_values"]) == (layers, rank)
     for name in ("config.json", "report.png", "intrinsic.jsonl", "checkpoints"):
         assert (workdir / name).exists()
     assert list((workdir / "tensorboard").iterdir())
+    splits = {key.partition("/")[0] for row in metrics for key in row if "/" in key}
+    assert splits == {"train", "validation"}
+    assert {"test", "test_best"} <= summary.keys() and not {"eval", "best_eval"} & summary.keys()
     for words in ("devices", "parameters", "newly initialised: head/kernel", "test, last step"):
         assert words in done.stdout
 
@@ -130,7 +134,7 @@ def test_killed_before_the_summary_only_evaluates(finished, tiny_vit, tmp_path):
     after = leaves(workdir)
     assert all(np.array_equal(before[k], after[k]) for k in before)
     again = json.loads((workdir / "summary.json").read_text())
-    assert again["eval"] == summary["eval"] and again["best_eval"] == summary["best_eval"]
+    assert again["test"] == summary["test"] and again["test_best"] == summary["test_best"]
     assert [row["step"] for row in rows(workdir)] == list(range(1, STEPS + 1))
 
 
@@ -325,12 +329,12 @@ def test_asked_to_stop_a_run_saves_and_goes_on_to_the_same_end(tiny_vit, tmp_pat
     assert one.keys() == other.keys()
     for path, value in one.items():
         np.testing.assert_array_equal(value, other[path], err_msg=path)
-    for name in ("train/loss", "eval/loss"):
+    for name in ("train/loss", "validation/loss"):
         assert [r.get(name) for r in rows(tmp_path / "whole")] == [
             r.get(name) for r in rows(tmp_path / "stopped")]
     one, other = (json.loads((tmp_path / name / "summary.json").read_text())
                   for name in ("whole", "stopped"))
-    assert one["best_eval"] == other["best_eval"]
+    assert one["test_best"] == other["test_best"]
 
 
 @pytest.mark.slow
