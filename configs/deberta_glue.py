@@ -1,4 +1,4 @@
-"""The paper's main setting: DeBERTa-v3-base on a GLUE task, ``configs/deberta_glue.py:cola``."""
+"""The paper's main setting: DeBERTa-v3-base on a GLUE task, ``deberta_glue:cola``."""
 
 from rmlora_jax.train.config import default_config, use_glue
 

@@ -1,6 +1,6 @@
 """Gemma 3 1B on chats of one's own: ``--config.sft.files="('chats.jsonl',)"``."""
 
-from configs import llama3_sft
+from rmlora_jax.configs import llama3_sft
 
 
 def get_config():

@@ -1,4 +1,4 @@
-"""MiniLM (22.7 M parameters, from PyPI) on a GLUE task: ``configs/minilm_glue.py:cola``."""
+"""MiniLM (22.7 M parameters, from PyPI) on a GLUE task: ``minilm_glue:cola``."""
 
 from rmlora_jax.train.config import default_config, use_glue
 

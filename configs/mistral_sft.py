@@ -1,6 +1,6 @@
 """Mistral 7B on chats of one's own: ``--config.sft.files="('chats.jsonl',)"``."""
 
-from configs import llama3_sft
+from rmlora_jax.configs import llama3_sft
 
 
 def get_config():

@@ -1,6 +1,6 @@
-"""RoBERTa-base on a GLUE task under the settings of the paper: ``configs/roberta_glue.py:cola``."""
+"""RoBERTa-base on a GLUE task under the settings of the paper: ``roberta_glue:cola``."""
 
-from configs import deberta_glue
+from rmlora_jax.configs import deberta_glue
 
 
 def get_config(task="cola"):

@@ -1,5 +1,7 @@
-"""SmolLM2 135M on 200 questions about LoRA, in minutes on two CPU cores; or on chats of one's own:
-``--config.sft.files="('chats.jsonl',)"``."""
+"""SmolLM2 135M on 200 questions about LoRA, in minutes on two CPU cores; or on chats of one's own.
+
+Chats of one's own: ``--config.sft.files="('chats.jsonl',)"``.
+"""
 
 from rmlora_jax.tasks.sft import use_sft
 from rmlora_jax.train.config import default_config

@@ -1,6 +1,6 @@
 """The paper's vision setting on CIFAR-10."""
 
-from configs import vit_cifar100
+from rmlora_jax.configs import vit_cifar100
 
 
 def get_config():

@@ -1,60 +1,18 @@
 """RM-LoRA in JAX: low-rank adapters with orthogonal factors and randomly masked gradients."""
 
-from rmlora_jax.adapt import adapt  # a Flax module -> the same module with low-rank factors
-from rmlora_jax.adapt.combine import (
-    align_adapters,  # adapters of one structure: one compiled program serves them all
-    combine_adapters,  # one adapter out of several of the same base
-)
-from rmlora_jax.adapt.diagonal import AdaLoRA, SoRA
-from rmlora_jax.adapt.dora import DoRA
-from rmlora_jax.adapt.intrinsic import (
-    intrinsic_dimension,  # the spectrum of each Delta W, from its factors
-    trajectory_dimension,  # the spectrum of what training explored
-)
-from rmlora_jax.adapt.lora import (
-    Layer,  # how a layer of your own class uses its weight
-    LoRA,  # what is adapted, how, and what else is trained
-)
-from rmlora_jax.adapt.ranks import (
-    pad_rank,  # a higher rank, the same updates
-    reduce_rank,  # the best approximation of the updates by a lower rank
-    to_lora,  # what AdaLoRA or SoRA trained, as plain LoRA
-)
-from rmlora_jax.adapt.tree import (
-    attach,  # factors for a base that is loaded
-    join,  # trainable, frozen -> params
-    merge,  # params with factors -> params of the unadapted model
-    split,  # params -> trainable, frozen
-    unadapted,  # the matrices that an adapted model leaves as they are
-)
-from rmlora_jax.optim.adalora import adalora
-from rmlora_jax.optim.decay import decayed  # which parameters weight decay moves
-from rmlora_jax.optim.masking import (
-    kept_fraction,  # how much of the factors the last mask let through
-    lazily_masked,  # an optimizer that leaves hidden directions wholly untouched
-    mask_gradients,  # an optax transformation: a random part of the factors moves at each step
-    step_masks,  # the masks of a step, for logging
-)
-from rmlora_jax.optim.orthogonality import (
-    add_orthogonality,  # the penalty's gradient as an optax transformation
-    orthogonality,  # the penalty
-)
-from rmlora_jax.optim.rm_lora import (  # penalty, clip, mask and AdamW in one chain
-    authors_exact,
-    rm_lora,
-)
-from rmlora_jax.optim.sora import sora
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING
 
-
-def __getattr__(name):  # the two need more than jax, flax and optax, and are found when asked for
-    if name in ("load_peft", "save_peft"):
-        from rmlora_jax import hub
-
-        return getattr(hub, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+if TYPE_CHECKING:
+    from rmlora_jax.hub import load_peft as load_peft
+    from rmlora_jax.hub import save_peft as save_peft
+    from rmlora_jax.public import *
 
 __version__ = "0.1.0"
+
+HUB = ("load_peft", "save_peft")
 
 __all__ = [
     "AdaLoRA",
@@ -87,3 +45,29 @@ __all__ = [
     "trajectory_dimension",
     "unadapted",
 ]
+
+
+def __getattr__(name):
+    """Imports jax once a name is asked for: ``rmlora --help`` answers without it."""
+    if name in HUB:  # they need more than jax, flax and optax
+        return getattr(importlib.import_module("rmlora_jax.hub"), name)
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = importlib.import_module("rmlora_jax.public")
+    globals().update((public_name, getattr(public, public_name)) for public_name in __all__)
+    return globals()[name]
+
+
+def __dir__():
+    return sorted({*globals(), *__all__, *HUB})
+
+
+class _Package(types.ModuleType):
+    """``rmlora_jax.adapt`` is the function, also after the import of the room of this name."""
+
+    def __setattr__(self, name, value):
+        if name != "adapt" or not isinstance(value, types.ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

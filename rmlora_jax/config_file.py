@@ -1,6 +1,7 @@
 """A config file: Python with a function ``get_config()``, and the lines at which it is wrong."""
 
 import ast
+import importlib.util
 import inspect
 import re
 import runpy
@@ -11,12 +12,11 @@ from pathlib import Path
 
 import ml_collections
 
+from rmlora_jax import called, configs
 from rmlora_jax.config import ConfigDict
 from rmlora_jax.errors import UserError, did_you_mean
 from rmlora_jax.files import near
 
-ROOT = Path(__file__).parent.parent  # where configs/ lies in a checkout
-EXAMPLE = "configs/quickstart.py"
 DATA = (".json", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".ipynb", ".csv", ".tsv", ".txt")
 KINDS = {
     "int": "a whole number", "float": "a number", "str": "text", "bool": "True or False",
@@ -24,27 +24,30 @@ KINDS = {
 }  # fmt: skip
 
 
+def example() -> str:
+    """Where a person sees a config that is right."""
+    name = called.config("quickstart")
+    return name if called.is_script() else f"the copy that {called.program()} new {name}.py makes"
+
+
 def find(text: str) -> Path:
-    """The file of ``FILE`` or ``FILE:ARGUMENT``, looked for here and then beside the package.
+    """The file of ``FILE`` or ``FILE:ARGUMENT``; a bundled config is also found by its name.
 
     Raises:
       UserError: the file is missing, or is not Python.
     """
     name = text.partition(":")[0]
-    places = (Path(name).expanduser(), ROOT / name)
-    file = next((path for path in places if name and path.is_file()), None)
+    path = Path(name).expanduser()
+    file = path if name and path.is_file() else configs.file_of(name)
     if file is None:
-        if name and places[0].is_dir():
-            raise UserError(f"{name!r} is a folder; give a config file, such as {EXAMPLE}")
-        hint = near(places[0])
-        if not hint:
-            known = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
-            hint = f"; there are {', '.join(known)}" if known else ""
+        if name and path.is_dir():
+            raise UserError(f"{name!r} is a folder; give a config file, such as {example()}")
+        known = ", ".join(map(called.config, configs.names()))
+        hint = near(path) or did_you_mean(path.stem, configs.names()) or f"; there are {known}"
         raise UserError(f"there is no config file {name!r}{hint}")
     if file.suffix.lower() in DATA:
-        raise UserError(
-            f"{name}: a config is a Python file with get_config(), as {EXAMPLE}, not {file.suffix}"
-        )
+        raise UserError(f"{name}: a config is a Python file with get_config(), as {example()}, "
+                        f"not {file.suffix}")
     return file
 
 
@@ -55,15 +58,15 @@ def load(text: str) -> ConfigDict:
       UserError: the file is missing; or it is wrong, and the error names the line.
     """
     file, (name, _, argument) = find(text), text.partition(":")
-    if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))  # a config may build on another: from configs import ...
+    if importlib.util.find_spec("configs") is None:  # a config may build on another by this name
+        sys.modules["configs"] = configs
     get_config = None
     try:
         found = runpy.run_path(str(file))
         get_config = found.get("get_config")
         if not callable(get_config):
             functions = [key for key, value in found.items() if callable(value)]
-            hint = did_you_mean("get_config", functions) or f"; see {EXAMPLE}"
+            hint = did_you_mean("get_config", functions) or f"; see {example()}"
             raise UserError(f"{name} has no function called get_config{hint}")
         given, where = [argument] if argument else [], f"{name}{_line(get_config)}"
         try:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """Something the person at the terminal can put right.
 
-    The message is one or two plain lines: what is wrong, where, and what to type next. ``run.py``
+    The message is one or two plain lines: what is wrong, where, and what to type next. A command
     prints it without a traceback and exits with a code other than 0.
     """
 
@@ -30,6 +30,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(str(word), known, 1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def tell(words: object, kind: str = "error") -> None:
+    """Prints ``words`` on standard error, a line each, with ``kind`` in front."""
+    lines = str(words).splitlines()
+    print("\n".join(f"{kind}: {line}" for line in lines), file=sys.stderr, flush=True)
 
 
 def progress(total: int, desc: str, unit: str, **options):

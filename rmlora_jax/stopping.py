@@ -6,14 +6,15 @@ that are being written become whole first (`later`); otherwise it ends at once, 
 number of the signal. Asked again it ends at once.
 
 A signal raises no exception. Python would raise KeyboardInterrupt wherever the main thread happens
-to be: in a callback of JAX, which prints it and goes on, or after a compilation of minutes. In
-``run.py`` a thread waits for SIGINT and calls `ask`.
+to be: in a callback of JAX, which prints it and goes on, or after a compilation of minutes. In a
+command a thread waits for SIGINT and calls `ask` (`heed`).
 """
 
 import contextlib
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
@@ -37,6 +38,21 @@ class Stopped(Exception):
     number: int = signal.SIGINT
 
 
+def heed() -> None:
+    """Has a thread wait for Ctrl-C, from now on: no KeyboardInterrupt, which a callback can lose.
+
+    Threads and processes that start later leave SIGINT to it.
+    """
+
+    def wait():
+        while True:
+            ask(signal.sigwait([signal.SIGINT]))
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    signal.signal(signal.SIGINT, lambda number, frame: ask(number))  # where a library unblocks it
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def ask(number: int) -> None:
     """Ends the process, or notes the signal if something has to be done first."""
     with _lock:
@@ -50,7 +66,9 @@ def end(number: int) -> None:
     """Ends the process now. Threads of data readers or of a checkpoint must not delay that."""
     for folder in _unwanted:
         shutil.rmtree(folder, ignore_errors=True)
-    say("\nstopped: nothing is half written; the same command goes on from what is there")
+    begun = "jax" in sys.modules  # which comes before all work
+    say("\nstopped: nothing " + ("is half written; the same command goes on from what is there"
+                                 if begun else "has begun"))
     os._exit(128 + number)
 
 

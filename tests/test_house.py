@@ -14,6 +14,7 @@ PACKAGE = ROOT / "rmlora_jax"
 PAGE = PACKAGE / "README.md"
 # Public names that these modules import from higher floors, inside of functions.
 MAY_REACH_UP = ("rmlora_jax", "rmlora_jax.hub")
+PUBLIC = "rmlora_jax.public"  # what `rmlora_jax` hands on
 CORE = ("adapt", "optim")
 CORE_LIBRARIES = {"jax", "flax", "optax", "numpy"}  # numpy comes with jax
 
@@ -45,16 +46,18 @@ def room_of(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
-def within_functions(tree: ast.Module) -> set[ast.AST]:
+def not_at_once(tree: ast.Module) -> set[ast.AST]:
+    """What does not run when a module is imported: functions, and what type checkers alone read."""
     functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-    return {inner for node in ast.walk(tree) if isinstance(node, functions)
-            for inner in ast.walk(node)}  # fmt: skip
+    later = [node for node in ast.walk(tree) if isinstance(node, functions)
+             or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    return {inner for node in later for inner in ast.walk(node)}
 
 
 def imports(module: str) -> list[tuple[str, str | None, bool]]:
-    """(module, name or None, whether inside of a function) of every import, lazy ones included."""
+    """(module, name or None, whether it is lazy) of every import, lazy ones included."""
     tree, found = TREES[module], []
-    lazy = within_functions(tree)
+    lazy = not_at_once(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [(alias.name, None, node in lazy) for alias in node.names]
@@ -80,6 +83,8 @@ def own_imports(module: str) -> list[tuple[str, str | None, bool]]:
 
 def origin(module: str, name: str | None) -> str:
     """The module in which a name is written, where ``module`` only hands it on."""
+    if module == "rmlora_jax":
+        module = PUBLIC
     for target, given, _ in own_imports(module):
         if name and given == name:
             return origin(target, name)

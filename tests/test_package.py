@@ -30,6 +30,7 @@ import json, sys, time
 import jax, flax, flax.linen, optax
 began = time.perf_counter()
 import rmlora_jax
+rmlora_jax.adapt, rmlora_jax.mask_gradients
 print(json.dumps([sorted(sys.modules), time.perf_counter() - began]))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""``run.py --compile_only``: what a training step needs, before any device is paid for.
+"""``rmlora train --compile_only``: what a training step needs, before any device is paid for.
 
     config -> shapes -> the compiler of the devices -> memory, flops, collectives -> does it fit?
 """

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 
+from rmlora_jax import extras
 from rmlora_jax.errors import UserError, did_you_mean, first_line
 from rmlora_jax.parallel.mesh import Devices, all_devices
 
@@ -77,7 +78,7 @@ def tpu_devices(topology: str, fsdp: int = 1) -> Devices:
         raise UserError(
             "--topology needs the TPU compiler, libtpu, which runs without a TPU on Linux on "
             f"x86-64 (this machine: {platform.system()} on {platform.machine()}); "
-            "type pip install '.[tpu]'"
+            f"type {extras.install('tpu')}"
         )
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -97,6 +98,6 @@ def tpu_devices(topology: str, fsdp: int = 1) -> Devices:
     if len(found) != chips:
         raise UserError(
             f"--topology={topology}: libtpu gives {len(found)} devices for {chips} chips; "
-            "type pip install --upgrade '.[tpu]'"
+            "type pip install --upgrade 'jax[tpu]'"
         )
     return all_devices(fsdp=fsdp, among=found)

@@ -30,7 +30,7 @@ from rmlora_jax.bench.options import Options, check_folder, parse
 from rmlora_jax.bench.picture import bench_figure, sweep_figure
 from rmlora_jax.bench.table import cells, footer, markdown, table_rows, what
 from rmlora_jax.bench.variants import compile_variant, make_variant, step_flops
-from rmlora_jax.errors import UserError, first_line
+from rmlora_jax.errors import UserError, first_line, tell
 from rmlora_jax.files import write_bytes_atomic, write_text_atomic
 from rmlora_jax.parallel import memory
 from rmlora_jax.report.records import amount
@@ -232,7 +232,7 @@ def main(arguments: list[str]) -> int:
         else:
             print(write(bench(given, say), given.out))
     except UserError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        tell(error)
         return 1
     return 0
 

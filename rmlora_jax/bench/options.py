@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from rmlora_jax import called
 from rmlora_jax.adapt.lora import EXECUTIONS
 from rmlora_jax.bench.models import MODELS, MODULES, Entry, find_model
 from rmlora_jax.bench.variants import USUAL, VARIANTS
@@ -85,7 +86,7 @@ def parse(arguments: Sequence[str]) -> Options:
       UserError: a flag or a value that does not exist or does not fit.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m rmlora_jax.bench",
+        prog=called.bench(),
         description="Times one training step of each method on the first device.",
         allow_abbrev=False,
         exit_on_error=False,

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from rmlora_jax import extras
 from rmlora_jax.data.dataset import (
     LEAVE_OUT,
     BadRecord,
@@ -36,7 +37,7 @@ from rmlora_jax.files import is_writable, near
 from rmlora_jax.models.processor import Resize
 
 NAME = "datasets"
-INSTALL = "pip install 'rmlora-jax[datasets]'"
+INSTALL = extras.install("datasets")
 DICT, STATE = "dataset_dict.json", "state.json"  # what save_to_disk leaves beside Arrow files
 SUFFIX = ".parquet"
 # The split in the name of a file, such as train-00000-of-00002.parquet.

@@ -18,6 +18,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from rmlora_jax import extras
 from rmlora_jax.data.dataset import Request
 from rmlora_jax.data.sources import SOURCES
 from rmlora_jax.data.tfds_folder import Name, data_dir_of, import_tfds, not_prepared, prepared
@@ -41,7 +42,7 @@ def prepare(text: str, data_dir: str | os.PathLike | None = None) -> Path:
         raise not_prepared(text, name, data_dir)
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
-            f"preparing {text} needs TensorFlow, once: type\npip install 'rmlora-jax[prepare]'"
+            f"preparing {text} needs TensorFlow, once: type\n{extras.install('prepare')}"
         )
     builder = tfds.builder(text, data_dir=str(data_dir), file_format="array_record")
     folder = Path(builder.data_dir)

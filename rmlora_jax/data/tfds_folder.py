@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rmlora_jax import extras
 from rmlora_jax.data.dataset import Request, shown
 from rmlora_jax.errors import UserError, first_line
 from rmlora_jax.files import is_writable
@@ -149,7 +150,7 @@ def not_prepared(text: str, name: Name, data_dir: Path) -> UserError:
     if name.name in known:
         return UserError(
             f"{text} is not prepared in {data_dir}; preparing it needs TensorFlow, once: type\n"
-            f"pip install 'rmlora-jax[prepare]' && "
+            f"{extras.install('prepare')} && "
             f"python -m rmlora_jax.data.prepare {text} --data_dir={data_dir}"
         )
     choices = (known | {"digits"} | {p.name for p in _folders(data_dir)}) - {name.name}

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rmlora_jax import extras
 from rmlora_jax.errors import UserError
 
 SUFFIX = ".gguf"
@@ -38,7 +39,7 @@ SCALARS = {
 }
 TEXT, LIST = 8, 9
 
-MISSING = "GGUF files need the package gguf; type: pip install 'rmlora-jax[gguf]'"
+MISSING = f"GGUF files need the package gguf; type: {extras.install('gguf')}"
 
 
 class Packed(NamedTuple):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rmlora_jax import called
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object, write_json
 from rmlora_jax.hub.pretrained import Pretrained
@@ -242,7 +243,7 @@ def _in_jax(info: Info | None) -> list[str]:
 def _in_vllm(config: Mapping[str, Any], name: str, obstacles: Sequence[str]) -> list[str]:
     if obstacles:
         return [f"vLLM cannot use this adapter as it is: {'; '.join(obstacles)}. Merge it "
-                "(`python run.py --workdir=... --export=merged`) and serve the whole model."]
+                f"(`{called.command('export', '--workdir=...')}`) and serve the whole model."]
     rank = vllm_rank([config["r"], *config["rank_pattern"].values()])
     command = (f"vllm serve {name} --enable-lora --max-lora-rank {rank} "
                "--lora-modules tuned=FOLDER")

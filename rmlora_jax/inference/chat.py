@@ -1,4 +1,4 @@
-"""``python run.py --workdir=DIR --chat``: a conversation with a language model on the terminal.
+"""``rmlora chat --workdir=DIR``: a conversation with a language model on the terminal.
 
 Ctrl-C stops an answer, and between answers it ends the program. Ctrl-D leaves.
 """
@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import jax
 
-from rmlora_jax import stopping
+from rmlora_jax import called, stopping
 from rmlora_jax.errors import UserError
 from rmlora_jax.inference.generator import Generator, Options
 from rmlora_jax.inference.loading import load
@@ -44,7 +44,7 @@ def chat(
       UserError: there is no such model, or an option is not known.
     """
     if not workdir:
-        raise UserError("chat with which model? Type python run.py --workdir=DIR --chat")
+        raise UserError(f"chat with which model? Type {called.command('chat', '--workdir=DIR')}")
     if unknown := [option for option in options if option not in Options._fields]:
         raise UserError(f"--{unknown[0]} does not go with --chat; it takes "
                         f"{', '.join(f'--{option}' for option in Options._fields)}")
@@ -52,12 +52,12 @@ def chat(
         use_compilation_cache(CACHE)
     model = find(workdir)
     if not isinstance(model, Generator):
-        raise UserError(f"the model in {workdir} does not write text; type\npython run.py "
-                        f"--workdir={workdir} --predict ...")
+        predict = called.command("predict", f"--workdir={workdir}", "...")
+        raise UserError(f"the model in {workdir} does not write text; type\n{predict}")
     if model.template.text is None:
+        predict = called.command("predict", f"--workdir={workdir}", '"a text"')
         raise UserError(f"the model in {workdir} has no chat template, so it continues texts and "
-                        f"does not talk; type\npython run.py --workdir={workdir} --predict \"a "
-                        'text"')
+                        f"does not talk; type\n{predict}")
     asked = Options(**options).checked()
     assert sys.stdin is not None and sys.stdout is not None
     _talk(model, asked, adapter, source or sys.stdin, out or sys.stdout)

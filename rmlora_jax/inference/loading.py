@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from flax.traverse_util import unflatten_dict
 
 import rmlora_jax as rm
+from rmlora_jax import called
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import read_object
 from rmlora_jax.hub.gguf_file import SUFFIX
@@ -165,7 +166,7 @@ def find_model(folder: Path) -> Path:
     if (folder / CONFIG).exists() or (folder / "checkpoints").exists():
         raise UserError(
             f"the run in {folder} has neither {ADAPTER}/ nor {MERGED}/; type\n"
-            f"python run.py --workdir={folder} --export=merged"
+            + called.command("export", f"--workdir={folder}")
         )
     raise UserError(
         f"{folder} holds neither a run nor a model: it has no {CONFIG_FILE} and no {CONFIG}; "

@@ -1,4 +1,4 @@
-"""``python run.py --workdir=DIR --predict ...``: answers on the terminal and in a file."""
+"""``rmlora predict --workdir=DIR ...``: answers on the terminal and in a file."""
 
 import csv
 import io
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from rmlora_jax import called
 from rmlora_jax.data.folder import is_image
 from rmlora_jax.errors import UserError
 from rmlora_jax.files import is_writable, write_bytes_atomic
@@ -55,9 +56,11 @@ def predict(
     """
     values = [value for value in values if value.strip()]
     if not workdir:
-        raise UserError("whose predictions? Type python run.py --workdir=DIR --predict ...")
+        predict = called.command("predict", "--workdir=DIR", "...")
+        raise UserError(f"whose predictions? Type {predict}")
     if not values:
-        raise UserError(f"nothing to predict: type python run.py --workdir={workdir} --predict ...")
+        predict = called.command("predict", f"--workdir={workdir}", "...")
+        raise UserError(f"nothing to predict: type {predict}")
     if jax.config.jax_compilation_cache_dir is None:
         use_compilation_cache(CACHE)
     fewer = (at_once or 64) // 8

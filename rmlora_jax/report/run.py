@@ -59,7 +59,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     if not history:
         raise UserError(
             f"{workdir} has no {METRICS} with a measurement: nothing to draw.\n"
-            "Give the folder of a run, the one that run.py named as its workdir.")
+            "Give the folder of a run, which is its --workdir.")
     config, summary = (
         read_object(path) if path.exists() else {}
         for path in (workdir / "config.json", workdir / "summary.json")

@@ -158,7 +158,7 @@ def in_own_process(program: Program, study: str) -> list[dict]:
 
 
 def _train(program: Program, study: str) -> None:
-    logging.set_verbosity(logging.WARNING)  # as in run.py
+    logging.set_verbosity(logging.WARNING)  # as in a command
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from rmlora_jax import data
+from rmlora_jax import called, data
 from rmlora_jax.config import LARGE, WHOLE, Mistake, field
 from rmlora_jax.data.packaged import SPEAKERS, SpeechDataset
 from rmlora_jax.errors import UserError
@@ -24,7 +24,6 @@ from rmlora_jax.parallel.mesh import Devices, replicate
 from rmlora_jax.tasks import places, task
 
 NAME = "speech_classification"
-ADVICE = "type: python run.py --config=configs/speech.py:base --workdir=FOLDER"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +65,11 @@ def missing_model(config: Run) -> Iterator[str]:
         yield f"config.model.source={source!r}: {places.no_folder(folder)}"
 
 
+def _advice() -> str:
+    base = f"--config={called.config('speech:base')} --workdir=FOLDER"
+    return f"type: {called.command('train', base)}"
+
+
 def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     """The utterances and the model that the config names.
 
@@ -74,7 +78,7 @@ def open_problem(config: Run, opening: task.Opening) -> task.Problem:
     """
     speech, trained, source = config.own(Speech), None, config.model.source
     if source:
-        first, trained = opening.read_run(Path(source).expanduser(), NAME, ADVICE)
+        first, trained = opening.read_run(Path(source).expanduser(), NAME, _advice())
         speech = first.own(Speech)
     utterances = data.open_utterances(request(config))
     size = utterances.train.frames.shape[1:]

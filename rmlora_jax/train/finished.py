@@ -11,8 +11,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import rmlora_jax as rm
+from rmlora_jax import called, hub, methods
 from rmlora_jax import config as fields
-from rmlora_jax import hub, methods
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.files import placed, plain, write_json
@@ -208,8 +208,9 @@ def write_adapter(
         base, adapter = problem.pretrained, folder / ADAPTER
         hub.save_peft(adapter, params, lora, base, info=info, overwrite=True)
         if found := hub.vllm_obstacles(adapter, base.family):
+            merge = called.command("export", f"--workdir={folder}")
             print(f"note: vLLM cannot use {adapter} as it is: {'; '.join(found)}; merge it with\n"
-                  f"python run.py --workdir={folder} --export=merged", flush=True)
+                  f"{merge}", flush=True)
 
 
 def joined(base: Mapping[str, Any], trainable: Mapping[str, Any]) -> dict:
@@ -236,10 +237,8 @@ def _export_merged(workdir: Path) -> Path:
     if not (workdir / "summary.json").is_file():
         found = unfinished(workdir)
         if found is None:
-            raise UserError(
-                f"{workdir} holds no finished run; type python run.py --config=... "
-                f"--workdir={workdir}"
-            )
+            train = called.command("train", f"--config=... --workdir={workdir}")
+            raise UserError(f"{workdir} holds no finished run; type {train}")
         base, params, lora, info = found
     else:
         config = read_config(workdir)

@@ -278,7 +278,7 @@ def test_chips():
 
 def test_a_missing_compiler_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install '\.\[tpu\]'"):
+    with pytest.raises(UserError, match=r"pip install 'rmlora-jax\[tpu\]'"):
         tpu_devices("v5e:4x4")
 
 
@@ -315,7 +315,8 @@ def tpu_python() -> Path | None:
 def tpu(*flags):
     python = tpu_python()
     if python is None:
-        pytest.skip("no libtpu: set RMLORA_TPU_PYTHON, or make .venv-tpu with pip install '.[tpu]'")
+        pytest.skip("no libtpu: set RMLORA_TPU_PYTHON, or make .venv-tpu with "
+                    "pip install '.[train,tpu]'")
     return run(*flags, "--compile_only", python=python, timeout=3000)
 
 

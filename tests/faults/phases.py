@@ -29,7 +29,7 @@ def tell(file: int, owner, name: str, phase: str, ends: bool = True) -> None:
 def main(path: str) -> None:
     from absl import app
 
-    import run
+    from rmlora_jax.command import actions, flags
     from rmlora_jax.train import checkpoint, finished, loop
 
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -39,7 +39,7 @@ def main(path: str) -> None:
     tell(file, checkpoint, "write", "checkpoint", ends=False)  # goes on in a thread
     tell(file, finished, "write_adapter", "export")
     tell(file, loop, "write_report", "export")
-    app.run(run.main, flags_parser=run.parse)
+    app.run(actions.main, flags_parser=flags.parse)
 
 
 if __name__ == "__main__":

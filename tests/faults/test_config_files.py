@@ -190,14 +190,14 @@ COMMANDS = {  # the arguments: the first line
 }
 EACH = """import json, os, sys
 sys.path.insert(0, sys.argv.pop())
-import run
 from absl import app
+from rmlora_jax.command import actions, flags
 from rmlora_jax.study.run import run_study
 from rmlora_jax.sweep import train
 for given in json.loads(sys.argv.pop()):
     if not os.fork():
         sys.argv[:] = ["run.py", *given.split()]
-        app.run(run.main, flags_parser=run.parse)
+        app.run(actions.main, flags_parser=flags.parse)
     _, code = os.wait()
     print(f"code {os.waitstatus_to_exitcode(code)}", file=sys.stderr, flush=True)
 """

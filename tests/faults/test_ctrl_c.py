@@ -12,15 +12,11 @@ import pytest
 from marks import slow
 
 ROOT = Path(__file__).parents[2]
-# `stopping` and what `run` does before its imports, without the seconds that jax takes.
-PLAIN = """import gc, importlib.util, os, sys, time
+# What a command does first; it does not import jax, which takes seconds.
+PLAIN = """import gc, os, sys, time
 sys.path.insert(0, sys.argv[1])
-import run
-spec = importlib.util.spec_from_file_location(
-    "rmlora_jax.stopping", sys.argv[1] + "/rmlora_jax/stopping.py")
-stopping = sys.modules["rmlora_jax.stopping"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(stopping)
-run.heed_ctrl_c()
+from rmlora_jax import stopping
+stopping.heed()
 def ready():
     print("ready", flush=True)
 def work():  # that lasts until the first Ctrl-C, or the second

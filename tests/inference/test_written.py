@@ -75,7 +75,7 @@ def test_one_prompt_from_the_command_line(folder):
 def test_flags_that_are_refused(folder, flags, words, monkeypatch):
     from absl import flags as absl_flags
 
-    import run
+    from rmlora_jax.command import actions
 
     values = absl_flags.FLAGS
     names = [flag.lstrip("-").partition("=")[0] for flag in flags]
@@ -84,7 +84,7 @@ def test_flags_that_are_refused(folder, flags, words, monkeypatch):
         try:
             values(["run.py", f"--workdir={folder}", *flags])
             with pytest.raises(UserError) as error:
-                run.command([])
+                actions.command([])
             assert str(error.value).startswith(words)
         finally:
             for name, (value, present) in saved.items():

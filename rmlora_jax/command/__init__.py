@@ -1,0 +1,1 @@
+"""The command line: ``rmlora`` with its words, and run.py with the same flags."""
