@@ -73,8 +73,8 @@ def __dir__():
 
 
 class _Package(types.ModuleType):
-    """``rmlora_jax.adapt`` and ``rmlora_jax.train`` are functions, also after the import of the rooms
-    of these names."""
+    """``rmlora_jax.adapt`` and ``rmlora_jax.train`` are functions, also after the import of the
+    rooms of these names."""
 
     def __setattr__(self, name, value):
         if name not in ("adapt", "train") or not isinstance(value, types.ModuleType):

@@ -110,6 +110,13 @@ def field(default: Any, help: str, **spec: Any) -> Any:
     return dataclasses.field(default=default, metadata=stored)
 
 
+@typing.dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
+def section(cls: type[C]) -> type[C]:
+    """Makes a frozen dataclass. Editors take it for one whose fields can be set, as a person sets
+    them in a ConfigDict of the same names."""
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
 @functools.cache
 def leaves(cls: type) -> Mapping[str, Leaf]:
     """Every field of a config dataclass by its path, such as "optimizer.learning_rate"."""

@@ -1,7 +1,7 @@
 """The trainer in scripts and notebooks: `rmlora_jax.train`, `load_config` and `load`.
 
-What a command may leave behind when it ends, a function must put back: the compilation cache of jax
-and the handlers of signals are the caller's own again once a run has ended.
+What a command may leave behind when it ends, a function must put back: the compilation cache of
+jax, hooks and the handlers of signals are the caller's own again once a run has ended.
 """
 
 import contextlib
@@ -9,20 +9,25 @@ import dataclasses
 import functools
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from rmlora_jax import extras
 from rmlora_jax.errors import UserError
 from rmlora_jax.stopping import Stopped
 
 if TYPE_CHECKING:
-    from rmlora_jax.config import ConfigDict
-    from rmlora_jax.fields import Run
+    from rmlora_jax.train.config import RunConfig
 
 
-def named[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def named(function: Callable[P, R]) -> Callable[P, R]:
     """``function``, which names the extra to install where a library of the trainer is missing."""
 
     @functools.wraps(function)
@@ -40,7 +45,7 @@ def named[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 
 @named
 def train(
-    config: "str | os.PathLike | Mapping[str, Any] | ConfigDict | Run",
+    config: "str | os.PathLike | Mapping[str, Any] | RunConfig",
     workdir: str | os.PathLike,
     *,
     callbacks: Callable[[dict], object] | Iterable[Callable[[dict], object]] = (),
@@ -56,8 +61,9 @@ def train(
         nested or with dots; or a ``RunConfig`` of `rmlora_jax.train.config`.
       workdir: the folder of the run, made if missing.
       callbacks: a function, or several. Each is called with every line of ``metrics.jsonl``, a dict
-        with ``"step"``; a line of a sweep also names its ``"run"``. If one raises, the run saves its
-        step and ends, and the exception reaches the caller. Of several processes each calls them.
+        with ``"step"``; a line of a sweep also names its ``"run"``. If one raises, the run saves
+        its step and ends, and the exception reaches the caller. Of several processes each calls
+        them.
 
     Raises:
       UserError: the config is wrong, or a file, a library or memory is missing; the words say what
@@ -81,7 +87,7 @@ def train(
         raise UserError(f"callbacks: {wrong!r} is not a function of a dict")
     run = sweep.train if checked.is_sweep else loop.train
     try:
-        with _own_compilation_cache():
+        with _put_back():
             return run(checked, Path(workdir), told)
     except Stopped as stopped:
         if stopped.number != signal.SIGINT:  # it was only put off until all was saved
@@ -90,18 +96,18 @@ def train(
 
 
 @named
-def load_config(name: str | os.PathLike = "") -> "ConfigDict":
+def load_config(name: str | os.PathLike = "") -> "RunConfig":
     """The config of a name or a file, to change and to give to `train`; without one the defaults.
 
-    Its sections and fields are attributes. A name that does not exist and a value of another type
-    are refused at once; an editor that runs the code, such as a notebook, completes the names.
+    It is a ConfigDict, whose sections and fields are attributes. Editors complete their names. A
+    name that does not exist and a value of another type are refused at once.
 
     >>> config = load_config("quickstart")
     >>> config.steps, config.lora.rank = 20, 4
-    >>> config.lora.rnak = 4
+    >>> config.lora.rnak = 4  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    AttributeError: 'Key "rnak" does not exist and cannot be added since the config is locked...
+    AttributeError: 'Key "rnak" does not exist ... Did you mean "rank" instead of "rnak"?'
 
     Args:
       name: of a bundled config, ``NAME`` or ``NAME:ARGUMENT``, or the path of a config file.
@@ -112,7 +118,7 @@ def load_config(name: str | os.PathLike = "") -> "ConfigDict":
     from rmlora_jax import config_file
     from rmlora_jax.train.config import default_config
 
-    config = config_file.load(os.fspath(name)) if name else default_config()
+    config: Any = config_file.load(os.fspath(name)) if name else default_config()
     config.lock()
     return config
 
@@ -137,7 +143,7 @@ def load(folder: str | os.PathLike) -> Any:
 
 
 def _given(config: Any) -> Any:
-    """What the checks of a config read: a dataclass, a ConfigDict or a flat mapping of all fields."""
+    """What the checks of a config read: a dataclass, a ConfigDict, or a flat dict of all fields."""
     from rmlora_jax.config import flatten
     from rmlora_jax.train.config import default_config
 
@@ -159,17 +165,19 @@ def _given(config: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _own_compilation_cache() -> Iterator[None]:
-    """The block may use another compilation cache than the program around it."""
+def _put_back() -> Iterator[None]:
+    """The block may use another compilation cache than the program around it, and leave hooks."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
+    late, shown = sys.unraisablehook, threading.excepthook
     compilation_cache.reset_cache()  # jax opens it once, at the first compilation
     try:
         yield
     finally:
+        sys.unraisablehook, threading.excepthook = late, shown
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()

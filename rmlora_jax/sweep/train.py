@@ -48,7 +48,7 @@ def train(
 ) -> dict:
     """Trains every run of the sweep and returns the ``summary.json`` of the whole.
 
-    ``callbacks`` are those of `loop.train`; a line that they get has the name of its run, ``"run"``.
+    ``callbacks`` are those of `loop.train`; a line that they get names its run as ``"run"``.
 
     Raises:
       UserError: as `loop.train`.

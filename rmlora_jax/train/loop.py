@@ -41,7 +41,6 @@ from rmlora_jax.train.metrics import MetricWriter, line_of
 from rmlora_jax.train.step import State, updates_done
 from rmlora_jax.train.workdir import RECORD, as_begun, check_nothing_lost, check_workdir, opened
 
-
 Callback = Callable[[dict[str, Any]], object]  # is told a line of metrics.jsonl
 
 
