@@ -28,7 +28,7 @@ def flagged(arguments: Sequence[str]) -> None:
 
     from rmlora_jax.command import actions, flags
 
-    app.run(actions.main, [sys.argv[0], *arguments], flags.parse)
+    app.run(actions.main, [sys.argv[0], *arguments], flags_parser=flags.parse)
 
 
 def script() -> None:

@@ -36,6 +36,7 @@ for room in ("adapt", "optim"):
     package = importlib.import_module(f"rmlora_jax.{room}")
     for module in pkgutil.iter_modules(package.__path__, f"rmlora_jax.{room}."):
         importlib.import_module(module.name)
+assert callable(rm.adapt)  # the function, although the room of this name came first
 from rmlora_jax import *  # every public name
 x = jnp.ones((3, 8))
 class Net(flax.linen.Module):
