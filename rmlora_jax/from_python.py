@@ -107,7 +107,7 @@ def load_config(name: str | os.PathLike = "") -> "RunConfig":
     >>> config.lora.rnak = 4  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    AttributeError: 'Key "rnak" does not exist ... Did you mean "rank" instead of "rnak"?'
+    AttributeError: 'Key "rnak" does not exist ...Did you mean "rank" instead of "rnak"?'
 
     Args:
       name: of a bundled config, ``NAME`` or ``NAME:ARGUMENT``, or the path of a config file.
