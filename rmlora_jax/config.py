@@ -112,8 +112,7 @@ def field(default: Any, help: str, **spec: Any) -> Any:
 
 @typing.dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
 def section(cls: type[C]) -> type[C]:
-    """Makes a frozen dataclass. Editors take it for one whose fields can be set, as a person sets
-    them in a ConfigDict of the same names."""
+    """A frozen dataclass. To editors its fields can be set, as those of its ConfigDict can."""
     return dataclasses.dataclass(frozen=True)(cls)
 
 
