@@ -110,6 +110,12 @@ def field(default: Any, help: str, **spec: Any) -> Any:
     return dataclasses.field(default=default, metadata=stored)
 
 
+@typing.dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
+def section(cls: type[C]) -> type[C]:
+    """A frozen dataclass. To editors its fields can be set, as those of its ConfigDict can."""
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
 @functools.cache
 def leaves(cls: type) -> Mapping[str, Leaf]:
     """Every field of a config dataclass by its path, such as "optimizer.learning_rate"."""

@@ -16,6 +16,7 @@ from rmlora_jax.config import (
     blank_problem,
     field,
     regex_problem,
+    section,
 )
 
 S = TypeVar("S")
@@ -32,7 +33,7 @@ def _validation_problem(value: float) -> str | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class Model:
     """Which pretrained model, and how it is computed."""
 
@@ -68,7 +69,7 @@ class Model:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class Data:
     """Which data, which part of them, and how they are read."""
 
@@ -136,7 +137,7 @@ class Data:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class Lora:
     """The factors beside the weights."""
 
@@ -172,7 +173,7 @@ class Lora:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class Optimizer:
     """AdamW."""
 
@@ -200,7 +201,7 @@ class Optimizer:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class Sweep:
     """Many runs in one program, on the same batches."""
 
@@ -215,7 +216,7 @@ class Sweep:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class Run:
     """The config of a run without the sections that tasks and methods add."""
 

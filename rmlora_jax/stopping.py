@@ -3,7 +3,8 @@
 Asked once, the process stops at the next safe point: a run that trains finishes its step, saves and
 ends with the exit code 75, which says that the same command goes on from there (`watch`); files
 that are being written become whole first (`later`); otherwise it ends at once, with 128 plus the
-number of the signal. Asked again it ends at once.
+number of the signal. Asked again it ends at once. A program that calls the trainer as a library
+also saves at the first signal. The second does what it does without us.
 
 A signal raises no exception. Python would raise KeyboardInterrupt wherever the main thread happens
 to be: in a callback of JAX, which prints it and goes on, or after a compilation of minutes. In a
@@ -26,6 +27,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _asked: list[int] = []  # signals so far
 _waits: list[str] = []  # what has to be done before the process may end, in words
 _unwanted: list[str | os.PathLike] = []  # folders that nobody needs once the process has ended
+_commands: list[bool] = []  # not empty: this process is a command, which signals may end
 _lock = threading.RLock()  # reentrant: a handler interrupts the main thread anywhere
 
 
@@ -48,6 +50,7 @@ def heed() -> None:
         while True:
             ask(signal.sigwait([signal.SIGINT]))
 
+    _commands.append(True)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     signal.signal(signal.SIGINT, lambda number, frame: ask(number))  # where a library unblocks it
     threading.Thread(target=wait, daemon=True).start()
@@ -136,12 +139,23 @@ def watch(words: str, *, alone: bool = False) -> Iterator[Callable[[int], bool]]
             return
     main = threading.current_thread() is threading.main_thread()
     before = {}
+
+    def hear(number, frame):
+        if _asked and not _commands:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        else:
+            ask(number)
+
     with _lock:
         _waits.append(words)
     try:
         for number in SIGNALS if main else ():
-            before[number] = signal.signal(number, lambda number, frame: ask(number))
+            before[number] = signal.signal(number, hear)
         yield lambda step: bool(_asked)
+    except Stopped as stopped:
+        stopped.number = (_asked or [stopped.number])[0]
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,14 +1,13 @@
 """The fields that methods add to a config: one section for a method or for several of them."""
 
-import dataclasses
 from collections.abc import Iterator
 
-from rmlora_jax.config import LARGE, MOST, Mistake, field
+from rmlora_jax.config import LARGE, MOST, Mistake, field, section
 
 UNITS = ("rank", "element", "matrix")
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class Rm:
     """The two parts of RM-LoRA."""
 
@@ -48,7 +47,7 @@ class Rm:
             yield "unit", "rank with draw exact"
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class AdaLora:
     """The fields of method adalora; its A and B begin as N(0, 0.02^2)."""
 
@@ -68,7 +67,7 @@ class AdaLora:
             yield "final", "above 0 and, with adalora.warmup, below 1"
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class Sora:
     """The fields of method sora."""
 
@@ -92,7 +91,7 @@ class Sora:
             yield "shrink", "None where sora.proximal is not paper"
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class Bottleneck:
     """The fields of method bottleneck."""
 
@@ -101,7 +100,7 @@ class Bottleneck:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class Prefix:
     """The fields of method prefix, which DeBERTa cannot have."""
 

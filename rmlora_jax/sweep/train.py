@@ -43,8 +43,12 @@ class Together(NamedTuple):
     best: State | None  # of each run at its best evaluation so far; step is (K,)
 
 
-def train(config: ConfigDict | Config, workdir: Path) -> dict:
+def train(
+    config: ConfigDict | Config, workdir: Path, callbacks: Sequence[loop.Callback] = ()
+) -> dict:
     """Trains every run of the sweep and returns the ``summary.json`` of the whole.
+
+    ``callbacks`` are those of `loop.train`; a line that they get names its run as ``"run"``.
 
     Raises:
       UserError: as `loop.train`.
@@ -52,10 +56,10 @@ def train(config: ConfigDict | Config, workdir: Path) -> dict:
     checked = check_config(config, there=True)
     workdir = placed(workdir)
     with opened(workdir):
-        return _train(checked, workdir)
+        return _train(checked, workdir, callbacks)
 
 
-def _train(config: Config, workdir: Path) -> dict:
+def _train(config: Config, workdir: Path, callbacks: Sequence[loop.Callback]) -> dict:
     began, leader = time.monotonic(), jax.process_index() == 0
     config = as_begun(config, workdir)
     check_workdir(config, workdir)
@@ -89,7 +93,7 @@ def _train(config: Config, workdir: Path) -> dict:
         if leader and len(chunks) > 1:
             names = ", ".join(run.name for run in chunk)
             print(f"program {number} of {len(chunks)}: {names}", flush=True)
-        train_chunk(chunk, programs, workdir, since)
+        train_chunk(chunk, programs, workdir, since, callbacks)
         since = time.monotonic()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"chunk {number}")
@@ -195,7 +199,13 @@ def recorded(workdir: Path) -> list[str]:
     return read_json(folder / "runs.json") if there else []
 
 
-def train_chunk(chunk: Sequence[Run], programs: Programs, workdir: Path, began: float) -> None:
+def train_chunk(
+    chunk: Sequence[Run],
+    programs: Programs,
+    workdir: Path,
+    began: float,
+    callbacks: Sequence[loop.Callback] = (),
+) -> None:
     """Trains the runs of a chunk in one program and finishes their folders."""
     base, leader = programs.base, jax.process_index() == 0
     folder, names = workdir / "program", [run.name for run in chunk]
@@ -215,7 +225,7 @@ def train_chunk(chunk: Sequence[Run], programs: Programs, workdir: Path, began: 
                   + (f"; continuing after step {start:,}" if start else ""), flush=True)
         folders = [workdir / name for name in names]
         try:
-            loop.train_program(job, state, steps, keeper, folders, began)
+            loop.train_program(job, state, steps, keeper, folders, began, callbacks)
         except jax.errors.JaxRuntimeError as e:
             if memory.is_short(e) and len(chunk) == 1:
                 raise UserError(shortage.Plan(base.config, base.devices).words()) from e

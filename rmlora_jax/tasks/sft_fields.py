@@ -1,6 +1,5 @@
 """The fields of task sft, and what is wrong with them."""
 
-import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from rmlora_jax.config import (
     is_name,
     is_number,
     regex_problem,
+    section,
 )
 from rmlora_jax.data.chat_tokens import TOO_LONG
 from rmlora_jax.fields import Run
@@ -31,7 +31,7 @@ NAMED_FILES = Elements("pairs (name, path)", _is_named_file)
 WEIGHTS = Elements("numbers above 0", lambda value: is_number(value) and value > 0)
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class Sft:
     """The fields of the task sft."""
 

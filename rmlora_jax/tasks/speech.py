@@ -5,7 +5,6 @@ No pretrained model can be fetched, so a first run makes one: method full from r
 to the speakers; their ``model.source`` is the folder of the first run.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from rmlora_jax import called, data
-from rmlora_jax.config import LARGE, WHOLE, Mistake, field
+from rmlora_jax.config import LARGE, WHOLE, Mistake, field, section
 from rmlora_jax.data.packaged import SPEAKERS, SpeechDataset
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
@@ -26,7 +25,7 @@ from rmlora_jax.tasks import places, task
 NAME = "speech_classification"
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class Speech:
     """The fields of the task on speech."""
 

@@ -1,6 +1,5 @@
 """Text classification and regression: an encoder, and tokenised examples in batches by length."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmlora_jax import data, hub
-from rmlora_jax.config import FREE, LARGE, PLACE, Mistake, field
+from rmlora_jax.config import FREE, LARGE, PLACE, Mistake, field, section
 from rmlora_jax.errors import UserError
 from rmlora_jax.fields import Run
 from rmlora_jax.models.family import TEXTS
@@ -22,7 +21,7 @@ CLASSES, VALUES = "text_classification", "text_regression"
 SECOND = "#1"  # the class of number 1, which f1 always was of once
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class Text:
     """The fields of the two tasks on texts."""
 

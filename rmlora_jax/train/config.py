@@ -13,17 +13,21 @@ from rmlora_jax.config import (
     FREE,
     GROWS,
     PLACE,
-    ConfigDict,
     Mistake,
     field,
     flatten,
     leaves,
     nested,
+    section,
 )
 from rmlora_jax.errors import UserError, did_you_mean, first_line
 from rmlora_jax.fields import Run
 from rmlora_jax.files import placed, plain, read_object
+from rmlora_jax.methods.fields import AdaLora, Bottleneck, Prefix, Rm, Sora
 from rmlora_jax.tasks.places import closed_caches, without_closed
+from rmlora_jax.tasks.sft_fields import Sft
+from rmlora_jax.tasks.speech import Speech
+from rmlora_jax.tasks.text import Text
 from rmlora_jax.train.loggers import LOGGERS
 
 
@@ -33,31 +37,36 @@ def _one_of(registry: Mapping[str, Any], **spec: Any) -> Any:
     return field(next(iter(registry)), meaning, choices=tuple(registry), **spec)
 
 
-RunConfig: type[Run] = dataclasses.make_dataclass(
-    "RunConfig",
-    [
-        ("task", str, _one_of(tasks.TASKS)),
-        ("method", str, _one_of(methods.METHODS)),
-        ("logger", str, _one_of(LOGGERS, resume=FREE)),
-        *(
-            (name, own, dataclasses.field(default_factory=own))
-            for name, own in (tasks.SECTIONS | methods.SECTIONS).items()
-        ),
-    ],
-    bases=(Run,),
-    frozen=True,
-)
+@section
+class RunConfig(Run):
+    """The fields of every run, and the sections of all tasks and methods."""
+
+    task: str = _one_of(tasks.TASKS)
+    method: str = _one_of(methods.METHODS)
+    logger: str = _one_of(LOGGERS, resume=FREE)
+    text: Text = dataclasses.field(default_factory=Text)
+    speech: Speech = dataclasses.field(default_factory=Speech)
+    sft: Sft = dataclasses.field(default_factory=Sft)
+    rm: Rm = dataclasses.field(default_factory=Rm)
+    adalora: AdaLora = dataclasses.field(default_factory=AdaLora)
+    sora: Sora = dataclasses.field(default_factory=Sora)
+    bottleneck: Bottleneck = dataclasses.field(default_factory=Bottleneck)
+    prefix: Prefix = dataclasses.field(default_factory=Prefix)
+
 
 # What a sweep can vary: its name in sweep.grid -> the path of its field.
 SWEEPABLE = {leaf.spec.sweep: path for path, leaf in leaves(RunConfig).items() if leaf.spec.sweep}
 
 
-def default_config() -> ConfigDict:
-    """The fields of a run. A file in ``configs/`` starts from these and changes what it needs."""
+def default_config() -> RunConfig:
+    """The fields of a run. A file in ``configs/`` starts from these and changes what it needs.
+
+    It is a ConfigDict, whose fields can be set. Its type has the same names, for editors.
+    """
     return fields.default(RunConfig)
 
 
-def use_glue(c: ConfigDict, task: str) -> None:
+def use_glue(c: RunConfig, task: str) -> None:
     """Sets the fields that make a run one of the nine GLUE tasks, such as ``"cola"``.
 
     Raises:

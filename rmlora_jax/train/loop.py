@@ -37,13 +37,18 @@ from rmlora_jax.train.evaluate import (
     spectrum,
     unanswered,
 )
-from rmlora_jax.train.metrics import MetricWriter
+from rmlora_jax.train.metrics import MetricWriter, line_of
 from rmlora_jax.train.step import State, updates_done
 from rmlora_jax.train.workdir import RECORD, as_begun, check_nothing_lost, check_workdir, opened
 
+Callback = Callable[[dict[str, Any]], object]  # is told a line of metrics.jsonl
 
-def train(config: ConfigDict | Run, workdir: Path) -> dict:
+
+def train(config: ConfigDict | Run, workdir: Path, callbacks: Sequence[Callback] = ()) -> dict:
     """Trains, evaluates, writes everything into ``workdir`` and returns its ``summary.json``.
+
+    Each of ``callbacks`` is called with every line of metrics.jsonl once it is written. What it
+    raises ends the run when the step is saved. Of several processes each calls them.
 
     Raises:
       UserError: what the person who started the run can put right; nothing is left half written.
@@ -53,10 +58,10 @@ def train(config: ConfigDict | Run, workdir: Path) -> dict:
         raise ValueError("loop.train is for a single run: call sweep.train")
     workdir = placed(workdir)
     with opened(workdir):
-        return _train(run, workdir)
+        return _train(run, workdir, callbacks)
 
 
-def _train(config: Run, workdir: Path) -> dict:
+def _train(config: Run, workdir: Path, callbacks: Sequence[Callback]) -> dict:
     began = time.monotonic()
     config = as_begun(config, workdir)
     longer = check_workdir(config, workdir)
@@ -96,7 +101,9 @@ def _train(config: Run, workdir: Path) -> dict:
                 print(f"compiled in {terminal.duration(compiled.seconds)}", flush=True)
             waited = checkpoint.waited(manager)
             keeper = checkpoint.Keeper(manager, job.problem.metrics[0], waited)
-            (summary,) = train_program(job, state, compiled, keeper, [workdir], began)
+            (summary,) = train_program(
+                job, state, compiled, keeper, [workdir], began, callbacks
+            )
     if leader:
         write_report(workdir)
         print(ending(summary, workdir), flush=True)
@@ -119,6 +126,7 @@ def train_program(
     keeper: checkpoint.Keeper,
     folders: Sequence[Path],
     began: float,
+    callbacks: Sequence[Callback] = (),
 ) -> list[dict]:
     """Trains the runs of a job from ``state`` to the last step and writes what each one leaves.
 
@@ -138,7 +146,7 @@ def train_program(
             for folder in folders
         ]
         progress = stack.enter_context(contextlib.closing(terminal.Progress(job.steps)))
-        state, speed = fit(job, state, compiled, keeper, writers, progress, asked)
+        state, speed = fit(job, state, compiled, keeper, writers, progress, asked, callbacks)
         keeper.wait()
     return finished.finish(job, state, keeper, compiled, folders, began, speed)
 
@@ -176,12 +184,14 @@ def fit(
     writers: Sequence[MetricWriter],
     progress: terminal.Progress,
     asked: Callable[[int], bool],
+    callbacks: Sequence[Callback] = (),
 ) -> tuple[State, finished.Speed]:
     """Trains to the last step, or until ``patience`` is used up; returns the state and what the
     training steps alone took.
 
     Raises:
       Stopped: ``asked(step)`` said that the run should save and stop.
+      Exception: whatever a callback raised, once the step is saved.
     """
     speed, shown, leader = finished.Speed(), {}, jax.process_index() == 0
     config = job.base.config
@@ -227,17 +237,21 @@ def fit(
         shown |= summed_up(rows)
         if leader:
             progress.update(done.step, shown)
+        failed = failure(callbacks, done.step, writers, rows)
         # One run alone stays as it is; the others of its program go on.
         over = all(one.over for one in watched)
-        if done.evaluating or done.stopping or over:
+        early = done.stopping or over or failed is not None
+        if done.evaluating or early:
             for writer in writers:
                 writer.flush()
         if done.evaluating:
             keeper.evaluated(state, validation)
-        elif done.stopping or over:
+        elif early:
             keeper.interrupted(state)
-        if done.stopping or over:
+        if early:
             keeper.wait()
+            if failed is not None:
+                raise failed
             if over:
                 raise nonfinite.ended(job, state.trainable, watched[0], done.step)
             raise Stopped(
@@ -247,6 +261,26 @@ def fit(
         if not is_patient():
             break
     return state, speed
+
+
+def failure(
+    callbacks: Sequence[Callback],
+    step: int,
+    writers: Sequence[MetricWriter],
+    rows: Sequence[Mapping[str, float]],
+) -> BaseException | None:
+    """Calls ``callbacks`` with the lines of a step; returns what one of them raised.
+
+    A line of one of many runs also has its name, as ``"run"``.
+    """
+    try:
+        for callback in callbacks:
+            for writer, row in zip(writers, rows, strict=True):
+                line = line_of(step, row)
+                callback(line | {"run": writer.workdir.name} if writers[1:] else line)
+    except BaseException as error:  # KeyboardInterrupt, too: the step is saved first
+        return error
+    return None
 
 
 def summed_up(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -53,6 +53,23 @@ def drop_after(path: str | os.PathLike, step: int) -> None:
         write_text_atomic(path, text)
 
 
+def line_of(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """A line of metrics.jsonl, as Python's own numbers.
+
+    >>> line_of(40, {"train/loss": np.float32("nan"), "skipped": np.int64(0)})
+    {'step': 40, 'train/loss': None, 'skipped': 0, 'nonfinite': {'train/loss': 'nan'}}
+
+    Raises:
+      ValueError: a metric is no scalar.
+    """
+    for key, value in metrics.items():
+        if np.ndim(value):
+            raise ValueError(f"metric {key!r} has shape {np.shape(value)}: must be a scalar")
+    row = plain(metrics)
+    broken = {key: str(float(metrics[key])) for key, value in row.items() if value is None}
+    return {"step": int(step)} | row | ({"nonfinite": broken} if broken else {})
+
+
 class MetricWriter:
     """Writes a run's metrics to its folder.
 
@@ -106,20 +123,14 @@ class MetricWriter:
         """
         if not self.enabled:
             return
-        step = int(step)
+        line = line_of(step, metrics)
         if step <= self._last_step:
             raise ValueError(
                 f"metrics of step {step} after those of step {self._last_step}: steps must "
                 "increase; pass everything that belongs to a step in one call of write")
-        for key, value in metrics.items():
-            if np.ndim(value):
-                raise ValueError(f"metric {key!r} has shape {np.shape(value)}: must be a scalar")
-        row = plain(metrics)
-        broken = {key: str(float(metrics[key])) for key, value in row.items() if value is None}
-        line = {"step": step} | row | ({"nonfinite": broken} if broken else {})
         _append(self.workdir / METRICS, json.dumps(line, allow_nan=False))
-        self._last_step = step
-        self._show(step, {key: value for key, value in row.items() if value is not None})
+        self._last_step = int(step)
+        self._show(self._last_step, {key: line[key] for key in metrics if line[key] is not None})
 
     def intrinsic(self, step: int, modules: Mapping[str, Mapping[str, Any]]) -> None:
         """`append_intrinsic` for this run, and the mean effective rank for its logger."""

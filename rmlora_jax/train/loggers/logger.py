@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from rmlora_jax import extras
 from rmlora_jax.config import Mistake
 from rmlora_jax.fields import Run
 
@@ -52,4 +53,4 @@ class Logger(NamedTuple):
         # wandb leaves folders of its own name, which Python takes for packages without a file.
         if self.package and (found is None or found.origin is None):
             yield (f"config.logger={config.logger!r} needs the package {self.package}; type: "
-                   f"pip install 'rmlora-jax[{self.package}]'")
+                   f"{extras.install(self.package)}")
