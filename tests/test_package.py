@@ -79,6 +79,13 @@ def documented(tree):
 
 
 def leads_somewhere(reference, scopes):
+    path = reference.removesuffix("()").removeprefix("rmlora_jax.")
+    first, *rest = path.split(".")
+    if first == "train" and rest:  # the room; as an attribute of the package it is the function
+        room, *rest = rest
+        name = f"rmlora_jax.train.{room}"
+        found = importlib.import_module(name) if name in MODULES else None
+        return found is not None and (not rest or leads_somewhere(".".join(rest), [found]))
     first, *rest = reference.removesuffix("()").split(".")
     found = next((getattr(scope, first) for scope in scopes if hasattr(scope, first)), None)
     if found is None and importlib.util.find_spec(first):
