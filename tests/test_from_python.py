@@ -114,7 +114,7 @@ def test_the_process_is_left_as_it_was(trained):
 def test_output_that_is_no_terminal_has_no_control_characters(trained, tiny_vit, tmp_path, capfd):
     rmlora_jax.train(config_of(tiny_vit), tmp_path)
     out, err = capfd.readouterr()
-    assert re.search(rf"^step {STEPS}/{STEPS}  loss \d", out, re.MULTILINE)
+    assert re.search(rf"^step {STEPS}/{STEPS}  train loss \d", out, re.MULTILINE)
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", out + err)
 
 
