@@ -265,7 +265,7 @@ def write_tokenizer(base: Pretrained, target: Path) -> None:
         write_json(target / GENERATION, ids)
     if gguf_files(source):
         load_tokenizer(source, padding=False).save_pretrained(target)
-    kept = {base.folder / GENERATION, *(source / name for name in TOKENIZER)}
+    kept = (base.folder / GENERATION, *(source / name for name in TOKENIZER))
     for path in kept if source.is_dir() else ():
         if path.is_file():
             shutil.copyfile(path, target / path.name)

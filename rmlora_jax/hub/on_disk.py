@@ -62,8 +62,11 @@ class OnDisk:
         return dataclasses.replace(self, shape=self.shape[::-1], axes=axes)
 
     def astype(self, dtype) -> "OnDisk":
-        """The same parameter, cast to another dtype when it is read. A cast before is forgotten."""
-        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+        """The same parameter, cast to its dtype and then to another one when it is read."""
+        old, new, stored = self.dtype, jnp.dtype(dtype), self.stored
+        if jnp.promote_types(old, new) == old:  # the old one rounds nothing that the new one keeps
+            return dataclasses.replace(self, dtype=new)
+        return dataclasses.replace(self, dtype=new, stored=lambda layer: stored(layer).astype(old))
 
     def place(self, sharding: Sharding | None = None) -> jax.Array:
         """The parameter where ``sharding`` says, else on the first device.

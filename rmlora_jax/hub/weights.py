@@ -34,6 +34,7 @@ class Tensors(Mapping[str, np.ndarray]):
         self.folder = folder
         self._files = {}
         paths = whole_files(folder)
+        self._states = {path: _state(path) for path in paths}
         for file in [open_gguf(paths)] if paths[0].suffix == SUFFIX else map(_tensors, paths):
             if twice := sorted(self._files.keys() & file.keys()):
                 raise UserError(f"{folder}: {some(twice)} is in two shards; copy them again")
@@ -48,6 +49,16 @@ class Tensors(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def check(self) -> None:
+        """Raises a UserError if a file was written to since it was opened.
+
+        A file that another took the place of, under its name, stays readable.
+        """
+        for path, (inode, *written) in self._states.items():
+            now = _state(path)
+            if now and now[0] == inode and now[1:] != (*written,):
+                raise UserError(f"{path} was changed while it was in use; start again")
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without its values."""
         return self._files[name].shape(name)
@@ -56,6 +67,15 @@ class Tensors(Mapping[str, np.ndarray]):
         """Gives the memory of a mapped tensor back to the system."""
         if isinstance(file := self._files[name], SafetensorsFile):
             file.forget(name)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What tells that a file was written to; () where there is none any more."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _tensors(path: Path) -> Mapping[str, np.ndarray]:
@@ -152,6 +172,7 @@ def read_params(
         names = [found[entry.path, layer] for layer in layers_of(entry, shapes)]
 
         def stored(layer: int) -> np.ndarray:
+            tensors.check()
             return from_stored(tensors, names[layer], AS_IS, tensors.folder)
 
         def forget(layer: int) -> None:

@@ -47,7 +47,7 @@ def chat(
     if not workdir:
         raise UserError(f"chat with which model? Type {called.command('chat', '--workdir=DIR')}")
     if unknown := [option for option in options if option not in Options._fields]:
-        raise UserError(f"--{unknown[0]} does not go with --chat; it takes "
+        raise UserError(f"--{unknown[0]} does not go with a chat; it takes "
                         f"{', '.join(f'--{option}' for option in (*Options._fields, 'adapter'))}")
     if jax.config.jax_compilation_cache_dir is None:
         use_compilation_cache(CACHE)

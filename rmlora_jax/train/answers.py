@@ -1,7 +1,7 @@
 """What a trained language model says: answers before and after training, and how many are right."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,11 @@ FILE = "samples.md"
 
 
 def asked(
-    folder: Path, config: Run, problem: Problem, lora: rm.LoRA | None, params: dict
+    folder: Path,
+    config: Run,
+    problem: Problem,
+    lora: rm.LoRA | None,
+    params: Callable[[], dict],
 ) -> dict[str, float]:
     """Asks a trained model what `Problem.questions` want to know, and writes ``samples.md``.
 
@@ -32,7 +36,7 @@ def asked(
     not asked: what was trained is more than its answers.
 
     Args:
-      params: of the trained model, on the host; with factors where ``lora`` is given.
+      params: makes those of the trained model, on the host; with factors where ``lora`` is given.
 
     Returns:
       ``{"exact_match": fraction}`` where answers are compared, else {}.
@@ -50,7 +54,7 @@ def asked(
         return [a.text for a in model.generate(prompts, max_new_tokens=questions.longest)]
 
     try:
-        model = opened(params, lora)
+        model = opened(params(), lora)
         samples, _ = askable(model, questions.samples)
         exam, why = askable(model, questions.exam)
         if why:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rmlora_jax import config as fields
-from rmlora_jax import methods, tasks
+from rmlora_jax import called, methods, tasks
 from rmlora_jax.config import (
     FIXED,
     FREE,
@@ -197,7 +197,8 @@ def ways_on(config: Run, workdir: Path) -> str:
     if method.continues and adapter.is_dir():
         begin = f"--config.model.adapter={adapter}"
     elif config.method == "full" and config.task != tasks.speech.NAME:
-        begin = f"--config.model.source={workdir / 'merged'}, after --export=merged,"
+        merge = called.command("export", f"--workdir={workdir}")
+        begin = f"after {merge}, --config.model.source={workdir / 'merged'}"
     else:
         return f"{longer}; another --workdir begins a new run"
     return f"{longer}; {begin} and another --workdir begin a new run with what it learnt"

@@ -150,10 +150,13 @@ def finish(
                     "program_train_seconds": speed.seconds,
                 }
             write_json(folder / "summary.json", summary)
-            base = job.problem.pretrained
-            params = joined(job.problem.params, factors, base.rows if base else ())
             lora = job.lora[i] if methods.of(run).adapts else None
-            params = in_training(params, lora)
+
+            def params(lora=lora, factors=factors):
+                base = job.problem.pretrained
+                both = joined(job.problem.params, factors, base.rows if base else ())
+                return in_training(both, lora)
+
             if found := answers.asked(folder, run, job.problem, lora, params):
                 summary["test_best"] |= found
                 write_json(folder / "summary.json", summary)
@@ -242,6 +245,8 @@ def in_training(params: dict, lora: rm.LoRA | None) -> dict:
     flat, no_key = flatten_dict(params, sep="/"), jax.random.key(0)  # nothing is drawn
     for (*module, leaf), weight, factors in adapted_weights(params, lora):
         name, shapes = "/".join(module), [x.shape for x in factors]
+        if lora.trains(f"{name}/{leaf}"):  # what was trained is what is left of it
+            continue
         start = (lora.scale_of(name), lora.init, lora.dtype)
         _, rest = lora.form.initial(no_key, np.asarray(weight), None, shapes, *start)
         flat[f"{name}/{leaf}"] = np.asarray(rest)
@@ -252,7 +257,8 @@ def export_merged(workdir: Path, dtype: str | None = None) -> Path:
     """Writes ``merged/`` of a run: the whole model of its best step for transformers.
 
     Factors are added to the base's weights in float32, whatever ``model.base_dtype`` was. Those of
-    a language model are then rounded to ``dtype``, by default that of its base's files. Of a run
+    a language model are then rounded to ``dtype``, by default that of its base's files, or float32
+    where weights themselves were trained: rounding would undo small changes. Of a run
     that is not finished, it is the best step so far, which is printed.
 
     Raises:
@@ -270,6 +276,7 @@ def _export_merged(workdir: Path, dtype: str | None) -> Path:
             train = called.command("train", f"--config=... --workdir={workdir}")
             raise UserError(f"{workdir} holds no finished run; type {train}")
         base, params, lora, info = found
+        config = read_config(workdir)
     else:
         config = read_config(workdir)
         info = _info(workdir, config)
@@ -284,7 +291,8 @@ def _export_merged(workdir: Path, dtype: str | None) -> Path:
             params, lora, base = _of_checkpoint(config, info, best_trainable(workdir))
     info = dataclasses.replace(info, about=info.about | {"card": model_card(base, info)})
     if dtype is None and base.family.inputs is TOKENS:
-        dtype = stored_dtype(base)
+        whole = config.lora.train or not methods.of(config).adapts
+        dtype = "float32" if whole else stored_dtype(base)
     return hub.save_model(
         workdir / MERGED, params, base, info=info, lora=lora, dtype=dtype, overwrite=True
     )

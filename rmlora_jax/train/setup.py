@@ -249,8 +249,9 @@ def check_batches(config: Run, devices: Devices) -> None:
 
 def check_optimizer(config: Run, steps: int, trainable: Any) -> None:
     """Raises a UserError where the method's optimizer refuses what is trained."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
     with fields("rm.*, adalora.*, sora.* or lora.rank"):
-        jax.eval_shape(methods.optimizer(config, steps).init, trainable)
+        jax.eval_shape(methods.optimizer(config, steps).init, shapes)
 
 
 def with_new(

@@ -1,5 +1,6 @@
 """Parameters on disk: the numbers of those that are read at once; what host and devices hold."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from fixtures.decoders.cases import write_folder
 from fixtures.sft.tiny import config_of, write_chats, write_model
 
 from rmlora_jax import hub
+from rmlora_jax.errors import UserError
 from rmlora_jax.hub import placing
 from rmlora_jax.models.family import flat_params
 from rmlora_jax.parallel.mesh import all_devices, base_sharding, shard
@@ -38,6 +40,35 @@ def test_each_way_to_read_gives_the_same_bits(tmp_path, monkeypatch, dtype):
             if x.stacked:
                 np.testing.assert_array_equal(x[1], own[1])
     np.testing.assert_array_equal(np.asarray(left["embed/embedding"].T), read["embed/embedding"].T)
+
+
+def test_casts_follow_each_other(tmp_path):
+    folder = write_folder("qwen2_sliding", tmp_path)
+    read = flat_params(hub.load_decoder(folder).params)
+    for path, x in flat_params(hub.load_pretrained(folder, on_disk=True).params).items():
+        own = read[path].astype(jnp.bfloat16).astype(np.float32)
+        assert (own != read[path]).any() or path.endswith(("scale", "bias"))
+        both = x.astype("bfloat16").astype("float32")
+        for found in (np.asarray(both), both.place()):
+            np.testing.assert_array_equal(found, own)
+
+
+def test_a_file_that_is_written_to_while_it_is_in_use_is_refused(tmp_path):
+    folder = write_folder("qwen2_sliding", tmp_path)
+    file = folder / "model.safetensors"
+    x = flat_params(hub.load_pretrained(folder, on_disk=True).params)["embed/embedding"]
+    before = np.asarray(x)
+    content = file.read_bytes()
+    (tmp_path / "other").write_bytes(content)
+    (tmp_path / "other").replace(file)  # another file under the name: ours is there as long as x
+    np.testing.assert_array_equal(np.asarray(x), before)
+    x = flat_params(hub.load_pretrained(folder, on_disk=True).params)["embed/embedding"]
+    with open(file, "r+b") as opened:
+        opened.seek(len(content) - 4)
+        opened.write(bytes(4))
+    os.utime(file, ns=(1, 1))  # clocks of some disks are coarse
+    with pytest.raises(UserError, match=r"model.safetensors was changed while it was in use"):
+        np.asarray(x)
 
 
 @pytest.fixture(scope="module")

@@ -163,5 +163,5 @@ def test_the_command(folder):
 
 
 def test_a_flag_of_classifiers_is_refused():
-    with pytest.raises(UserError, match="--top does not go with --chat; it takes --max_new_tokens"):
+    with pytest.raises(UserError, match="--top does not go with a chat; it takes --max_new_tokens"):
         chat("anywhere", top=3)

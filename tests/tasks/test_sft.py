@@ -24,7 +24,7 @@ from rmlora_jax.tasks.task import Question, Questions, measured
 from rmlora_jax.train import answers, loop, setup
 from rmlora_jax.train.config import resolve
 from rmlora_jax.train.evaluate import Compiled, Steps, evaluate
-from rmlora_jax.train.finished import joined
+from rmlora_jax.train.finished import export_merged, joined, unfinished
 
 STEPS = 30
 
@@ -159,6 +159,27 @@ def test_methods_on_every_layer_and_on_embedding_and_head(root, method, model):
         state, metrics = job.train_step(state, job.constants, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("fields", [
+    {"method": "full"},
+    slow({"method": "rm_lora", "lora.train": "norm/.*|embed/.*"}),
+    slow({"method": "lora", "lora.init": "pissa", "lora.train": r".*mlp/up/kernel"}),
+], ids=["full", "train", "pissa"])  # fmt: skip
+def test_weights_of_the_base_are_trained_and_exported(root, tmp_path, monkeypatch, fields):
+    """A finished run, the same run before its summary, and its merged model have one set of
+    weights; where those themselves were trained, they are written without rounding."""
+    on_one_device(monkeypatch)
+    loop.train(config_of(root, 4, **fields, **{"sft.samples": 0}), tmp_path)
+    merged = flat_params(hub.load_decoder(export_merged(tmp_path)).params)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
+    before = flat_params(hub.load_decoder(root / "model").params)
+    assert any((merged[path] != before[path]).any() for path in before)
+    (tmp_path / "summary.json").unlink()
+    _, params, lora, _ = unfinished(tmp_path)
+    plain = flat_params(params if lora is None else rm.merge(hub.on_device(params), lora))
+    for path, value in merged.items():
+        np.testing.assert_allclose(value, plain[path], rtol=0, atol=2e-6, err_msg=path)
 
 
 @pytest.mark.slow
@@ -374,7 +395,7 @@ def test_a_question_that_is_too_long_is_left_out_alone(root, tmp_path, capsys):
 
     def asked(*exam, samples=()):
         own = problem._replace(questions=Questions(samples, exam, r"(\w+)", 4))
-        found = answers.asked(tmp_path, base.config, own, None, problem.pretrained.params)
+        found = answers.asked(tmp_path, base.config, own, None, lambda: problem.pretrained.params)
         return found, capsys.readouterr().out
 
     alone, said = asked(*short)

@@ -248,7 +248,8 @@ def test_what_a_finished_run_can_do(tiny_vit, tmp_path):
     config.optimizer.schedule = "constant"
     assert "a larger --config.steps trains it longer" in ways_on(resolve(config), tmp_path)
     config.method = "full"
-    assert "/merged, after --export=merged," in ways_on(resolve(config), tmp_path)
+    said = ways_on(resolve(config), tmp_path)
+    assert f"--export=merged, --config.model.source={tmp_path / 'merged'} and another" in said
 
 
 # A run that is not finished
