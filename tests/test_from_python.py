@@ -142,6 +142,16 @@ def test_an_exception_in_a_callback_ends_the_run_which_goes_on(trained, tiny_vit
     assert numbers(lines_of(tmp_path)) == numbers(lines_of(trained[0]))
 
 
+@pytest.fixture
+def pythons_own_ctrl_c(monkeypatch):
+    """Ctrl-C as a program finds it that has begun; other tests of this process may have set it."""
+    monkeypatch.setattr("rmlora_jax.stopping._commands", [])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("pythons_own_ctrl_c")
 def test_ctrl_c_saves_and_is_a_keyboard_interrupt(tiny_vit, tmp_path):
     before = state()
     with pytest.raises(KeyboardInterrupt, match="saved after step 3 of 8"):
@@ -151,6 +161,7 @@ def test_ctrl_c_saves_and_is_a_keyboard_interrupt(tiny_vit, tmp_path):
     assert state() == before
 
 
+@pytest.mark.usefixtures("pythons_own_ctrl_c")
 def test_a_second_ctrl_c_does_not_end_the_process(tiny_vit, tmp_path):
     def twice(line):
         signal.raise_signal(signal.SIGINT)

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rmlora_jax import config as fields
 from rmlora_jax import called, methods, tasks
+from rmlora_jax import config as fields
 from rmlora_jax.config import (
     FIXED,
     FREE,
