@@ -186,6 +186,7 @@ def test_sigterm_reaches_the_program_once_all_is_saved(tiny_vit, tmp_path):
     assert came == [True]
 
 
+@pytest.mark.slow
 def test_in_a_thread_and_in_a_running_loop(trained, tiny_vit, tmp_path):
     async def run():
         return rmlora_jax.train(config_of(tiny_vit), tmp_path / "loop")

@@ -154,6 +154,7 @@ print(peak() - before, held, largest)
 """
 
 
+@pytest.mark.slow
 def test_the_host_holds_one_layer_beside_the_base(root, tmp_path):
     """On a CPU the device's memory is the host's: what is more than the base is the host's own."""
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 12}

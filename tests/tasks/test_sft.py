@@ -294,6 +294,7 @@ def test_a_stream_goes_on_from_any_step(root, pack):
         resolve(config_of(root, 0, **{"data.mode": "stream"}))
 
 
+@pytest.mark.slow
 def test_a_stream_that_goes_on_reads_nothing_twice(root, tmp_path, monkeypatch):
     monkeypatch.setattr("rmlora_jax.data.streaming.EVERY", 1)
     encode, encoded = hub.encode, []
