@@ -242,7 +242,8 @@ def in_training(params: dict, lora: rm.LoRA | None) -> dict:
     which ``lora.init="pissa"`` has moved s A_0 B_0 out."""
     if lora is None or lora.init != "pissa":
         return params
-    flat, no_key = flatten_dict(params, sep="/"), jax.random.key(0)  # nothing is drawn
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
+    no_key = jax.random.key(0)  # nothing is drawn
     for (*module, leaf), weight, factors in adapted_weights(params, lora):
         name, shapes = "/".join(module), [x.shape for x in factors]
         if lora.trains(f"{name}/{leaf}"):  # what was trained is what is left of it
