@@ -46,7 +46,6 @@ def open_run(workdir: Path, start_step: int, config: Mapping[str, Any]) -> Curve
       UserError: wandb refuses it, for instance without a login, or ``wandb.json`` is damaged.
     """
     import wandb  # pyright: ignore[reportMissingImports] (an extra)
-    from wandb.errors import Error  # pyright: ignore[reportMissingImports]
 
     try:
         run = wandb.init(
@@ -59,7 +58,7 @@ def open_run(workdir: Path, start_step: int, config: Mapping[str, Any]) -> Curve
             reinit="create_new",  # a run that the user's own code has open stays apart
             settings=wandb.Settings(console="off"),  # the terminal stays ours
         )
-    except Error as error:
+    except wandb.errors.Error as error:  # pyright: ignore[reportAttributeAccessIssue]
         raise UserError(
             f"config.logger='wandb': {first_line(error)}\n"
             "Type wandb login, or set WANDB_MODE=offline, or --config.logger=tensorboard"
