@@ -113,7 +113,7 @@ def load_config(name: str | os.PathLike = "") -> "RunConfig":
       name: of a bundled config, ``NAME`` or ``NAME:ARGUMENT``, or the path of a config file.
 
     Raises:
-      UserError: there is no such config, or it is wrong; the words give the line.
+      UserError: the config is unknown or has a mistake; the message names its line.
     """
     from rmlora_jax import config_file
     from rmlora_jax.train.config import default_config

@@ -22,7 +22,7 @@ def run(arguments: Sequence[str]) -> int | None:
     """Does what the first word asks for, with the rest; returns the exit code.
 
     Raises:
-      UserError: there is no such word, or it is not called so.
+      UserError: the word is unknown, or its arguments are wrong.
     """
     word, *rest = arguments or ["--help"]
     if word in (*help_text.ASKED, "help"):
@@ -60,7 +60,7 @@ def new(arguments: Sequence[str]) -> None:
     """Copies a bundled config to a new file: that of ``--config``, of its name, or the quickstart.
 
     Raises:
-      UserError: there is no such config, or the file cannot be made.
+      UserError: the config is unknown, or the file cannot be made.
     """
     usage = f"type {called.program()} new my.py --config=NAME"
     named = [one.partition("=")[2] for one in arguments if one.startswith("--config=")]

@@ -271,15 +271,15 @@ def export_merged(workdir: Path, dtype: str | None = None) -> Path:
 
 
 def _export_merged(workdir: Path, dtype: str | None) -> Path:
-    if not (workdir / "summary.json").is_file():
-        found = unfinished(workdir)
-        if found is None:
-            train = called.command("train", f"--config=... --workdir={workdir}")
-            raise UserError(f"{workdir} holds no finished run; type {train}")
+    done = (workdir / "summary.json").is_file()
+    found = None if done else unfinished(workdir)
+    if not (done or found):
+        train = called.command("train", f"--config=... --workdir={workdir}")
+        raise UserError(f"{workdir} holds no finished run; type {train}")
+    config = read_config(workdir)
+    if found:
         base, params, lora, info = found
-        config = read_config(workdir)
     else:
-        config = read_config(workdir)
         info = _info(workdir, config)
         if methods.of(config).adapts:
             outputs, size = hub.stored_labels(workdir / ADAPTER), info.image_size

@@ -17,13 +17,20 @@ import pytest
 import rmlora_jax
 
 ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 
 
 def test_the_citation_is_of_this_version():
     text = (ROOT / "CITATION.cff").read_text()
     assert re.search(r"^version: (.*)$", text, re.MULTILINE)[1] == rmlora_jax.__version__
     assert PROJECT["urls"]["Paper"] in text
+
+
+def test_every_folder_with_code_is_a_package_of_the_wheel():
+    folders = {path.parent for path in (ROOT / "rmlora_jax").rglob("*.py")}
+    named = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert {*PYPROJECT["tool"]["setuptools"]["packages"]} == named | {"rmlora_jax.configs"}
 
 
 def test_the_weights_have_a_licence_of_their_own():
